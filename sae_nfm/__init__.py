@@ -1,0 +1,19 @@
+"""sae_nfm: sparse autoencoders trained jointly with a Neural Factorization Machine, as a SAELens plugin.
+
+Importing the package registers the architecture `joint_nfm` with SAELens.
+"""
+
+from sae_nfm.config import JointNFMSAEConfig, JointNFMTrainingSAEConfig
+from sae_nfm.registration import register
+from sae_nfm.sae import JointNFMSAE, JointNFMTrainingSAE
+
+__version__ = "0.1.0"
+__all__ = [
+    "JointNFMSAE",
+    "JointNFMSAEConfig",
+    "JointNFMTrainingSAE",
+    "JointNFMTrainingSAEConfig",
+    "__version__",
+]
+
+register()

@@ -1,0 +1,126 @@
+"""The mathematics of a Neural Factorization Machine on SAE features, as pure functions.
+
+Per token, with feature activations `f` ([d_sae], k of them non-zero), `f_n` the n largest of them and `*` element-wise:
+
+    linear path       f_n W_lin + b_lin
+    pooled            z = 1/2 [(f_n V)^2 - (f_n^2)(V^2)] = sum_{i<j} f_i f_j v_i*v_j            [nfm_dim]
+    hidden_pre        h = z W_1 + b_1                                                            [nfm_dim]
+    interaction path  ReLU(h) W_2 + b_2
+    square path       (f^2 / c) U     the diagonal i = j that the pooling leaves out, at full rank
+
+Every function takes the activations either dense or as `SparseActs` and costs O(active features) in the second form.
+
+Source: arXiv 2507.00269 (joint SAE + NFM); He & Chua 2017, arXiv 1708.05027, eq. 4 (bi-interaction pooling in linear
+time); Rendle 2010 (factorization machines). The square path is this package's own.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class SparseActs(NamedTuple):
+    """Active features of each token: which, and how strongly. The indices of one token are distinct."""
+
+    indices: Int[Tensor, "*batch k"]
+    values: Float[Tensor, "*batch k"]
+
+
+Acts = Float[Tensor, "*batch d_sae"] | SparseActs
+
+
+def sparse_acts_from_coo(feature_acts: Tensor, k: int) -> SparseActs:
+    """The same activations as `SparseActs`, differentiable in the values.
+
+    Args:
+        feature_acts: COO tensor [*batch, d_sae] with exactly k stored entries a token, as SAELens's TopK makes it.
+        k: stored entries a token.
+
+    Raises:
+        ValueError: when the stored entries are not k a token.
+    """
+    coo = feature_acts.coalesce()
+    batch = coo.shape[:-1]
+    if coo.values().numel() != batch.numel() * k:
+        raise ValueError(
+            f"sparse feature_acts {tuple(coo.shape)} store {coo.values().numel()} entries, expected k = {k} for each of "
+            f"{batch.numel()} tokens; pass dense feature_acts instead (feature_acts.to_dense())"
+        )
+    return SparseActs(coo.indices()[-1].reshape(*batch, k), coo.values().reshape(*batch, k))
+
+
+def top_n(acts: Acts, n: int) -> SparseActs:
+    """The n largest entries of each token's activations; among equal entries any choice is valid."""
+    if isinstance(acts, SparseActs):
+        values, position = acts.values.topk(n, dim=-1, sorted=False)
+        return SparseActs(acts.indices.gather(-1, position), values)
+    values, indices = acts.topk(n, dim=-1, sorted=False)
+    return SparseActs(indices, values)
+
+
+def weighted_rows(acts: Acts, weight: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "*batch d_out"]:
+    """`sum_i f_i weight_i`: a dense product, or a gather of the active rows."""
+    if not isinstance(acts, SparseActs):
+        return acts @ weight
+    k = acts.indices.shape[-1]
+    rows = F.embedding_bag(
+        acts.indices.reshape(-1, k),
+        weight,
+        per_sample_weights=acts.values.reshape(-1, k).to(weight.dtype),
+        mode="sum",
+    )
+    return rows.reshape(*acts.indices.shape[:-1], weight.shape[-1])
+
+
+def squared(acts: Acts) -> Acts:
+    """`f^2`, in the form given."""
+    if isinstance(acts, SparseActs):
+        return SparseActs(acts.indices, acts.values.square())
+    return acts.square()
+
+
+def bi_interaction(acts: Acts, embeddings: Float[Tensor, "d_sae nfm_dim"]) -> Float[Tensor, "*batch nfm_dim"]:
+    """Bi-interaction pooling `1/2 [(f V)^2 - (f^2)(V^2)]`, the sum over pairs i < j of `f_i f_j v_i*v_j`.
+
+    Computed in at least float32, also under autocast: it is a difference of squares, and where one feature dominates a
+    bfloat16 difference would be rounding error. The result has the dtype of `embeddings`.
+
+    Source: He & Chua 2017, eq. 4.
+    """
+    with torch.autocast(device_type=embeddings.device.type, enabled=False):
+        wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        acts = _as_dtype(acts, wide.dtype)
+        pooled = 0.5 * (weighted_rows(acts, wide).square() - weighted_rows(squared(acts), wide.square()))
+    return pooled.to(embeddings.dtype)
+
+
+def hidden_pre(
+    pooled: Float[Tensor, "*batch nfm_dim"],
+    W_1: Float[Tensor, "nfm_dim nfm_dim"],
+    b_1: Float[Tensor, " nfm_dim"],
+) -> Float[Tensor, "*batch nfm_dim"]:
+    """The interaction hidden pre-activation `h = z W_1 + b_1`, the code that a secondary SAE decomposes."""
+    return pooled @ W_1 + b_1
+
+
+def interaction_output(
+    hidden: Float[Tensor, "*batch nfm_dim"],
+    W_2: Float[Tensor, "nfm_dim d_in"],
+    b_2: Float[Tensor, " d_in"],
+) -> Float[Tensor, "*batch d_in"]:
+    """What the nonlinear path writes: `ReLU(h) W_2 + b_2`."""
+    return hidden.relu() @ W_2 + b_2
+
+
+def square_output(acts: Acts, U: Float[Tensor, "d_sae d_in"], scale: float) -> Float[Tensor, "*batch d_in"]:
+    """What the square path writes, `(f^2 / scale) U`: how a feature's direction bends with its strength."""
+    return weighted_rows(squared(acts), U) / scale
+
+
+def _as_dtype(acts: Acts, dtype: torch.dtype) -> Acts:
+    if isinstance(acts, SparseActs):
+        return SparseActs(acts.indices, acts.values.to(dtype))
+    return acts.to(dtype)

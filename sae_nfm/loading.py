@@ -1,0 +1,42 @@
+"""Strict loading: a damaged or mismatched SAE folder is an error that names what is wrong, never a silent default."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from torch import Tensor
+
+SAVE_AGAIN = "save the SAE again (sae.save_model, or save_inference_model of a training SAE) or fetch it anew"
+
+
+def check_state_dict(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Compare tensors read from a file with those the SAE has.
+
+    Args:
+        state_dict: tensors as read.
+        expected: tensors of the SAE (the meta device suffices: names and shapes are read).
+
+    Raises:
+        ValueError: for a missing or an extra tensor, another shape, or a value that is not finite.
+    """
+    problems = [f"tensor {name!r} is missing" for name in sorted(set(expected) - set(state_dict))]
+    problems += [f"tensor {name!r} is unknown" for name in sorted(set(state_dict) - set(expected))]
+    for name in sorted(set(expected) & set(state_dict)):
+        given, wanted = tuple(state_dict[name].shape), tuple(expected[name].shape)
+        if given != wanted:
+            problems.append(f"tensor {name!r} has shape {given}, the config makes it {wanted}")
+        elif not torch.isfinite(state_dict[name]).all():
+            problems.append(f"tensor {name!r} holds values that are not finite (NaN or infinity)")
+    if problems:
+        raise ValueError(f"these are not the weights of this SAE: {'; '.join(problems)}; {SAVE_AGAIN}")
+
+
+def check_folder(path: str | Path) -> None:
+    """Raise a FileNotFoundError that names the folder or the file of a saved SAE that is missing."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r}: give the folder of a saved SAE")
+    for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{str(folder)!r} has no {name}: it is not a complete saved SAE; {SAVE_AGAIN}")

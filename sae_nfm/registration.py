@@ -1,0 +1,93 @@
+"""Registers `joint_nfm` with SAELens, and makes SAELens's own loading doors strict for it.
+
+SAELens filters a config down to the fields it knows before any class of ours sees it (`SAEConfig.from_dict`), and reads the
+weight file before our class exists. Two class methods of `SAE` therefore get a thin layer, for our architectures only:
+`get_sae_config_class_for_architecture` returns our config class, whose `from_dict` refuses unknown keys, and
+`load_from_disk` says what is wrong with an incomplete or truncated folder. Everything else of SAELens is untouched.
+"""
+
+import json
+import warnings
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import sae_lens
+from packaging.version import Version
+from sae_lens import SAE, registry
+from sae_lens.constants import SAE_CFG_FILENAME
+from safetensors import SafetensorError
+
+from sae_nfm.config import ARCHITECTURE, JointNFMSAEConfig, JointNFMTrainingSAEConfig
+from sae_nfm.loading import SAVE_AGAIN, check_folder
+from sae_nfm.sae import JointNFMSAE, JointNFMTrainingSAE
+
+TESTED_FROM, TESTED_BELOW = Version("6.54.12"), Version("6.55")
+_OURS = "_sae_nfm_original"
+
+
+def register() -> None:
+    """Make `joint_nfm` known to SAELens; calling it again, or importing the package anew, replaces our own entries.
+
+    Raises:
+        ValueError: when another package has registered the name.
+    """
+    version = Version(sae_lens.__version__)
+    if not TESTED_FROM <= version < TESTED_BELOW:
+        warnings.warn(
+            f"sae_nfm is tested with sae-lens from {TESTED_FROM} to below {TESTED_BELOW}, this is {version}: "
+            f"if something misbehaves, pip install 'sae-lens>={TESTED_FROM},<{TESTED_BELOW}'",
+            stacklevel=3,
+        )
+    _enter(registry.SAE_CLASS_REGISTRY, (JointNFMSAE, JointNFMSAEConfig))
+    _enter(registry.SAE_TRAINING_CLASS_REGISTRY, (JointNFMTrainingSAE, JointNFMTrainingSAEConfig))
+    _layer("get_sae_config_class_for_architecture", _strict_config_class)
+    _layer("load_from_disk", _explained_load)
+
+
+def _enter(table: dict[str, Any], entry: tuple[type, type]) -> None:
+    present = table.get(ARCHITECTURE)
+    if present is not None and present[0].__module__ != entry[0].__module__:
+        raise ValueError(
+            f"architecture {ARCHITECTURE!r} is registered by {present[0].__module__} already; "
+            "import one of the two packages per process"
+        )
+    table[ARCHITECTURE] = entry
+
+
+def _layer(name: str, make: Any) -> None:
+    current = SAE.__dict__[name].__func__
+    original = getattr(current, _OURS, current)
+    layered = wraps(original)(make(original))
+    setattr(layered, _OURS, original)
+    setattr(SAE, name, classmethod(layered))
+
+
+def _strict_config_class(original: Any) -> Any:
+    def get_sae_config_class_for_architecture(cls: Any, architecture: str) -> Any:
+        return JointNFMSAEConfig if architecture == ARCHITECTURE else original(cls, architecture)
+
+    return get_sae_config_class_for_architecture
+
+
+def _explained_load(original: Any) -> Any:
+    def load_from_disk(cls: Any, path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        if "converter" in kwargs or len(args) > 2 or not _is_ours(path):
+            return original(cls, path, *args, **kwargs)
+        check_folder(path)
+        try:
+            return original(cls, path, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"the weight file in {str(path)!r} is damaged ({error}); {SAVE_AGAIN}") from error
+
+    return load_from_disk
+
+
+def _is_ours(path: str | Path) -> bool:
+    cfg_path = Path(path) / SAE_CFG_FILENAME
+    if not cfg_path.is_file():
+        return False
+    try:
+        return json.loads(cfg_path.read_text()).get("architecture") == ARCHITECTURE
+    except (ValueError, AttributeError):
+        return False
