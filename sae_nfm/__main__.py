@@ -1,0 +1,7 @@
+"""`python -m sae_nfm`, the same as `sae-nfm`."""
+
+import sys
+
+from sae_nfm.cli import main
+
+sys.exit(main())

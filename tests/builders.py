@@ -1,0 +1,148 @@
+"""Small, seeded things that several test files build on: configs, SAEs, a language model, tokens."""
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sae_lens import (
+    SAE,
+    HookedSAETransformer,
+    LanguageModelSAERunnerConfig,
+    LoggingConfig,
+    SAETrainer,
+    TrainingSAE,
+    TrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import SAEMetadata
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from transformer_lens import HookedTransformerConfig
+from transformers import PreTrainedTokenizerFast
+
+import sae_nfm  # noqa: F401  (registers the architectures)
+
+ARCHITECTURES = ("joint_nfm",)
+"""Every architecture that the package registers."""
+
+HOOK, HOOK_Z = "blocks.0.hook_resid_post", "blocks.0.attn.hook_z"
+D_MODEL, D_SAE, D_VOCAB, CONTEXT = 16, 32, 50, 16
+NFM_HOOKS = ("hook_nfm_linear", "hook_nfm_square", "hook_nfm_pooled", "hook_nfm_hidden_pre", "hook_nfm_interaction")
+"""The hook points of an SAE made from `training_config`, where every path is switched on."""
+
+
+def training_config(architecture: str, hook_name: str = HOOK, **overrides: Any) -> TrainingSAEConfig:
+    """A tiny training config with every path on; the NFM reads 3 of the 4 active features."""
+    settings = {
+        "d_in": D_MODEL,
+        "d_sae": D_SAE,
+        "k": 4,
+        "nfm_dim": 8,
+        "nfm_top_k": 3,
+        "use_square_path": True,
+        "square_scale": 2.0,
+        "reshape_activations": "hook_z" if hook_name.endswith("hook_z") else "none",
+        "metadata": SAEMetadata(model_name="tiny", hook_name=hook_name, context_size=CONTEXT, prepend_bos=True),
+    }
+    return get_sae_training_class(architecture)[1](**(settings | overrides))
+
+
+def random_sae(cfg: TrainingSAEConfig, seed: int = 0) -> TrainingSAE[Any]:
+    """The registered training SAE, every parameter random, so that no path and no bias is zero."""
+    sae = get_sae_training_class(cfg.architecture())[0](copy.deepcopy(cfg))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return sae
+
+
+def inference_sae(cfg: TrainingSAEConfig, seed: int = 0) -> SAE[Any]:
+    """The registered inference SAE with the parameters of `random_sae`."""
+    sae = SAE.from_dict(cfg.get_inference_sae_cfg_dict())
+    sae.load_state_dict(random_sae(cfg, seed).state_dict())
+    return sae
+
+
+def random_activations(rows: int = 24, d_in: int = D_MODEL, seed: int = 1) -> Tensor:
+    """Activations [rows, d_in] with a mean, so that a bias or a centring left out shows."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, d_in, generator=generator) + 0.5 * torch.randn(d_in, generator=generator)
+
+
+def tiny_model(dtype: torch.dtype = torch.float32) -> HookedSAETransformer:
+    """A random 2-layer transformer; token 0 is BOS, EOS and padding."""
+    vocabulary = {"<bos>": 0} | {f"t{i}": i for i in range(1, D_VOCAB)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<bos>")),
+        bos_token="<bos>",
+        eos_token="<bos>",
+        pad_token="<bos>",
+        add_bos_token=True,  # else TransformerLens loads the tokenizer again, by its name
+        name_or_path="tiny",
+    )
+    cfg = HookedTransformerConfig(
+        n_layers=2,
+        d_model=D_MODEL,
+        n_heads=2,
+        d_head=D_MODEL // 2,
+        d_mlp=2 * D_MODEL,
+        n_ctx=32,
+        d_vocab=D_VOCAB,
+        act_fn="gelu",
+        seed=0,
+        dtype=dtype,
+        device="cpu",
+    )
+    with torch.random.fork_rng():
+        return HookedSAETransformer(cfg, tokenizer, default_padding_side="right").eval()
+
+
+def token_dataset(rows: int, context: int = CONTEXT, seed: int = 2) -> Dataset:
+    """Random token rows in column `tokens`, each beginning with BOS."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, D_VOCAB, (rows, context), generator=generator)
+    tokens[:, 0] = 0
+    return Dataset.from_dict({"tokens": tokens.tolist()})
+
+
+def runner_config(
+    sae_cfg: TrainingSAEConfig, folder: Path, *, steps: int, **overrides: Any
+) -> LanguageModelSAERunnerConfig[Any]:
+    """Training for `steps` batches of 64 tokens, the result in `folder`, nothing sent anywhere."""
+    batch = 64
+    settings = {
+        "hook_name": sae_cfg.metadata.hook_name,
+        "model_name": "tiny",
+        "context_size": CONTEXT,
+        "training_tokens": steps * batch,
+        "train_batch_size_tokens": batch,
+        "store_batch_size_prompts": 16,
+        "n_batches_in_buffer": 32,
+        "n_batches_for_norm_estimate": 4,
+        "lr": 1e-2,
+        "logger": LoggingConfig(log_to_wandb=False),
+        "checkpoint_path": None,
+        "output_path": str(folder),
+        "verbose": False,
+    }
+    return LanguageModelSAERunnerConfig(sae=sae_cfg, **(settings | overrides))
+
+
+def trainer(sae: TrainingSAE[Any], **overrides: Any) -> SAETrainer[Any, Any]:
+    """SAELens's trainer on `random_activations`, in which a feature is dead once a step passes without it."""
+    settings = {
+        "total_training_samples": 24 * 4,
+        "train_batch_size_samples": 24,
+        "lr": 1e-3,
+        "lr_end": 1e-3,
+        "dead_feature_window": 0,
+        "n_batches_for_norm_estimate": 4,
+    }
+    batches = (random_activations(seed=seed) for seed in itertools.count(10))
+    return SAETrainer(SAETrainerConfig(**(settings | overrides)), sae, batches)

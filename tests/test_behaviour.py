@@ -1,0 +1,128 @@
+"""KL, CE and FVU against a naive float64 loop; the splice is always removed."""
+
+import math
+
+import pytest
+import torch
+from builders import CONTEXT, D_VOCAB, HOOK, inference_sae, tiny_model, training_config
+
+from sae_nfm.behaviour import Arm, counted_tokens, evaluate, spliced
+
+# The reference runs in float64 from the same float32 logits and activations: what differs is float32 log-softmax.
+CLOSE = {"rel": 1e-5, "abs": 1e-7}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def sae():
+    return inference_sae(training_config("joint_nfm"))
+
+
+def random_tokens(rows: int = 5) -> torch.Tensor:
+    tokens = torch.randint(1, D_VOCAB, (rows, CONTEXT), generator=torch.Generator().manual_seed(4))
+    tokens[:, 0] = 0
+    tokens[1, 7] = 0  # a BOS in the middle of a row
+    return tokens
+
+
+def log_softmax(logits: list[float]) -> list[float]:
+    top = max(logits)
+    total = math.log(sum(math.exp(value - top) for value in logits))
+    return [value - top - total for value in logits]
+
+
+@torch.no_grad()
+def by_hand(model, tokens, sae, replace) -> dict[str, float]:
+    """The figures, token by token: `replace` maps the activation of one counted token to what goes in its place."""
+    _, cache = model.run_with_cache(tokens, names_filter=HOOK)
+    x, x_hat = cache[HOOK], cache[HOOK].clone()
+    places = [(r, p) for r in range(len(tokens)) for p in range(1, CONTEXT) if tokens[r, p] != 0]
+    for place in places:
+        x_hat[place] = replace(x[place])
+    special = [(r, p) for r in range(len(tokens)) for p in range(CONTEXT) if (r, p) not in places]
+    assert all(torch.equal(x[place], x_hat[place]) for place in special)
+    original = model(tokens)
+    changed = model.run_with_hooks(tokens, fwd_hooks=[(HOOK, lambda value, hook: x_hat)])
+    kl, ce, ce_original = [], [], []
+    for r, p in places:
+        log_p, log_q = log_softmax(original[r, p].tolist()), log_softmax(changed[r, p].tolist())
+        kl.append(sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True)))
+        if p + 1 < CONTEXT:
+            ce.append(-log_q[tokens[r, p + 1]])
+            ce_original.append(-log_p[tokens[r, p + 1]])
+    chosen = torch.stack([x[place] for place in places]).double()
+    error = sum((x[place].double() - x_hat[place].double()).square().sum() for place in places)
+    return {
+        "fvu": float(error / (chosen - chosen.mean(0)).square().sum()),
+        "kl_nats": sum(kl) / len(kl),
+        "ce_nats": sum(ce) / len(ce),
+        "ce_delta_nats": sum(ce) / len(ce) - sum(ce_original) / len(ce_original),
+        "l0": sum(int((sae.encode(x[place][None]) > 0).sum()) for place in places) / len(places),
+        "tokens": len(places),
+    }
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2, 16])
+def test_figures_equal_a_naive_loop(model, sae, batch_rows):
+    tokens = random_tokens()
+    found = evaluate(model, tokens, [Arm(name="sae", sae=sae)], batch_rows=batch_rows, show_progress=False)["sae"]
+    for name, value in by_hand(model, tokens, sae, lambda x: sae(x[None])[0]).items():
+        assert getattr(found, name) == pytest.approx(value, **CLOSE), name
+    assert found.kl_nats > 1e-3  # the figures compared above are not all zero
+
+
+@pytest.mark.parametrize(
+    ("off", "kept"),
+    [
+        (("hook_nfm_linear",), ("direct", "square", "interaction")),
+        (("hook_nfm_interaction", "hook_nfm_square"), ("direct", "linear")),
+        (("hook_nfm_linear", "hook_nfm_interaction", "hook_nfm_square"), ("direct",)),
+    ],
+)
+def test_a_path_switched_off_writes_nothing(model, sae, off, kept):
+    tokens = random_tokens()
+
+    def replace(x):
+        paths = sae.decode_paths(sae.encode(x[None])).present()
+        return sum(paths[name] for name in kept)[0]
+
+    arms = [Arm(name="part", sae=sae, off=off), Arm(name="whole", sae=sae)]
+    found = evaluate(model, tokens, arms, show_progress=False)
+    for name, value in by_hand(model, tokens, sae, replace).items():
+        assert getattr(found["part"], name) == pytest.approx(value, **CLOSE), name
+    assert found["part"].fvu != pytest.approx(found["whole"].fvu, rel=1e-3)
+
+
+def test_special_tokens_and_position_0_are_not_counted(model):
+    mask = counted_tokens(model, torch.tensor([[0, 5, 0, 6], [7, 8, 9, 10]]))
+    assert mask.tolist() == [[False, True, False, True], [False, True, True, True]]
+
+
+def test_the_splice_is_removed_even_after_an_error(model, sae):
+    tokens = random_tokens()
+    before = model(tokens)
+    arm = Arm(name="sae", sae=sae, off=("hook_nfm_linear",))
+    with pytest.raises(RuntimeError, match="stop"), spliced(model, arm):
+        assert not torch.equal(model(tokens), before)
+        raise RuntimeError("stop")
+    assert torch.equal(model(tokens), before)
+    assert not model.acts_to_saes
+    assert not any(hook.fwd_hooks for hook in sae.hook_dict.values())
+
+
+def test_errors_say_what_is_wrong(model, sae):
+    tokens = random_tokens()
+    arm = Arm(name="sae", sae=sae)
+    with pytest.raises(ValueError, match=r"arm names .* repeat; give every arm a name of its own"):
+        evaluate(model, tokens, [arm, arm], show_progress=False)
+    with pytest.raises(ValueError, match="no token to evaluate on: 32 tokens, all special or in position 0"):
+        evaluate(model, torch.zeros(2, 16, dtype=torch.long), [arm], show_progress=False)
+    with pytest.raises(ValueError, match="the SAE of 'sae' has no hook_nfm_cubic; it has hook_sae_input"):
+        evaluate(model, tokens, [Arm(name="sae", sae=sae, off=("hook_nfm_cubic",))], show_progress=False)
+    elsewhere = inference_sae(training_config("joint_nfm", hook_name="blocks.9.hook_resid_post"))
+    with pytest.raises(ValueError, match=r"the model has no hook point 'blocks.9.hook_resid_post'"):
+        evaluate(model, tokens, [Arm(name="far", sae=elsewhere)], show_progress=False)

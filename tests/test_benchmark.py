@@ -1,0 +1,179 @@
+"""The main job end to end, small, on the embedded model; and what it refuses."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from sae_lens import SAE
+
+from sae_nfm import data, demo
+from sae_nfm.benchmark import (
+    BenchmarkConfig,
+    ablations,
+    count_parameters,
+    in_canonical_gauge,
+    run_benchmark,
+    sae_configs,
+)
+from sae_nfm.cli import main
+from sae_nfm.config import parameter_count
+from sae_nfm.results import BenchmarkResult
+from sae_nfm.training import read_training_record
+
+TINY = {
+    "training_tokens": 4096, "validation_tokens": 512, "context_size": 64, "d_sae": 96, "k": 8, "nfm_dim": 4,
+    "batch_size": 256,
+}  # fmt: skip
+TINY_FLAGS = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    cfg = BenchmarkConfig(**TINY, output=str(output))
+    state = torch.get_rng_state()
+    result = run_benchmark(cfg, command="a command")
+    assert torch.equal(torch.get_rng_state(), state), "the run must scope its random state"
+    return cfg, output, result
+
+
+def test_rows_are_the_saes_and_every_combination_of_paths(finished):
+    _, _, result = finished
+    assert [row.name for row in result.rows] == [
+        "joint_nfm",
+        "joint_nfm: direct only",
+        "joint_nfm: direct + linear",
+        "joint_nfm: direct + nonlinear",
+        "joint_nfm square",
+        "joint_nfm square: direct only",
+        "joint_nfm square: direct + nonlinear",
+        "joint_nfm square: direct + square",
+        "topk",
+        "topk matched",
+    ]
+    for row in result.rows:
+        assert 0 < row.fidelity.l0 <= 8
+        assert 0 < row.fidelity.fvu < 1.5
+        assert row.fidelity.kl_nats > 0
+        assert (row.training_tokens_per_second is not None) == (":" not in row.name)
+
+
+def test_parameters_are_counted_and_matched(finished):
+    _, output, result = finished
+    for name in ("joint_nfm", "joint_nfm square", "topk", "topk matched"):
+        sae = SAE.load_from_disk(output / "saes" / name)
+        assert result.row(name).parameters == sum(p.numel() for p in sae.parameters())
+    largest = max(result.row(name).parameters for name in ("joint_nfm", "joint_nfm square"))
+    # one feature of a TopK SAE has 2 d_in + 1 numbers: matching can miss by half of that
+    assert abs(result.row("topk matched").parameters - largest) <= (2 * 256 + 1) / 2
+    assert result.row("topk").parameters < largest
+
+
+def test_all_saes_see_the_same_stream(finished):
+    cfg, output, _ = finished
+    record = read_training_record(output / "training.jsonl")
+    by_sae = {line["sae"] for line in record}
+    assert by_sae == {"joint_nfm", "joint_nfm square", "topk", "topk matched"}
+    last = [line for line in record if line["tokens"] == cfg.training_tokens]
+    assert {line["sae"] for line in last} == by_sae
+    assert "metrics/fvu_direct" in next(line for line in record if line["sae"] == "joint_nfm")
+    # untrained TopK SAEs of one shape and seed begin alike; the first batch is the same
+    first = {line["sae"]: line["losses/mse_loss"] for line in record if line["step"] == 0}
+    assert first["joint_nfm"] != first["topk"]
+    assert first["joint_nfm"] == pytest.approx(first["topk"], rel=0.05)
+
+
+def test_one_seed_gives_one_table_and_another_seed_another(finished, tmp_path):
+    cfg, _, result = finished
+    torch.rand(3)  # whatever the caller did before must not matter
+    again = run_benchmark(replace(cfg, output=str(tmp_path / "again")))
+    assert again.table() == result.table()
+    other = run_benchmark(replace(cfg, output=str(tmp_path / "other"), seed=1))
+    assert other.table() != result.table()
+
+
+def test_results_file_says_how_to_repeat_it(finished):
+    cfg, output, result = finished
+    loaded = BenchmarkResult.load(output / "results.json")
+    assert loaded == result
+    provenance = json.loads((output / "results.json").read_text())["provenance"]
+    assert provenance["seeds"] == [cfg.seed]
+    assert provenance["command"] == "a command"
+    assert provenance["config"]["d_sae"] == 96
+    assert provenance["versions"]["sae-lens"]
+    assert not list(output.rglob("*.partial"))
+
+
+def test_the_canonical_gauge_row_exists_where_all_features_are_read():
+    site = data.Site(hook_name="blocks.2.hook_resid_post", d_in=16, reshape_activations="none")
+    arms = sae_configs(BenchmarkConfig(**TINY, nfm_top_fraction=1), site)
+    assert arms["joint_nfm"].nfm_top_k is None
+    sae = SAE.from_dict(arms["joint_nfm"].get_inference_sae_cfg_dict())
+    canonical = in_canonical_gauge(sae)
+    assert canonical is not None
+    assert canonical is not sae
+    assert in_canonical_gauge(SAE.from_dict(arms["joint_nfm square"].get_inference_sae_cfg_dict())) is None
+    assert in_canonical_gauge(SAE.from_dict(arms["topk"].get_inference_sae_cfg_dict())) is None
+    assert ablations(SAE.from_dict(arms["topk"].get_inference_sae_cfg_dict())) == {}
+    assert count_parameters(sae) == parameter_count(sae.cfg)
+
+
+def test_command_line_on_a_text_file_prints_the_table_and_both_figures(tmp_path, capsys):
+    text = tmp_path / "text.jsonl"
+    words = demo.load_model().to_string(torch.tensor(demo.load_tokens("train")[:60]["tokens"])[:, 1:])
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
+    output = tmp_path / "run"
+    arguments = ["demo", *TINY_FLAGS, "--nfm-top-fraction", "1", "--dataset", str(text), "--validation", str(text)]
+    assert main([*arguments, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "joint_nfm: direct only, canonical gauge" in printed
+    assert printed.count("The paper's figure") == 2
+    assert printed.count("The fair figure") == 2
+    assert "One seed (0)" in printed
+    assert "no evidence about real text" not in printed
+    assert sorted(path.name for path in output.iterdir()) == ["report.html", "results.json", "saes", "training.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--hook-name", "blocks.2.hook_resid_pst"],
+            "the model has no hook point 'blocks.2.hook_resid_pst'; did you mean",
+        ),
+        (["--hook-name", "blocks.0.attn.hook_pattern"], "have shape (1, 4, 2, 2); an SAE needs [batch, pos, d_in]"),
+        (["--k", "0"], "k is 0; give a positive whole number"),
+        (["--k", "99"], "k is 99, more than the d_sae = 96 features there are"),
+        (["--nfm-top-fraction", "0"], "nfm_top_fraction is 0.0; give a share of k in (0, 1]"),
+        (["--training-tokens", "100"], "training_tokens is 100, less than one batch of 256; raise it"),
+        (["--dataset", "none.parquet"], "--dataset is the file 'none.parquet'; give held-out text too"),
+        (["--validation", "x.txt"], "there is no --dataset to train on; give both"),
+        (["--dataset", "no.txt", "--validation", "no.txt"], "no.txt"),
+        (["--dataset", "EMPTY.txt", "--validation", "EMPTY.txt"], "has no text"),
+        (["--model-name", "gpt2"], "the embedded tokens suit the embedded model only; give --dataset and --validation"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "load_model", lambda name, device: demo.load_model(device))
+    (tmp_path / "EMPTY.txt").write_text("\n\n")
+    status = main(["demo", *TINY_FLAGS, *flags, "--output", "run"])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("sae-nfm: ")
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_model_and_unreachable_hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="TransformerLens knows no model 'no-such-model'; check the spelling"):
+        data.load_model("no-such-model")
+
+
+def test_held_out_text_too_short(tmp_path):
+    (tmp_path / "short.txt").write_text("a few words")
+    _, validation = data.load_splits(str(tmp_path / "short.txt"), str(tmp_path / "short.txt"), demo.MODEL_NAME)
+    with pytest.raises(ValueError, match="does not fill one row of 64 tokens; give more"):
+        data.held_out_tokens(demo.load_model(), validation, 64, 1000)
