@@ -64,7 +64,9 @@ class JointNFMSAEConfig(TopKSAEConfig):
     @override
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "JointNFMSAEConfig":
-        refuse_unknown_keys(cls, config_dict)
+        # the config of a training checkpoint is welcome: what only training reads is left out
+        training_only = {field.name for field in fields(JointNFMTrainingSAEConfig)}
+        refuse_unknown_keys(cls, {key: value for key, value in config_dict.items() if key not in training_only})
         return super().from_dict(config_dict)
 
 
@@ -193,6 +195,16 @@ def refuse_unknown_keys(config_class: type, config_dict: dict[str, Any]) -> None
         raise ValueError(
             f"unknown key {', '.join(map(repr, unknown))} in a {ARCHITECTURE} config; {config_class.__name__} has "
             f"{', '.join(sorted(known))}. Correct the spelling or remove the key"
+        )
+
+
+def refuse_missing_keys(config_dict: dict[str, Any], source: str) -> None:
+    """Raise a ValueError that names every key decoding needs and a saved config lacks; a default could be wrong."""
+    needed = {field.name for field in fields(JointNFMSAEConfig)} - {"metadata", "dtype", "device"}
+    missing = sorted(needed - set(config_dict))
+    if missing:
+        raise ValueError(
+            f"{source} lacks {', '.join(map(repr, missing))}, which a saved {ARCHITECTURE} config always has; restore the file"
         )
 
 

@@ -18,7 +18,7 @@ from sae_lens import SAE, registry
 from sae_lens.constants import SAE_CFG_FILENAME
 from safetensors import SafetensorError
 
-from sae_nfm.config import ARCHITECTURE, JointNFMSAEConfig, JointNFMTrainingSAEConfig
+from sae_nfm.config import ARCHITECTURE, JointNFMSAEConfig, JointNFMTrainingSAEConfig, refuse_missing_keys
 from sae_nfm.loading import SAVE_AGAIN, check_folder
 from sae_nfm.sae import JointNFMSAE, JointNFMTrainingSAE
 
@@ -72,9 +72,12 @@ def _strict_config_class(original: Any) -> Any:
 
 def _explained_load(original: Any) -> Any:
     def load_from_disk(cls: Any, path: str | Path, *args: Any, **kwargs: Any) -> Any:
-        if "converter" in kwargs or len(args) > 2 or not _is_ours(path):
+        other_format = "converter" in kwargs or len(args) > 2
+        config = None if other_format else _our_config(path)
+        if config is None:
             return original(cls, path, *args, **kwargs)
         check_folder(path)
+        refuse_missing_keys(config, str(Path(path) / SAE_CFG_FILENAME))
         try:
             return original(cls, path, *args, **kwargs)
         except SafetensorError as error:
@@ -83,11 +86,13 @@ def _explained_load(original: Any) -> Any:
     return load_from_disk
 
 
-def _is_ours(path: str | Path) -> bool:
+def _our_config(path: str | Path) -> dict[str, Any] | None:
+    """The saved config, where it is one of ours."""
     cfg_path = Path(path) / SAE_CFG_FILENAME
     if not cfg_path.is_file():
-        return False
+        return None
     try:
-        return json.loads(cfg_path.read_text()).get("architecture") == ARCHITECTURE
-    except (ValueError, AttributeError):
-        return False
+        config = json.loads(cfg_path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{cfg_path} is not JSON ({error}); {SAVE_AGAIN}") from error
+    return config if isinstance(config, dict) and config.get("architecture") == ARCHITECTURE else None
