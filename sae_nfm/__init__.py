@@ -6,6 +6,7 @@ Importing the package registers the architecture `joint_nfm` with SAELens.
 from sae_nfm.config import JointNFMSAEConfig, JointNFMTrainingSAEConfig
 from sae_nfm.registration import register
 from sae_nfm.sae import JointNFMSAE, JointNFMTrainingSAE
+from sae_nfm.training import read_training_record, record_training
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "JointNFMTrainingSAE",
     "JointNFMTrainingSAEConfig",
     "__version__",
+    "read_training_record",
+    "record_training",
 ]
 
 register()
