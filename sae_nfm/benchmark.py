@@ -74,8 +74,9 @@ class BenchmarkConfig:
     batch_size: int = 2_048
     """Activations per training step."""
     lr: float = 5e-3
-    """Adam's learning rate, the same for every SAE; warmed up over 5 % of the steps, decayed over the last 20 %. The default
-    is where the same-width TopK SAE did best on real text, of 1e-3, 2e-3, 3e-3, 5e-3 (7e-3 was level, 1e-2 worse)."""
+    """Adam's learning rate, the same for every SAE; warmed up over the first twentieth of the steps, decayed over the
+    last fifth. The default is where the same-width TopK SAE did best on real text, of 1e-3, 2e-3, 3e-3, 5e-3 (7e-3 was
+    level, 1e-2 worse)."""
     seed: int = 0
     """Seed of initialisation and data order. The caller's random state is left as it was."""
     device: str = "cpu"

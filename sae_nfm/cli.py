@@ -1,18 +1,16 @@
-"""The command line: `sae-nfm demo`.
-
-Options are the fields of the configuration classes; their docstrings are the help.
-"""
+"""The command line: `sae-nfm demo`. Options are the fields of the configuration classes; their docstrings are the help."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from simple_parsing import ArgumentParser
 from simple_parsing.wrappers.field_wrapper import DashVariant
 
-if TYPE_CHECKING:
-    from sae_nfm.benchmark import BenchmarkConfig
+from sae_nfm.benchmark import BenchmarkConfig, run_benchmark
+from sae_nfm.report.page import write_report
+from sae_nfm.summary import table, words
+from sae_nfm.training import read_training_record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,12 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(
         prog="sae-nfm",
         description="Sparse autoencoders trained jointly with a Neural Factorization Machine, compared honestly.",
-        add_option_string_dash_variants=DashVariant.DASH,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    # Imported here so that `--help` of the program does not wait for torch.
-    from sae_nfm.benchmark import BenchmarkConfig
-
     demo = commands.add_parser(
         "demo",
         add_option_string_dash_variants=DashVariant.DASH,
@@ -44,13 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_demo(config: "BenchmarkConfig", command: str) -> None:
+def run_demo(config: BenchmarkConfig, command: str) -> None:
     """The main job: benchmark, table, words, report."""
-    from sae_nfm.benchmark import run_benchmark
-    from sae_nfm.report.page import write_report
-    from sae_nfm.summary import table, words
-    from sae_nfm.training import read_training_record
-
     result = run_benchmark(config, command=command)
     output = Path(config.output)
     page = write_report(result, read_training_record(output / "training.jsonl"), output / "report.html")

@@ -67,7 +67,8 @@ def caveats(result: BenchmarkResult) -> list[str]:
         "finding."
         if len(seeds) == 1
         else f"{len(seeds)} seeds.",
-        f"{config['training_tokens']:,} training tokens, one learning rate ({config['lr']:g}) for all SAEs: no SAE was tuned by itself.",
+        f"{config['training_tokens']:,} training tokens; one learning rate ({config['lr']:g}) for all SAEs, "
+        "none was tuned by itself.",
     ]
     if config["dataset"] is None:
         limits.append(

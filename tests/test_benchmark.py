@@ -1,7 +1,7 @@
 """The main job end to end, small, on the embedded model; and what it refuses."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -133,6 +133,16 @@ def test_command_line_on_a_text_file_prints_the_table_and_both_figures(tmp_path,
     assert "One seed (0)" in printed
     assert "no evidence about real text" not in printed
     assert sorted(path.name for path in output.iterdir()) == ["report.html", "results.json", "saes", "training.jsonl"]
+
+
+def test_help_describes_every_option(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["demo", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert exit_info.value.code == 0
+    for field in fields(BenchmarkConfig):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "Features of each SAE but the one matched in parameters." in text
 
 
 @pytest.mark.parametrize(
