@@ -10,6 +10,7 @@ largest of the others.
 import hashlib
 import importlib.metadata
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from copy import deepcopy
@@ -173,6 +174,8 @@ def train_saes(
     and special tokens are left out.
     """
     output = Path(cfg.output)
+    finished, unfinished = output / "saes", output / "saes.partial"
+    shutil.rmtree(unfinished, ignore_errors=True)
     steps = max(1, cfg.training_tokens // cfg.batch_size)
     runner_cfg = MultiSAETrainingRunnerConfig(
         saes=sae_cfgs,
@@ -197,7 +200,7 @@ def train_saes(
         seed=cfg.seed,
         logger=LoggingConfig(log_to_wandb=False),
         checkpoint_path=None,
-        output_path=str(output / "saes"),
+        output_path=str(unfinished),
     )
     with temporary_seed(cfg.seed), data.quiet_saelens():
         runner = MultiSAETrainingRunner(
@@ -208,7 +211,9 @@ def train_saes(
         )
         with record_training(runner, output / "training.jsonl") as record:
             runner.run()
-    saes = {name: SAE.load_from_disk(output / "saes" / name, device=cfg.device).eval() for name in sae_cfgs}
+    shutil.rmtree(finished, ignore_errors=True)
+    unfinished.rename(finished)
+    saes = {name: SAE.load_from_disk(finished / name, device=cfg.device).eval() for name in sae_cfgs}
     return saes, record
 
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sae_lens.training._interruption import InterruptedException
 from simple_parsing import ArgumentParser
 from simple_parsing.wrappers.field_wrapper import DashVariant
 
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"sae-nfm: {error}", file=sys.stderr)
         return 2
+    except (KeyboardInterrupt, InterruptedException):
+        print("\nsae-nfm: interrupted; finished files are whole, others end in .partial", file=sys.stderr)
+        return 130
     return 0
 
 
