@@ -176,10 +176,17 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(flags, message, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_unknown_model_and_unreachable_hub(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_unknown_model():
     with pytest.raises(ValueError, match="TransformerLens knows no model 'no-such-model'; check the spelling"):
         data.load_model("no-such-model")
+
+
+def test_unreachable_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="model 'gpt-neox-20b' could not be fetched from the hub; check"):
+        data.load_model("gpt-neox-20b")
+    with pytest.raises(FileNotFoundError, match="'no/such' is neither a file nor a data set the hub can give; check"):
+        data.load_splits("no/such", None, demo.MODEL_NAME)
 
 
 def test_held_out_text_too_short(tmp_path):

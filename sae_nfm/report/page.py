@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from sae_nfm.report.figures import claims_figure, fidelity_figure, training_figure
 from sae_nfm.results import ALL_PATHS, BenchmarkResult
-from sae_nfm.summary import COLUMN_HELP, COLUMNS, caveats, cells, sentence
+from sae_nfm.summary import COLUMN_HELP, COLUMNS, FAIR_HEADING, PAPER_HEADING, caveats, cells, sentence
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
@@ -79,7 +79,7 @@ def _in_words(result: BenchmarkResult) -> str:
     for name in dict.fromkeys(comparison.row for comparison in result.comparisons):
         own = [comparison for comparison in result.comparisons if comparison.row == name]
         parts = [f"<div class=card><h3>{escape(name)}</h3>"]
-        for kind, heading in (("paper", "The paper's figure"), ("fair", "The fair figure")):
+        for kind, heading in (("paper", PAPER_HEADING), ("fair", FAIR_HEADING)):
             items = "".join(f"<li>{escape(sentence(c))}</li>" for c in own if c.kind == kind)
             parts.append(f"<b>{heading}</b><ul>{items}</ul>")
         cards.append("".join(parts) + "</div>")
