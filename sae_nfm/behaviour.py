@@ -5,6 +5,7 @@ its hook point, the arm's paths switched off. Special tokens (BOS, EOS, padding)
 and are left out of every average; so is position 0, whose norm would dominate the variance.
 """
 
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens import SAE, HookedSAETransformer
+from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,23 +55,22 @@ class _Sums:
     """Running sums of one arm, in float64."""
 
     def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
+        self.explained_variance = ExplainedVarianceCalculator()
+        self.values: dict[str, float] = defaultdict(float)
 
-    def add(self, **terms: Tensor | float) -> None:
+    def add(self, **terms: Tensor) -> None:
         for name, term in terms.items():
-            term = term.double().cpu() if isinstance(term, Tensor) else float(term)
-            self.values[name] = self.values[name] + term if name in self.values else term
+            self.values[name] += term.cpu().double().sum().item()
 
     def fidelity(self) -> Fidelity:
         s = self.values
         n = s["tokens"]
-        variance = s["square"] / n - (s["x"] / n).square().sum()
         return Fidelity(
-            fvu=float(s["error"] / n / variance),
-            l0=float(s["active"] / n),
-            kl_nats=float(s["kl"] / n),
-            ce_nats=float(s["ce"] / s["predictions"]),
-            ce_delta_nats=float((s["ce"] - s["ce_original"]) / s["predictions"]),
+            fvu=1 - self.explained_variance.compute(),
+            l0=s["active"] / n,
+            kl_nats=s["kl"] / n,
+            ce_nats=s["ce"] / s["predictions"],
+            ce_delta_nats=(s["ce"] - s["ce_original"]) / s["predictions"],
             tokens=int(n),
         )
 
@@ -111,16 +112,14 @@ def evaluate(
             kl = F.kl_div(spliced, original, reduction="none", log_target=True).sum(-1)
             ce = _next_token_ce(spliced, batch, mask)
             x, x_hat, acts = (seen[name][mask].flatten(1).float() for name in ("in", "out", "acts"))
+            sums[arm.name].explained_variance.add_batch(x_hat, x)
             sums[arm.name].add(
-                tokens=mask.sum(),
-                x=x.double().sum(0),
-                square=x.double().square().sum(),
-                error=(x.double() - x_hat.double()).square().sum(),
-                active=(acts != 0).sum(),
-                kl=kl[mask].double().sum(),
-                ce=ce.double().sum(),
-                ce_original=ce_original.double().sum(),
-                predictions=mask[:, :-1].sum(),
+                tokens=mask,
+                active=acts != 0,
+                kl=kl[mask],
+                ce=ce,
+                ce_original=ce_original,
+                predictions=mask[:, :-1],
             )
     if arms and not sums[arms[0].name].values:
         raise ValueError(
