@@ -146,7 +146,7 @@ def run_benchmark(cfg: BenchmarkConfig, *, command: str | None = None) -> Benchm
     """
     model = data.load_model(cfg.model_name, cfg.device)
     site = data.find_site(model, cfg.hook_name)
-    train, validation = data.load_splits(cfg.dataset, cfg.validation, cfg.model_name)
+    train, validation = data.load_splits(cfg.dataset, cfg.validation, cfg.model_name, cfg.seed)
     context_size = min(cfg.context_size, model.cfg.n_ctx)
     held_out = data.held_out_tokens(model, validation, context_size, cfg.validation_tokens)
     saes, record = train_saes(cfg, sae_configs(cfg, site), model, train, context_size)

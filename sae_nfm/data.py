@@ -86,8 +86,10 @@ def find_site(model: HookedSAETransformer, hook_name: str) -> Site:
     return Site(hook_name=hook_name, d_in=shape[2:].numel(), reshape_activations="hook_z" if heads else "none")
 
 
-def load_splits(dataset: str | None, validation: str | None, model_name: str) -> tuple[Any, Any]:
+def load_splits(dataset: str | None, validation: str | None, model_name: str, seed: int = 0) -> tuple[Any, Any]:
     """Training and held-out data, as data sets with a `text` or a `tokens` column.
+
+    Documents of a training file are shuffled with `seed`; the held-out ones are the same for every seed.
 
     Raises:
         ValueError, FileNotFoundError: for a source that is missing, empty or unreadable, or only half given.
@@ -102,17 +104,17 @@ def load_splits(dataset: str | None, validation: str | None, model_name: str) ->
         raise ValueError(f"--validation is {validation!r} but there is no --dataset to train on; give both")
     if validation is None and _is_file(dataset):
         raise ValueError(f"--dataset is the file {dataset!r}; give held-out text too, with --validation FILE")
-    return _load_text(dataset, "train"), _load_text(validation or dataset, "validation")
+    return _load_text(dataset, "train", seed), _load_text(validation or dataset, "validation", seed=0)
 
 
 def _is_file(source: str) -> bool:
     return Path(source).suffix in SUFFIXES or Path(source).exists()
 
 
-def _load_text(source: str, split: str) -> Any:
+def _load_text(source: str, split: str, seed: int) -> Any:
     if _is_file(source):
         documents = datasets.Dataset.from_dict({"text": read_documents(Path(source))})
-        return documents.shuffle(seed=0)  # files often go source by source
+        return documents.shuffle(seed=seed)  # files often go source by source
     try:
         return datasets.load_dataset(source, split=split, streaming=True)
     except OSError as error:

@@ -1,6 +1,7 @@
 """The main job end to end, small, on the embedded model; and what it refuses."""
 
 import json
+from copy import deepcopy
 from dataclasses import fields, replace
 
 import pytest
@@ -15,6 +16,7 @@ from sae_nfm.benchmark import (
     in_canonical_gauge,
     run_benchmark,
     sae_configs,
+    train_saes,
 )
 from sae_nfm.cli import main
 from sae_nfm.config import parameter_count
@@ -78,10 +80,26 @@ def test_all_saes_see_the_same_stream(finished):
     last = [line for line in record if line["tokens"] == cfg.training_tokens]
     assert {line["sae"] for line in last} == by_sae
     assert "metrics/fvu_direct" in next(line for line in record if line["sae"] == "joint_nfm")
-    # untrained TopK SAEs of one shape and seed begin alike; the first batch is the same
-    first = {line["sae"]: line["losses/mse_loss"] for line in record if line["step"] == 0}
-    assert first["joint_nfm"] != first["topk"]
-    assert first["joint_nfm"] == pytest.approx(first["topk"], rel=0.05)
+
+
+def test_equal_saes_stay_equal_because_they_share_seed_and_stream(tmp_path):
+    cfg = BenchmarkConfig(**TINY, output=str(tmp_path))
+    model = demo.load_model()
+    sae_cfgs = sae_configs(cfg, data.find_site(model, cfg.hook_name))
+    twins = {"one": sae_cfgs["topk"], "joint": sae_cfgs["joint_nfm"], "two": deepcopy(sae_cfgs["topk"])}
+    saes, _ = train_saes(cfg, twins, model, demo.load_tokens("train"), cfg.context_size)
+    for name, tensor in saes["one"].state_dict().items():
+        assert torch.equal(tensor, saes["two"].state_dict()[name]), name
+    assert not torch.equal(saes["one"].W_dec, saes["joint"].W_dec)
+
+
+def test_the_seed_orders_the_training_file_and_leaves_the_held_out_one(tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(50)))
+    source = str(tmp_path / "text.jsonl")
+    (train_0, held_0), (train_1, held_1) = (data.load_splits(source, source, "any", seed) for seed in (0, 1))
+    assert train_0["text"] != train_1["text"]
+    assert sorted(train_0["text"]) == sorted(train_1["text"])
+    assert list(held_0["text"]) == list(held_1["text"])
 
 
 def test_one_seed_gives_one_table_and_another_seed_another(finished, tmp_path):
