@@ -6,19 +6,21 @@ and are left out of every average; so is position 0, whose norm would dominate t
 """
 
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from sae_lens import SAE, HookedSAETransformer
+from sae_lens import SAE
 from sae_lens.evals import ExplainedVarianceCalculator
-from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+
+from sae_nfm.hooks import HookFunction, Splice, special_token_ids, splice
+from sae_nfm.models import LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ class _Sums:
 
 @torch.no_grad()
 def evaluate(
-    model: HookedSAETransformer,
+    model: LanguageModel,
     tokens: Int[Tensor, "rows pos"],
     arms: Sequence[Arm],
     *,
@@ -87,7 +89,7 @@ def evaluate(
     """Fidelity of every arm on the same tokens.
 
     Args:
-        model: the language model.
+        model: the language model, from any of `sae_nfm.models.load_model`'s loaders.
         tokens: held-out rows, each beginning with BOS where the model wants one.
         arms: what to splice in; names must differ.
         batch_rows: rows per forward pass.
@@ -128,7 +130,7 @@ def evaluate(
     return {name: s.fidelity() for name, s in sums.items()}
 
 
-def counted_tokens(model: HookedSAETransformer, tokens: Int[Tensor, "rows pos"]) -> Bool[Tensor, "rows pos"]:
+def counted_tokens(model: LanguageModel, tokens: Int[Tensor, "rows pos"]) -> Bool[Tensor, "rows pos"]:
     """True where a token enters the averages: not special (BOS, EOS, padding), not in position 0."""
     special = torch.tensor(special_token_ids(model), dtype=tokens.dtype, device=tokens.device)
     mask = ~torch.isin(tokens, special)
@@ -136,30 +138,24 @@ def counted_tokens(model: HookedSAETransformer, tokens: Int[Tensor, "rows pos"])
     return mask
 
 
-def special_token_ids(model: HookedSAETransformer) -> list[int]:
-    """Ids of BOS, EOS, padding and separator tokens of the model's tokenizer; none without a tokenizer."""
-    return sorted(get_special_token_ids(model.tokenizer)) if model.tokenizer is not None else []
-
-
 @contextmanager
-def spliced(model: HookedSAETransformer, arm: Arm) -> Generator[HookedSAETransformer]:
+def spliced(model: LanguageModel, arm: Arm) -> Generator[LanguageModel]:
     """The model with the arm's SAE in place of its hook point; removed again whatever happens.
 
     Raises:
         ValueError: when the model has no such hook point, or the SAE no such path.
     """
-    hook_name = arm.sae.cfg.metadata.hook_name
-    if hook_name not in model.hook_dict:
-        raise ValueError(f"the model has no hook point {hook_name!r}, where {arm.name!r} belongs")
+    with _splice_arm(model, arm):
+        yield model
+
+
+@contextmanager
+def _splice_arm(model: LanguageModel, arm: Arm) -> Generator[Splice]:
     unknown = [name for name in arm.off if name not in arm.sae.hook_dict]
     if unknown:
         raise ValueError(f"the SAE of {arm.name!r} has no {', '.join(unknown)}; it has {', '.join(arm.sae.hook_dict)}")
-    with ExitStack() as stack:
-        special = special_token_ids(model) or False
-        stack.enter_context(model.saes([arm.sae], use_error_term=False, exclude_special_tokens=special))
-        zeroed: Iterable[Any] = [(f"{hook_name}.{name}", _zero) for name in arm.off]
-        stack.enter_context(model.hooks(fwd_hooks=list(zeroed)))
-        yield model
+    with splice(model, arm.sae) as found, found.hooks(dict.fromkeys(arm.off, _zero)):
+        yield found
 
 
 def _zero(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
@@ -167,13 +163,20 @@ def _zero(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
 
 
 def _run_spliced(
-    model: HookedSAETransformer, batch: Tensor, arm: Arm
+    model: LanguageModel, batch: Tensor, arm: Arm
 ) -> tuple[dict[str, Tensor], Float[Tensor, "rows pos d_vocab"]]:
-    hook_name = arm.sae.cfg.metadata.hook_name
-    names = {"in": "hook_sae_input", "out": "hook_sae_output", "acts": "hook_sae_acts_post"}
-    with spliced(model, arm):
-        logits, cache = model.run_with_cache(batch, names_filter=[f"{hook_name}.{n}" for n in names.values()])
-    return {key: cache[f"{hook_name}.{name}"] for key, name in names.items()}, cast(Tensor, logits)
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> HookFunction:
+        def hook_fn(value: Tensor, hook: Any) -> None:  # noqa: ARG001
+            seen[name] = value
+
+        return hook_fn
+
+    names = {"hook_sae_input": "in", "hook_sae_output": "out", "hook_sae_acts_post": "acts"}
+    with _splice_arm(model, arm) as found, found.hooks({hook: keep(name) for hook, name in names.items()}):
+        logits = model(batch)
+    return seen, logits
 
 
 def _next_token_ce(log_probs: Tensor, tokens: Tensor, mask: Tensor) -> Float[Tensor, " predictions"]:

@@ -37,6 +37,7 @@ from torch import Tensor
 from sae_nfm import data, demo
 from sae_nfm.behaviour import Arm, evaluate
 from sae_nfm.config import ARCHITECTURE, JointNFMTrainingSAEConfig, parameter_count
+from sae_nfm.models import Site, find_site, load_model
 from sae_nfm.results import ALL_PATHS, BenchmarkResult, Row, comparisons
 from sae_nfm.sae import NFMDecoder
 from sae_nfm.training import TrainingRecord, record_training
@@ -49,7 +50,7 @@ class BenchmarkConfig:
     """What to train, on what, and where the results go."""
 
     model_name: str = demo.MODEL_NAME
-    """A TransformerLens model name; the default is the embedded model."""
+    """A TransformerLens model name or a local Hugging Face folder; the default is the embedded model."""
     hook_name: str = "blocks.2.hook_resid_post"
     """The TransformerLens hook point whose activations are reconstructed."""
     dataset: str | None = None
@@ -100,7 +101,7 @@ class BenchmarkConfig:
             )
 
 
-def sae_configs(cfg: BenchmarkConfig, site: data.Site) -> dict[str, TrainingSAEConfig]:
+def sae_configs(cfg: BenchmarkConfig, site: Site) -> dict[str, TrainingSAEConfig]:
     """The four SAEs by name, configured for one hook point."""
     shared: dict[str, Any] = {
         "d_in": site.d_in,
@@ -144,8 +145,9 @@ def run_benchmark(cfg: BenchmarkConfig, *, command: str | None = None) -> Benchm
     Raises:
         ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work; nothing is written.
     """
-    model = data.load_model(cfg.model_name, cfg.device)
-    site = data.find_site(model, cfg.hook_name)
+    model = load_model(cfg.model_name, cfg.device)
+    site = find_site(model, cfg.hook_name)
+    cfg = replace(cfg, hook_name=site.hook_name)
     train, validation = data.load_splits(cfg.dataset, cfg.validation, cfg.model_name, cfg.seed)
     context_size = min(cfg.context_size, model.cfg.n_ctx)
     held_out = data.held_out_tokens(model, validation, context_size, cfg.validation_tokens)

@@ -1,13 +1,15 @@
-"""Registers `joint_nfm` with SAELens, and makes SAELens's own loading doors strict for it.
+"""Registers `joint_nfm` with SAELens, and makes SAELens's own doors strict and exact for it.
 
 SAELens filters a config down to the fields it knows before any class of ours sees it (`SAEConfig.from_dict`), and reads the
 weight file before our class exists. Two class methods of `SAE` therefore get a thin layer, for our architectures only:
 `get_sae_config_class_for_architecture` returns our config class, whose `from_dict` refuses unknown keys, and
-`load_from_disk` says what is wrong with an incomplete or truncated folder. Everything else of SAELens is untouched.
+`load_from_disk` says what is wrong with an incomplete or truncated folder. Its two runners get one too, for exact
+checkpoints where they train an architecture of ours (`resume`). Everything else of SAELens is untouched.
 """
 
 import json
 import warnings
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from safetensors import SafetensorError
 
 from sae_nfm.config import ARCHITECTURE, JointNFMSAEConfig, JointNFMTrainingSAEConfig, refuse_missing_keys
 from sae_nfm.loading import SAVE_AGAIN, check_folder
+from sae_nfm.resume import layer_runners
 from sae_nfm.sae import JointNFMSAE, JointNFMTrainingSAE
 
 TESTED_FROM, TESTED_BELOW = Version("6.54.12"), Version("6.55")
@@ -41,8 +44,9 @@ def register() -> None:
         )
     _enter(registry.SAE_CLASS_REGISTRY, (JointNFMSAE, JointNFMSAEConfig))
     _enter(registry.SAE_TRAINING_CLASS_REGISTRY, (JointNFMTrainingSAE, JointNFMTrainingSAEConfig))
-    _layer("get_sae_config_class_for_architecture", _strict_config_class)
-    _layer("load_from_disk", _explained_load)
+    _layer(SAE, "get_sae_config_class_for_architecture", _strict_config_class)
+    _layer(SAE, "load_from_disk", _explained_load)
+    layer_runners(_layer, frozenset({ARCHITECTURE}))
 
 
 def _enter(table: dict[str, Any], entry: tuple[type, type]) -> None:
@@ -55,12 +59,14 @@ def _enter(table: dict[str, Any], entry: tuple[type, type]) -> None:
     table[ARCHITECTURE] = entry
 
 
-def _layer(name: str, make: Any) -> None:
-    current = SAE.__dict__[name].__func__
+def _layer(host: type, name: str, make: Callable[[Any], Any]) -> None:
+    """Replace a method or class method of SAELens by `make(original)`; done anew, it replaces the earlier layer."""
+    present = host.__dict__[name]
+    current = present.__func__ if isinstance(present, classmethod) else present
     original = getattr(current, _OURS, current)
     layered = wraps(original)(make(original))
     setattr(layered, _OURS, original)
-    setattr(SAE, name, classmethod(layered))
+    setattr(host, name, classmethod(layered) if isinstance(present, classmethod) else layered)
 
 
 def _strict_config_class(original: Any) -> Any:

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from builders import CONTEXT, D_VOCAB, HOOK, inference_sae, tiny_model, training_config
+from tiny_models import write_checkpoint
 
 from sae_nfm.behaviour import Arm, counted_tokens, evaluate, spliced
+from sae_nfm.models import load_model
 
 # The reference runs in float64 from the same float32 logits and activations: what differs is float32 log-softmax.
 CLOSE = {"rel": 1e-5, "abs": 1e-7}
@@ -95,6 +97,58 @@ def test_a_path_switched_off_writes_nothing(model, sae, off, kept):
     for name, value in by_hand(model, tokens, sae, replace).items():
         assert getattr(found["part"], name) == pytest.approx(value, **CLOSE), name
     assert found["part"].fvu != pytest.approx(found["whole"].fvu, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "gpt2", "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("model_class_name", "hook_name"),
+    [
+        ("HookedTransformer", "blocks.0.hook_out"),
+        ("TransformerBridge", "blocks.0.hook_resid_post"),
+        ("TransformerBridge", "blocks.0.hook_out"),
+        ("AutoModelForCausalLM", "transformer.h.0"),
+    ],
+)
+def test_figures_are_the_same_on_every_kind_of_model(model_class_name, hook_name, checkpoint):
+    """Also with a special token within a row, which must bypass the SAE."""
+    reference, tokens = load_model(checkpoint), random_tokens()
+    sae = inference_sae(training_config("joint_nfm", hook_name))
+    arms = [Arm(name="whole", sae=sae), Arm(name="part", sae=sae, off=("hook_nfm_linear", "hook_nfm_square"))]
+    model = load_model(checkpoint, model_class_name=model_class_name)
+    found = evaluate(model, tokens, arms, batch_rows=2, show_progress=False)
+
+    def without(x):
+        paths = sae.decode_paths(sae.encode(x[None]))
+        return (paths.direct + paths.interaction)[0]
+
+    for arm, replace in {"whole": lambda x: sae(x[None])[0], "part": without}.items():
+        for name, value in by_hand(reference, tokens, sae, replace).items():
+            assert getattr(found[arm], name) == pytest.approx(value, rel=1e-5, abs=2e-6), (arm, name)  # float32 logits
+    assert found["whole"].kl_nats != pytest.approx(found["part"].kl_nats, rel=1e-2)
+    assert sae.cfg.metadata.hook_name == hook_name
+
+
+@torch.no_grad()
+def test_a_bridge_is_left_as_it_was(checkpoint):
+    """SAELens's own splice leaves a hook point behind that hooks do not find, and that does not tell heads apart."""
+    model, tokens = load_model(checkpoint, model_class_name="TransformerBridge"), random_tokens()
+    clean = model(tokens)
+    for hook_name, shape in {"blocks.0.attn.o.hook_in": (5, CONTEXT, 2, 8), HOOK: (5, CONTEXT, 16)}.items():
+        sae = inference_sae(training_config("joint_nfm", hook_name))
+        own = hook_name.replace("hook_resid_post", "hook_out")
+        with pytest.raises(RuntimeError, match="stop"), spliced(model, Arm(name="sae", sae=sae)):
+            assert not torch.equal(model(tokens), clean)
+            raise RuntimeError("stop")
+        shapes = []
+        model.run_with_hooks(tokens, fwd_hooks=[(own, lambda value, hook, shapes=shapes: shapes.append(value.shape))])
+        assert shapes == [shape]
+        assert torch.equal(model(tokens), clean)
+        assert not model.acts_to_saes
+        assert not model.original_model._forward_pre_hooks
 
 
 def test_special_tokens_and_position_0_are_not_counted(model):

@@ -20,6 +20,7 @@ from sae_nfm.benchmark import (
 )
 from sae_nfm.cli import main
 from sae_nfm.config import parameter_count
+from sae_nfm.models import Site, find_site
 from sae_nfm.results import BenchmarkResult
 from sae_nfm.training import read_training_record
 
@@ -85,7 +86,7 @@ def test_all_saes_see_the_same_stream(finished):
 def test_equal_saes_stay_equal_because_they_share_seed_and_stream(tmp_path):
     cfg = BenchmarkConfig(**TINY, output=str(tmp_path))
     model = demo.load_model()
-    sae_cfgs = sae_configs(cfg, data.find_site(model, cfg.hook_name))
+    sae_cfgs = sae_configs(cfg, find_site(model, cfg.hook_name))
     twins = {"one": sae_cfgs["topk"], "joint": sae_cfgs["joint_nfm"], "two": deepcopy(sae_cfgs["topk"])}
     saes, _ = train_saes(cfg, twins, model, demo.load_tokens("train"), cfg.context_size)
     for name, tensor in saes["one"].state_dict().items():
@@ -124,7 +125,7 @@ def test_results_file_says_how_to_repeat_it(finished):
 
 
 def test_the_canonical_gauge_row_exists_where_all_features_are_read():
-    site = data.Site(hook_name="blocks.2.hook_resid_post", d_in=16, reshape_activations="none")
+    site = Site(hook_name="blocks.2.hook_resid_post", d_in=16, reshape_activations="none")
     arms = sae_configs(BenchmarkConfig(**TINY, nfm_top_fraction=1), site)
     assert arms["joint_nfm"].nfm_top_k is None
     sae = SAE.from_dict(arms["joint_nfm"].get_inference_sae_cfg_dict())
@@ -184,7 +185,7 @@ def test_help_describes_every_option(capsys):
 )
 def test_bad_input_is_one_clear_line_and_leaves_nothing(flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "load_model", lambda name, device: demo.load_model(device))
+    monkeypatch.setattr("sae_nfm.benchmark.load_model", lambda name, device: demo.load_model(device))
     (tmp_path / "EMPTY.txt").write_text("\n\n")
     status = main(["demo", *TINY_FLAGS, *flags, "--output", "run"])
     error = capsys.readouterr().err
@@ -194,15 +195,8 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(flags, message, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_unknown_model():
-    with pytest.raises(ValueError, match="TransformerLens knows no model 'no-such-model'; check the spelling"):
-        data.load_model("no-such-model")
-
-
 def test_unreachable_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="model 'gpt-neox-20b' could not be fetched from the hub; check"):
-        data.load_model("gpt-neox-20b")
     with pytest.raises(FileNotFoundError, match="'no/such' is neither a file nor a data set the hub can give; check"):
         data.load_splits("no/such", None, demo.MODEL_NAME)
 
