@@ -8,11 +8,14 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from sae_lens import TopKSAEConfig, TopKTrainingSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 from typing_extensions import override
 
 ARCHITECTURE = "joint_nfm"
 Head = Literal["fm", "mlp", "none"]
 HEADS = ("fm", "mlp", "none")
+REQUIRES = "pip install sae-nfm; then `import sae_nfm` before SAELens loads this SAE"
+"""`metadata.requires` of every cfg.json, for whoever meets a saved SAE without this package."""
 
 
 @dataclass
@@ -61,6 +64,7 @@ class JointNFMSAEConfig(TopKSAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _validate(self)
+        self.metadata = _with_requirement(self.metadata)
 
     @override
     @classmethod
@@ -142,6 +146,7 @@ class JointNFMTrainingSAEConfig(TopKTrainingSAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _validate(self)
+        self.metadata = _with_requirement(self.metadata)
         if not 0 <= self.nfm_dropout < 1:
             raise ValueError(f"nfm_dropout is {self.nfm_dropout}; give a probability in [0, 1), 0 for none")
         for name in ("nfm_embedding_init_std", "nfm_weight_init_std"):
@@ -238,3 +243,10 @@ def _validate(cfg: JointNFMConfig) -> None:
         raise ValueError(f"head is {cfg.head!r}; give one of {', '.join(map(repr, HEADS))}")
     if not 0 < cfg.square_scale < float("inf"):
         raise ValueError(f"square_scale is {cfg.square_scale}; give a positive number, about a typical activation")
+
+
+def _with_requirement(metadata: Any) -> Any:
+    """A copy that says what loads the SAE; SAELens passes a dict first when it reads a file, where it stands already."""
+    return (
+        SAEMetadata(**{**metadata.to_dict(), "requires": REQUIRES}) if isinstance(metadata, SAEMetadata) else metadata
+    )

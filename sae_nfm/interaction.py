@@ -32,24 +32,24 @@ class SparseActs(NamedTuple):
 Acts = Float[Tensor, "*batch d_sae"] | SparseActs
 
 
-def sparse_acts_from_coo(feature_acts: Tensor, k: int) -> SparseActs:
-    """The same activations as `SparseActs`, differentiable in the values.
+def sparse_acts_from_coo(feature_acts: Tensor, k: int) -> SparseActs | None:
+    """The same activations as `SparseActs`, differentiable in the values; None unless each token stores k entries.
 
     Args:
-        feature_acts: COO tensor [*batch, d_sae] with exactly k stored entries a token, as SAELens's TopK makes it.
+        feature_acts: COO tensor [*batch, d_sae], as SAELens's TopK makes it; a hook may leave another number of entries.
         k: stored entries a token.
-
-    Raises:
-        ValueError: when the stored entries are not k a token.
     """
     coo = feature_acts.coalesce()
-    batch = coo.shape[:-1]
-    if coo.values().numel() != batch.numel() * k:
-        raise ValueError(
-            f"sparse feature_acts {tuple(coo.shape)} store {coo.values().numel()} entries, expected k = {k} for each of "
-            f"{batch.numel()} tokens; pass dense feature_acts instead (feature_acts.to_dense())"
-        )
-    return SparseActs(coo.indices()[-1].reshape(*batch, k), coo.values().reshape(*batch, k))
+    batch, indices, values = coo.shape[:-1], coo.indices(), coo.values()
+    if values.numel() != batch.numel() * k:
+        return None
+    token = torch.zeros_like(indices[-1])
+    for dim, size in enumerate(batch):
+        token = token * size + indices[dim]
+    if not torch.equal(token, torch.arange(batch.numel(), device=token.device).repeat_interleave(k)):
+        return None
+    # copies, since torch.compile cannot guard a view whose base is sparse
+    return SparseActs(indices[-1].clone().reshape(*batch, k), values.clone().reshape(*batch, k))
 
 
 def top_n(acts: Acts, n: int) -> SparseActs:

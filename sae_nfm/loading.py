@@ -1,4 +1,8 @@
-"""Strict loading: a damaged or mismatched SAE folder is an error that names what is wrong, never a silent default."""
+"""Strict loading: a damaged or mismatched SAE folder is an error that names what is wrong, never a silent default.
+
+The one error that is not ours to word comes where this package is not imported: SAELens then says `KeyError: 'joint_nfm'`.
+What to do about it stands in the folder (`write_note`) and in the metadata of its cfg.json.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +11,19 @@ import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from torch import Tensor
 
+NOTE_FILENAME = "README.md"
+NOTE = """# A sparse autoencoder of the architecture `joint_nfm`
+
+SAELens knows this architecture through a plugin, [sae-nfm](https://arxiv.org/abs/2507.00269). Without it, loading ends in
+`KeyError: 'joint_nfm'`. With it:
+
+    pip install sae-nfm
+
+    import sae_nfm                # registers the architecture
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk("this folder")
+"""
 SAVE_AGAIN = "save the SAE again (sae.save_model, or save_inference_model of a training SAE) or fetch it anew"
 
 
@@ -40,3 +57,10 @@ def check_folder(path: str | Path) -> None:
     for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{str(folder)!r} has no {name}: it is not a complete saved SAE; {SAVE_AGAIN}")
+
+
+def write_note(path: str | Path) -> None:
+    """Say in a saved SAE's folder what loads it, unless a README.md (such as a model card) is there."""
+    note = Path(path) / NOTE_FILENAME
+    if not note.exists():
+        note.write_text(NOTE)

@@ -18,10 +18,12 @@ Source: arXiv 2507.00269.
 """
 
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from sae_lens import SAE, TopKSAE, TopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
@@ -32,7 +34,7 @@ from typing_extensions import override
 
 from sae_nfm import interaction
 from sae_nfm.config import JointNFMConfig, JointNFMSAEConfig, JointNFMTrainingSAEConfig
-from sae_nfm.loading import check_state_dict
+from sae_nfm.loading import check_state_dict, write_note
 from sae_nfm.metrics import path_metrics
 
 
@@ -123,7 +125,7 @@ class NFMDecoder(_Host):
         """Reconstruct activations from features through all paths.
 
         Args:
-            feature_acts: [*batch, d_sae] as hooked at `hook_sae_acts_post`, dense or COO with k entries a token.
+            feature_acts: [*batch, d_sae] as hooked at `hook_sae_acts_post`, dense or COO.
 
         Returns:
             [*batch, d_in] (or [*batch, n_heads, d_head] for hook_z) in the space of the input.
@@ -135,12 +137,12 @@ class NFMDecoder(_Host):
     def decode_paths(self, feature_acts: Tensor) -> Paths:
         """What each path writes before the run-time normalisation is undone; pure in `feature_acts`."""
         cfg = self.cfg
-        if feature_acts.is_sparse:
-            acts = interaction.sparse_acts_from_coo(feature_acts, cfg.k)
-            direct = self._direct_from_sparse(acts)
+        sparse = interaction.sparse_acts_from_coo(feature_acts, cfg.k) if feature_acts.is_sparse else None
+        if sparse is not None:
+            acts, direct = sparse, self._direct_from_sparse(sparse)
         else:
-            acts = feature_acts
-            direct = act_times_W_dec(feature_acts, self.W_dec, cfg.rescale_acts_by_decoder_norm)
+            acts = feature_acts.to_dense()
+            direct = act_times_W_dec(acts, self.W_dec, cfg.rescale_acts_by_decoder_norm)
         read = acts if cfg.nfm_top_k is None else interaction.top_n(acts, cfg.nfm_top_k)
         linear = square = interacting = None
         if cfg.use_linear_path:
@@ -248,6 +250,13 @@ class NFMDecoder(_Host):
         super().process_state_dict_for_loading(state_dict)
         check_state_dict(state_dict, expected=self.state_dict())
 
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save as SAELens does, with a README.md that says what loads it."""
+        saved = super().save_model(path)
+        write_note(path)
+        return saved
+
 
 class JointNFMSAE(NFMDecoder, TopKSAE):
     """Inference-only joint NFM-SAE; trained by `JointNFMTrainingSAE`, same tensors in the saved file."""
@@ -324,6 +333,21 @@ class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
         if normalize == "layer_norm":
             return sae_in.std(dim=-1, keepdim=True)
         return 1.0
+
+    @override
+    @torch.no_grad()
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        """Row norms of W_dec, as every SAE of SAELens logs them, and of the NFM's weights that read features: [d_sae] each."""
+        rows = {name: getattr(self, name) for name in ("W_lin", "V", "U") if hasattr(self, name)}
+        norms = {f"weights/{name}_norms": weight.float().norm(dim=1).cpu().numpy() for name, weight in rows.items()}
+        return super().log_histograms() | norms
+
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save the inference SAE as SAELens does, with a README.md that says what loads it."""
+        saved = super().save_inference_model(path)
+        write_note(path)
+        return saved
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:

@@ -123,7 +123,8 @@ def test_sparse_acts_from_coo_is_differentiable_and_exact():
     torch.testing.assert_close(gradient, sparse.indices.reshape(-1).double())
 
 
-def test_sparse_acts_from_coo_refuses_another_number_of_entries():
-    acts = torch.eye(3).to_sparse()
-    with pytest.raises(ValueError, match=r"store 3 entries, expected k = 2 for each of 3 tokens; .*to_dense"):
-        interaction.sparse_acts_from_coo(acts, k=2)
+@pytest.mark.parametrize("counts", [[1, 1, 1], [3, 1, 2], [2, 2, 3]], ids=["fewer", "as many in all", "more"])
+def test_sparse_acts_from_coo_wants_as_many_entries_from_each_token(counts):
+    rows = torch.tensor([[float(i < n) for i in range(5)] for n in counts])
+    assert interaction.sparse_acts_from_coo(rows.to_sparse(), k=2) is None
+    assert interaction.sparse_acts_from_coo(torch.ones(3, 2).to_sparse(), k=2) is not None

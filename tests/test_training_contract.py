@@ -111,6 +111,19 @@ def test_sparse_activations_are_the_dense_ones(architecture, rescale, nfm_top_k)
 
 
 @for_every_architecture
+@pytest.mark.parametrize("rescale", [True, False])
+def test_sparse_activations_edited_by_a_hook(architecture, rescale):
+    """A hook may leave other numbers of features than k, unequal from token to token."""
+    sae = random_sae(training_config(architecture, rescale_acts_by_decoder_norm=rescale))
+    acts = sae.encode(random_activations())
+    acts[::2, :] *= torch.arange(D_SAE) % 2  # about half of them
+    acts[1, :7] = 1.0
+    assert (acts != 0).sum(-1).unique().numel() > 2
+    # float32 sums in another order: 1e-6 of the largest output, 20
+    torch.testing.assert_close(sae.decode(acts.to_sparse()), sae.decode(acts), atol=2e-5, rtol=0)
+
+
+@for_every_architecture
 @pytest.mark.parametrize("sparse", [False, True])
 def test_autocast_step_is_close_to_the_float32_step(architecture, sparse):
     losses = []
