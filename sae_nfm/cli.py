@@ -1,50 +1,145 @@
-"""The command line: `sae-nfm demo`. Options are the fields of the configuration classes; their docstrings are the help."""
+"""The command line: `sae-nfm COMMAND`. Options are the fields of configuration classes; their docstrings are the help."""
 
+import argparse
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from sae_lens.training._interruption import InterruptedException
-from simple_parsing import ArgumentParser
 from simple_parsing.wrappers.field_wrapper import DashVariant
 
-from sae_nfm.benchmark import BenchmarkConfig, run_benchmark
-from sae_nfm.report.page import write_report
-from sae_nfm.summary import table, words
-from sae_nfm.training import read_training_record
+from sae_nfm import __version__
+from sae_nfm.flags import CommandParser, dashed, underscored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command. Its modules are imported when it is called."""
+
+    summary: str
+    """Its line in `sae-nfm --help`."""
+    description: str = ""
+    """What its own help begins with."""
+    config: str
+    """Its configuration class, or a function that makes a configuration of the arguments, as module:name."""
+    run: Callable[[Any, str], str]
+    """Does it, given the configuration and the whole command line; returns what to print."""
+    arguments: str = ""
+    """Its arguments without a flag, as its usage line names them."""
+    dashes: bool = False
+    """Whether its options are spelt with dashes in the help; both spellings are understood."""
+
+    def parse(self, name: str, argv: Sequence[str]) -> Any:
+        """Its configuration from the arguments that follow its name."""
+        config = _imported(self.config)
+        if not isinstance(config, type):
+            return config(argv)
+        parser = CommandParser(
+            prog=f"sae-nfm {name}",
+            usage=" ".join(["%(prog)s", *self.arguments.split(), "[options]"]),
+            description=self.description or f"{self.summary[0].upper()}{self.summary[1:]}.",
+            titles={config.__name__: "options"},
+            add_option_string_dash_variants=DashVariant.DASH if self.dashes else DashVariant.UNDERSCORE,
+        )
+        parser.add_arguments(config, dest="config")
+        return parser.parse_args(dashed(argv) if self.dashes else underscored(argv)).config
+
+
+def words_of(function: str) -> Callable[[Any, str], str]:
+    """The `run` of a command: "module:function" is given the configuration, and its result has `words()`."""
+    return lambda config, _line: _imported(function)(config).words()
+
+
+def run_demo(config: Any, line: str) -> str:
+    """The main job: benchmark, table, words, report."""
+    from sae_nfm.benchmark import run_benchmark
+    from sae_nfm.report.page import write_report
+    from sae_nfm.summary import table, words
+    from sae_nfm.training import read_training_record
+
+    result = run_benchmark(config, command=line)
+    output = Path(config.output)
+    page = write_report(result, read_training_record(output / "training.jsonl"), output / "report.html")
+    return f"\n{table(result)}\n\n{words(result)}\n\nResults: {output / 'results.json'}\nReport:  {page}"
+
+
+def run_evaluate(config: Any, line: str) -> str:
+    """Evaluate a saved SAE; the table."""
+    from sae_nfm.evals import evaluate_saved
+
+    return evaluate_saved(config, command=line).words()
+
+
+COMMANDS = {
+    "demo": Command(
+        summary="train joint_nfm and its baselines, print the table, write results.json and report.html",
+        description="Train joint_nfm and its baselines on one activation stream, evaluate them spliced into the model, "
+        "print the table and write results.json and report.html. Without options: the embedded model, offline.",
+        config="sae_nfm.benchmark:BenchmarkConfig",
+        run=run_demo,
+        dashes=True,
+    ),
+    "train": Command(
+        summary="train one SAE of any architecture, with SAELens's flags; interrupted, it resumes to the same bits",
+        config="sae_nfm.train_flags:parse",
+        run=words_of("sae_nfm.train:train"),
+    ),
+    "evaluate": Command(
+        summary="evaluate a saved or released SAE with SAELens's metrics, on held-out text",
+        config="sae_nfm.evals:parse",
+        run=run_evaluate,
+    ),
+    "push": Command(
+        summary="publish a saved SAE, or those of a demo, on the Hugging Face hub, with a model card",
+        config="sae_nfm.hub:PushConfig",
+        arguments="SOURCE REPO_ID",
+        run=words_of("sae_nfm.hub:push"),
+    ),
+    "pull": Command(
+        summary="fetch and verify SAEs that `push` has published",
+        config="sae_nfm.hub:PullConfig",
+        arguments="REPO_ID OUTPUT",
+        run=words_of("sae_nfm.hub:pull"),
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. A caller's mistake is one line on stderr and status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(
-        prog="sae-nfm",
-        description="Sparse autoencoders trained jointly with a Neural Factorization Machine, compared honestly.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo",
-        add_option_string_dash_variants=DashVariant.DASH,
-        help="train joint_nfm and its baselines, print the table, write results.json and report.html",
-        description="Train joint_nfm and its baselines on one activation stream, evaluate them spliced into the model, "
-        "print the table and write results.json and report.html. Without options: the embedded model, offline.",
-    )
-    demo.add_arguments(BenchmarkConfig, dest="config")
+    name = _command_name(argv[:1])
     try:
-        arguments = parser.parse_args(argv)
-        run_demo(arguments.config, command=" ".join(["sae-nfm", *argv]))
+        config = COMMANDS[name].parse(name, argv[1:])
+        print(COMMANDS[name].run(config, shlex.join(["sae-nfm", *argv])))
+        return 0
     except (ValueError, FileNotFoundError) as error:
-        print(f"sae-nfm: {error}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, InterruptedException):
-        print("\nsae-nfm: interrupted; finished files are whole, others end in .partial", file=sys.stderr)
-        return 130
-    return 0
+        told, status = " ".join(str(error).split()), 2
+    except (KeyboardInterrupt, InterruptedException) as stop:
+        told, status = str(stop) or "interrupted; finished files are whole, others end in .partial", 130
+    print(
+        f"sae-nfm: {told}", file=sys.stderr
+    )  # here, where the error and its frames, with their progress bars, are gone
+    return status
 
 
-def run_demo(config: BenchmarkConfig, command: str) -> None:
-    """The main job: benchmark, table, words, report."""
-    result = run_benchmark(config, command=command)
-    output = Path(config.output)
-    page = write_report(result, read_training_record(output / "training.jsonl"), output / "report.html")
-    print(f"\n{table(result)}\n\n{words(result)}\n\nResults: {output / 'results.json'}\nReport:  {page}")
+def _command_name(argv: Sequence[str]) -> str:
+    parser = argparse.ArgumentParser(
+        prog="sae-nfm",
+        description="Sparse autoencoders trained jointly with a Neural Factorization Machine, and any other that SAELens "
+        "trains: trained, evaluated, compared honestly.",
+        epilog="`sae-nfm COMMAND --help` describes a command and its options.",
+    )
+    parser.add_argument("--version", action="version", version=f"sae-nfm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.summary, add_help=False)
+    return parser.parse_args(argv).command
+
+
+def _imported(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)

@@ -96,7 +96,7 @@ def record_training(
         else "run_trainer_with_interruption_handling"
     )
     run_trainer = getattr(runner, method)
-    with unfinished.open("w") as file:
+    with unfinished.open("a" if earlier else "w") as file:
         recorder = _Recorder(runner, file, every, held_out)
 
         def listen(trainer: Any) -> Any:
@@ -129,6 +129,7 @@ class _Recorder:
             earlier: lines of the run that this one resumes.
         """
         lines = [line for line in earlier if line["tokens"] <= trainer.n_training_samples]
+        self._file.truncate(0)
         self._file.writelines(json.dumps(line) + "\n" for line in lines)
         trainers: dict[str, SAETrainer[Any, Any]] = getattr(trainer, "trainers", {"sae": trainer})
         for name, one in trainers.items():

@@ -1,0 +1,384 @@
+"""`sae-nfm train`: SAELens's training, from flags, seeded, resumable to the same bits, its result whole."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders import D_VOCAB, token_dataset
+from datasets import DatasetDict
+from sae_lens import SAE
+from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, _parse_cfg_args
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.util import temporary_seed
+from safetensors.torch import load_file
+from tiny_models import write_checkpoint
+
+from sae_nfm import read_training_record
+from sae_nfm.cli import main
+from sae_nfm.models import load_model
+from sae_nfm.sources import local_dataset
+from sae_nfm.train import how_to_go_on
+from sae_nfm.train_flags import parse
+
+HOOK = "blocks.0.hook_resid_post"
+SIZES = [
+    *(
+        "--context_size",
+        "16",
+        "--d_sae",
+        "32",
+        "--training_tokens",
+        "512",
+        "--train_batch_size_tokens",
+        "64",
+        "--lr",
+        "1e-2",
+    ),
+    *("--n_batches_in_buffer", "8", "--store_batch_size_prompts", "8", "--n_batches_for_norm_estimate", "2"),
+    *("--n_eval_batches", "1"),
+]
+ALL = sorted(SAE_TRAINING_CLASS_REGISTRY)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """A folder with a tiny language model `model`, texts `text.jsonl`, tokens `tokens.parquet`."""
+    folder = tmp_path_factory.mktemp("train")
+    write_checkpoint(folder / "model", "gpt2")
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 60, (150,), generator=generator)
+    texts = [" ".join(f"t{i}" for i in torch.randint(1, D_VOCAB, (int(n),), generator=generator)) for n in lengths]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    token_dataset(64).to_parquet(folder / "tokens.parquet")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def flags(shared: Path, *more: str, architecture: str = "joint_nfm") -> list[str]:
+    sparse = ["--k", "4"] if "k" in SAE_TRAINING_CLASS_REGISTRY[architecture][1].__dataclass_fields__ else []
+    where = ["--model_name", str(shared / "model"), "--hook_name", HOOK, "--dataset_path", str(shared / "text.jsonl")]
+    return ["train", "--architecture", architecture, *SIZES, *sparse, *where, *more]
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "sae_weights.safetensors")
+
+
+def same(a: str | Path, b: str | Path) -> bool:
+    one, other = weights(a), weights(b)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def record(folder: str | Path) -> list[dict]:
+    lines = read_training_record(Path(folder) / "training.jsonl")
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_the_embedded_model_needs_no_flags_but_sizes(capsys):
+    sizes = "--training_tokens 512 --train_batch_size_tokens 128 --context-size 64 --d-sae 48 --nfm_dim 8"
+    assert main(["train", *sizes.split(), "--store_batch_size_prompts", "4", "--n_batches_in_buffer", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (
+        "SAE:    output\nRecord: output/training.jsonl\nIn Python:\n    import sae_nfm\n    from sae_lens import SAE\n"
+        '    sae = SAE.load_from_disk("output")\n'
+    )
+    assert sorted(path.name for path in Path().iterdir()) == ["output"]
+    sae = SAE.load_from_disk("output")
+    assert (sae.cfg.architecture(), sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.k) == ("joint_nfm", 256, 48, 32)
+    assert sae.cfg.metadata.dataset_path == sae.cfg.metadata.model_name == "sae-nfm-demo"
+    last = record("output")[-1]
+    assert last["tokens"] == 512
+    assert last["held_out/sparsity/l0"] == pytest.approx(32, abs=1)  # rescaled activations below zero are cut off
+    assert json.loads(Path("output/runner_cfg.json").read_text())["output_path"] == "output"
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_every_architecture_trains_as_saelens_trains_it(architecture, shared, tmp_path):
+    """The same flags through SAELens's own parser and runner, with the seed set around them, give the same bits."""
+    argv = flags(shared, "--log_to_wandb", "False", architecture=architecture)
+    if architecture == "matryoshka_batchtopk":  # SAELens has no default
+        argv += ["--matryoshka_widths", "8", "32"]
+    assert main([*argv, "--output_path", "ours"]) == 0
+    with temporary_seed(42):
+        theirs = LanguageModelSAETrainingRunner(
+            _parse_cfg_args([*argv[1:], "--d_in", "16", "--output_path", "theirs"]),
+            override_model=load_model(shared / "model"),
+            override_dataset=local_dataset(str(shared / "text.jsonl"), seed=42),
+        )
+        theirs.run()
+    assert same("ours", "theirs")
+    sae = SAE.load_from_disk("ours")
+    assert sae.cfg.d_in == 16
+    assert sae.cfg.to_dict() == SAE.load_from_disk("theirs").cfg.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("model_class_name", "hook_name", "d_in", "reshape"),
+    [
+        ("HookedTransformer", "blocks.0.mlp.hook_post", 40, "none"),
+        ("HookedTransformer", "blocks.0.attn.hook_z", 16, "hook_z"),
+        ("TransformerBridge", "blocks.0.hook_resid_post", 16, "none"),
+        ("AutoModelForCausalLM", "transformer.h.0.mlp.c_fc", 40, "none"),
+    ],
+)
+def test_width_and_heads_are_measured(model_class_name, hook_name, d_in, reshape, shared):
+    argv = flags(shared, "--model_class_name", model_class_name, "--hook_name", hook_name, "--evaluate-every", "8")
+    assert (
+        main([*argv, "--held_out", str(shared / "tokens.parquet"), "--dataset_path", str(shared / "tokens.parquet")])
+        == 0
+    )
+    cfg = SAE.load_from_disk("output").cfg
+    assert (cfg.d_in, cfg.reshape_activations, cfg.metadata.model_class_name) == (d_in, reshape, model_class_name)
+    assert "held_out/model_behavior_preservation/kl_div_with_sae" in record("output")[-1]
+
+
+def test_one_head(shared):
+    assert main(flags(shared, "--hook_name", "blocks.0.attn.hook_q", "--hook_head_index", "1")) == 0
+    cfg = SAE.load_from_disk("output").cfg
+    assert (cfg.d_in, cfg.reshape_activations, cfg.metadata.hook_head_index) == (8, "none", 1)
+
+
+def test_the_seed_decides_everything_and_the_caller_s_random_state_stays(shared):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    assert main(flags(shared, "--output_path", "a")) == 0
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(8)
+    assert main(flags(shared, "--output_path", "b", "--seed", "42")) == 0
+    assert same("a", "b")
+    assert main(flags(shared, "--output_path", "c", "--seed", "43")) == 0
+    assert not same("a", "c")
+
+
+@pytest.mark.parametrize("architecture", ["joint_nfm", "jumprelu"])
+def test_interrupted_and_resumed_with_the_printed_command_it_is_the_same_run(architecture, shared, capsys, monkeypatch):
+    argv = flags(shared, "--record_every", "1", "--evaluate_every", "3", architecture=architecture)
+    argv += ["--held_out", str(shared / "text.jsonl"), "--normalize_activations", "expected_average_only_in"]
+    assert main([*argv, "--output_path", "whole"]) == 0
+    training_class, steps = SAE_TRAINING_CLASS_REGISTRY[architecture][0], []
+    forward = training_class.training_forward_pass
+
+    def interrupted_forward(self, *args, **kwargs):
+        steps.append(None)
+        if len(steps) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_class, "training_forward_pass", interrupted_forward)
+        assert main([*argv, "--output_path", "parts"]) == 130
+    told = capsys.readouterr().err.splitlines()[-1]
+    (checkpoint,) = Path("checkpoints").glob("*/*")
+    assert checkpoint.name == "320"
+    command = shlex.join(["sae-nfm", *argv, "--output_path", "parts", "--resume_from_checkpoint", str(checkpoint)])
+    assert told == f"sae-nfm: interrupted; to go on: {command}"
+    assert not Path("parts").exists()
+    assert main(shlex.split(command)[1:]) == 0
+    assert same("whole", "parts")
+    assert record("whole") == record("parts")
+    assert not list(Path().glob("*.partial"))
+
+
+def test_the_newest_checkpoint_of_a_folder_is_resumed(shared):
+    argv = flags(shared, "--n_checkpoints", "3", "--checkpoint_path", "kept")
+    assert main([*argv, "--output_path", "a"]) == 0
+    newest = max(Path("kept").glob("*/*"), key=lambda path: int(path.name))
+    assert main([*argv, "--output_path", "b", "--resume_from_checkpoint", "kept"]) == 0
+    assert record("b")[0]["tokens"] > int(newest.name) > 64 * 4  # it did not begin anew
+    assert same("a", "b")
+
+
+def test_how_to_go_on(tmp_path):
+    argv = ["--lr", "1e-3", "--resume-from-checkpoint", "old/1", "--held_out", "a b.txt"]
+    told = "interrupted; to go on: sae-nfm train --lr 1e-3 --held_out 'a b.txt' --resume_from_checkpoint old/1"
+    assert how_to_go_on(parse(argv)) == told
+    assert how_to_go_on(parse(["--resume_from_checkpoint=old/1"])).endswith("train --resume_from_checkpoint old/1")
+    assert how_to_go_on(parse([])) == "interrupted before a checkpoint was saved"
+    assert (
+        how_to_go_on(parse(["--checkpoint_path"]))
+        == "interrupted before a checkpoint was saved, as checkpoint_path is None"
+    )
+
+
+def test_an_earlier_sae_is_kept(shared, capsys):
+    for seed in ("1", "2", "3"):
+        assert main(flags(shared, "--seed", seed)) == 0
+    assert "The SAE that was there before: output.2\n" in capsys.readouterr().out
+    assert not same("output", "output.1")
+    assert not same("output", "output.2")
+    assert main(flags(shared, "--seed", "1", "--output_path", "again")) == 0
+    assert same("again", "output.1")
+
+
+def test_a_run_that_fails_leaves_the_earlier_sae_alone(shared, monkeypatch):
+    assert main(flags(shared)) == 0
+    before = weights("output")
+
+    def fails(self, *args, **kwargs):
+        raise MemoryError("as if")
+
+    monkeypatch.setattr(SAE_TRAINING_CLASS_REGISTRY["joint_nfm"][0], "save_inference_model", fails)
+    with pytest.raises(MemoryError):
+        main(flags(shared, "--seed", "1"))
+    after = weights("output")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert sorted(path.name for path in Path().iterdir()) == ["output", "output.partial"]
+
+
+def test_without_an_output_nothing_is_written(shared, capsys):
+    assert main(flags(shared, "--output_path", "None")) == 0
+    assert capsys.readouterr().out == "Trained; output_path is None, so nothing was written.\n"
+    assert not list(Path().iterdir())
+
+
+def test_checkpoints_are_named(shared, capsys):
+    assert main(flags(shared, "--n_checkpoints", "1", "--wandb_id", "mine")) == 0
+    assert "Checkpoints: checkpoints/mine\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--hook_name", "blocks.0.hook_resid_pst"],
+            "the model has no hook point 'blocks.0.hook_resid_pst'; did you mean one of",
+        ),
+        (["--hook_name", "blocks.0.attn.hook_pattern"], "have shape (1, 2, 2, 2); an SAE needs [batch, pos, d_in]"),
+        (["--hook_head_index", "2"], "hook_head_index is 2; the model has heads 0 to 1"),
+        (["--model_name", "no-such-model"], "TransformerLens knows no model 'no-such-model'; check the spelling"),
+        (["--model_class_name", "GPT"], "model_class_name is 'GPT'; give one of 'HookedTransformer'"),
+        (["--dataset_path="], "the embedded tokens suit the embedded model only; give --dataset_path for"),
+        (["--dataset_path", "no.jsonl"], "no corpus file no.jsonl; give a .parquet or .jsonl"),
+        (
+            ["--dataset_path", "short.txt"],
+            "the text in 'short.txt' does not fill one row of 16 tokens; give more text or lower",
+        ),
+        (["--held_out", "short.txt"], "the held-out text does not fill one row of 16 tokens; give more"),
+        (["--held_out", "no.txt"], "no corpus file no.txt"),
+        (["--d_in", "7"], "d_in is 7, but 'blocks.0.hook_resid_post' of"),
+        (["--d_in", "7"], "has width 16; leave d_in out"),
+        (["--architecture", "topk", "--k", "99"], "k is 99; give a number from 1 to the d_sae = 32 features there are"),
+        (["--training_tokens", "10"], "training_tokens is 10, less than one batch of 64 tokens; raise it"),
+        (["--context_size", "33"], "context_size is 33, but the model reads at most 32 tokens; lower it"),
+        (["--store_batch_size_prompts", "0"], "store_batch_size_prompts is 0; give a positive whole number"),
+        (
+            ["--n_batches_in_buffer", "1"],
+            "the buffer holds n_batches_in_buffer x context = 16 tokens, fewer than a batch of 64",
+        ),
+        (["--device", "abacus"], "device 'abacus' cannot be used here ("),
+        (
+            ["--from_pretrained_path", "no"],
+            "from_pretrained_path is 'no', where no saved SAE is; give the folder of one",
+        ),
+        (["--resume_from_checkpoint", "no"], "'no' is no checkpoint and holds none; give the folder"),
+        (["--lr_scheduler_name", "x"], "Unsupported scheduler: x"),
+        (["--output_path", "short.txt"], "output_path is 'short.txt', which is a file; give a folder"),
+        (["--output_path", "."], "output_path is '.', which holds other things (short.txt); give a new folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(more, message, shared, capsys):
+    Path("short.txt").write_text("t1 t2")
+    assert main(flags(shared, *more)) == 2
+    told = capsys.readouterr().err.rpartition("sae-nfm: ")[2]
+    assert message in told
+    assert told.count("\n") == 1
+    assert [path.name for path in Path().iterdir()] == ["short.txt"]
+
+
+def test_a_hub_name_is_left_to_saelens(shared, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(flags(shared, "--dataset_path", "no/such")) == 2
+    assert "'no/such' is neither a file nor a data set the hub can give; check" in capsys.readouterr().err
+    assert local_dataset("no/such") is None
+
+
+def test_a_pretrained_sae_of_another_width_is_refused(shared, capsys):
+    assert main(flags(shared, "--hook_name", "blocks.0.mlp.hook_post", "--save_final_checkpoint", "True")) == 0
+    (final,) = Path("checkpoints").glob("*/final_512")
+    assert main(flags(shared, "--from_pretrained_path", str(final), "--output_path", "b")) == 2
+    assert f"the SAE in '{final}' has d_in 40, the hook point 16; choose the hook point" in capsys.readouterr().err
+    argv = flags(shared, "--from_pretrained_path", str(final), "--hook_name", "blocks.0.mlp.hook_post", "--lr", "0")
+    assert main([*argv, "--output_path", "b"]) == 0
+    assert same("output", "b")  # at learning rate 0 it is what it was
+
+
+def test_kinds_of_data(shared, tmp_path):
+    tokens = token_dataset(8)
+    tokens.save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": tokens, "test": tokens.select([0])}).save_to_disk(tmp_path / "splits")
+    texts = tmp_path / "texts"
+    (texts / "b").mkdir(parents=True)
+    (texts / "a.txt").write_text("one")
+    (texts / "b" / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
+    assert local_dataset(str(tmp_path / "saved"))["tokens"] == tokens["tokens"]
+    assert local_dataset(str(tmp_path / "splits"))["tokens"] == tokens["tokens"]
+    assert len(local_dataset(str(tmp_path / "splits"), split="test")) == 1
+    assert sorted(local_dataset(str(texts))["text"]) == ["one", "three", "two"]
+    rows = local_dataset(str(shared / "tokens.parquet"), seed=3)["tokens"]
+    assert sorted(rows) == sorted(token_dataset(64)["tokens"])
+    assert rows == local_dataset(str(shared / "tokens.parquet"), seed=3)["tokens"]
+    assert rows != local_dataset(str(shared / "tokens.parquet"), seed=4)["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("./no", FileNotFoundError, "the data './no' does not exist; give a .parquet, .jsonl, .txt file, a folder"),
+        ("a.csv", FileNotFoundError, "the data 'a.csv' has another suffix; give"),
+        ("empty", ValueError, "the folder 'empty' has no .parquet, .jsonl, .txt file and is no data set on disk; give"),
+        (
+            "splits",
+            ValueError,
+            "the data set in 'splits' has the splits test and no 'train'; give the folder of one split",
+        ),
+        ("mixed", ValueError, "mixed/b.parquet have different columns (None, tokens); give text or tokens, not both"),
+    ],
+)
+def test_data_that_cannot_be_read(source, error, message):
+    Path("a.csv").write_text("x")
+    Path("empty").mkdir()
+    DatasetDict({"test": token_dataset(2)}).save_to_disk("splits")
+    Path("mixed").mkdir()
+    Path("mixed/a.txt").write_text("x")
+    token_dataset(2).to_parquet("mixed/b.parquet")
+    with pytest.raises(error) as raised:
+        local_dataset(source)
+    assert message in str(raised.value)
+
+
+def test_one_process_trains_another_loads_a_third_splices(shared, tmp_path):
+    """Trained by SAELens's own command line, loaded elsewhere, spliced in here: only `import sae_nfm` is asked for."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "train.jsonl").write_bytes((shared / "text.jsonl").read_bytes())  # as SAELens loads local text
+    argv = flags(shared, "--model_class_name", "AutoModelForCausalLM", "--hook_name", "transformer.h.0")[1:]
+    argv += ["--d_in", "16", "--log_to_wandb", "False", "--output_path", "sae", "--dataset_path", str(corpus)]
+    train = f"import sae_nfm; from sae_lens.llm_sae_training_runner import _run_cli; _run_cli({argv!r})"
+    load = (
+        "import sae_nfm; from sae_lens import SAE; sae = SAE.load_from_disk('sae'); print(type(sae).__name__, "
+        "sae.cfg.metadata.hook_name, sae.W_lin.double().sum().item())"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    outputs = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+        for code in (train, load)
+    ]
+    sae = SAE.load_from_disk("sae")
+    assert outputs[1].split() == ["JointNFMSAE", "transformer.h.0", str(sae.W_lin.double().sum().item())]
+    model = load_model(shared / "model")
+    sae.cfg.metadata.hook_name = HOOK
+    tokens = torch.tensor(token_dataset(2)["tokens"])
+    with torch.no_grad(), model.saes(sae):
+        _, cache = model.run_with_cache(tokens)
+    assert cache[f"{HOOK}.hook_sae_output"].shape == (2, 16, 16)
+    assert cache[f"{HOOK}.hook_nfm_interaction"].abs().sum() > 0
