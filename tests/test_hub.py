@@ -1,0 +1,355 @@
+"""Push and pull through the real hub client, against a hub on a loopback socket: what arrives is what was sent, or an error."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from builders import inference_sae, random_activations, training_config
+from hub_server import TOKEN, HubServer
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+from sae_lens import SAE, TopKSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+from safetensors.torch import load_file
+from test_results import ROWS, result
+
+from sae_nfm import JointNFMSAE
+from sae_nfm.hub import PullConfig, PushConfig, pull, push
+from sae_nfm.pretrained import register_release, register_releases
+from sae_nfm.release import HubSource
+
+REPO, ID = "user/saes", "blocks.0.hook_resid_post"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that the client in this process talks to, with an empty cache and a token."""
+    with HubServer() as server:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)  # the client reads HF_ENDPOINT once, when imported
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # xet has servers of its own
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        close_session()
+        yield server
+    close_session()
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A saved joint_nfm SAE with its runner_cfg.json."""
+    inference_sae(training_config("joint_nfm")).save_model(tmp_path / "saved")
+    (tmp_path / "saved" / "runner_cfg.json").write_text(json.dumps({"training_tokens": 12_345, "lr": 0.002}))
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def demo_output(tmp_path) -> Path:
+    """What `sae-nfm demo` leaves: two SAEs, their table, the report."""
+    folder = tmp_path / "run"
+    inference_sae(training_config("joint_nfm")).save_model(folder / "saes" / "joint")
+    metadata = SAEMetadata(model_name="tiny", hook_name=ID)
+    topk = SAE.from_dict(TopKSAEConfig(d_in=16, d_sae=32, k=4, metadata=metadata).to_dict())
+    topk.save_model(folder / "saes" / "topk")
+    (folder / "saes" / "runner_cfg.json").write_text("{}")
+    result().save(folder / "results.json")
+    (folder / "report.html").write_text("<p>report</p>")
+    return folder
+
+
+def same_weights(sae: SAE, folder: Path) -> bool:
+    weights = load_file(folder / "sae_weights.safetensors")
+    return weights.keys() == sae.state_dict().keys() and all(
+        torch.equal(weights[k], v) for k, v in sae.state_dict().items()
+    )
+
+
+def test_what_is_pushed_loads_from_the_hub_bit_by_bit(hub, saved):
+    pushed = push(PushConfig(source=saved, repo_id=REPO))
+    assert set(hub.repositories[REPO].commits[hub.repositories[REPO].head]) == {
+        f"{ID}/cfg.json", f"{ID}/sae_weights.safetensors", f"{ID}/runner_cfg.json", "README.md", "pretrained.yaml",
+    }  # fmt: skip
+    assert len(hub.repositories[REPO].commits) == 2  # the empty one and one of ours
+    for door in (SAE, JointNFMSAE):
+        sae = door.from_pretrained(REPO, ID)
+        assert type(sae) is JointNFMSAE
+        assert same_weights(sae, saved)
+    assert f'SAE.from_pretrained("{REPO}", "{ID}")' in pushed.words()
+
+
+def test_what_is_pulled_loads_from_disk_bit_by_bit(hub, saved, tmp_path):
+    push(PushConfig(source=saved, repo_id=REPO, sae_id="mine", license="mit"))
+    pulled = pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
+    files = {str(path.relative_to(pulled.folder)) for path in pulled.folder.rglob("*") if path.is_file()}
+    names = ("cfg.json", "sae_weights.safetensors", "runner_cfg.json")
+    assert files == {"README.md", "pretrained.yaml", *(f"mine/{name}" for name in names)}
+    assert all((pulled.folder / "mine" / name).read_bytes() == (saved / name).read_bytes() for name in names)
+    sae = SAE.load_from_disk(pulled.folder / "mine")
+    assert same_weights(sae, saved)
+    x = random_activations()
+    assert torch.equal(sae(x), SAE.load_from_disk(saved)(x))
+    assert f'SAE.load_from_disk("{tmp_path / "pulled" / "mine"}")' in pulled.words()
+    assert "\nlicense: mit\n" in (pulled.folder / "README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_demo_output_goes_with_its_table_and_report(hub, demo_output, tmp_path):
+    push(PushConfig(source=demo_output, repo_id=REPO))
+    folder = pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled")).folder
+    assert {path.name for path in folder.iterdir()} == {
+        "joint", "topk", "README.md", "pretrained.yaml", "results.json", "report.html",
+    }  # fmt: skip
+    assert (folder / "report.html").read_text() == "<p>report</p>"
+    listed = yaml.safe_load((folder / "pretrained.yaml").read_text())[REPO]["saes"]
+    assert [(sae["id"], sae["variance_explained"]) for sae in listed] == [("joint", 0.9), ("topk", 0.92)]  # 1 - FVU
+    card = (folder / "README.md").read_text()
+    assert "| joint: direct only | 150 | 32.0 | 0.4000 |" in card
+    assert "against topk (1.50 x its parameters): FVU +25.0%, KL -20.0% (mixed)" in card
+    assert SAE.load_from_disk(folder / "topk").cfg.architecture() == "topk"
+    only = pull(PullConfig(repo_id=REPO, output=tmp_path / "only", saes=("topk",))).folder
+    assert not (only / "joint").exists()
+    assert (only / "topk" / "cfg.json").is_file()
+
+
+def test_a_second_push_keeps_what_is_there(hub, demo_output, saved):
+    push(PushConfig(source=demo_output, repo_id=REPO, saes=("joint",)))
+    push(PushConfig(source=saved, repo_id=REPO, sae_id="another"))
+    files = hub.repositories[REPO].commits[hub.repositories[REPO].head]
+    assert [sae["id"] for sae in yaml.safe_load(files["pretrained.yaml"])[REPO]["saes"]] == ["another", "joint"]
+    card = files["README.md"].decode()
+    assert "| `another` |" in card
+    assert "| `joint` |" in card
+    assert "| joint: direct only | 150 |" in card  # the earlier table
+
+
+def test_nothing_is_overwritten_unasked(hub, saved):
+    config = PushConfig(source=saved, repo_id=REPO)
+    push(config)
+    with pytest.raises(ValueError, match=rf"^'{REPO}' has {ID}/cfg.json, .* already; .* give overwrite to replace"):
+        push(config)
+    inference_sae(training_config("joint_nfm"), seed=5).save_model(saved)
+    push(replace(config, overwrite=True))
+    assert same_weights(SAE.from_pretrained(REPO, ID), saved)
+
+
+def test_a_push_beside_another_one_is_refused(hub, saved):
+    """Else the list of SAEs would be written without those of the other push."""
+    push(PushConfig(source=saved, repo_id=REPO))
+    hub.meanwhile = {"their-sae/cfg.json": b"{}"}
+    with pytest.raises(ValueError, match=r"answers 412; somebody else changed the repository meanwhile: do it again"):
+        push(PushConfig(source=saved, repo_id=REPO, sae_id="mine"))
+    assert not [path for path in hub.repositories[REPO].commits[hub.repositories[REPO].head] if path.startswith("mine")]
+
+
+def test_a_readme_of_somebody_else_is_not_overwritten_unasked(hub, saved):
+    push(PushConfig(source=saved, repo_id=REPO))
+    hub.repositories[REPO].commits[hub.repositories[REPO].head] = {"README.md": b"theirs"}
+    with pytest.raises(ValueError, match=rf"^'{REPO}' has README.md already"):
+        push(PushConfig(source=saved, repo_id=REPO))
+
+
+def test_altered_file_is_refused_by_its_sha256(hub, saved, tmp_path):
+    push(PushConfig(source=saved, repo_id=REPO))
+    path = f"{ID}/sae_weights.safetensors"
+    original = (saved / "sae_weights.safetensors").read_bytes()
+    hub.altered[path] = original[:-1] + bytes([original[-1] ^ 1])  # one bit of one weight: it loads, and is another SAE
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(path)} of '{REPO}' at commit \w+ has sha256 \w+, the release says"
+    ):
+        pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
+    assert not (tmp_path / "pulled").exists()
+
+    hub.altered.clear()
+    with pytest.raises(ValueError, match="has sha256"):  # the cache has the damaged file
+        pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
+    pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled", force_download=True))
+
+
+def test_registered_hub_release_is_verified(hub, saved, tmp_path):
+    repo = "user/registered"  # from here on a release of this process
+    push(PushConfig(source=saved, repo_id=repo))
+    listed = pull(PullConfig(repo_id=repo, output=tmp_path / "pulled")).folder / "pretrained.yaml"
+    (release,) = register_releases(listed, replace=True)
+    assert (release.name, release.source) == (repo, HubSource(repo_id=repo))
+    assert same_weights(SAE.from_pretrained(repo, ID), saved)
+
+    inference_sae(training_config("joint_nfm"), seed=5).save_model(saved)
+    push(PushConfig(source=saved, repo_id=repo, overwrite=True))  # main moves on: no longer what was registered
+    with pytest.raises(ValueError, match=rf"release '{repo}' .* has sha256 .* the release says"):
+        SAE.from_pretrained(repo, ID)
+    before = HubSource(repo_id=repo, revision=list(hub.repositories[repo].commits)[1])
+    register_release(repo, model="tiny", source=before, saes=release.saes, replace=True)
+    assert not same_weights(SAE.from_pretrained(repo, ID), saved)  # the one before
+
+    requests = len(hub.requests)
+    SAE.from_pretrained(repo, ID)
+    assert not [line for line in hub.requests[requests:] if line.startswith("GET")]  # a commit in the cache
+    SAE.from_pretrained(repo, ID, force_download=True)
+    assert f"GET /{repo}/resolve/{before.revision}/{ID}/sae_weights.safetensors" in hub.requests[requests:]
+
+
+def test_truncated_file_from_a_plain_repository_is_refused(hub, saved):
+    push(PushConfig(source=saved, repo_id=REPO))
+    files = hub.repositories[REPO].commits[hub.repositories[REPO].head]
+    files[f"{ID}/sae_weights.safetensors"] = files[f"{ID}/sae_weights.safetensors"][:-7]
+    with pytest.raises(ValueError, match=rf"^a weight file of '{ID}' in '{REPO}' is damaged .* force_download=True"):
+        SAE.from_pretrained(REPO, ID)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("square_scale", None, "cfg.json of 'user/saes' lacks 'square_scale'"),
+        ("nfm_topk", 3, "^unknown key 'nfm_topk'"),
+    ],
+)
+def test_config_of_a_plain_repository_is_read_strictly(hub, saved, key, value, message):
+    push(PushConfig(source=saved, repo_id=REPO))
+    files = hub.repositories[REPO].commits[hub.repositories[REPO].head]
+    config = json.loads(files[f"{ID}/cfg.json"]) | {key: value}
+    if value is None:
+        del config[key]
+    files[f"{ID}/cfg.json"] = json.dumps(config).encode()
+    with pytest.raises(ValueError, match=message):
+        SAE.from_pretrained(REPO, ID)
+
+
+def test_damaged_upload_is_noticed(hub, saved):
+    hub.garbled.add(f"{ID}/sae_weights.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"^the hub stored something else than was sent \({ID}/sae_weights.safetensors\)"
+    ):
+        push(PushConfig(source=saved, repo_id=REPO))
+    hub.garbled = {"README.md"}
+    with pytest.raises(ValueError, match=r"^the hub stored something else than was sent \(README.md\)"):
+        push(PushConfig(source=saved, repo_id=REPO, overwrite=True))
+
+
+def test_pushing_without_a_login_or_rights(hub, saved, monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"^pushing to 'somebody-else/saes': the hub at .* answers 403; the login may not do"
+    ):
+        push(PushConfig(source=saved, repo_id="somebody-else/saes"))
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    with pytest.raises(
+        ValueError, match=r"^pushing to 'user/saes': the hub at .* answers 401; log in with `hf auth login`"
+    ):
+        push(PushConfig(source=saved, repo_id=REPO))
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(
+        ValueError, match=r"^nobody is logged in to the hub, and pushing needs it; log in with `hf auth"
+    ):
+        push(PushConfig(source=saved, repo_id=REPO))
+    assert hub.repositories == {}
+
+
+def test_what_the_hub_does_not_have(hub, saved, tmp_path):
+    push(PushConfig(source=saved, repo_id=REPO))
+    with pytest.raises(
+        FileNotFoundError, match=r"^pretrained.yaml of 'user/none' .* has no such repository, or keeps it"
+    ):
+        pull(PullConfig(repo_id="user/none", output=tmp_path / "pulled"))
+    with pytest.raises(FileNotFoundError, match=r"at revision 'v9': the repository has no such revision"):
+        pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled", revision="v9"))
+    with pytest.raises(ValueError, match=rf"^'{REPO}' has no SAE layer 9; it has {ID}$"):
+        pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled", saes=("layer 9",)))
+    (release,) = register_releases(
+        pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled")).folder / "pretrained.yaml"
+    )
+    with pytest.raises(ValueError, match=rf"^ID layer 9 not found in release {release.name}. Valid IDs are \['{ID}'\]"):
+        SAE.from_pretrained(release.name, "layer 9")  # SAELens's own words
+    with pytest.raises(ValueError, match=r"pulled' exists already; give a folder that does not$"):
+        pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
+
+
+def test_hub_that_cannot_be_reached(hub, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client tries again five times, with pauses
+    push(PushConfig(source=saved, repo_id=REPO))
+    first = pull(PullConfig(repo_id=REPO, output=tmp_path / "first"))
+    register_release("cached-hub-release", model="tiny", source=HubSource(repo_id=REPO), saes=first.release.saes)
+    hub.stop()
+    unreachable = rf"the hub at {hub.url} cannot be reached and the cache does not have it; check the connection"
+    assert same_weights(SAE.from_pretrained("cached-hub-release", ID), saved)  # from the cache
+    pull(PullConfig(repo_id=REPO, output=tmp_path / "second"))
+    with pytest.raises(FileNotFoundError, match=unreachable):
+        SAE.from_pretrained("cached-hub-release", ID, force_download=True)
+    with pytest.raises(FileNotFoundError, match=unreachable):
+        pull(PullConfig(repo_id="user/never-fetched", output=tmp_path / "third"))
+    with pytest.raises(
+        FileNotFoundError, match=rf"^pushing to '{REPO}': the hub at {hub.url} cannot be reached; check"
+    ):
+        push(PushConfig(source=saved, repo_id=REPO))
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_release_may_not_write_outside_its_folder(hub, saved, tmp_path):
+    push(PushConfig(source=saved, repo_id=REPO))
+    files = hub.repositories[REPO].commits[hub.repositories[REPO].head]
+    files["pretrained.yaml"] = files["pretrained.yaml"].replace(f"path: {ID}".encode(), b"path: ../elsewhere")
+    with pytest.raises(ValueError, match=r"has path '../elsewhere'; give a folder within the source"):
+        pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
+
+
+def test_sources_that_are_nothing_to_push(hub, saved, demo_output, tmp_path):
+    for arguments, message in (
+        ({"source": tmp_path / "empty"}, "empty' is neither a saved SAE .* nor the output of `sae-nfm demo`"),
+        ({"source": demo_output, "saes": ("none",)}, "has no SAE none; it has joint, topk$"),
+        ({"source": demo_output, "sae_id": "x"}, "whose names are their ids; leave sae_id out$"),
+        ({"source": saved, "saes": ("x",)}, "is one saved SAE: choosing x is for a demo's output$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            push(PushConfig(repo_id=REPO, **arguments))
+    with pytest.raises(ValueError, match=r"^repo_id is 'saes'; give owner and name"):
+        PushConfig(source=saved, repo_id="saes")
+    weights = saved / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="is damaged"):
+        push(PushConfig(source=saved, repo_id=REPO))
+    assert not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
+
+
+END_TO_END = """
+import sys, torch
+import sae_nfm
+from pathlib import Path
+from sae_lens import SAE
+from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
+from sae_nfm.hub import PullConfig, PushConfig, pull, push
+folder = Path(sys.argv[1])
+push(PushConfig(source=folder / "saved", repo_id="user/pushed", sae_id="mine"))
+upload_saes_to_huggingface({"mine": folder / "saved"}, "user/uploaded", show_progress=False)
+pulled = pull(PullConfig(repo_id="user/pushed", output=folder / "pulled"))
+saes = [
+    SAE.load_from_disk(folder / "saved"), SAE.load_from_disk(pulled.folder / "mine"),
+    SAE.from_pretrained("user/pushed", "mine"), SAE.from_pretrained("user/uploaded", "mine"),
+]
+assert all(torch.equal(v, saes[0].state_dict()[k]) for sae in saes for k, v in sae.state_dict().items())
+print("all equal")
+"""
+
+
+def test_fresh_process_configured_by_its_environment(saved, tmp_path):
+    """As a user has it: HF_ENDPOINT and HF_TOKEN; what SAELens's own uploader writes loads, too."""
+    with HubServer() as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", END_TO_END, str(tmp_path)],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+        )
+    assert done.stdout.strip() == "all equal", done.stderr
+    assert ROWS  # the invented table of the demo's output
