@@ -5,8 +5,9 @@ Importing the package registers the architecture `joint_nfm` with SAELens.
 
 from sae_nfm.config import JointNFMSAEConfig, JointNFMTrainingSAEConfig
 from sae_nfm.registration import register
-from sae_nfm.sae import JointNFMSAE, JointNFMTrainingSAE
+from sae_nfm.sae import JointNFMSAE
 from sae_nfm.training import HeldOut, read_training_record, record_training
+from sae_nfm.training_sae import JointNFMTrainingSAE
 
 __version__ = "0.1.0"
 __all__ = [

@@ -14,6 +14,8 @@ from typing_extensions import override
 ARCHITECTURE = "joint_nfm"
 Head = Literal["fm", "mlp", "none"]
 HEADS = ("fm", "mlp", "none")
+Kernel = Literal["auto", "dense", "sparse"]
+KERNELS = ("auto", "dense", "sparse")
 REQUIRES = "pip install sae-nfm; then `import sae_nfm` before SAELens loads this SAE"
 """`metadata.requires` of every cfg.json, for whoever meets a saved SAE without this package."""
 
@@ -33,6 +35,9 @@ class JointNFMSAEConfig(TopKSAEConfig):
             pooling leaves out.
         square_scale (float): The fixed scale c of the square path, in units of feature activation; sqrt(d_in / k) is the
             size of an activation where inputs are normalised to norm sqrt(d_in).
+        kernel (Literal["auto", "dense", "sparse"]): Whether a decode that needs no gradient multiplies the matrix of all
+            features or reads the active ones alone; "auto" takes the faster by the cost model of `kernels.choose`. Same
+            output up to rounding.
         k (int): Number of active features per token. Inherited from TopKSAEConfig.
         rescale_acts_by_decoder_norm (bool): Whether feature activations are multiplied by their decoder norm before the
             selection. The NFM reads the activations as hooked at hook_sae_acts_post, that is after this rescaling.
@@ -54,6 +59,7 @@ class JointNFMSAEConfig(TopKSAEConfig):
     use_linear_path: bool = True
     use_square_path: bool = False
     square_scale: float = 3.0
+    kernel: Kernel = "auto"
 
     @override
     @classmethod
@@ -104,6 +110,9 @@ class JointNFMTrainingSAEConfig(TopKTrainingSAEConfig):
             pooling leaves out.
         square_scale (float): The fixed scale c of the square path, in units of feature activation; sqrt(d_in / k) is the
             size of an activation where inputs are normalised to norm sqrt(d_in).
+        kernel (Literal["auto", "dense", "sparse"]): Whether a training step works on the matrix of all features or on
+            the active ones alone; "auto" takes the faster by the cost model of `kernels.choose`. Same losses and gradients
+            up to rounding. Steps with hooks on the SAE, and compiled ones, are dense.
         nfm_dropout (float): Dropout probability on the pooled vector z, in training steps only: every other forward
             pass, evaluation of a model still in training included, is deterministic.
         nfm_embedding_init_std (float): Standard deviation of the initial V (the paper's 0.05).
@@ -133,6 +142,7 @@ class JointNFMTrainingSAEConfig(TopKTrainingSAEConfig):
     use_linear_path: bool = True
     use_square_path: bool = False
     square_scale: float = 3.0
+    kernel: Kernel = "auto"
     nfm_dropout: float = 0.0
     nfm_embedding_init_std: float = 0.05
     nfm_weight_init_std: float = 0.01
@@ -221,7 +231,7 @@ def refuse_unknown_keys(config_class: type, config_dict: dict[str, Any]) -> None
 
 def refuse_missing_keys(config_dict: dict[str, Any], source: str) -> None:
     """Raise a ValueError that names every key decoding needs and a saved config lacks; a default could be wrong."""
-    needed = {field.name for field in fields(JointNFMSAEConfig)} - {"metadata", "dtype", "device"}
+    needed = {field.name for field in fields(JointNFMSAEConfig)} - {"metadata", "dtype", "device", "kernel"}
     missing = sorted(needed - set(config_dict))
     if missing:
         raise ValueError(
@@ -241,6 +251,8 @@ def _validate(cfg: JointNFMConfig) -> None:
         )
     if cfg.head not in HEADS:
         raise ValueError(f"head is {cfg.head!r}; give one of {', '.join(map(repr, HEADS))}")
+    if cfg.kernel not in KERNELS:
+        raise ValueError(f"kernel is {cfg.kernel!r}; give one of {', '.join(map(repr, KERNELS))}")
     if not 0 < cfg.square_scale < float("inf"):
         raise ValueError(f"square_scale is {cfg.square_scale}; give a positive number, about a typical activation")
 

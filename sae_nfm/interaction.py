@@ -52,6 +52,14 @@ def sparse_acts_from_coo(feature_acts: Tensor, k: int) -> SparseActs | None:
     return SparseActs(indices[-1].clone().reshape(*batch, k), values.clone().reshape(*batch, k))
 
 
+def sparse_acts_from_dense(feature_acts: Float[Tensor, "*batch d_sae"], k: int) -> SparseActs | None:
+    """The same activations as `SparseActs`; None where an edit left a negative one, or more than k active a token."""
+    if not feature_acts.numel() or feature_acts.amin() < 0 or feature_acts.count_nonzero(dim=-1).amax() > k:
+        return None
+    values, indices = feature_acts.topk(k, dim=-1, sorted=False)
+    return SparseActs(indices, values)
+
+
 def top_n(acts: Acts, n: int) -> SparseActs:
     """The n largest entries of each token's activations; among equal entries any choice is valid."""
     if isinstance(acts, SparseActs):

@@ -25,7 +25,8 @@ from sae_nfm.config import ARCHITECTURE, JointNFMSAEConfig, JointNFMTrainingSAEC
 from sae_nfm.loading import SAVE_AGAIN, check_folder
 from sae_nfm.pretrained import register_packaged_releases
 from sae_nfm.resume import layer_runners
-from sae_nfm.sae import JointNFMSAE, JointNFMTrainingSAE
+from sae_nfm.sae import JointNFMSAE
+from sae_nfm.training_sae import JointNFMTrainingSAE
 
 TESTED_FROM, TESTED_BELOW = Version("6.54.12"), Version("6.55")
 _OURS = "_sae_nfm_original"

@@ -19,23 +19,22 @@ Source: arXiv 2507.00269.
 
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
-from sae_lens import SAE, TopKSAE, TopKTrainingSAE
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
+from sae_lens import SAE, TopKSAE
+from sae_lens.saes.topk_sae import act_times_W_dec
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
-from sae_nfm import interaction
-from sae_nfm.config import JointNFMConfig, JointNFMSAEConfig, JointNFMTrainingSAEConfig
+from sae_nfm import interaction, kernels
+from sae_nfm.config import JointNFMConfig, JointNFMSAEConfig
 from sae_nfm.loading import check_state_dict, write_note
-from sae_nfm.metrics import path_metrics
+
+FEW_FEATURES = 1024
+"""With fewer, either form of a step is mostly overhead, and the dense one is SAELens's own."""
 
 
 class Paths(NamedTuple):
@@ -137,7 +136,7 @@ class NFMDecoder(_Host):
     def decode_paths(self, feature_acts: Tensor) -> Paths:
         """What each path writes before the run-time normalisation is undone; pure in `feature_acts`."""
         cfg = self.cfg
-        sparse = interaction.sparse_acts_from_coo(feature_acts, cfg.k) if feature_acts.is_sparse else None
+        sparse = self._active(feature_acts)
         if sparse is not None:
             acts, direct = sparse, self._direct_from_sparse(sparse)
         else:
@@ -153,6 +152,23 @@ class NFMDecoder(_Host):
             hidden = self.hook_nfm_hidden_pre(interaction.hidden_pre(self._pool(read), self.W_1, self.b_1))
             interacting = self.hook_nfm_interaction(interaction.interaction_output(hidden, self.W_2, self.b_2))
         return Paths(direct + self.b_dec, linear, square, interacting)
+
+    def _active(self, feature_acts: Tensor) -> interaction.SparseActs | None:
+        """The active features alone, where reading only these is possible, asked for, and loses no gradient."""
+        cfg = self.cfg
+        if feature_acts.is_sparse:
+            return interaction.sparse_acts_from_coo(feature_acts, cfg.k)
+        wants_gradient = torch.is_grad_enabled() and feature_acts.requires_grad
+        if wants_gradient or torch.compiler.is_compiling() or not self.works_sparsely():
+            return None
+        return interaction.sparse_acts_from_dense(feature_acts, cfg.k)
+
+    def works_sparsely(self) -> bool:
+        """Whether `cfg.kernel` chooses the active features alone: "auto" by the cost model, from `FEW_FEATURES` on."""
+        cfg = self.cfg
+        if cfg.kernel == "auto":
+            return cfg.d_sae >= FEW_FEATURES and kernels.choose(cfg.d_sae, cfg.k, self.device.type) == "sparse"
+        return cfg.kernel == "sparse"
 
     def _direct_from_sparse(self, acts: interaction.SparseActs) -> Tensor:
         if self.cfg.rescale_acts_by_decoder_norm:
@@ -259,99 +275,6 @@ class NFMDecoder(_Host):
 
 
 class JointNFMSAE(NFMDecoder, TopKSAE):
-    """Inference-only joint NFM-SAE; trained by `JointNFMTrainingSAE`, same tensors in the saved file."""
+    """Inference-only joint NFM-SAE; trained by `training_sae.JointNFMTrainingSAE`, same tensors in the saved file."""
 
     cfg: JointNFMSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-
-
-class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
-    """Joint NFM-SAE in training: SAELens's TopK losses on the output of all paths.
-
-    `TrainStepOutput.metrics` has each path's error, magnitude and share (see `metrics`), computed only when read.
-    Dropout acts within `training_forward_pass` alone.
-    """
-
-    cfg: JointNFMTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    _in_training_step = False
-    _step_paths: Paths | None = None
-
-    @override
-    def _dropout(self, pooled: Tensor) -> Tensor:
-        return F.dropout(pooled, self.cfg.nfm_dropout, training=self._in_training_step)
-
-    @override
-    def decode_paths(self, feature_acts: Tensor) -> Paths:
-        paths = super().decode_paths(feature_acts)
-        if self._in_training_step:
-            self._step_paths = paths
-        return paths
-
-    @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        self._in_training_step = True
-        try:
-            output = super().training_forward_pass(step_input)
-        finally:
-            self._in_training_step = False
-        assert self._step_paths is not None
-        paths = {name: path.detach() for name, path in self._step_paths.present().items()}
-        self._step_paths = None
-        scale = self._token_scale(step_input.sae_in)
-        output.metrics.update(path_metrics(step_input.sae_in, output.sae_out.detach(), paths, scale))
-        return output
-
-    @override
-    def calculate_topk_aux_loss(
-        self,
-        sae_in: Tensor,
-        sae_out: Tensor,
-        hidden_pre: Tensor,
-        dead_neuron_mask: Tensor | None,
-    ) -> Tensor:
-        """SAELens's dead-feature loss, also under per-token normalisation, which SAELens refuses.
-
-        There the dead features' reconstruction is brought to the input's units, token by token, before it is compared
-        with the residual.
-        """
-        if self.cfg.normalize_activations not in ("constant_norm_rescale", "layer_norm"):
-            return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
-        if dead_neuron_mask is None or (num_dead := int(dead_neuron_mask.sum())) == 0:
-            return sae_out.new_tensor(0.0)
-        k_aux = sae_in.shape[-1] // 2  # the heuristic of Gao et al. 2024, appendix B.1, as in SAELens
-        scale = min(num_dead / k_aux, 1.0)
-        acts = calculate_topk_aux_acts(min(k_aux, num_dead), hidden_pre, dead_neuron_mask)
-        recons = act_times_W_dec(acts, self.W_dec, self.cfg.rescale_acts_by_decoder_norm)
-        residual = (sae_in - sae_out).detach()
-        error = (recons * self._token_scale(sae_in) - residual).pow(2).sum(dim=-1).mean()
-        return self.cfg.aux_loss_coefficient * scale * error
-
-    def _token_scale(self, sae_in: Tensor) -> Tensor | float:
-        """Length in the input's space of a unit vector in the normalised space, [*batch, 1] where it varies by token."""
-        normalize = cast(str, self.cfg.normalize_activations)  # SAELens's annotation leaves out one value it accepts
-        if normalize == "constant_norm_rescale":
-            return sae_in.norm(dim=-1, keepdim=True) / self.cfg.d_in**0.5
-        if normalize == "layer_norm":
-            return sae_in.std(dim=-1, keepdim=True)
-        return 1.0
-
-    @override
-    @torch.no_grad()
-    def log_histograms(self) -> dict[str, NDArray[Any]]:
-        """Row norms of W_dec, as every SAE of SAELens logs them, and of the NFM's weights that read features: [d_sae] each."""
-        rows = {name: getattr(self, name) for name in ("W_lin", "V", "U") if hasattr(self, name)}
-        norms = {f"weights/{name}_norms": weight.float().norm(dim=1).cpu().numpy() for name, weight in rows.items()}
-        return super().log_histograms() | norms
-
-    @override
-    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
-        """Save the inference SAE as SAELens does, with a README.md that says what loads it."""
-        saved = super().save_inference_model(path)
-        write_note(path)
-        return saved
-
-    @override
-    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        """Fold decoder norms as SAELens does, and keep them in `folded_W_dec_norm`."""
-        super().process_state_dict_for_saving_inference(state_dict)
-        if self.cfg.rescale_acts_by_decoder_norm:
-            state_dict["folded_W_dec_norm"] = self.folded_W_dec_norm * self.get_W_dec_norm()

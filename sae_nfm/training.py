@@ -19,6 +19,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
 from sae_nfm.stream import quiet_saelens
+from sae_nfm.training_sae import JointNFMTrainingSAE
 
 Runner = LanguageModelSAETrainingRunner | MultiSAETrainingRunner
 
@@ -143,13 +144,16 @@ class _Recorder:
         step = trainer.step
 
         def recorded_step(batch: Tensor) -> TrainStepOutput:
+            last = trainer.n_training_samples + len(batch) >= trainer.cfg.total_training_samples
+            evaluated = self._held_out is not None and (trainer.n_training_steps % self._held_out.every == 0 or last)
+            recorded = evaluated or last or trainer.n_training_steps % self._every == 0
+            if isinstance(trainer.sae, JointNFMTrainingSAE):
+                trainer.sae.keep_paths = recorded
             started = _now(trainer.sae.device)
             output = step(batch)
             self.record.seconds[name] += _now(trainer.sae.device) - started
             self.record.tokens[name] += batch.shape[0]
-            last = trainer.n_training_samples >= trainer.cfg.total_training_samples
-            evaluated = self._held_out is not None and (trainer.n_training_steps % self._held_out.every == 0 or last)
-            if evaluated or last or trainer.n_training_steps % self._every == 0:
+            if recorded:
                 self._write(name, trainer, output, self._evaluate(name, trainer, data_provider) if evaluated else {})
             return output
 

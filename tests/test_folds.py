@@ -241,7 +241,7 @@ def test_every_option_of_the_config_is_drawn():
     """The strategy above covers each field that changes what decode computes."""
     decoding = {field.name for field in fields(JointNFMSAEConfig)} - {
         "d_in", "d_sae", "dtype", "device", "metadata", "nfm_dim", "square_scale", "k",
-        "reshape_activations",
+        "reshape_activations", "kernel",
     }  # fmt: skip
     assert decoding == {
         "rescale_acts_by_decoder_norm", "nfm_top_k", "head", "use_linear_path", "use_square_path",

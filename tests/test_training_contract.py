@@ -155,8 +155,10 @@ def test_bfloat16_sae(architecture):
 
 @for_every_architecture
 @pytest.mark.parametrize("normalisation", ["none", "constant_norm_rescale", "layer_norm"])
-def test_path_metrics_of_a_training_step(architecture, normalisation):
-    sae = random_sae(training_config(architecture, normalize_activations=normalisation))
+@pytest.mark.parametrize("kernel", ["dense", "sparse"])
+def test_path_metrics_of_a_training_step(architecture, normalisation, kernel):
+    sae = random_sae(training_config(architecture, normalize_activations=normalisation, kernel=kernel))
+    sae.keep_paths = True
     x = random_activations()
     output = sae.training_forward_pass(step_input(x))
     metrics = {name: metric() for name, metric in output.metrics.items()}

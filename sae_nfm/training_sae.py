@@ -1,0 +1,195 @@
+"""`joint_nfm` in training: SAELens's TopK losses on the output of all paths, in one of two forms of the same step.
+
+    dense     SAELens's: features as a matrix [batch, d_sae], hooks on every hook point
+    sparse    `kernels`: the k active features of each token alone, forward and backward, dead-feature loss included
+
+They give the same losses and gradients up to rounding; `cfg.kernel` chooses. The sparse step sums the two decoders where both
+read the same features, keeps no pre-activations, and hands SAELens's trainer its statistics as a COO tensor.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from numpy.typing import NDArray
+from sae_lens import TopKTrainingSAE
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import override
+
+from sae_nfm import interaction, kernels
+from sae_nfm.config import JointNFMTrainingSAEConfig
+from sae_nfm.interaction import SparseActs
+from sae_nfm.loading import write_note
+from sae_nfm.metrics import path_metrics
+from sae_nfm.sae import NFMDecoder, Paths
+
+
+class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
+    """Joint NFM-SAE in training: SAELens's TopK losses on the output of all paths.
+
+    `TrainStepOutput.metrics` has each path's error, magnitude and share (see `metrics`), computed only when read.
+    Dropout acts within `training_forward_pass` alone.
+    """
+
+    cfg: JointNFMTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    keep_paths = False
+    """Whether a sparse step keeps what each path wrote, for `metrics`, though SAELens does not log it."""
+    _in_training_step = False
+    _step_paths: Paths | None = None
+
+    @override
+    def _dropout(self, pooled: Tensor) -> Tensor:
+        return F.dropout(pooled, self.cfg.nfm_dropout, training=self._in_training_step)
+
+    @override
+    def decode_paths(self, feature_acts: Tensor) -> Paths:
+        paths = super().decode_paths(feature_acts)
+        if self._in_training_step:
+            self._step_paths = paths
+        return paths
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        self._in_training_step = True
+        try:
+            if self._steps_sparsely():
+                return self._sparse_step(step_input)
+            output = super().training_forward_pass(step_input)
+        finally:
+            self._in_training_step = False
+        assert self._step_paths is not None
+        self._add_metrics(output, step_input, self._step_paths)
+        self._step_paths = None
+        return output
+
+    def _add_metrics(self, output: TrainStepOutput, step_input: TrainStepInput, paths: Paths | None) -> None:
+        scale = self._token_scale(step_input.sae_in)
+        detached = {} if paths is None else {name: path.detach() for name, path in paths.present().items()}
+        output.metrics.update(path_metrics(step_input.sae_in, output.sae_out.detach(), detached, scale))
+
+    def _steps_sparsely(self) -> bool:
+        """Hooks want the dense tensors, and torch.compile does better with them."""
+        return self.works_sparsely() and not torch.compiler.is_compiling() and not self._has_hooks()
+
+    def _has_hooks(self) -> bool:
+        return any(hook._forward_hooks or hook._backward_hooks for hook in self.hook_dict.values())
+
+    def _sparse_step(self, step_input: TrainStepInput) -> TrainStepOutput:
+        cfg, sae_in = self.cfg, self.process_sae_in(step_input.sae_in)
+        norms = kernels.row_norms(self.W_dec) if cfg.rescale_acts_by_decoder_norm else None
+        acts = kernels.encode(sae_in, self.W_enc, self.b_enc, norms, cfg.k)
+        keep_paths = step_input.is_logging_step or self.keep_paths
+        sae_out_pre, paths = self._sparse_decode(acts, norms, keep_paths)
+        sae_out = self.run_time_activation_norm_fn_out(sae_out_pre)
+        mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
+        dead_loss = self._sparse_dead_loss(step_input, sae_in, sae_out, norms)
+        coo = kernels.to_coo(SparseActs(acts.indices, acts.values.detach()), cfg.d_sae)
+        output = TrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=sae_out,
+            feature_acts=coo,
+            hidden_pre=coo,  # nothing reads the others
+            loss=mse_loss + dead_loss,
+            losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": dead_loss},
+        )
+        self._add_metrics(output, step_input, paths)
+        return output
+
+    def _sparse_decode(self, acts: SparseActs, norms: Tensor | None, keep_paths: bool) -> tuple[Tensor, Paths | None]:
+        """All paths from the active features, [batch, d_in], and if wanted what each of them wrote."""
+        cfg, routing = self.cfg, kernels.route(acts.indices, self.cfg.d_sae)
+        unscaled = acts if norms is None else SparseActs(acts.indices, acts.values / norms[acts.indices])
+        read, read_routing = acts, routing
+        if cfg.nfm_top_k is not None and cfg.nfm_top_k < cfg.k:
+            read = interaction.top_n(acts, cfg.nfm_top_k)
+            read_routing = kernels.route(read.indices, cfg.d_sae)
+        square = interacting = linear = None
+        if cfg.use_square_path:
+            squares = SparseActs(acts.indices, acts.values.square())
+            square = kernels.weighted_rows(squares, self.U, routing) / cfg.square_scale
+        if cfg.head != "none":
+            pool = kernels.bi_interaction if cfg.head == "fm" else kernels.weighted_rows
+            pooled = self._dropout(pool(read, self.V, read_routing))
+            hidden = interaction.hidden_pre(pooled, self.W_1, self.b_1)
+            interacting = interaction.interaction_output(hidden, self.W_2, self.b_2)
+        if cfg.use_linear_path and read is acts and not keep_paths:
+            W_dec = self.W_dec if norms is None else self.W_dec / norms[:, None]
+            both = kernels.weighted_rows(acts, W_dec + self.W_lin, routing) + (self.b_dec + self.b_lin)
+            return Paths(both, None, square, interacting).total(), None
+        if cfg.use_linear_path:
+            linear = kernels.weighted_rows(read, self.W_lin, read_routing) + self.b_lin
+        direct = kernels.weighted_rows(unscaled, self.W_dec, routing) + self.b_dec
+        paths = Paths(direct, linear, square, interacting)
+        return paths.total(), paths if keep_paths else None
+
+    def _sparse_dead_loss(
+        self, step_input: TrainStepInput, sae_in: Tensor, sae_out: Tensor, norms: Tensor | None
+    ) -> Tensor:
+        mask, k_aux = step_input.dead_neuron_mask, self._k_aux()
+        if mask is None or (num_dead := int(mask.sum())) == 0:
+            return sae_out.new_tensor(0.0)
+        features, acts = kernels.top_dead(sae_in, self.W_enc, self.b_enc, norms, mask, k_aux)
+        W_dec = self.W_dec[features]
+        if norms is not None:
+            W_dec = W_dec / norms[features, None]
+        return self._dead_loss(step_input.sae_in, sae_out, kernels.weighted_rows(acts, W_dec), num_dead)
+
+    @override
+    def calculate_topk_aux_loss(
+        self,
+        sae_in: Tensor,
+        sae_out: Tensor,
+        hidden_pre: Tensor,
+        dead_neuron_mask: Tensor | None,
+    ) -> Tensor:
+        """SAELens's dead-feature loss, also under per-token normalisation, which SAELens refuses."""
+        if self.cfg.normalize_activations not in ("constant_norm_rescale", "layer_norm"):
+            return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
+        if dead_neuron_mask is None or (num_dead := int(dead_neuron_mask.sum())) == 0:
+            return sae_out.new_tensor(0.0)
+        acts = calculate_topk_aux_acts(min(self._k_aux(), num_dead), hidden_pre, dead_neuron_mask)
+        recons = act_times_W_dec(acts, self.W_dec, self.cfg.rescale_acts_by_decoder_norm)
+        return self._dead_loss(sae_in, sae_out, recons, num_dead)
+
+    def _k_aux(self) -> int:
+        return self.cfg.d_in // 2  # the heuristic of Gao et al. 2024, appendix B.1, as in SAELens
+
+    def _dead_loss(self, sae_in: Tensor, sae_out: Tensor, recons: Tensor, num_dead: int) -> Tensor:
+        """How far the dead features' reconstruction, in the normalised space, is from the residual in the input's units."""
+        residual = (sae_in - sae_out).detach()
+        error = (recons * self._token_scale(sae_in) - residual).pow(2).sum(dim=-1).mean()
+        return self.cfg.aux_loss_coefficient * min(num_dead / self._k_aux(), 1.0) * error
+
+    def _token_scale(self, sae_in: Tensor) -> Tensor | float:
+        """Length in the input's space of a unit vector in the normalised space, [*batch, 1] where it varies by token."""
+        normalize = cast(str, self.cfg.normalize_activations)  # SAELens's annotation leaves out one value it accepts
+        if normalize == "constant_norm_rescale":
+            return sae_in.norm(dim=-1, keepdim=True) / self.cfg.d_in**0.5
+        if normalize == "layer_norm":
+            return sae_in.std(dim=-1, keepdim=True)
+        return 1.0
+
+    @override
+    @torch.no_grad()
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        """Row norms of W_dec, as every SAE of SAELens logs them, and of the NFM's weights that read features: [d_sae] each."""
+        rows = {name: getattr(self, name) for name in ("W_lin", "V", "U") if hasattr(self, name)}
+        norms = {f"weights/{name}_norms": weight.float().norm(dim=1).cpu().numpy() for name, weight in rows.items()}
+        return super().log_histograms() | norms
+
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save the inference SAE as SAELens does, with a README.md that says what loads it."""
+        saved = super().save_inference_model(path)
+        write_note(path)
+        return saved
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        """Fold decoder norms as SAELens does, and keep them in `folded_W_dec_norm`."""
+        super().process_state_dict_for_saving_inference(state_dict)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            state_dict["folded_W_dec_norm"] = self.folded_W_dec_norm * self.get_W_dec_norm()

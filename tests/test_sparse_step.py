@@ -1,0 +1,234 @@
+"""A training step on the active features alone is the dense step: losses, gradients, statistics, trajectory."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from builders import ARCHITECTURES, D_SAE, random_activations, random_sae, trainer, training_config
+from sae_lens import SAETrainer
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.util import temporary_seed
+
+from sae_nfm import interaction, kernels
+from sae_nfm.sae import FEW_FEATURES
+
+for_every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def step(sae, x, dead=None, logging=False):
+    return sae.training_forward_pass(
+        TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=logging)
+    )
+
+
+def both_kernels(cfg, **overrides):
+    """The same SAE twice, float64 so that nothing hides behind rounding."""
+    sae = random_sae(training_config(cfg, **overrides, dtype="float64"))
+    other = copy.deepcopy(sae)
+    sae.cfg.kernel, other.cfg.kernel = "sparse", "dense"
+    return sae, other
+
+
+@for_every_architecture
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("nfm_top_k", [None, 3, 4])
+@pytest.mark.parametrize(
+    "paths",
+    [
+        {},
+        {"use_square_path": False},
+        {"head": "mlp"},
+        {"head": "none", "use_square_path": False},
+        {"use_linear_path": False},
+        {"apply_b_dec_to_input": False},
+    ],
+    ids=lambda paths: ", ".join(paths) or "all",
+)
+@pytest.mark.parametrize("keep_paths", [True, False])
+def test_losses_and_gradients(architecture, rescale, nfm_top_k, paths, keep_paths):
+    options = {"rescale_acts_by_decoder_norm": rescale, "nfm_top_k": nfm_top_k}
+    sparse, dense = both_kernels(architecture, **options, **paths)
+    sparse.keep_paths = keep_paths
+    x = random_activations().double()
+    ours, reference = step(sparse, x), step(dense, x)
+    assert ours.feature_acts.is_sparse
+    assert not reference.feature_acts.is_sparse
+    ours.loss.backward()
+    reference.loss.backward()
+    torch.testing.assert_close(ours.sae_out, reference.sae_out)
+    torch.testing.assert_close(ours.loss, reference.loss)
+    torch.testing.assert_close(ours.feature_acts.to_dense(), reference.feature_acts)
+    for name, parameter in dense.named_parameters():
+        torch.testing.assert_close(dict(sparse.named_parameters())[name].grad, parameter.grad, msg=name)
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@for_every_architecture
+@pytest.mark.parametrize("n_dead", [1, 3, 7, 20])
+@pytest.mark.parametrize("normalisation", ["none", "constant_norm_rescale", "layer_norm"])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_dead_feature_loss(architecture, n_dead, normalisation, rescale):
+    sparse, dense = both_kernels(
+        architecture, normalize_activations=normalisation, rescale_acts_by_decoder_norm=rescale
+    )
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[torch.randperm(D_SAE, generator=torch.Generator().manual_seed(0))[:n_dead]] = True
+    x = random_activations().double()
+    losses = [step(sae, x, dead).losses["auxiliary_reconstruction_loss"] for sae in (sparse, dense)]
+    assert losses[1] > 0
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for name, parameter in dense.named_parameters():
+        grad = dict(sparse.named_parameters())[name].grad
+        grad = torch.zeros_like(parameter) if grad is None else grad
+        torch.testing.assert_close(
+            grad, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, msg=name
+        )
+
+
+@for_every_architecture
+@pytest.mark.parametrize("normalisation", ["none", "constant_norm_rescale", "layer_norm"])
+def test_metrics_of_the_paths(architecture, normalisation):
+    sparse, dense = both_kernels(architecture, normalize_activations=normalisation)
+    x = random_activations().double()
+    metrics = [{n: metric() for n, metric in step(sae, x, logging=True).metrics.items()} for sae in (sparse, dense)]
+    assert metrics[0].keys() == metrics[1].keys()
+    torch.testing.assert_close(*metrics)
+    unlogged = step(sparse, x).metrics
+    assert set(unlogged) == {"fvu_all"}
+    torch.testing.assert_close(unlogged["fvu_all"](), metrics[1]["fvu_all"])
+
+
+@for_every_architecture
+@pytest.mark.parametrize("hook_name", ["hook_sae_acts_post", "hook_sae_acts_pre", "hook_nfm_pooled", "hook_sae_recons"])
+def test_hooks_act_in_a_sparse_step_too(architecture, hook_name):
+    sparse, dense = both_kernels(architecture)
+    x, outputs = random_activations().double(), []
+    for sae in (sparse, dense):
+        with sae.hooks(fwd_hooks=[(hook_name, lambda value, hook: 0.5 * value)]):
+            outputs.append(step(sae, x).sae_out)
+    torch.testing.assert_close(*outputs)
+    assert not torch.allclose(outputs[0], step(dense, x).sae_out)
+
+
+def saelens_trainer(sae, steps, **settings):
+    cfg = {
+        "total_training_samples": steps * 24,
+        "train_batch_size_samples": 24,
+        "lr": 1e-2,
+        "lr_end": 1e-2,
+        "dead_feature_window": 3,
+        "feature_sampling_window": 20,
+        "n_batches_for_norm_estimate": 4,
+    }
+    batches = (random_activations(seed=seed) for seed in itertools.count(10))
+    return SAETrainer(SAETrainerConfig(**(cfg | settings)), sae, batches)
+
+
+@for_every_architecture
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"nfm_top_k": None, "nfm_dropout": 0.2},
+        {"rescale_acts_by_decoder_norm": False, "normalize_activations": "expected_average_only_in"},
+    ],
+    ids=["all paths", "summed decoders, dropout", "scaled, norms as they are"],
+)
+def test_same_trajectory(architecture, options):
+    """Fifty float32 steps of SAELens's trainer with the same seed, dead features among them."""
+    runs = []
+    for kernel in ("sparse", "dense"):
+        sae = random_sae(training_config(architecture, **options, kernel=kernel))
+        saelens, losses, dead = saelens_trainer(sae, steps=50), [], []
+        one_step = saelens.step
+
+        def remember(batch, one_step=one_step, losses=losses, dead=dead, saelens=saelens):
+            dead.append(int(saelens.dead_neurons.sum()))
+            output = one_step(batch)
+            losses.append(output.loss.item())
+            return output
+
+        saelens.step = remember
+        with temporary_seed(0):
+            saelens.fit()
+        runs.append((torch.tensor(losses), dead, saelens))
+    (ours, dead, sparse), (reference, dead_reference, dense) = runs
+    assert max(dead) > 0
+    assert dead == dead_reference
+    assert reference[-5:].mean() < 0.8 * reference[:5].mean()
+    # rounding of 1e-7 a step, which Adam's division by small second moments and ties of the selection enlarge
+    torch.testing.assert_close(ours, reference, rtol=1e-3, atol=0)
+    assert torch.equal(sparse.act_freq_scores, dense.act_freq_scores)
+    assert torch.equal(sparse.n_forward_passes_since_fired, dense.n_forward_passes_since_fired)
+    assert sparse.sae.cfg.metadata.l0 == dense.sae.cfg.metadata.l0
+
+
+@for_every_architecture
+def test_no_matrix_of_all_features_is_kept(architecture):
+    """What a sparse step saves for its backward pass has no [batch, d_sae] tensor."""
+    rows = 48
+    sae = random_sae(training_config(architecture, kernel="sparse"))
+    shapes = []
+
+    def note(tensor):
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step(sae, random_activations(rows=rows), torch.arange(D_SAE) % 6 == 0)
+    assert (rows, 4) in shapes
+    assert (rows, D_SAE) not in shapes
+
+
+@for_every_architecture
+def test_auto_follows_the_cost_model(architecture):
+    chosen = {}
+    for d_sae, k in ((32, 4), (4096, 32), (2048, 1500)):
+        sae = random_sae(training_config(architecture, d_sae=d_sae, k=k, kernel="auto"))
+        chosen[d_sae, k] = "sparse" if step(sae, random_activations()).feature_acts.is_sparse else "dense"
+        assert chosen[d_sae, k] == (kernels.choose(d_sae, k, "cpu") if d_sae >= FEW_FEATURES else "dense")
+    assert chosen == {(32, 4): "dense", (4096, 32): "sparse", (2048, 1500): "dense"}
+
+
+@for_every_architecture
+def test_trainer_logs_what_it_logs_of_a_dense_step(architecture):
+    logs = []
+    for kernel in ("sparse", "dense"):
+        saelens = trainer(random_sae(training_config(architecture, kernel=kernel)))
+        logs.append(saelens.build_train_step_log_dict(saelens.step(random_activations()), n_training_samples=24))
+    ours, reference = logs
+    assert {key for key in reference if not key.startswith("metrics/")} <= ours.keys() <= reference.keys()
+    for key, value in ours.items():
+        assert value == pytest.approx(reference[key], rel=1e-5), key
+
+
+@for_every_architecture
+@pytest.mark.parametrize("nfm_top_k", [None, 3])
+@pytest.mark.parametrize("edit", ["none", "negative", "more", "fewer"])
+def test_decoding_without_a_gradient_reads_the_active_features_alone(architecture, nfm_top_k, edit):
+    sparse, dense = both_kernels(architecture, nfm_top_k=nfm_top_k)
+    x = random_activations().double()
+    with torch.no_grad():
+        acts = dense.encode(x)
+        acts = {
+            "none": acts,
+            "negative": -acts,
+            "more": acts + 0.1,
+            "fewer": acts * (torch.arange(D_SAE) % 2),
+        }[edit]
+        torch.testing.assert_close(sparse.decode(acts), dense.decode(acts))
+        assert (interaction.sparse_acts_from_dense(acts, 4) is None) == (edit in ("more", "negative"))
+        assert sparse.decode(acts[:0]).shape == (0, 16)
+    # where a gradient is wanted, it reaches features that are not active, too
+    acts.requires_grad_()
+    sparse.decode(acts).sum().backward()
+    assert (acts.grad[acts == 0] != 0).any() or edit == "more"
+
+
+def test_unknown_kernel():
+    with pytest.raises(ValueError, match="kernel is 'quick'; give one of 'auto', 'dense', 'sparse'"):
+        training_config("joint_nfm", kernel="quick")
