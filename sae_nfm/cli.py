@@ -93,6 +93,11 @@ COMMANDS = {
         config="sae_nfm.evals:parse",
         run=run_evaluate,
     ),
+    "speed": Command(
+        summary="measure what a training step of joint_nfm costs, beside SAELens's TopK and beside the least it must cost",
+        config="sae_nfm.speed:SpeedConfig",
+        run=words_of("sae_nfm.speed:measure_speed"),
+    ),
     "push": Command(
         summary="publish a saved SAE, or those of a demo, on the Hugging Face hub, with a model card",
         config="sae_nfm.hub:PushConfig",

@@ -36,8 +36,8 @@ class JointNFMSAEConfig(TopKSAEConfig):
         square_scale (float): The fixed scale c of the square path, in units of feature activation; sqrt(d_in / k) is the
             size of an activation where inputs are normalised to norm sqrt(d_in).
         kernel (Literal["auto", "dense", "sparse"]): Whether a decode that needs no gradient multiplies the matrix of all
-            features or reads the active ones alone; "auto" takes the faster by the cost model of `kernels.choose`. Same
-            output up to rounding.
+            features or reads the active ones alone; "auto" takes the faster by the cost model of `kernels.choose`, the
+            matrix with fewer than 1,024 features. Same output up to rounding.
         k (int): Number of active features per token. Inherited from TopKSAEConfig.
         rescale_acts_by_decoder_norm (bool): Whether feature activations are multiplied by their decoder norm before the
             selection. The NFM reads the activations as hooked at hook_sae_acts_post, that is after this rescaling.
@@ -111,8 +111,9 @@ class JointNFMTrainingSAEConfig(TopKTrainingSAEConfig):
         square_scale (float): The fixed scale c of the square path, in units of feature activation; sqrt(d_in / k) is the
             size of an activation where inputs are normalised to norm sqrt(d_in).
         kernel (Literal["auto", "dense", "sparse"]): Whether a training step works on the matrix of all features or on
-            the active ones alone; "auto" takes the faster by the cost model of `kernels.choose`. Same losses and gradients
-            up to rounding. Steps with hooks on the SAE, and compiled ones, are dense.
+            the active ones alone; "auto" takes the faster by the cost model of `kernels.choose`, the matrix with fewer than
+            1,024 features. Same losses and gradients up to rounding. Steps with hooks on the SAE, and compiled ones, are
+            dense.
         nfm_dropout (float): Dropout probability on the pooled vector z, in training steps only: every other forward
             pass, evaluation of a model still in training included, is deterministic.
         nfm_embedding_init_std (float): Standard deviation of the initial V (the paper's 0.05).

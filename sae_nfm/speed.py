@@ -1,0 +1,338 @@
+"""The job of `sae-nfm speed`: what a training step of joint_nfm costs, beside SAELens's TopK and beside what it must cost.
+
+All arms (`speed_arms.ARMS`) make their steps in turn, round after round, so that a change in the machine's speed meets all of
+them; a figure is the median over rounds. A step is SAELens's `SAETrainer.step`: forward, backward, clipping, Adam, statistics.
+"""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, Literal
+
+import torch
+
+from sae_nfm.config import parameter_count
+from sae_nfm.fitting import check_device
+from sae_nfm.speed_arms import (
+    ARMS,
+    JOINT_AUTO,
+    TOPK,
+    Case,
+    Rates,
+    Sizes,
+    Timings,
+    joint_config,
+    measure_peaks,
+    time_cases,
+)
+
+PACKAGES = ("sae-nfm", "sae-lens", "torch")
+Scan = Literal["d_sae", "nfm_dim"]
+SCANNED = (JOINT_AUTO, TOPK)
+COLUMNS = 110
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig(Sizes):
+    """What is timed, how often, and where to write it."""
+
+    arms: tuple[str, ...] = ()
+    """Which arms; all unless given, in a scan "joint_nfm auto" and "topk"."""
+    repeats: int = 7
+    """Rounds that count."""
+    warm_up: int = 2
+    """Rounds before these."""
+    threads: int | None = None
+    """CPU threads; as torch has them unless given."""
+    memory: bool = True
+    """Whether to measure peak memory, each arm in a process of its own."""
+    memory_limit_gib: float = 8.0
+    """GiB that the published formulation may take; above that it is not tried."""
+    scan: Scan | None = None
+    """How the steps grow with this size, doubled from its value up to scan_to."""
+    scan_to: int | None = None
+    """Last size of the scan; 8 times the first unless given."""
+    json: str | None = None
+    """JSON file for every figure, with configuration and versions."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be timed."""
+        for name in ("batch", "repeats", "warm_up"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        unknown = [arm for arm in self.arms if arm not in ARMS]
+        if unknown:
+            raise ValueError(f"arms has {unknown[0]!r}; give some of {', '.join(map(repr, ARMS))}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; give a positive whole number, or leave it out")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}; give 'float32' or 'bfloat16'")
+        if self.scan not in ("d_sae", "nfm_dim", None):
+            raise ValueError(f"scan is {self.scan!r}; give 'd_sae' or 'nfm_dim'")
+        if self.scan_to is not None and self.scan is None:
+            raise ValueError(f"scan_to is {self.scan_to} without a scan; give --scan d_sae or --scan nfm_dim too")
+        if self.scan is not None and self.scan_to is not None and self.scan_to < 2 * getattr(self, self.scan):
+            raise ValueError(
+                f"scan_to is {self.scan_to}, less than twice the {self.scan} = {getattr(self, self.scan)} the scan begins "
+                "with; raise it"
+            )
+        joint_config(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRow:
+    """One arm at one size. Ratios are to topk at the same size; None where there is nothing to say."""
+
+    arm: str
+    """Name of the arm."""
+    d_sae: int
+    """Its features."""
+    nfm_dim: int
+    """Interaction dimensions of joint_nfm at this size."""
+    step_seconds: float | None
+    """A training step, median."""
+    step_quartiles: tuple[float, float] | None
+    """Seconds that a quarter and three quarters of the steps stayed below."""
+    step_over_topk: float | None
+    """step_seconds over topk's."""
+    floor_seconds: float | None
+    """What a step of joint_nfm takes at least, see `floor_seconds`."""
+    step_over_floor: float | None
+    """step_seconds over floor_seconds."""
+    peak_bytes: int | None
+    """Bytes that a process's memory rose by for its steps."""
+    peak_over_topk: float | None
+    """peak_bytes over topk's."""
+    inference_seconds: float | None
+    """The inference SAE on a batch, without gradient, median."""
+    inference_over_topk: float | None
+    """inference_seconds over topk's."""
+    step_over_previous: float | None
+    """In a scan: step_seconds over those of the size before."""
+    step_over_first: float | None
+    """In a scan: step_seconds over those of the first size."""
+    reason: str | None
+    """Why figures are missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedResult:
+    """Everything a run of `sae-nfm speed` found."""
+
+    rows: tuple[SpeedRow, ...]
+    """The arms, for each size."""
+    rates: Rates
+    """Rates behind the floor."""
+    provenance: dict[str, Any]
+    """Configuration, versions, device, threads."""
+
+    def words(self) -> str:
+        """The table, and what its figures are, in at most 110 columns."""
+        config, scan = self.provenance["config"], self.provenance["config"]["scan"]
+        names = [name for name in ("d_in", "d_sae", "k", "nfm_dim", "nfm_top_k", "batch") if config[name] is not None]
+        what = ", ".join(f"{name} {config[name]}" for name in names if name != scan)
+        where = f"{config['dtype']}{', autocast' if config['autocast'] else ''}, {self.provenance['device']}"
+        rates = f"{self.rates.flop_per_second / 1e9:,.0f} GFLOP/s and {self.rates.bytes_per_second / 1e9:,.1f} GB/s"
+        notes = [
+            "A step is all that SAELens's trainer does with a batch, from forward to Adam. Ratios are of medians.",
+            f"Floor: joint_nfm's products and memory traffic at the {rates} measured in this run.",
+            "Peak: what the steps add to a process that has the SAE and its activations.",
+        ]
+        if scan:
+            notes.append(f"/ before, / first: the step's growth from the {scan} before, from the first one.")
+        heading = f"{what}, {where}, {self.provenance['threads']} threads; medians of {config['repeats']} rounds"
+        return "\n".join([heading, "", *self._table(scan), "", *notes])
+
+    def _table(self, scan: Scan | None) -> list[str]:
+        header = ["arm", "step ms", "quartiles", "/ topk", "/ floor", "peak MiB", "/ topk"]
+        header = [*header, "/ before", "/ first"] if scan else [*header, "infer ms", "/ topk"]
+        lines = [(_cells(row, scan), row.reason) for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(header, *(cells for cells, _ in lines), strict=True)]
+
+        def aligned(cells: list[str]) -> str:
+            rest = (text.rjust(width) for text, width in zip(cells[1:], widths[1:], strict=True))
+            return "  ".join([cells[0].ljust(widths[0]), *rest]).rstrip()
+
+        ruler = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        body = [_fitting(f"{aligned(cells)}  {reason or ''}".rstrip()) for cells, reason in lines]
+        return [aligned(header), ruler, *body]
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, under a temporary name first."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SpeedResult":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when the file is something else.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            quartiles = [
+                None if row["step_quartiles"] is None else tuple(row["step_quartiles"]) for row in content["rows"]
+            ]
+            rows = [
+                SpeedRow(**(row | {"step_quartiles": q})) for row, q in zip(content["rows"], quartiles, strict=True)
+            ]
+            return cls(rows=tuple(rows), rates=Rates(**content["rates"]), provenance=content["provenance"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is not a speed result ({error}); write one with `sae-nfm speed --json`"
+            ) from error
+
+
+def measure_speed(config: SpeedConfig) -> SpeedResult:
+    """Time the arms, or scan one size; writes `config.json` where that is given.
+
+    Raises:
+        ValueError: for sizes that do not fit together, or a device that is not there.
+    """
+    check_device(config.device)
+    arms = config.arms or (SCANNED if config.scan else tuple(ARMS))
+    with _threads(config.threads):
+        cases = [(arm, sizes) for sizes in scan_sizes(config) for arm in arms]
+        timings, rates = time_cases(
+            cases,
+            config,
+            repeats=config.repeats,
+            warm_up=config.warm_up,
+            limit_gib=config.memory_limit_gib,
+            with_inference=config.scan is None,
+        )
+        peaks = measure_peaks(cases, timings) if config.memory else {}
+        rows = tuple(_row(case, timings, peaks, rates) for case in cases)
+        result = SpeedResult(rows=rows, rates=rates, provenance=_provenance(config))
+    if config.json is not None:
+        result.save(config.json)
+    return result
+
+
+def scan_sizes(config: SpeedConfig) -> list[Sizes]:
+    """The sizes that are measured: one, or with a scan each doubling up to its end."""
+    if config.scan is None:
+        return [config]
+    first = getattr(config, config.scan)
+    last = 8 * first if config.scan_to is None else config.scan_to
+    values = [first * 2**power for power in range((last // first).bit_length())]
+    return [replace(config, **{config.scan: value}, scan=None, scan_to=None) for value in values]
+
+
+def floor_seconds(sizes: Sizes, rates: Rates) -> float:
+    """What a training step of joint_nfm takes at least, if products and memory run at the rates measured.
+
+        2 batch d_in d_sae / flops + bytes / copied
+
+    The product is the encoder's, all features having to be ranked; every other sum is over active features. With P parameters,
+    n = nfm_top_k, numbers of the parameters' type, the bytes are those of
+
+        P weights read, P gradients written                                                         2 P
+        Adam: weight, gradient and two moments read, weight and moments written                     7 P
+        rows gathered a token: W_dec + W_lin in the output, again for the gradient of activations,
+            and of the output's and the input's gradient for those of W_dec and W_enc               4 k d_in
+        the same three of V                                                                         3 n nfm_dim
+        the three of W_lin apart, where it reads fewer features (n < k)                             3 n d_in
+
+    Rows that the last cache holds come faster than a large copy, so that small dictionaries could be below this floor.
+    """
+    cfg = joint_config(sizes)
+    n = cfg.k if cfg.nfm_top_k is None else cfg.nfm_top_k
+    gathered = 4 * cfg.k * cfg.d_in + 3 * n * cfg.nfm_dim + (3 * n * cfg.d_in if n < cfg.k else 0)
+    numbers = 9 * parameter_count(cfg) + sizes.batch * gathered
+    product = 2 * sizes.batch * cfg.d_in * cfg.d_sae
+    itemsize = getattr(torch, sizes.dtype).itemsize
+    return product / rates.flop_per_second + itemsize * numbers / rates.bytes_per_second
+
+
+def _row(case: Case, timings: dict[Case, Timings], peaks: dict[Case, int], rates: Rates) -> SpeedRow:
+    (arm, sizes), topk = case, timings.get((TOPK, case[1]), Timings())
+    step, inference = _median(timings[case].step), _median(timings[case].inference)
+    floor = floor_seconds(sizes, rates) if arm.startswith("joint_nfm") else None
+    same_arm = [other for other in timings if other[0] == arm]
+    smaller = [_median(timings[other].step) for other in same_arm[: same_arm.index(case)]]
+    return SpeedRow(
+        arm=arm,
+        d_sae=sizes.d_sae,
+        nfm_dim=sizes.nfm_dim,
+        step_seconds=step,
+        step_quartiles=_quartiles(timings[case].step),
+        step_over_topk=_ratio(step, _median(topk.step)),
+        floor_seconds=floor,
+        step_over_floor=_ratio(step, floor),
+        peak_bytes=peaks.get(case),
+        peak_over_topk=_ratio(peaks.get(case), peaks.get((TOPK, sizes))),
+        inference_seconds=inference,
+        inference_over_topk=_ratio(inference, _median(topk.inference)),
+        step_over_previous=_ratio(step, smaller[-1]) if smaller else None,
+        step_over_first=_ratio(step, smaller[0]) if smaller else None,
+        reason=timings[case].reason,
+    )
+
+
+def _cells(row: SpeedRow, scan: Scan | None) -> list[str]:
+    def shown(value: float | None, digits: int, unit: float = 1.0) -> str:
+        return "" if value is None else f"{value / unit:,.{digits}f}"
+
+    cells = [
+        f"{row.arm}, {getattr(row, scan):,}" if scan else row.arm,
+        shown(row.step_seconds, 1, 1e-3),
+        "-".join(shown(seconds, 0, 1e-3) for seconds in row.step_quartiles or ()),
+        shown(row.step_over_topk, 3),
+        shown(row.step_over_floor, 2),
+        shown(row.peak_bytes, 0, 2**20),
+        shown(row.peak_over_topk, 3),
+    ]
+    if scan:
+        return [*cells, shown(row.step_over_previous, 2), shown(row.step_over_first, 2)]
+    return [*cells, shown(row.inference_seconds, 1, 1e-3), shown(row.inference_over_topk, 3)]
+
+
+def _fitting(line: str) -> str:
+    return line if len(line) <= COLUMNS else f"{line[: COLUMNS - 3]}..."  # the JSON has all of a long reason
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return median(values) if values else None
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float] | None:
+    if len(values) < 2:
+        return None
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def _ratio(value: float | None, reference: float | None) -> float | None:
+    return None if value is None or not reference else value / reference
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Generator[None]:
+    had = torch.get_num_threads()
+    torch.set_num_threads(wanted or had)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(had)
+
+
+def _provenance(config: SpeedConfig) -> dict[str, Any]:
+    cuda = torch.device(config.device).type == "cuda"
+    return {
+        "config": asdict(config) | {"arms": list(config.arms)},
+        "device": torch.cuda.get_device_name(config.device) if cuda else f"{platform.machine()} {config.device}",
+        "threads": torch.get_num_threads(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
