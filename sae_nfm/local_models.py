@@ -79,17 +79,19 @@ def hooked_from_folder(
     dtype = str_to_dtype(from_pretrained_kwargs.pop("torch_dtype", dtype))
     processing = {name: from_pretrained_kwargs.pop(name, False) for name in PROCESSING}
     hf = _load_hf_model(folder, dtype, from_pretrained_kwargs)
+    tokenizer = tokenizer or _load_tokenizer(folder)
     given = {"n_ctx": n_ctx, "default_prepend_bos": default_prepend_bos, "device": device, "dtype": dtype}
     try:
         cfg, weights = _converted(hf, folder, {name: value for name, value in given.items() if value is not None})
         model = HookedSAETransformer(
             cfg,
-            tokenizer or _load_tokenizer(folder),
+            tokenizer,
             move_to_device=False,
             default_padding_side=default_padding_side,
         )
         model.load_and_process_state_dict(weights, **processing)
-    except (NotImplementedError, AttributeError, KeyError, ValueError, RuntimeError, AssertionError) as error:
+    except (NotImplementedError, AttributeError, AssertionError, RuntimeError) as error:
+        # how TransformerLens says: no table, a field that the table asks for, an activation function, tensors that do not fit
         raise ValueError(
             f"TransformerLens cannot convert the {type(hf).__name__} in {str(folder)!r} ({error}); {OTHER_CLASSES}"
         ) from error

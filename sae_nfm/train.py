@@ -115,10 +115,9 @@ def _run(runner: WholeRunner, arguments: TrainArguments, held_out: Any) -> None:
     try:
         with recorded:
             runner.run()
-    except Exception:
-        if cfg.output_path is not None and cfg.resume_from_checkpoint is None:
+    finally:
+        if cfg.output_path is not None:
             discard_unstarted(cfg.output_path)
-        raise
 
 
 def fit_to_model(arguments: TrainArguments) -> LanguageModel | None:

@@ -204,6 +204,7 @@ def test_fold_linear_path_says_why_it_cannot():
 
 
 def test_fold_decoder_norm_is_refused_without_rescaling():
+    # the class of error that SAELens's TopK raises, whose method this is
     with pytest.raises(NotImplementedError, match="rescale_acts_by_decoder_norm is False"):
         build(rescale_acts_by_decoder_norm=False).fold_W_dec_norm()
 

@@ -8,7 +8,15 @@ from sae_lens import HookedSAETransformer, SAETransformerBridge
 from sae_lens.load_model import HookedProxyLM
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, HF_BLOCK, N_CTX, SHAPE, write_checkpoint, write_checkpoints
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+)
 
 from sae_nfm import demo
 from sae_nfm.data import held_out_tokens
@@ -195,6 +203,22 @@ def test_an_architecture_without_conversion_is_refused(tmp_path):
     ):
         load_model(folder)
     assert isinstance(load_model(folder, model_class_name="TransformerBridge"), SAETransformerBridge)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "cause"),
+    [
+        (PhiConfig(**SHAPE), {}, AttributeError),  # the table asks for a field that this version's config lacks
+        (LlamaConfig(**SHAPE, hidden_act="quick_gelu"), {}, AssertionError),  # no such activation function there
+        (GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=50), {"n_ctx": 64}, RuntimeError),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_however_transformer_lens_refuses_it_is_one_clear_error(config, change, cause, tmp_path):
+    folder = write_checkpoint(tmp_path / "folder", AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ValueError, match=r"(?s)cannot convert the \w+ in .* with model_class_name=") as refused:
+        load_model(folder, **change)
+    assert type(refused.value.__cause__) is cause
 
 
 def test_incomplete_folders(tmp_path):
