@@ -136,22 +136,17 @@ class NFMDecoder(_Host):
     def decode_paths(self, feature_acts: Tensor) -> Paths:
         """What each path writes before the run-time normalisation is undone; pure in `feature_acts`."""
         cfg = self.cfg
-        sparse = self._active(feature_acts)
-        if sparse is not None:
-            acts, direct = sparse, self._direct_from_sparse(sparse)
-        else:
-            acts = feature_acts.to_dense()
-            direct = act_times_W_dec(acts, self.W_dec, cfg.rescale_acts_by_decoder_norm)
+        active = self._active(feature_acts)
+        acts = feature_acts.to_dense() if active is None else active
         read = acts if cfg.nfm_top_k is None else interaction.top_n(acts, cfg.nfm_top_k)
-        linear = square = interacting = None
-        if cfg.use_linear_path:
-            linear = self.hook_nfm_linear(interaction.weighted_rows(read, self.W_lin) + self.b_lin)
+        direct, linear = self._direct_and_linear(acts, read)
+        square = interacting = None
         if cfg.use_square_path:
             square = self.hook_nfm_square(interaction.square_output(acts, self.U, cfg.square_scale))
         if cfg.head != "none":
             hidden = self.hook_nfm_hidden_pre(interaction.hidden_pre(self._pool(read), self.W_1, self.b_1))
             interacting = self.hook_nfm_interaction(interaction.interaction_output(hidden, self.W_2, self.b_2))
-        return Paths(direct + self.b_dec, linear, square, interacting)
+        return Paths(direct, linear, square, interacting)
 
     def _active(self, feature_acts: Tensor) -> interaction.SparseActs | None:
         """The active features alone, where reading only these is possible, asked for, and loses no gradient."""
@@ -170,11 +165,17 @@ class NFMDecoder(_Host):
             return cfg.d_sae >= FEW_FEATURES and kernels.choose(cfg.d_sae, cfg.k, self.device.type) == "sparse"
         return cfg.kernel == "sparse"
 
-    def _direct_from_sparse(self, acts: interaction.SparseActs) -> Tensor:
-        if self.cfg.rescale_acts_by_decoder_norm:
-            values = acts.values / self.W_dec.norm(dim=-1)[acts.indices]
-            acts = interaction.SparseActs(acts.indices, values)
-        return interaction.weighted_rows(acts, self.W_dec)
+    def _direct_and_linear(self, acts: interaction.Acts, read: interaction.Acts) -> tuple[Tensor, Tensor | None]:
+        """What the two decoders write, biases included."""
+        if isinstance(acts, Tensor):
+            direct = act_times_W_dec(acts, self.W_dec, self.cfg.rescale_acts_by_decoder_norm)
+        else:
+            norms = self.W_dec.norm(dim=-1)[acts.indices] if self.cfg.rescale_acts_by_decoder_norm else 1.0
+            direct = interaction.weighted_rows(interaction.SparseActs(acts.indices, acts.values / norms), self.W_dec)
+        linear = None
+        if self.cfg.use_linear_path:
+            linear = self.hook_nfm_linear(interaction.weighted_rows(read, self.W_lin) + self.b_lin)
+        return direct + self.b_dec, linear
 
     def _pool(self, read: interaction.Acts) -> Tensor:
         pool = interaction.bi_interaction if self.cfg.head == "fm" else interaction.weighted_rows

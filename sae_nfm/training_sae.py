@@ -3,8 +3,9 @@
     dense     SAELens's: features as a matrix [batch, d_sae], hooks on every hook point
     sparse    `kernels`: the k active features of each token alone, forward and backward, dead-feature loss included
 
-They give the same losses and gradients up to rounding; `cfg.kernel` chooses. The sparse step sums the two decoders where both
-read the same features, keeps no pre-activations, and hands SAELens's trainer its statistics as a COO tensor.
+They give the same losses and gradients up to rounding; `cfg.kernel` chooses. Where both decoders read the same features, the
+dense step multiplies with their sum, unless someone looks at the paths; the sparse step reads the active rows of both, which
+costs less than adding all rows. It keeps no pre-activations and hands SAELens's trainer its statistics as a COO tensor.
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing_extensions import override
 
 from sae_nfm import interaction, kernels
 from sae_nfm.config import JointNFMTrainingSAEConfig
-from sae_nfm.interaction import SparseActs
+from sae_nfm.interaction import Acts, SparseActs
 from sae_nfm.loading import write_note
 from sae_nfm.metrics import path_metrics
 from sae_nfm.sae import NFMDecoder, Paths
@@ -30,14 +31,15 @@ from sae_nfm.sae import NFMDecoder, Paths
 class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
     """Joint NFM-SAE in training: SAELens's TopK losses on the output of all paths.
 
-    `TrainStepOutput.metrics` has each path's error, magnitude and share (see `metrics`), computed only when read.
-    Dropout acts within `training_forward_pass` alone.
+    In steps that SAELens logs, `TrainStepOutput.metrics` has each path's error, magnitude and share (see `metrics`), computed
+    only when read. Dropout acts within `training_forward_pass` alone.
     """
 
     cfg: JointNFMTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     keep_paths = False
-    """Whether a sparse step keeps what each path wrote, for `metrics`, though SAELens does not log it."""
+    """Whether `metrics` has them also in steps that SAELens does not log."""
     _in_training_step = False
+    _sums_decoders = False
     _step_paths: Paths | None = None
 
     @override
@@ -52,40 +54,55 @@ class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
         return paths
 
     @override
+    def _direct_and_linear(self, acts: Acts, read: Acts) -> tuple[Tensor, Tensor | None]:
+        if not self._sums_decoders:
+            return super()._direct_and_linear(acts, read)
+        W_dec = self.W_dec / self.W_dec.norm(dim=-1)[:, None] if self.cfg.rescale_acts_by_decoder_norm else self.W_dec
+        return interaction.weighted_rows(acts, W_dec + self.W_lin) + (self.b_dec + self.b_lin), None
+
+    @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         self._in_training_step = True
         try:
             if self._steps_sparsely():
                 return self._sparse_step(step_input)
+            self._sums_decoders = self._may_sum_decoders() and not self._shows_paths(step_input)
             output = super().training_forward_pass(step_input)
         finally:
-            self._in_training_step = False
+            self._in_training_step = self._sums_decoders = False
         assert self._step_paths is not None
         self._add_metrics(output, step_input, self._step_paths)
         self._step_paths = None
         return output
 
-    def _add_metrics(self, output: TrainStepOutput, step_input: TrainStepInput, paths: Paths | None) -> None:
-        scale = self._token_scale(step_input.sae_in)
-        detached = {} if paths is None else {name: path.detach() for name, path in paths.present().items()}
+    def _shows_paths(self, step_input: TrainStepInput) -> bool:
+        return self.keep_paths or step_input.is_logging_step
+
+    def _add_metrics(self, output: TrainStepOutput, step_input: TrainStepInput, paths: Paths) -> None:
+        scale, shown = self._token_scale(step_input.sae_in), self._shows_paths(step_input)
+        detached = {name: path.detach() for name, path in paths.present().items()} if shown else {}
         output.metrics.update(path_metrics(step_input.sae_in, output.sae_out.detach(), detached, scale))
 
     def _steps_sparsely(self) -> bool:
         """Hooks want the dense tensors, and torch.compile does better with them."""
         return self.works_sparsely() and not torch.compiler.is_compiling() and not self._has_hooks()
 
+    def _may_sum_decoders(self) -> bool:
+        all_read = self.cfg.use_linear_path and self.cfg.nfm_top_k in (None, self.cfg.k)
+        return all_read and not torch.compiler.is_compiling() and not self._has_hooks()
+
     def _has_hooks(self) -> bool:
         return any(hook._forward_hooks or hook._backward_hooks for hook in self.hook_dict.values())
 
     def _sparse_step(self, step_input: TrainStepInput) -> TrainStepOutput:
-        cfg, sae_in = self.cfg, self.process_sae_in(step_input.sae_in)
-        norms = kernels.row_norms(self.W_dec) if cfg.rescale_acts_by_decoder_norm else None
-        acts = kernels.encode(sae_in, self.W_enc, self.b_enc, norms, cfg.k)
-        keep_paths = step_input.is_logging_step or self.keep_paths
-        sae_out_pre, paths = self._sparse_decode(acts, norms, keep_paths)
-        sae_out = self.run_time_activation_norm_fn_out(sae_out_pre)
+        cfg, (sae_in, b_enc) = self.cfg, self._encoder_input(step_input.sae_in)
+        norms, W_dec = kernels.row_norms(self.W_dec) if cfg.rescale_acts_by_decoder_norm else (None, self.W_dec)
+        encoder = (sae_in, self.W_enc, b_enc, norms)
+        acts = kernels.encode(*encoder, cfg.k)
+        paths = self._sparse_decode(acts, norms, W_dec)
+        sae_out = self.run_time_activation_norm_fn_out(paths.total())
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
-        dead_loss = self._sparse_dead_loss(step_input, sae_in, sae_out, norms)
+        dead_loss = self._sparse_dead_loss(step_input, sae_out, encoder, W_dec)
         coo = kernels.to_coo(SparseActs(acts.indices, acts.values.detach()), cfg.d_sae)
         output = TrainStepOutput(
             sae_in=step_input.sae_in,
@@ -98,15 +115,26 @@ class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
         self._add_metrics(output, step_input, paths)
         return output
 
-    def _sparse_decode(self, acts: SparseActs, norms: Tensor | None, keep_paths: bool) -> tuple[Tensor, Paths | None]:
-        """All paths from the active features, [batch, d_in], and if wanted what each of them wrote."""
+    def _encoder_input(self, sae_in: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's input and bias. The gradient that b_dec has through the input, one number a feature suffices for."""
+        encoder_in = self.process_sae_in(sae_in)
+        if sae_in.requires_grad or not self.cfg.apply_b_dec_to_input:
+            return encoder_in, self.b_enc
+        with torch.autocast(sae_in.device.type, enabled=False):  # a gradient summed over the batch
+            no_change = (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
+        return encoder_in.detach(), self.b_enc + no_change
+
+    def _sparse_decode(self, acts: SparseActs, norms: Tensor | None, W_dec: Tensor) -> Paths:
+        """What each path writes, from the active features alone."""
         cfg, routing = self.cfg, kernels.route(acts.indices, self.cfg.d_sae)
         unscaled = acts if norms is None else SparseActs(acts.indices, acts.values / norms[acts.indices])
         read, read_routing = acts, routing
         if cfg.nfm_top_k is not None and cfg.nfm_top_k < cfg.k:
             read = interaction.top_n(acts, cfg.nfm_top_k)
             read_routing = kernels.route(read.indices, cfg.d_sae)
-        square = interacting = linear = None
+        linear = square = interacting = None
+        if cfg.use_linear_path:
+            linear = kernels.weighted_rows(read, self.W_lin, read_routing) + self.b_lin
         if cfg.use_square_path:
             squares = SparseActs(acts.indices, acts.values.square())
             square = kernels.weighted_rows(squares, self.U, routing) / cfg.square_scale
@@ -115,27 +143,22 @@ class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
             pooled = self._dropout(pool(read, self.V, read_routing))
             hidden = interaction.hidden_pre(pooled, self.W_1, self.b_1)
             interacting = interaction.interaction_output(hidden, self.W_2, self.b_2)
-        if cfg.use_linear_path and read is acts and not keep_paths:
-            W_dec = self.W_dec if norms is None else self.W_dec / norms[:, None]
-            both = kernels.weighted_rows(acts, W_dec + self.W_lin, routing) + (self.b_dec + self.b_lin)
-            return Paths(both, None, square, interacting).total(), None
-        if cfg.use_linear_path:
-            linear = kernels.weighted_rows(read, self.W_lin, read_routing) + self.b_lin
-        direct = kernels.weighted_rows(unscaled, self.W_dec, routing) + self.b_dec
-        paths = Paths(direct, linear, square, interacting)
-        return paths.total(), paths if keep_paths else None
+        direct = kernels.weighted_rows(unscaled, W_dec, routing) + self.b_dec
+        return Paths(direct, linear, square, interacting)
 
     def _sparse_dead_loss(
-        self, step_input: TrainStepInput, sae_in: Tensor, sae_out: Tensor, norms: Tensor | None
+        self,
+        step_input: TrainStepInput,
+        sae_out: Tensor,
+        encoder: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        W_dec: Tensor,
     ) -> Tensor:
-        mask, k_aux = step_input.dead_neuron_mask, self._k_aux()
+        mask, norms = step_input.dead_neuron_mask, encoder[-1]
         if mask is None or (num_dead := int(mask.sum())) == 0:
             return sae_out.new_tensor(0.0)
-        features, acts = kernels.top_dead(sae_in, self.W_enc, self.b_enc, norms, mask, k_aux)
-        W_dec = self.W_dec[features]
-        if norms is not None:
-            W_dec = W_dec / norms[features, None]
-        return self._dead_loss(step_input.sae_in, sae_out, kernels.weighted_rows(acts, W_dec), num_dead)
+        features, acts = kernels.top_dead(*encoder, mask, self._k_aux())
+        rows = W_dec[features] if norms is None else W_dec[features] / norms[features, None]
+        return self._dead_loss(step_input.sae_in, sae_out, kernels.weighted_rows(acts, rows), num_dead)
 
     @override
     def calculate_topk_aux_loss(

@@ -255,6 +255,7 @@ def test_multi_runner_trains_beside_topk_on_one_stream(architecture, model, tmp_
 
 def test_record_has_what_saelens_would_log(run):
     sae = random_sae(training_config(run.sae.cfg.architecture()))
+    sae.keep_paths = True
     saelens = trainer(sae)
     logged = saelens.build_train_step_log_dict(saelens.step(random_activations()), n_training_samples=24)
     assert set(run.lines[0]) - {"sae", "step", "tokens", "seconds"} == set(logged)

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from builders import ARCHITECTURES, D_SAE, random_activations, random_sae, trainer, training_config
+from kernel_inputs import Operations
 from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
@@ -46,23 +47,50 @@ def both_kernels(cfg, **overrides):
     ],
     ids=lambda paths: ", ".join(paths) or "all",
 )
-@pytest.mark.parametrize("keep_paths", [True, False])
-def test_losses_and_gradients(architecture, rescale, nfm_top_k, paths, keep_paths):
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
+def test_losses_and_gradients(architecture, rescale, nfm_top_k, paths, kernel):
+    """Either form of the step against SAELens's, which a dense step that keeps its paths is."""
     options = {"rescale_acts_by_decoder_norm": rescale, "nfm_top_k": nfm_top_k}
-    sparse, dense = both_kernels(architecture, **options, **paths)
-    sparse.keep_paths = keep_paths
+    sae, saelens = both_kernels(architecture, **options, **paths)
+    sae.cfg.kernel, saelens.keep_paths = kernel, True
     x = random_activations().double()
-    ours, reference = step(sparse, x), step(dense, x)
-    assert ours.feature_acts.is_sparse
+    ours, reference = step(sae, x), step(saelens, x)
+    assert ours.feature_acts.is_sparse == (kernel == "sparse")
     assert not reference.feature_acts.is_sparse
     ours.loss.backward()
     reference.loss.backward()
     torch.testing.assert_close(ours.sae_out, reference.sae_out)
     torch.testing.assert_close(ours.loss, reference.loss)
     torch.testing.assert_close(ours.feature_acts.to_dense(), reference.feature_acts)
-    for name, parameter in dense.named_parameters():
-        torch.testing.assert_close(dict(sparse.named_parameters())[name].grad, parameter.grad, msg=name)
+    for name, parameter in saelens.named_parameters():
+        torch.testing.assert_close(dict(sae.named_parameters())[name].grad, parameter.grad, msg=name)
         assert parameter.grad.abs().sum() > 0, name
+
+
+@for_every_architecture
+@pytest.mark.parametrize("use_sparse_activations", [True, False])
+def test_the_dense_step_multiplies_with_the_sum_of_the_decoders(architecture, use_sparse_activations):
+    """Two decoders read the same features: one product in place of two, unless the paths are wanted one by one."""
+    options = {"use_sparse_activations": use_sparse_activations, "rescale_acts_by_decoder_norm": False}
+    products = {}
+    for nfm_top_k, keep_paths in itertools.product((None, 3), (True, False)):
+        _, dense = both_kernels(architecture, nfm_top_k=nfm_top_k, **options)
+        dense.keep_paths = keep_paths
+        with Operations() as operations:
+            step(dense, random_activations().double())
+        products[nfm_top_k, keep_paths] = sum(operations.count[name] for name in ("mm", "addmm", "_embedding_bag"))
+    assert products[None, False] == products[None, True] - 1
+    assert products[3, False] == products[3, True]
+
+
+@for_every_architecture
+def test_the_gradient_of_the_activations(architecture):
+    """Nobody asks for it in training; who does has it from either form, with b_dec's, which depends on it."""
+    gradients = []
+    for sae in both_kernels(architecture):
+        x = random_activations().double().requires_grad_()
+        gradients.append(torch.autograd.grad(step(sae, x).loss, [x, sae.b_dec]))
+    torch.testing.assert_close(*gradients)
 
 
 @for_every_architecture
@@ -97,9 +125,10 @@ def test_metrics_of_the_paths(architecture, normalisation):
     metrics = [{n: metric() for n, metric in step(sae, x, logging=True).metrics.items()} for sae in (sparse, dense)]
     assert metrics[0].keys() == metrics[1].keys()
     torch.testing.assert_close(*metrics)
-    unlogged = step(sparse, x).metrics
-    assert set(unlogged) == {"fvu_all"}
-    torch.testing.assert_close(unlogged["fvu_all"](), metrics[1]["fvu_all"])
+    for sae in (sparse, dense):
+        unlogged = step(sae, x).metrics
+        assert set(unlogged) == {"fvu_all"}
+        torch.testing.assert_close(unlogged["fvu_all"](), metrics[1]["fvu_all"])
 
 
 @for_every_architecture
