@@ -17,6 +17,8 @@ Parameters and hook points are direct attributes of the SAE (SAELens switches ho
 Source: arXiv 2507.00269.
 """
 
+from copy import deepcopy
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -242,13 +244,7 @@ class NFMDecoder(_Host):
             ValueError: without a linear path, or with `nfm_top_k`, where the two decoders read different features.
         """
         cfg = self.cfg
-        if not cfg.use_linear_path:
-            raise ValueError("there is no linear path to fold (use_linear_path is False): W_dec is canonical already")
-        if cfg.nfm_top_k is not None:
-            raise ValueError(
-                f"nfm_top_k is {cfg.nfm_top_k}: the linear path reads only the strongest features and cannot be folded into "
-                "W_dec exactly; train with nfm_top_k=None for a canonical gauge"
-            )
+        self._refuse_inexact_fold()
         if cfg.rescale_acts_by_decoder_norm:
             self.fold_W_dec_norm()
             cfg.rescale_acts_by_decoder_norm = False
@@ -258,6 +254,16 @@ class NFMDecoder(_Host):
             self.b_enc.data += self.b_lin.data @ self.W_enc.data
         self.W_lin.data.zero_()
         self.b_lin.data.zero_()
+
+    def _refuse_inexact_fold(self) -> None:
+        cfg = self.cfg
+        if not cfg.use_linear_path:
+            raise ValueError("there is no linear path to fold (use_linear_path is False): W_dec is canonical already")
+        if cfg.nfm_top_k is not None:
+            raise ValueError(
+                f"nfm_top_k is {cfg.nfm_top_k}: the linear path reads only the strongest features and cannot be folded into "
+                "W_dec exactly; train with nfm_top_k=None for a canonical gauge"
+            )
 
     def _nfm_weights(self, names: list[str]) -> list[nn.Parameter]:
         return [getattr(self, name) for name in names if hasattr(self, name)]
@@ -279,3 +285,16 @@ class JointNFMSAE(NFMDecoder, TopKSAE):
     """Inference-only joint NFM-SAE; trained by `training_sae.JointNFMTrainingSAE`, same tensors in the saved file."""
 
     cfg: JointNFMSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def folded(self) -> "JointNFMSAE":
+        """The same function with one decoder: the linear path folded into W_dec (`fold_linear_path`) and left out.
+
+        Raises:
+            ValueError: as `fold_linear_path`.
+        """
+        canonical = deepcopy(self)
+        canonical.fold_linear_path()
+        sae = JointNFMSAE(replace(canonical.cfg, use_linear_path=False))
+        left_out = ("W_lin", "b_lin")
+        sae.load_state_dict({name: value for name, value in canonical.state_dict().items() if name not in left_out})
+        return sae

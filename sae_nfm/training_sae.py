@@ -25,7 +25,7 @@ from sae_nfm.config import JointNFMTrainingSAEConfig
 from sae_nfm.interaction import Acts, SparseActs
 from sae_nfm.loading import write_note
 from sae_nfm.metrics import path_metrics
-from sae_nfm.sae import NFMDecoder, Paths
+from sae_nfm.sae import JointNFMSAE, NFMDecoder, Paths
 
 
 class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
@@ -204,11 +204,21 @@ class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
         return super().log_histograms() | norms
 
     @override
-    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
-        """Save the inference SAE as SAELens does, with a README.md that says what loads it."""
+    def save_inference_model(self, path: str | Path, *, folded: bool = False) -> tuple[Path, Path]:
+        """Save the inference SAE as SAELens does, with a README.md that says what loads it.
+
+        Args:
+            path: folder.
+            folded: whether to fold the linear path into the decoder and leave it out (`JointNFMSAE.folded`).
+
+        Raises:
+            ValueError: with `folded`, for an SAE whose linear path cannot be folded; nothing is written.
+        """
+        if folded:
+            self._refuse_inexact_fold()
         saved = super().save_inference_model(path)
         write_note(path)
-        return saved
+        return JointNFMSAE.load_from_disk(path).folded().save_model(path) if folded else saved
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:

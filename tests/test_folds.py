@@ -248,3 +248,29 @@ def test_every_option_of_the_config_is_drawn():
         "rescale_acts_by_decoder_norm", "nfm_top_k", "head", "use_linear_path", "use_square_path",
         "apply_b_dec_to_input", "normalize_activations",
     }  # fmt: skip
+
+
+@every_option
+@given(sae=saes(nfm_top_k=None, use_linear_path=True))
+def test_an_exported_sae_has_one_decoder_and_the_same_output(sae):
+    x = raw_activations()
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(sae, JointNFMTrainingSAE):
+            sae.save_inference_model(folder, folded=True)
+        else:
+            sae.folded().save_model(folder)
+        exported = SAE.load_from_disk(folder)
+    assert not exported.cfg.use_linear_path
+    assert exported.W_dec.numel() == sae.W_dec.numel()
+    assert (
+        sum(p.numel() for p in sae.parameters()) - sum(p.numel() for p in exported.parameters()) == (D_SAE + 1) * D_IN
+    )
+    torch.testing.assert_close(exported(x), sae(x), **CLOSE)
+
+
+def test_an_export_that_cannot_be_folded_writes_nothing(tmp_path):
+    cfg = JointNFMTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K, nfm_dim=4, nfm_top_k=3)
+    sae = JointNFMTrainingSAE(cfg)
+    with pytest.raises(ValueError, match="cannot be folded"):
+        sae.save_inference_model(tmp_path / "sae", folded=True)
+    assert not (tmp_path / "sae").exists()
