@@ -1,16 +1,9 @@
-"""The arms that `sae-nfm speed` compares, timed in turn, and their peak memory, each in a process of its own.
+"""The arms that `sae-nfm speed` compares, timed in turn."""
 
-That process is `python -m sae_nfm.speed_arms JSON`; it answers with JSON.
-"""
-
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -38,8 +31,6 @@ N_BATCHES = 4
 """Different batches that the steps go round."""
 PUBLISHED_TENSORS = 4
 """Tensors [batch, d_sae, nfm_dim] that the published formulation holds at its peak, in the backward pass."""
-PEAK_STEPS = 5
-"""Steps after which the peak of memory is read."""
 RATE_SIZE = 2048
 """Rows and columns of the matrices whose product is timed."""
 COPIED_BYTES = 2**27
@@ -187,29 +178,6 @@ def does_not_fit(arm: str, sizes: Sizes, limit_gib: float) -> str | None:
     return f"does not fit: {needed:,.1f} GiB" if needed > limit_gib else None
 
 
-def peak_of_steps(arm: str, sizes: Sizes, *, n_steps: int, threads: int) -> int:
-    """Bytes that a fresh process's memory rises by for training steps: gradients, optimizer state, all that lives meanwhile.
-
-    CPU: peak resident size, less that of the process before its first step. CUDA: the same of allocated device memory.
-
-    Raises:
-        RuntimeError: when the process fails, with its last words.
-    """
-    task = {
-        "arm": arm,
-        "n_steps": n_steps,
-        "threads": threads,
-        "sizes": {field.name: getattr(sizes, field.name) for field in fields(Sizes)},
-    }
-    command = [sys.executable, "-m", "sae_nfm.speed_arms", json.dumps(task)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode:
-        said = process.stderr.strip().splitlines()
-        raise RuntimeError(said[-1] if said else f"ended by signal {-process.returncode}, perhaps out of memory")
-    answer = json.loads(process.stdout.splitlines()[-1])
-    return answer["peak_bytes"] - answer["peak_bytes_before"]
-
-
 def time_cases(
     cases: Sequence[Case], sizes: Sizes, *, repeats: int, warm_up: int, limit_gib: float, with_inference: bool
 ) -> tuple[dict[Case, Timings], Rates]:
@@ -237,7 +205,7 @@ def time_cases(
                         jobs[case] = _jobs(case, found, batches, with_inference=with_inference)
                     _run(jobs[case], sizes.device, keep=number >= warm_up)
                 except RuntimeError as error:
-                    found.reason = _one_line(error)
+                    found.reason = one_line(error)
                     jobs.pop(case, None)
             _run(rated, sizes.device, keep=True)
     product, copy = (min(seconds) for seconds, _ in rated)
@@ -287,51 +255,11 @@ def _rate_jobs(sizes: Sizes) -> list[Job]:
     return [([], partial(torch.mm, matrix, matrix, out=product)), ([], partial(target.copy_, source))]
 
 
-def measure_peaks(cases: Sequence[Case], timings: dict[Case, Timings]) -> dict[Case, int]:
-    """Peak memory of every case that could be timed."""
-    torch.cuda.empty_cache()  # what this process keeps for reuse, its workers may need
-    found: dict[Case, int] = {}
-    possible = [case for case in cases if timings[case].reason is None]
-    for case in tqdm(possible, desc="Peak memory", unit="process", leave=False):
-        try:
-            found[case] = peak_of_steps(*case, n_steps=PEAK_STEPS, threads=torch.get_num_threads())
-        except RuntimeError as error:
-            timings[case].reason = f"no peak memory: {_one_line(error)}"
-    return found
-
-
 def _shape(sizes: Sizes) -> dict[str, Any]:
     return {name: getattr(sizes, name) for name in ("d_in", "d_sae", "dtype", "device")}
 
 
-def _one_line(error: RuntimeError) -> str:
+def one_line(error: RuntimeError) -> str:
+    """The first line of what an error says."""
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return first.strip()
-
-
-def _peak_bytes(device: str) -> int:
-    """The most memory so far. Not ru_maxrss where Linux tells: that counts the parent's memory before exec, too."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    import resource  # absent on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _work(task: dict[str, Any]) -> dict[str, int]:
-    torch.set_num_threads(task["threads"])
-    sizes = Sizes(**task["sizes"])
-    step = Stepper(task["arm"], sizes, activations(sizes))
-    before = _peak_bytes(sizes.device)
-    for _ in range(task["n_steps"]):
-        step()
-    synchronize(sizes.device)
-    return {"peak_bytes": _peak_bytes(sizes.device), "peak_bytes_before": before}
-
-
-if __name__ == "__main__":
-    print(json.dumps(_work(json.loads(sys.argv[1]))))

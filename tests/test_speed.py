@@ -11,7 +11,8 @@ from builders import random_activations
 from sae_lens.saes.sae import TrainStepInput
 
 from sae_nfm.config import parameter_count
-from sae_nfm.speed import SpeedConfig, SpeedResult, floor_seconds, measure_speed
+from sae_nfm.peak_memory import peak_of_steps
+from sae_nfm.speed import SpeedConfig, floor_seconds, measure_speed
 from sae_nfm.speed_arms import (
     ARMS,
     INFERENCE_ARMS,
@@ -23,8 +24,8 @@ from sae_nfm.speed_arms import (
     activations,
     does_not_fit,
     joint_config,
-    peak_of_steps,
 )
+from sae_nfm.speed_result import SpeedResult
 from sae_nfm.training_sae import JointNFMTrainingSAE
 
 TINY = {"d_in": 16, "d_sae": 64, "k": 4, "nfm_dim": 8, "batch": 32, "repeats": 3, "warm_up": 1, "memory": False}
