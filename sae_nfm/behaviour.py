@@ -1,26 +1,33 @@
-"""What splicing an SAE into a language model does to its activations and to its predictions.
+"""What interventions do to a language model's activations and to its predictions.
 
-One loop over held-out tokens serves every arm: the model runs once as it is and once per arm with the SAE spliced in at
-its hook point, the arm's paths switched off. Special tokens (BOS, EOS, padding) bypass the SAE, as in SAELens's splice,
-and are left out of every average; so is position 0, whose norm would dominate the variance.
+One loop over held-out tokens serves every arm: the model runs once as it is and once per arm with the arm's intervention at
+work. `evaluate` averages, `measure` keeps a row for every token. Special tokens (BOS, EOS, padding) keep their activations, as
+in SAELens's splice, and are left out of both; so is position 0, whose norm would dominate the variance.
 """
 
+import zlib
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from sae_lens import SAE
 from sae_lens.evals import ExplainedVarianceCalculator
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from sae_nfm.hooks import HookFunction, Splice, special_token_ids, splice
+from sae_nfm import token_rows
+from sae_nfm.documents import TokenRows
+from sae_nfm.hooks import Intervention, Splice, counted_tokens, digest
 from sae_nfm.models import LanguageModel
+from sae_nfm.outcomes import Outcome, outcomes
+
+__all__ = ["Arm", "Fidelity", "Outcome", "counted_tokens", "evaluate", "measure", "outcomes", "spliced"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,19 @@ class Arm:
     """The SAE; `cfg.metadata.hook_name` says where it goes."""
     off: tuple[str, ...] = ()
     """Hook points of the SAE, such as "hook_nfm_linear", whose value is replaced by zero."""
+
+    @property
+    def intervention(self) -> Splice:
+        """The arm as an intervention.
+
+        Raises:
+            ValueError: when the SAE has no such path.
+        """
+        unknown = [name for name in self.off if name not in self.sae.hook_dict]
+        if unknown:
+            known = ", ".join(self.sae.hook_dict)
+            raise ValueError(f"the SAE of {self.name!r} has no {', '.join(unknown)}; it has {known}")
+        return Splice(sae=self.sae, ablated=dict.fromkeys(self.off))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +80,14 @@ class _Sums:
         self.explained_variance = ExplainedVarianceCalculator()
         self.values: dict[str, float] = defaultdict(float)
 
-    def add(self, **terms: Tensor) -> None:
-        for name, term in terms.items():
+    def add(self, outcome: Outcome) -> None:
+        self.explained_variance.add_batch(outcome.x_hat, outcome.x)
+        assert outcome.acts is not None
+        terms = {"active": outcome.acts != 0, "kl": outcome.kl_nats}
+        terms |= {"ce": outcome.ce_nats[outcome.has_next], "ce_delta": outcome.ce_delta_nats[outcome.has_next]}
+        for name, term in (terms | {"predictions": outcome.has_next}).items():
             self.values[name] += term.cpu().double().sum().item()
+        self.values["tokens"] += len(outcome.x)
 
     def fidelity(self) -> Fidelity:
         s = self.values
@@ -72,7 +97,7 @@ class _Sums:
             l0=s["active"] / n,
             kl_nats=s["kl"] / n,
             ce_nats=s["ce"] / s["predictions"],
-            ce_delta_nats=(s["ce"] - s["ce_original"]) / s["predictions"],
+            ce_delta_nats=s["ce_delta"] / s["predictions"],
             tokens=int(n),
         )
 
@@ -100,42 +125,71 @@ def evaluate(
     """
     if len({arm.name for arm in arms}) != len(arms):
         raise ValueError(f"arm names {[arm.name for arm in arms]} repeat; give every arm a name of its own")
+    interventions = {arm.name: arm.intervention for arm in arms}
+    _refuse_uncounted(model, tokens)
     sums = {arm.name: _Sums() for arm in arms}
-    batches = tokens.split(batch_rows)
-    for batch in tqdm(batches, desc="Evaluating", disable=not show_progress):
-        mask = counted_tokens(model, batch)
-        if not mask.any():
-            continue
-        original = model(batch).float().log_softmax(-1)
-        ce_original = _next_token_ce(original, batch, mask)
-        for arm in arms:
-            seen, spliced = _run_spliced(model, batch, arm)
-            spliced = spliced.float().log_softmax(-1)
-            kl = F.kl_div(spliced, original, reduction="none", log_target=True).sum(-1)
-            ce = _next_token_ce(spliced, batch, mask)
-            x, x_hat, acts = (seen[name][mask].flatten(1).float() for name in ("in", "out", "acts"))
-            sums[arm.name].explained_variance.add_batch(x_hat, x)
-            sums[arm.name].add(
-                tokens=mask,
-                active=acts != 0,
-                kl=kl[mask],
-                ce=ce,
-                ce_original=ce_original,
-                predictions=mask[:, :-1],
-            )
-    if arms and not sums[arms[0].name].values:
-        raise ValueError(
-            f"no token to evaluate on: {tokens.numel()} tokens, all special or in position 0; give more held-out text"
-        )
+    for batch in tqdm(tokens.split(batch_rows), desc="Evaluating", disable=not show_progress):
+        if counted_tokens(model, batch).any():
+            for name, outcome in outcomes(model, batch, interventions):
+                sums[name].add(outcome)
     return {name: s.fidelity() for name, s in sums.items()}
 
 
-def counted_tokens(model: LanguageModel, tokens: Int[Tensor, "rows pos"]) -> Bool[Tensor, "rows pos"]:
-    """True where a token enters the averages: not special (BOS, EOS, padding), not in position 0."""
-    special = torch.tensor(special_token_ids(model), dtype=tokens.dtype, device=tokens.device)
-    mask = ~torch.isin(tokens, special)
-    mask[:, 0] = False
-    return mask
+@torch.no_grad()
+def measure(
+    model: LanguageModel,
+    rows: TokenRows,
+    arms: Mapping[str, Intervention],
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    batch_rows: int = 16,
+    batches_per_part: int = 8,
+    show_progress: bool = True,
+) -> Path:
+    """A row for every counted token and arm, in parquet; `token_rows` reads them and has their columns.
+
+    A part of the text is written at a time, so that memory does not grow with it. Parts that are there already are not
+    computed again: an interrupted measurement goes on when it is called again as it was. What an arm draws at random
+    depends on the seed, its name and the part only: not on the other arms, and not on interruptions.
+
+    Args:
+        model: the language model, from any of `sae_nfm.models.load_model`'s loaders.
+        rows: held-out rows with their documents, from `documents.held_out_rows`.
+        arms: interventions by the name that the column `arm` gets.
+        folder: for the rows; new, or that of the same measurement.
+        seed: of the arms that draw at random; 0 or more.
+        batch_rows: rows per forward pass. Errors are shuffled within a batch.
+        batches_per_part: forward passes of an arm between two files.
+        show_progress: whether to show a progress bar.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: when the folder has another measurement (the message says what differs), when there is no arm or no token
+            to measure, a row is longer than the column `position` can hold, or an arm's logits are not finite.
+    """
+    if not arms:
+        raise ValueError("there are no arms to measure; give at least one intervention with a name")
+    if rows.tokens.shape[1] > token_rows.LONGEST:
+        raise ValueError(f"rows have {rows.tokens.shape[1]} tokens; give at most {token_rows.LONGEST}")
+    _refuse_uncounted(model, rows.tokens)
+    starts = range(0, len(rows), batch_rows * batches_per_part)
+    sizes = {"batch_rows": batch_rows, "batches_per_part": batches_per_part, "parts": len(starts)}
+    folder = token_rows.begin(folder, _manifest(model, rows, arms, seed=seed, **sizes))
+    with tqdm(total=len(rows), desc="Measuring", unit="row", disable=not show_progress) as progress:
+        for part, start in enumerate(starts):
+            batches = range(start, min(start + batch_rows * batches_per_part, len(rows)), batch_rows)
+            if token_rows.is_finished(folder, part):
+                progress.update(min(batch_rows * batches_per_part, len(rows) - start))
+                continue
+            recorder = _Part(model, arms, {name: _generator(seed, name, part) for name in arms})
+            for first in batches:
+                recorder.add(rows, first, batch_rows)
+                progress.update(min(batch_rows, len(rows) - first))
+            recorder.write(folder, part)
+    return folder
 
 
 @contextmanager
@@ -145,41 +199,72 @@ def spliced(model: LanguageModel, arm: Arm) -> Generator[LanguageModel]:
     Raises:
         ValueError: when the model has no such hook point, or the SAE no such path.
     """
-    with _splice_arm(model, arm):
+    with arm.intervention.on(model):
         yield model
 
 
-@contextmanager
-def _splice_arm(model: LanguageModel, arm: Arm) -> Generator[Splice]:
-    unknown = [name for name in arm.off if name not in arm.sae.hook_dict]
-    if unknown:
-        raise ValueError(f"the SAE of {arm.name!r} has no {', '.join(unknown)}; it has {', '.join(arm.sae.hook_dict)}")
-    with splice(model, arm.sae) as found, found.hooks(dict.fromkeys(arm.off, _zero)):
-        yield found
+class _Part:
+    """Rows of one part, by arm, until they are written."""
+
+    def __init__(
+        self, model: LanguageModel, arms: Mapping[str, Intervention], generators: Mapping[str, torch.Generator]
+    ) -> None:
+        self._model, self._arms, self._generators = model, arms, generators
+        self._columns: dict[str, dict[str, list[np.ndarray]]] = {name: defaultdict(list) for name in arms}
+        self._activations: dict[str, list[token_rows.Activations]] = defaultdict(list)
+
+    def add(self, rows: TokenRows, first: int, n_rows: int) -> None:
+        """Measure a batch."""
+        batch = rows.tokens[first : first + n_rows]
+        mask = counted_tokens(self._model, batch).cpu()
+        row, position = mask.nonzero(as_tuple=True)
+        where = {"document": rows.documents[first : first + n_rows][mask], "row": row + first, "position": position}
+        seen = dict[str, Tensor]()
+        found = outcomes(self._model, batch, self._arms, self._generators, with_acts=False)
+        for name, outcome in found if mask.any() else ():
+            if not outcome.kl_nats.isfinite().all():
+                raise ValueError(
+                    f"under {name!r} the model's logits are not finite numbers; take the arm out, or see to it"
+                )
+            for column, values in (where | outcome.columns()).items():
+                self._columns[name][column].append(values.cpu().numpy())
+            seen.setdefault(self._arms[name].hook_name, outcome.x)
+        for at, x in seen.items():
+            self._activations[at].append(token_rows.Activations.of(where["document"].numpy(), x.cpu().numpy()))
+
+    def write(self, folder: Path, part: int) -> None:
+        """Write what was measured."""
+        tables = (
+            token_rows.table(
+                name, list(self._arms), {column: np.concatenate(values) for column, values in found.items()}
+            )
+            for name, found in self._columns.items()
+            if found
+        )
+        activations = {at: token_rows.Activations.joined(several) for at, several in self._activations.items()}
+        token_rows.write_part(folder, part, tables, activations)
 
 
-def _zero(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-    return torch.zeros_like(value)
+def _manifest(
+    model: LanguageModel, rows: TokenRows, arms: Mapping[str, Intervention], **settings: int
+) -> token_rows.Manifest:
+    return token_rows.Manifest(
+        model=f"{type(model).__name__} {digest(model.state_dict())}",
+        tokens=digest({"tokens": rows.tokens}),
+        documents=digest({"documents": rows.documents}),
+        arms={name: arm.identity for name, arm in arms.items()},
+        hook_names={name: arm.hook_name for name, arm in arms.items()},
+        **settings,
+    )
 
 
-def _run_spliced(
-    model: LanguageModel, batch: Tensor, arm: Arm
-) -> tuple[dict[str, Tensor], Float[Tensor, "rows pos d_vocab"]]:
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> HookFunction:
-        def hook_fn(value: Tensor, hook: Any) -> None:  # noqa: ARG001
-            seen[name] = value
-
-        return hook_fn
-
-    names = {"hook_sae_input": "in", "hook_sae_output": "out", "hook_sae_acts_post": "acts"}
-    with _splice_arm(model, arm) as found, found.hooks({hook: keep(name) for hook, name in names.items()}):
-        logits = model(batch)
-    return seen, logits
+def _generator(seed: int, arm: str, part: int) -> torch.Generator:
+    state = np.random.SeedSequence([seed, zlib.crc32(arm.encode()), part]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
-def _next_token_ce(log_probs: Tensor, tokens: Tensor, mask: Tensor) -> Float[Tensor, " predictions"]:
-    """Negative log-probability of the token after each counted position that has one."""
-    nll = -log_probs[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    return nll[mask[:, :-1]]
+def _refuse_uncounted(model: LanguageModel, tokens: Int[Tensor, "rows pos"]) -> None:
+    if not counted_tokens(model, tokens).any():
+        raise ValueError(
+            f"no token to evaluate on: {tokens.numel()} tokens, all special or in position 0; give more held-out text"
+        )

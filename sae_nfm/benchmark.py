@@ -27,16 +27,15 @@ from sae_lens import (
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
     TopKTrainingSAEConfig,
-    TrainingSAE,
     TrainingSAEConfig,
 )
-from sae_lens.registry import get_sae_training_class
 from sae_lens.util import temporary_seed
 from torch import Tensor
 
 from sae_nfm import data, demo
 from sae_nfm.behaviour import Arm, evaluate
 from sae_nfm.config import ARCHITECTURE, JointNFMTrainingSAEConfig, parameter_count
+from sae_nfm.matched_training import initialised
 from sae_nfm.models import Site, find_site, load_model
 from sae_nfm.results import ALL_PATHS, BenchmarkResult, Row, comparisons
 from sae_nfm.sae import NFMDecoder
@@ -197,7 +196,7 @@ def train_saes(
         lr_decay_steps=steps // 5,
         n_batches_for_norm_estimate=min(10, steps),
         dead_feature_window=max(20, steps // 4),
-        feature_sampling_window=max(50, steps // 2),
+        feature_sampling_window=max(50, steps // 2 + 1),
         device=cfg.device,
         seed=cfg.seed,
         logger=LoggingConfig(log_to_wandb=False),
@@ -209,7 +208,7 @@ def train_saes(
             runner_cfg,
             override_dataset=dataset,
             override_model=model,
-            override_saes={name: _initialised(sae_cfg, cfg.seed) for name, sae_cfg in sae_cfgs.items()},
+            override_saes={name: initialised(sae_cfg, cfg.seed) for name, sae_cfg in sae_cfgs.items()},
         )
         with record_training(runner, output / "training.jsonl") as record:
             runner.run()
@@ -217,11 +216,6 @@ def train_saes(
     unfinished.rename(finished)
     saes = {name: SAE.load_from_disk(finished / name, device=cfg.device).eval() for name in sae_cfgs}
     return saes, record
-
-
-def _initialised(sae_cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
-    with temporary_seed(seed):
-        return get_sae_training_class(sae_cfg.architecture())[0](deepcopy(sae_cfg))
 
 
 def evaluate_saes(

@@ -49,9 +49,19 @@ class Command:
         return parser.parse_args(dashed(argv) if self.dashes else underscored(argv)).config
 
 
-def words_of(function: str) -> Callable[[Any, str], str]:
-    """The `run` of a command: "module:function" is given the configuration, and its result has `words()`."""
-    return lambda config, _line: _imported(function)(config).words()
+def words_of(function: str, *, keeps_command: bool = False) -> Callable[[Any, str], str]:
+    """The `run` of a command: "module:function" is given the configuration, and its result has `words()`.
+
+    Args:
+        function: what does it.
+        keeps_command: whether it is given the command line too, for the provenance.
+    """
+
+    def run(config: Any, line: str) -> str:
+        given = {"command": line} if keeps_command else {}
+        return _imported(function)(config, **given).words()
+
+    return run
 
 
 def run_demo(config: Any, line: str) -> str:
@@ -65,13 +75,6 @@ def run_demo(config: Any, line: str) -> str:
     output = Path(config.output)
     page = write_report(result, read_training_record(output / "training.jsonl"), output / "report.html")
     return f"\n{table(result)}\n\n{words(result)}\n\nResults: {output / 'results.json'}\nReport:  {page}"
-
-
-def run_evaluate(config: Any, line: str) -> str:
-    """Evaluate a saved SAE; the table."""
-    from sae_nfm.evals import evaluate_saved
-
-    return evaluate_saved(config, command=line).words()
 
 
 COMMANDS = {
@@ -91,7 +94,24 @@ COMMANDS = {
     "evaluate": Command(
         summary="evaluate a saved or released SAE with SAELens's metrics, on held-out text",
         config="sae_nfm.evals:parse",
-        run=run_evaluate,
+        run=words_of("sae_nfm.evals:evaluate_saved", keeps_command=True),
+    ),
+    "compare": Command(
+        summary="compare arms at matched width, parameters and FLOPs over several seeds, with a verdict for each claim",
+        description="Train joint_nfm, its controls and SAEs on their own over several seeds, each at its own learning rate, and "
+        "judge every claim over seeds and documents. Interrupted, it goes on when called again. Without options: the embedded "
+        "model, offline, less than an hour on 2 cores.",
+        config="sae_nfm.compare:CompareConfig",
+        run=words_of("sae_nfm.compare:run_compare", keeps_command=True),
+        dashes=True,
+    ),
+    "reproduce": Command(
+        summary="print every published figure beside the same statistic here and the control that it needs",
+        description="Measure what arXiv 2507.00269 reports, and the same under the controls that it lacks, on SAEs trained for "
+        "one seed or on those of a finished comparison. Without options: the embedded model, offline, minutes on 2 cores.",
+        config="sae_nfm.reproduce:ReproduceConfig",
+        run=words_of("sae_nfm.reproduce:run_reproduce", keeps_command=True),
+        dashes=True,
     ),
     "speed": Command(
         summary="measure what a training step of joint_nfm costs, beside SAELens's TopK and beside the least it must cost",
@@ -125,9 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         told, status = " ".join(str(error).split()), 2
     except (KeyboardInterrupt, InterruptedException) as stop:
         told, status = str(stop) or "interrupted; finished files are whole, others end in .partial", 130
-    print(
-        f"sae-nfm: {told}", file=sys.stderr
-    )  # here, where the error and its frames, with their progress bars, are gone
+    # here, where the error and its frames, with their progress bars, are gone
+    print(f"sae-nfm: {told}", file=sys.stderr)
     return status
 
 

@@ -61,22 +61,30 @@ def held_out_tokens(model: LanguageModel, dataset: Any, context_size: int, n_tok
         ValueError: when the text does not fill one row, or the model has no tokenizer for it.
     """
     refuse_without_tokenizer(model, dataset)
+    rows = first_rows(ActivationsStore, model, dataset, context_size, max(1, n_tokens // context_size))
+    if not rows:
+        raise ValueError(f"the held-out text does not fill one row of {context_size} tokens; give more")
+    return torch.stack(rows).to(device_of(model))
+
+
+def first_rows(
+    store_class: type[ActivationsStore], model: LanguageModel, dataset: Any, context_size: int, n_rows: int
+) -> list[Int[Tensor, " pos"]]:
+    """The rows that a store of SAELens's gives first, on the CPU; fewer where the data set ends before."""
     rows: list[Tensor] = []
     with quiet_saelens(), suppress(StopIteration):
-        store = ActivationsStore.from_config_multi_hook(
+        store = store_class.from_config_multi_hook(
             model=cast(Any, model),  # SAELens takes more than it says
             dataset=dataset,
             hook_names=["tokens only"],
             hook_d_ins={"tokens only": 1},
             context_size=context_size,
             total_training_tokens=1,
-            device=str(device_of(model)),
+            device="cpu",
         )
-        while len(rows) < max(1, n_tokens // context_size):
-            rows.append(store.get_batch_tokens(1, raise_at_epoch_end=True))
-    if not rows:
-        raise ValueError(f"the held-out text does not fill one row of {context_size} tokens; give more")
-    return torch.cat(rows)
+        while len(rows) < n_rows:
+            rows.append(store.get_batch_tokens(1, raise_at_epoch_end=True, move_to_model_device=False)[0])
+    return rows
 
 
 def refuse_without_tokenizer(model: LanguageModel, dataset: Any) -> None:

@@ -1,10 +1,11 @@
 """The result of evaluating one SAE: SAELens's figures with what they were measured on, as text and as JSON."""
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from sae_nfm.whole_files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,7 @@ class Evaluation:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, under a temporary name first; what is no number (a mean over nothing) is null."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(_finite(asdict(self)), indent=1, allow_nan=False, default=str) + "\n")
-        partial.replace(path)
+        write_json(path, _finite(asdict(self)), allow_nan=False, default=str)
 
 
 def _figure(value: float) -> str:

@@ -1,135 +1,290 @@
-"""SAEs in place of a hook point, on every kind of language model, taken off again whatever happens.
+"""Interventions: what is done to a language model's activations while it runs, on every kind of model.
 
-`HookedSAETransformer` and `SAETransformerBridge` attach an SAE themselves; on `HookedProxyLM` a hook runs it. Special tokens
-bypass the SAE in one way on all three: their ids are read on the way into the model, and what the SAE was given there is
-put back at its output. (SAELens's `exclude_special_tokens` is for the first kind alone, and without effect in `generate`.)
+    Splice         an SAE in place of a hook point, some of its paths ablated by zero or by a mean
+    Substitution   a function in place of a hook point
+
+Both leave special tokens (BOS, EOS, padding, separators) as they are, in every arm, unless told otherwise. SAELens's
+`run_evals` bypasses them in the splice and ZEROES them in its ablation; `special_tokens="changed"` treats them as all other
+tokens are, so that a zero ablation is SAELens's, and a splice is SAELens's with `exclude_special_tokens=False`.
 """
 
-from collections.abc import Callable, Generator, Mapping
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge
-from sae_lens.load_model import HookedProxyLM
-from sae_lens.util import get_special_token_ids
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int
+from sae_lens import SAE
+from torch import Tensor
+from typing_extensions import override
 
-from sae_nfm.models import LanguageModel, resolve_hook_name
+from sae_nfm.models import LanguageModel
+from sae_nfm.splicing import (
+    HookFunction,
+    SpecialTokens,
+    claimed,
+    counted_tokens,
+    is_special,
+    keeping,
+    reconstruction,
+    special_token_ids,
+    splice,
+    tokens_read,
+    writing,
+)
 
-HookFunction = Callable[..., Tensor | None]
+__all__ = [
+    "HookFunction",
+    "Intervention",
+    "SpecialTokens",
+    "Splice",
+    "Substitution",
+    "TokenContext",
+    "Trace",
+    "counted_tokens",
+    "digest",
+    "path_means",
+    "special_token_ids",
+    "splice",
+]
+
+
+class Trace:
+    """What passed through an intervention's hook point in the model's last run, heads flattened."""
+
+    x: Float[Tensor, "rows pos d"]
+    """What the model computed."""
+    x_hat: Float[Tensor, "rows pos d"]
+    """What it went on with."""
+    acts: Float[Tensor, "rows pos d_sae"] | None = None
+    """Feature activations, where an SAE was at work."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Splice:
-    """An SAE at work in a language model."""
+class Intervention(ABC):
+    """A change to what a language model computes at one hook point.
 
-    owner: LanguageModel | SAE[Any]
-    """Whose `hooks` reaches the hook points of the SAE."""
-    prefix: str
-    """What stands before their names there, such as "blocks.2.hook_resid_post."."""
+        with intervention.on(model, generator) as trace:
+            logits = model(tokens)
 
-    def hooks(self, functions: Mapping[str, HookFunction]) -> AbstractContextManager[Any]:
-        """Add functions of (value, hook) to hook points of the SAE, by their names on the SAE, for a while."""
-        named: list[Any] = [(self.prefix + name, function) for name, function in functions.items()]
-        return self.owner.hooks(fwd_hooks=named)
+    It is taken off when the context is left, by an exception too. Interventions at different hook points nest: the inner one
+    sees what the outer one left of the activations. A second one at the same hook point is a ValueError.
+
+    A new kind is a frozen dataclass that derives from this one and provides the three abstract members. `on` must treat
+    special tokens as `special_tokens` says, claim its hook point (`splicing.claimed`, or `splice`, which does) and fill the
+    trace in every run; it leaves every position of x that it does not mean to change bit for bit as it was.
+    """
+
+    special_tokens: SpecialTokens = "kept"
+    """Whether special tokens keep their activations, or are treated as all others are."""
+
+    @property
+    @abstractmethod
+    def hook_name(self) -> str:
+        """Where it acts, by a name of either kind."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """A text that differs where the effect differs, by which a resumed measurement knows the arm again."""
+
+    @abstractmethod
+    def on(self, model: LanguageModel, generator: torch.Generator | None = None) -> AbstractContextManager[Trace]:
+        """At work on a model for a while.
+
+        Args:
+            model: of any kind.
+            generator: for kinds that draw at random; on the CPU, so that the draws are the same on every device.
+
+        Raises:
+            ValueError: when the model has no such hook point, or something is in its place already.
+        """
 
 
-@contextmanager
-def splice(model: LanguageModel, sae: SAE[Any]) -> Generator[Splice]:
-    """Put the SAE in place of the hook point its metadata names, by a name of either kind; special tokens bypass it.
+@dataclass(frozen=True, kw_only=True)
+class Splice(Intervention):
+    """An SAE in place of the hook point that its metadata names.
 
     Raises:
-        ValueError: when the model has no such hook point.
+        ValueError: for a hook point the SAE does not have, a mean that is no vector, or an SAE that reads one hook point
+            and writes another.
     """
-    hook_name = resolve_hook_name(model, sae.cfg.metadata.hook_name)
-    if isinstance(model, HookedProxyLM):
-        attached, entrance = _on_proxy(model, sae, hook_name), model.model
-    elif isinstance(model, SAETransformerBridge):
-        attached, entrance = _on_bridge(model, sae, hook_name), model.original_model
-    else:
-        attached, entrance = _on_hooked(model, sae, hook_name), model.embed
-    with attached as found, _bypass(found, entrance, special_token_ids(model)):
-        yield found
+
+    sae: SAE[Any]
+    """The SAE, of any architecture."""
+    ablated: Mapping[str, Tensor | None] = field(default_factory=dict[str, "Tensor | None"])
+    """Hook points of the SAE, such as "hook_nfm_linear", by what is written there at every token: None for zero, or a
+    vector, such as the path's mean (`path_means`). Zero takes the mean of a path away with it; the mean leaves it in."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would only be noticed in the middle of a run, or not at all."""
+        unknown = [name for name in self.ablated if name not in self.sae.hook_dict]
+        if unknown:
+            raise ValueError(f"the SAE has no {', '.join(unknown)}; it has {', '.join(self.sae.hook_dict)}")
+        for name, value in self.ablated.items():
+            if value is not None and value.ndim != 1:
+                raise ValueError(
+                    f"the mean for {name} has shape {tuple(value.shape)}; give one vector, or None for zero"
+                )
+        metadata = self.sae.cfg.metadata
+        if metadata.hook_name_out not in (None, metadata.hook_name):
+            raise ValueError(
+                f"the SAE reads {metadata.hook_name!r} and writes {metadata.hook_name_out!r}; a splice is for SAEs that "
+                "reconstruct what they read"
+            )
+
+    @property
+    @override
+    def hook_name(self) -> str:
+        return str(self.sae.cfg.metadata.hook_name)
+
+    @property
+    @override
+    def identity(self) -> str:
+        config = {name: value for name, value in self.sae.cfg.to_dict().items() if name not in ("metadata", "device")}
+        parts = {name: "zero" if value is None else digest({"": value}) for name, value in self.ablated.items()}
+        return (
+            f"SAE {digest(self.sae.state_dict())} at {self.hook_name}, config {json.dumps(config, sort_keys=True)}, "
+            f"ablated {json.dumps(parts, sort_keys=True)}, special tokens {self.special_tokens}"
+        )
+
+    @override
+    @contextmanager
+    def on(self, model: LanguageModel, generator: torch.Generator | None = None) -> Generator[Trace]:
+        trace = Trace()
+        with (
+            splice(model, self.sae, self.special_tokens) as found,
+            found.hooks(self._ablations()),
+            found.hooks(_recorded(trace)),
+        ):
+            yield trace
+
+    def reconstruct(self, x: Float[Tensor, "rows pos d"]) -> Float[Tensor, "rows pos d"]:
+        """What the SAE makes of activations by itself, at every position, its paths ablated, heads flattened."""
+        return reconstruction(self.sae, x, self._ablations())
+
+    def _ablations(self) -> dict[str, HookFunction]:
+        return {name: writing(name, value) for name, value in self.ablated.items()}
 
 
-def special_token_ids(model: LanguageModel) -> list[int]:
-    """Ids of BOS, EOS, padding and separator tokens of the model's tokenizer; none without a tokenizer."""
-    tokenizer: Any = model.tokenizer
-    return sorted(get_special_token_ids(tokenizer)) if tokenizer is not None else []
+@dataclass(frozen=True, kw_only=True)
+class TokenContext:
+    """Where the activations stand that a substitution is given."""
+
+    counted: Bool[Tensor, "rows pos"]
+    """True where a token is counted: not special, not in position 0 (`counted_tokens`)."""
+    generator: torch.Generator | None
+    """Source of randomness, on the CPU, where one was given."""
 
 
-@contextmanager
-def _on_hooked(model: HookedSAETransformer, sae: SAE[Any], hook_name: str) -> Generator[Splice]:
-    """Attached under the name this kind of model looks for; the SAE flattens heads, also where a bridge did it for it."""
-    cfg, flattens = sae.cfg, sae.hook_z_reshaping_mode
-    given = cfg.metadata.hook_name, cfg.reshape_activations
-    cfg.metadata.hook_name = hook_name
-    try:
-        if hook_name.endswith("_z") and not flattens:
-            cfg.reshape_activations = "hook_z"
-            sae.turn_on_forward_pass_hook_z_reshaping()
-        with model.saes([sae], use_error_term=False):
-            yield Splice(owner=model, prefix=f"{hook_name}.")
-    finally:
-        cfg.metadata.hook_name, cfg.reshape_activations = given
-        if not flattens:
-            sae.turn_off_forward_pass_hook_z_reshaping()
+@dataclass(frozen=True, kw_only=True)
+class Substitution(Intervention):
+    """A function in place of a hook point.
+
+    The function is given every position, position 0 and special tokens among them; what it returns at special tokens is then
+    replaced by what was there, unless they are to be changed.
+    """
+
+    at: str
+    """The hook point, by a name of either kind."""
+    function: Callable[[Tensor, TokenContext], Tensor]
+    """From the original activations [rows pos d], heads flattened, and their context to what goes in their place, of that
+    shape. It must not write into what it is given."""
+    description: str
+    """What the function does and all it depends on: a resumed measurement knows the function by this text only."""
+
+    @property
+    @override
+    def hook_name(self) -> str:
+        return self.at
+
+    @property
+    @override
+    def identity(self) -> str:
+        return f"{self.description} at {self.at}, special tokens {self.special_tokens}"
+
+    @override
+    @contextmanager
+    def on(self, model: LanguageModel, generator: torch.Generator | None = None) -> Generator[Trace]:
+        trace = Trace()
+        with claimed(model, self.at) as hook_name, tokens_read(model) as read:
+
+            def substitute(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+                tokens, x = read.on(value.device), value.flatten(2)
+                here = slice(tokens.shape[1] - x.shape[1], None)
+                x_hat = self.function(
+                    x, TokenContext(counted=counted_tokens(model, tokens)[:, here], generator=generator)
+                )
+                if x_hat.shape != x.shape:
+                    raise ValueError(
+                        f"{self.description!r} made {tuple(x_hat.shape)} of activations {tuple(x.shape)}; return that shape"
+                    )
+                if self.special_tokens == "kept":
+                    x_hat = torch.where(is_special(model, tokens[:, here])[..., None], x, x_hat)
+                trace.x, trace.x_hat = x, x_hat.to(x.dtype)
+                return trace.x_hat.reshape(value.shape)
+
+            with model.hooks(fwd_hooks=[(hook_name, substitute)]):
+                yield trace
 
 
-@contextmanager
-def _on_bridge(model: SAETransformerBridge, sae: SAE[Any], hook_name: str) -> Generator[Splice]:
-    conversion = model.hook_dict[hook_name].hook_conversion
-    try:
-        with model.saes([sae], use_error_term=False):
-            yield Splice(owner=model, prefix=f"{hook_name}.")
-    finally:
-        # SAELens leaves a new hook point behind, under half its name (so that hooks would not be found) and without what
-        # tells heads apart.
-        left = model.hook_dict[hook_name]
-        left.name, left.hook_conversion = hook_name, conversion
-
-
-@contextmanager
-def _on_proxy(model: HookedProxyLM, sae: SAE[Any], hook_name: str) -> Generator[Splice]:
-    def run(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return sae.hook_sae_output(sae.decode(sae.encode(value)).to(value.dtype))
-
-    with model.hooks(fwd_hooks=[(hook_name, run)]):
-        yield Splice(owner=sae, prefix="")
-
-
-@contextmanager
-def _bypass(found: Splice, entrance: nn.Module, special: list[int]) -> Generator[None]:
-    """At special tokens, put what comes into the SAE in place of what comes out.
+@torch.no_grad()
+def path_means(
+    model: LanguageModel,
+    sae: SAE[Any],
+    tokens: Int[Tensor, "rows pos"],
+    names: Sequence[str],
+    *,
+    batch_rows: int = 16,
+) -> dict[str, Float[Tensor, " width"]]:
+    """Mean over the counted tokens of what passes through hook points of an SAE, for ablation by the mean.
 
     Args:
-        found: the attached SAE.
-        entrance: a module of the model that is called with the token ids.
-        special: token ids.
+        model: the language model; the SAE sees its activations as they are.
+        sae: the SAE.
+        tokens: held-out rows, better not those that will be evaluated on.
+        names: hook points of the SAE, such as "hook_nfm_linear".
+        batch_rows: rows per forward pass.
+
+    Raises:
+        ValueError: for a hook point the SAE does not have, or when no token is counted.
     """
-    seen: dict[str, Tensor] = {}
+    Splice(sae=sae, ablated=dict.fromkeys(names))  # refuses unknown names
+    sums, n = dict.fromkeys(names, torch.zeros(())), 0
+    for batch in tokens.split(batch_rows):
+        mask, seen = counted_tokens(model, batch), dict[str, Tensor]()
+        with splice(model, sae) as found, found.hooks({name: keeping(seen, name) for name in names}):
+            model(batch)
+        n += int(mask.sum())
+        sums = {name: sums[name] + seen[name][mask].flatten(1).sum(0, dtype=torch.float64).cpu() for name in names}
+    if n == 0:
+        raise ValueError(f"no token to average over: {tokens.numel()} tokens, all special or in position 0; give more")
+    return {name: (total / n).float() for name, total in sums.items()}
 
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
-        tokens = args[0] if args else kwargs["input_ids"]
-        before = seen.get("tokens")
-        if before is not None and tokens.shape[1] == 1 and len(tokens) == len(before):  # `generate` goes on, or may
-            tokens = torch.cat([before, tokens], dim=1)
-        seen["tokens"] = tokens
 
-    def keep(value: Tensor, hook: Any) -> None:  # noqa: ARG001
-        seen["original"] = value
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The first 16 digits of the sha256 of named tensors: names, shapes, types, values."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
-    def restore(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        tokens = seen["tokens"][:, -value.shape[1] :].to(value.device)
-        is_special = torch.isin(tokens, torch.tensor(special, dtype=tokens.dtype, device=tokens.device))
-        original = seen["original"].reshape(value.shape).to(value.dtype)
-        return torch.where(is_special.reshape(*tokens.shape, *[1] * (value.ndim - 2)), original, value)
 
-    handle = entrance.register_forward_pre_hook(read, with_kwargs=True)
-    try:
-        with found.hooks({"hook_sae_input": keep, "hook_sae_output": restore}):
-            yield
-    finally:
-        handle.remove()
+def _recorded(trace: Trace) -> dict[str, HookFunction]:
+    """Hook functions that fill a trace at the hook points of an SAE."""
+
+    def x(value: Tensor, hook: Any) -> None:  # noqa: ARG001
+        trace.x = value.flatten(2)
+
+    def x_hat(value: Tensor, hook: Any) -> None:  # noqa: ARG001
+        trace.x_hat = value.flatten(2)
+
+    def acts(value: Tensor, hook: Any) -> None:  # noqa: ARG001
+        trace.acts = value
+
+    return {"hook_sae_input": x, "hook_sae_output": x_hat, "hook_sae_acts_post": acts}

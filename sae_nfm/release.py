@@ -34,6 +34,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_
 
 from sae_nfm.hub_errors import explained
 from sae_nfm.loading import check_folder
+from sae_nfm.whole_files import whole
 
 VERIFIED = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME)
 """The files of a saved SAE whose digests a release has; the sparsity may be missing."""
@@ -239,10 +240,9 @@ def read_releases(path: str | Path) -> tuple[Release, ...]:
 
 def write_releases(releases: Sequence[Release], path: str | Path) -> Path:
     """Write releases as `read_releases` reads them, under a temporary name first."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(releases_yaml(releases))
-    return partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text(releases_yaml(releases))
+    return Path(path)
 
 
 def releases_yaml(releases: Sequence[Release]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sae_nfm.behaviour import Fidelity
+from sae_nfm.whole_files import write_json
 
 ALL_PATHS = "all paths"
 
@@ -71,11 +72,7 @@ class BenchmarkResult:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, under a temporary name first."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        partial.replace(path)
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "BenchmarkResult":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sae_nfm.speed_arms import Rates
+from sae_nfm.whole_files import write_json
 
 Scan = Literal["d_sae", "nfm_dim"]
 COLUMNS = 110
@@ -92,11 +93,7 @@ class SpeedResult:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, under a temporary name first."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
-        partial.replace(path)
+        write_json(path, asdict(self), allow_nan=False)
 
     @classmethod
     def load(cls, path: str | Path) -> "SpeedResult":

@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 from sae_nfm.report.figures import claims_figure, fidelity_figure, training_figure
 from sae_nfm.results import ALL_PATHS, BenchmarkResult
 from sae_nfm.summary import COLUMN_HELP, COLUMNS, FAIR_HEADING, PAPER_HEADING, caveats, cells, sentence
+from sae_nfm.whole_files import whole
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
@@ -32,11 +33,9 @@ def write_report(result: BenchmarkResult, record: Sequence[dict[str, Any]], path
         record: lines of `read_training_record`; without any the training curves are left out.
         path: the HTML file.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render(result, record), encoding="utf-8")
-    return partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text(render(result, record), encoding="utf-8")
+    return Path(path)
 
 
 def render(result: BenchmarkResult, record: Sequence[dict[str, Any]]) -> str:

@@ -1,0 +1,165 @@
+"""`sae-nfm reproduce` on the embedded model, small: its figures are those of `evaluate`, and none is without its control."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sae_lens import SAE
+
+from sae_nfm import data, demo
+from sae_nfm.behaviour import Arm, evaluate
+from sae_nfm.benchmark import ablations
+from sae_nfm.claims import CANONICAL, DIRECT
+from sae_nfm.documents import held_out_rows
+from sae_nfm.models import load_model
+from sae_nfm.reproduce import ReproduceConfig, ReproduceResult, behaviour_arms, run_reproduce, written
+from sae_nfm.reproduced_rows import KEPT, NOT_MEASURED, PUBLISHED_WEIGHTS
+from sae_nfm.statistics import Estimate
+
+SMALL = {
+    "d_sae": 64,
+    "k": 8,
+    "nfm_dim": 8,
+    "training_tokens": 12_288,
+    "validation_tokens": 2_048,
+    "fit_tokens": 1_024,
+    "n_permutations": 19,
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> ReproduceConfig:
+    return ReproduceConfig(**SMALL, output=str(tmp_path_factory.mktemp("reproduce") / "out"))
+
+
+@pytest.fixture(scope="module")
+def result(config) -> ReproduceResult:
+    return run_reproduce(config, command="sae-nfm reproduce --d-sae 64")
+
+
+@pytest.fixture(scope="module")
+def fidelity(config, result):
+    """The same tokens through `evaluate`."""
+    model, (_, validation) = load_model(demo.MODEL_NAME), data.load_splits(None, None, demo.MODEL_NAME)
+    folder = Path(config.output) / "compare" / "k8" / "seed-0"
+    joint, topk = (SAE.load_from_disk(folder / name).eval() for name in ("joint_nfm", "topk matched"))
+    canonical = joint.folded()
+    arms = [Arm(name=name, sae=joint, off=off) for name, off in ablations(joint).items()]
+    arms += [Arm(name="all", sae=joint), Arm(name="topk matched", sae=topk)]
+    arms += [Arm(name=CANONICAL, sae=canonical, off=("hook_nfm_interaction",))]
+    return evaluate(model, data.held_out_tokens(model, validation, 256, 2_048), arms)
+
+
+def row(result: ReproduceResult, name: str, control: str):
+    (found,) = [one for one in result.rows if one.name == name and control in one.control]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("what", "measure"), [("squared error", "fvu"), ("KL", "kl_nats"), ("cross-entropy", "ce_nats")]
+)
+def test_figures_of_behaviour_are_those_of_evaluate(result, fidelity, what, measure):
+    def change(arm: str, against: str) -> float:
+        mine, other = (getattr(fidelity[name], measure) for name in (arm, against))
+        return pytest.approx(
+            mine / other - 1, rel=1e-3, abs=1e-5
+        )  # averages in float32, of differences of a few percent
+
+    whole = f"{what}, all paths against the direct path alone"
+    for control, against in (("canonical gauge", CANONICAL), ("as many parameters", "topk matched")):
+        found = row(result, whole, control)
+        assert found.here.estimate == change("all", DIRECT)
+        assert found.controlled.estimate == change("all", against)
+        assert found.here.low < found.here.estimate < found.here.high
+        assert found.here.n_clusters == 8  # rows of the embedded tokens, each a document
+    if what != "squared error":
+        for part, arm in (("linear", "direct + linear"), ("nonlinear", "direct + nonlinear"), ("both", "all")):
+            found = row(result, f"{what} relative to the direct path alone, {part}", "mean over other text")
+            assert found.here.estimate == change(arm, DIRECT)
+            assert found.controlled.estimate != found.here.estimate
+
+
+def test_the_share_of_the_gain(result, fidelity):
+    kl = {name: found.kl_nats for name, found in fidelity.items()}
+    share = (kl[DIRECT] - kl["direct + nonlinear"]) / (kl[DIRECT] - kl["all"])
+    found = row(result, "share of the KL gain that the nonlinear path has by itself", "means kept")
+    assert found.here.estimate == pytest.approx(share, rel=1e-3)
+
+
+def test_every_published_figure_has_a_control(result):
+    shown = [one for one in result.rows if one.published != "-"]
+    sections = {one.section for one in shown}
+    assert sections == {"reconstruction", "KL", "cross-entropy", "errors", "paths", "norms", "sequential", "2x2"}
+    assert {one.name for one in shown} >= set(PUBLISHED_WEIGHTS)
+    for one in result.rows:
+        assert one.control
+        if one.section in ("sequential", "2x2"):
+            assert (one.verdict, one.here, one.controlled) == (NOT_MEASURED, None, None)
+        else:
+            assert one.verdict == "one seed: no claim"
+    for name in {one.name for one in shown if one.section not in ("sequential", "2x2")}:
+        assert any(one.controlled is not None for one in shown if one.name == name), name
+
+
+def test_saved_loaded_and_in_words(config, result):
+    loaded = ReproduceResult.load(Path(config.output) / "results.json")
+    assert loaded == result
+    assert loaded.provenance["command"] == "sae-nfm reproduce --d-sae 64"
+    text = result.words()
+    assert all(one.published in text for one in result.rows)
+    assert "no evidence about real text" in text
+    with pytest.raises(ValueError, match="is not a reproduction"):
+        ReproduceResult.load(Path(config.output) / "compare" / "results.json")
+
+
+def test_a_finished_comparison_is_read(config, result, tmp_path):
+    """Its SAEs, its settings: the same table, although other sizes were asked for."""
+    folder = Path(config.output) / "compare"
+    again = replace(config, compare=str(folder), d_sae=99, validation_tokens=1, output=str(tmp_path / "again"))
+    assert run_reproduce(again).rows == result.rows
+    assert not (tmp_path / "again" / "compare").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 9}, r"k is 9, and the comparison in .* has \[8\]; give one of these"),
+        ({"seed": 3}, r"seed is 3, and the comparison in .* has \[0\]; give one of these"),
+    ],
+)
+def test_what_a_comparison_does_not_have(config, result, tmp_path, change, message):
+    cfg = replace(config, compare=str(Path(config.output) / "compare"), output=str(tmp_path / "new"), **change)
+    with pytest.raises(ValueError, match=message):
+        run_reproduce(cfg)
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_comparison(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="give the folder of a finished `sae-nfm compare`"):
+        run_reproduce(replace(config, compare=str(tmp_path)))
+
+
+def test_refused_before_anything_is_done():
+    with pytest.raises(ValueError, match="fit_tokens is 0; give a positive whole number"):
+        ReproduceConfig(fit_tokens=0)
+    with pytest.raises(ValueError, match="learning_rates is"):
+        ReproduceConfig(lr=-1.0)
+
+
+def test_arms_of_an_sae_without_a_canonical_gauge(config, result):
+    folder = Path(config.output) / "compare" / "k8" / "seed-0"
+    joint = SAE.load_from_disk(folder / "joint_nfm")
+    joint.cfg.nfm_top_k = 4
+    model, (_, validation) = load_model(demo.MODEL_NAME), data.load_splits(None, None, demo.MODEL_NAME)
+    arms = behaviour_arms(model, {"joint_nfm": joint}, held_out_rows(model, validation, 256, 512))
+    assert CANONICAL not in arms
+    assert {DIRECT, f"{DIRECT}{KEPT}", "isotropic", "covariance mixture"} <= set(arms)
+
+
+def test_figures_in_words():
+    estimate = Estimate(
+        estimate=-0.413, low=-0.5, high=-0.3, n=10, n_clusters=2, test="", p_value=None, correction=None
+    )
+    assert written(estimate, "+.1%") == "-41.3% [-50.0%, -30.0%]"
+    assert written(2.0, ".0f") == "2"
+    assert written(None, ".0f") == "none"
