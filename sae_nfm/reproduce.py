@@ -32,6 +32,7 @@ from sae_nfm.gauge_report import gauge_report
 from sae_nfm.hooks import Intervention, Splice, path_means
 from sae_nfm.models import LanguageModel, load_model
 from sae_nfm.reproduced_rows import KEPT, Behaviour, ReproducedRow, gauge_rows, not_measured
+from sae_nfm.resampling import Bootstrap
 from sae_nfm.statistics import Estimate
 from sae_nfm.whole_files import write_json
 
@@ -203,12 +204,15 @@ def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> Reprod
     fitted = held_out_rows(model, validation, context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     arms = behaviour_arms(model, saes, fitted)
     folder = measure(model, rows, arms, output / "rows", seed=cfg.seed)
+    behaviour = Behaviour(
+        folder=folder, arms=tuple(arms), answers=comparison.answers, bootstrap=Bootstrap(seed=cfg.seed)
+    )
     x, documents = read_activations(model, saes[JOINT], rows.tokens, rows.documents)
     assert documents is not None
     report = gauge_report(saes[JOINT], x, documents, seed=cfg.seed, n_permutations=cfg.n_permutations)
     result = ReproduceResult(
         rows=(
-            *Behaviour(folder=folder, arms=tuple(arms), answers=comparison.answers).rows(),
+            *behaviour.rows(),
             *gauge_rows(figure_rows(report)),
             *not_measured(),
         ),

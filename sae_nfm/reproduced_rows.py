@@ -17,6 +17,7 @@ from sae_nfm.controls import EQUAL_DISTANCE, UNDER_TEST
 from sae_nfm.error_ratios import error_ratios
 from sae_nfm.figure_rows import Figure, FigureRow
 from sae_nfm.inhibition import gains_of_arms
+from sae_nfm.resampling import Bootstrap
 from sae_nfm.statistics import Estimate, ratio_of_means, relative_change
 from sae_nfm.token_rows import read_rows
 
@@ -90,6 +91,8 @@ class Behaviour:
     """Its arms."""
     answers: Sequence[Answer]
     """Of a comparison; those of fewer than five seeds say so."""
+    bootstrap: Bootstrap
+    """For intervals over documents."""
 
     def rows(self) -> list[ReproducedRow]:
         """Reconstruction, KL, cross-entropy, and errors beside others of their size."""
@@ -107,7 +110,8 @@ class Behaviour:
         if against not in self.arms:
             return None
         mine, other = (read_rows(self.folder, ["document", column], [name]).dropna() for name in (arm, against))
-        return relative_change(mine[column].to_numpy(), other[column].to_numpy(), mine["document"].to_numpy())
+        a, b, documents = mine[column].to_numpy(), other[column].to_numpy(), mine["document"].to_numpy()
+        return relative_change(a, b, documents, bootstrap=self.bootstrap)
 
     def _wholes(
         self, section: Section, what: str, column: str, measure: str | None, published: str
@@ -156,7 +160,7 @@ class Behaviour:
                 read_rows(self.folder, ["document", "row", "position", "arm", "kl_nats"], list(arms.values())), arms
             )
             assert gains.documents is not None
-            return ratio_of_means(gains.nonlinear, gains.both, gains.documents)
+            return ratio_of_means(gains.nonlinear, gains.both, gains.documents, bootstrap=self.bootstrap)
 
         return ReproducedRow(
             section="KL",
@@ -170,7 +174,7 @@ class Behaviour:
         )
 
     def _errors(self) -> Iterator[ReproducedRow]:
-        ratios = error_ratios(self.folder, controls=EQUAL_DISTANCE)
+        ratios = error_ratios(self.folder, controls=EQUAL_DISTANCE, bootstrap=self.bootstrap)
         for name in EQUAL_DISTANCE[1:]:
             yield ReproducedRow(
                 section="errors",
