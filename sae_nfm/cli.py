@@ -118,6 +118,14 @@ COMMANDS = {
         config="sae_nfm.speed:SpeedConfig",
         run=words_of("sae_nfm.speed:measure_speed"),
     ),
+    "dry-run": Command(
+        summary="check that a training run works and fits, and how long it takes at least, before anything is downloaded",
+        description="Shapes, parameters, memory and time of a training run: a .yaml file, or an experiment that comes with the "
+        "package (paper: the set-up of arXiv 2507.00269).",
+        config="sae_nfm.dry_run:DryRunConfig",
+        arguments="[EXPERIMENT]",
+        run=words_of("sae_nfm.dry_run:check"),
+    ),
     "push": Command(
         summary="publish a saved SAE, or those of a demo, on the Hugging Face hub, with a model card",
         config="sae_nfm.hub:PushConfig",

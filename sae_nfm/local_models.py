@@ -105,7 +105,7 @@ def _converted(
 ) -> tuple[HookedTransformerConfig, dict[str, Tensor]]:
     """TransformerLens's config and tensors of a Hugging Face model, `given` in place of what the config says."""
     own = {"init_weights": False, "model_name": Path(folder).resolve().name, "tokenizer_name": None}
-    cfg = HookedTransformerConfig.from_dict(_config_fields(hf) | own | given)
+    cfg = HookedTransformerConfig.from_dict(config_fields(hf) | own | given)
     with torch.no_grad():
         return cfg, get_pretrained_state_dict(str(folder), cfg, hf, dtype=cfg.dtype)
 
@@ -132,7 +132,7 @@ def _load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer(folder) else None
 
 
-def _config_fields(hf: PreTrainedModel) -> dict[str, Any]:
+def config_fields(hf: PreTrainedModel) -> dict[str, Any]:
     """TransformerLens's config of a Hugging Face model, from its config and class, not from its name."""
     architecture, config = type(hf).__name__, hf.config
     if architecture in ("GemmaForCausalLM", "Gemma2ForCausalLM"):
