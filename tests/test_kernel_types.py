@@ -75,6 +75,21 @@ def test_norms_in_float32_beside_bfloat16_parameters():
     assert relative(rows, kernels.to_dense(sparse, D_SAE) @ W_enc.T.float()) < 0.01  # bfloat16 has 0.004
 
 
+def test_gradients_of_encode_in_bfloat16_without_scale():
+    """The gradient comes back in bfloat16, and no scale widens it before the sums over the batch."""
+    x, W_enc, b_enc, _ = encoder((300,), scaled=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        b_enc += 30.0  # every feature is active: rounding changes no ReLU
+    inputs = [x, W_enc, b_enc]
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    ours, exact = (
+        gradients(kernels.to_dense(kernels.encode(*tensors, None, D_SAE), D_SAE).sum(dim=0), tensors)
+        for tensors in (inputs, exact_inputs)
+    )
+    # bfloat16 has 0.004, and a sum over features of either sign a multiple of it
+    assert all(relative(gradient, reference) < 0.02 for gradient, reference in zip(ours, exact, strict=True))
+
+
 def test_bi_interaction_of_bfloat16_is_rounded_once():
     acts, (V,) = random_acts((50,), dtype=torch.bfloat16), randoms((11, 3), dtype=torch.bfloat16)
     exact = interaction.bi_interaction(SparseActs(acts.indices, acts.values.double()), V.double())

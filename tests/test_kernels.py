@@ -79,8 +79,11 @@ def test_encode_keeps_nothing_of_the_size_of_batch_times_d_sae():
     assert kept["sparse"] == x.numel()
 
 
-def test_gradients_have_the_layout_of_their_parameters():
+@pytest.mark.parametrize("transposed", [True, False])
+def test_gradients_have_the_layout_of_their_parameters(transposed):
     x, W_enc, b_enc, scale = encoder()
+    if transposed:
+        W_enc = W_enc.detach().T.contiguous().T.requires_grad_()
     (gradient,) = gradients(kernels.encode(x, W_enc, b_enc, scale, 3).values, [W_enc])
     assert gradient.stride() == W_enc.stride()
 
@@ -183,7 +186,9 @@ def test_row_norms():
         assert_same(lambda kernel, output=output: kernels.row_norms(weight, kernel=kernel)[output], [weight], **TIGHT)
     assert torch.autograd.gradcheck(kernels.row_norms, weight)
     zero = torch.zeros(2, 3, requires_grad=True)
-    kernels.row_norms(zero)[0].sum().backward()
+    norms, _ = kernels.row_norms(zero)
+    assert (norms == 0).all()
+    norms.sum().backward()
     assert (zero.grad == 0).all()
 
 
@@ -228,6 +233,20 @@ def test_gradients_that_nobody_asked_for_cost_nothing():
     for inputs, bags in (([x, W_enc, b_enc], 2), ([x.detach(), W_enc, b_enc], 1), ([x, W_enc.detach(), b_enc], 1)):
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         assert operations_of_gradients(kernels.encode(*inputs, None, 3).values, wanted)[bag] == bags
+
+
+def test_both_sums_of_the_bi_interaction_share_the_routing():
+    acts, (V,) = random_acts(), randoms((11, 3))
+    for routing, sorts in ((kernels.route(acts.indices, 11), 0), (None, 2)):
+        count = operations_of_gradients(kernels.bi_interaction(acts, V, routing), [acts.values, V])
+        assert count["argsort"] + count["sort"] == sorts
+
+
+def test_a_sum_prepares_no_backward_pass_of_its_own():
+    acts, (weight,) = random_acts(), randoms((11, 3))
+    with Operations() as operations:
+        kernels.weighted_rows(acts, weight)
+    assert (operations.count["_embedding_bag_forward_only"], operations.count["_embedding_bag"]) == (1, 0)
 
 
 def test_no_warning_about_sparse_tensors():

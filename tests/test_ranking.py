@@ -26,13 +26,14 @@ def test_selection_in_blocks_finds_the_largest(monkeypatch, d_sae, k, features_a
     assert torch.equal(scores.gather(-1, found), values)
 
 
-def test_encode_in_pieces_is_the_same(monkeypatch):
+@pytest.mark.parametrize("rows_at_once", [2, 0])  # of W_enc, 2 + 2 + 1; a row larger than a piece is one all the same
+def test_encode_in_pieces_is_the_same(monkeypatch, rows_at_once):
     inputs = encoder((7,))
     whole = kernels.to_dense(kernels.encode(*inputs, 3), D_SAE)
     expected = gradients(whole, inputs)
     monkeypatch.setitem(ranking.TOKENS_AT_ONCE, "cpu", 3)  # 3 + 3 + 1 tokens
     monkeypatch.setattr(ranking, "FEATURES_AT_ONCE", 16)  # 16 + 16 + 5 features
-    monkeypatch.setattr(active_sums, "TRANSPOSED_BYTES", 2 * D_SAE * 8)  # 2 + 2 + 1 rows of W_enc
+    monkeypatch.setattr(active_sums, "TRANSPOSED_BYTES", rows_at_once * D_SAE * 8)
     pieces = kernels.to_dense(kernels.encode(*inputs, 3), D_SAE)
     torch.testing.assert_close(pieces, whole, **TIGHT)
     torch.testing.assert_close(gradients(pieces, inputs), expected, **TIGHT)
@@ -46,3 +47,8 @@ def test_a_scale_of_zero_has_no_gradient():
         b_enc[3] = -100.0
     acts = kernels.encode(x, W_enc, b_enc, scale, D_SAE)
     assert all(gradient.isfinite().all() for gradient in gradients(acts.values, [x, W_enc, b_enc, scale]))
+
+
+def test_selection_records_no_gradient():
+    _, values = ranking.top_hidden_pre(*encoder(), 3)
+    assert not values.requires_grad

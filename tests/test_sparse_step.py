@@ -62,6 +62,7 @@ def test_losses_and_gradients(architecture, rescale, nfm_top_k, paths, kernel):
     torch.testing.assert_close(ours.sae_out, reference.sae_out)
     torch.testing.assert_close(ours.loss, reference.loss)
     torch.testing.assert_close(ours.feature_acts.to_dense(), reference.feature_acts)
+    assert ours.hidden_pre.shape == reference.hidden_pre.shape
     for name, parameter in saelens.named_parameters():
         torch.testing.assert_close(dict(sae.named_parameters())[name].grad, parameter.grad, msg=name)
         assert parameter.grad.abs().sum() > 0, name
@@ -73,13 +74,14 @@ def test_the_dense_step_multiplies_with_the_sum_of_the_decoders(architecture, us
     """Two decoders read the same features: one product in place of two, unless the paths are wanted one by one."""
     options = {"use_sparse_activations": use_sparse_activations, "rescale_acts_by_decoder_norm": False}
     products = {}
-    for nfm_top_k, keep_paths in itertools.product((None, 3), (True, False)):
+    for nfm_top_k, keep_paths in itertools.product((None, 3, 4), (True, False)):
         _, dense = both_kernels(architecture, nfm_top_k=nfm_top_k, **options)
         dense.keep_paths = keep_paths
         with Operations() as operations:
             step(dense, random_activations().double())
         products[nfm_top_k, keep_paths] = sum(operations.count[name] for name in ("mm", "addmm", "_embedding_bag"))
     assert products[None, False] == products[None, True] - 1
+    assert products[4, False] == products[4, True] - 1  # 4 is k
     assert products[3, False] == products[3, True]
 
 
@@ -118,9 +120,10 @@ def test_dead_feature_loss(architecture, n_dead, normalisation, rescale):
 
 
 @for_every_architecture
+@pytest.mark.parametrize("nfm_top_k", [None, 3])  # None: a dense step that is not logged sums the decoders
 @pytest.mark.parametrize("normalisation", ["none", "constant_norm_rescale", "layer_norm"])
-def test_metrics_of_the_paths(architecture, normalisation):
-    sparse, dense = both_kernels(architecture, normalize_activations=normalisation)
+def test_metrics_of_the_paths(architecture, normalisation, nfm_top_k):
+    sparse, dense = both_kernels(architecture, normalize_activations=normalisation, nfm_top_k=nfm_top_k)
     x = random_activations().double()
     metrics = [{n: metric() for n, metric in step(sae, x, logging=True).metrics.items()} for sae in (sparse, dense)]
     assert metrics[0].keys() == metrics[1].keys()
@@ -141,6 +144,49 @@ def test_hooks_act_in_a_sparse_step_too(architecture, hook_name):
             outputs.append(step(sae, x).sae_out)
     torch.testing.assert_close(*outputs)
     assert not torch.allclose(outputs[0], step(dense, x).sae_out)
+
+
+@for_every_architecture
+@pytest.mark.parametrize("kind", ["fwd_hooks", "bwd_hooks"])
+def test_the_decoders_are_not_summed_past_a_hook(architecture, kind):
+    """A hook of either direction sees the linear path also where both decoders read the same features."""
+    for sae in both_kernels(architecture, nfm_top_k=None):
+        seen = []
+        with sae.hooks(**{kind: [("hook_nfm_linear", lambda value, hook, seen=seen: seen.append(value))]}):
+            step(sae, random_activations().double()).loss.backward()
+        assert len(seen) == 1
+
+
+@for_every_architecture
+def test_a_summed_step_leaves_the_paths_of_later_decoding(architecture):
+    _, dense = both_kernels(architecture, nfm_top_k=None)
+    x = random_activations().double()
+    before = dense.decode_paths(dense.encode(x)).present()
+    step(dense, x)
+    after = dense.decode_paths(dense.encode(x)).present()
+    torch.testing.assert_close(after, before, rtol=0, atol=0)  # no parameter has changed: the same sums
+
+
+@for_every_architecture
+def test_the_gradient_of_b_dec_is_summed_in_float32_under_autocast(architecture):
+    """-W_enc g for a gradient g of the encoder's bias; in bfloat16 it would be wrong in the third digit."""
+    sae, x = random_sae(training_config(architecture, kernel="sparse")), random_activations()
+    g = torch.randn(D_SAE, generator=torch.Generator().manual_seed(4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, b_enc = sae._encoder_input(x)
+    (gradient,) = torch.autograd.grad((b_enc * g).sum(), sae.b_dec)
+    # 32 terms of order 0.3 in float32, in another order: 1e-6; bfloat16 is wrong by 1e-3 and more
+    torch.testing.assert_close(gradient, -(sae.W_enc @ g), rtol=1e-5, atol=1e-5)
+
+
+@for_every_architecture
+@pytest.mark.parametrize(("nfm_top_k", "routes"), [(None, 1), (3, 2)])
+def test_a_sparse_step_orders_its_entries_once(architecture, nfm_top_k, routes):
+    """Once for all paths, once more for the features that the NFM reads, for the encoder, and for the statistics."""
+    sae, _ = both_kernels(architecture, nfm_top_k=nfm_top_k)
+    with Operations() as operations:
+        step(sae, random_activations().double()).loss.backward()
+    assert operations.count["argsort"] + operations.count["sort"] == routes + 2
 
 
 def saelens_trainer(sae, steps, **settings):
