@@ -168,7 +168,7 @@ class Behaviour:
             published="16.5 % for 3 % of the parameters",
             here=share(""),
             controlled=share(KEPT),
-            control="means kept; the two paths' shares may add up to more than 1, where they gain the same thing",
+            control="means kept; the verdict is on an SAE trained without the path",
             verdict=self._verdict("joint_nfm without nonlinear", "kl_nats"),
             form=".1%",
         )
