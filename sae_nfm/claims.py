@@ -19,6 +19,8 @@ WEIGHTS = {"fvu": "variance_energy", "kl_nats": "tokens"}
 """What is compared, and what a document counts for in it."""
 ABLATED = (JOINT, SQUARE, "joint_nfm half")
 """Arms that are compared with a part of themselves too."""
+L0_TOLERANCE = 0.05
+"""Relative difference of two arms' L0 at inference up to which they are compared; batchtopk has k only on average."""
 _TOPK = ("topk", "topk matched", "topk matched folded", "topk matched flops")
 
 
@@ -114,7 +116,15 @@ def _unusable(rows: pd.DataFrame, arms: Sequence[str], n_seeds: int) -> str | No
             return f"{arm} has figures for {seeds} of {n_seeds} seeds"
         if not np.isfinite(own[list(WEIGHTS)].to_numpy(dtype=np.float64)).all():
             return f"{arm} diverged"
+    one, other = (_l0(rows, arm) for arm in arms)
+    if abs(one - other) > L0_TOLERANCE * other:
+        return f"L0 is {one:.1f} and {other:.1f}: figures at unequal sparsity say nothing"
     return None
+
+
+def _l0(rows: pd.DataFrame, arm: str) -> float:
+    own = rows.loc[rows["arm"] == arm, ["active", "tokens"]].sum()
+    return float(own["active"] / own["tokens"])
 
 
 def _corrected(found: Sequence[Answer]) -> list[Answer]:

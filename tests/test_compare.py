@@ -238,8 +238,8 @@ def document_rows(arms, seeds=range(5), documents=20, noise=0.01):
     generator = np.random.default_rng(0)
     return pd.DataFrame(
         [
-            {"k": 32, "seed": seed, "arm": arm, "document": d, "tokens": 10.0, "error_energy": 5 * level + noise * e,
-             "variance_energy": 50.0, "kl_nats": 10 * level + noise * e}
+            {"k": 32, "seed": seed, "arm": arm, "document": d, "tokens": 10.0, "active": 320.0,
+             "error_energy": 5 * level + noise * e, "variance_energy": 50.0, "kl_nats": 10 * level + noise * e}
             for arm, level in arms.items() for seed in seeds for d, e in enumerate(generator.normal(size=documents))
         ]
     )  # fmt: skip
@@ -275,6 +275,16 @@ def test_claims_without_all_seeds_or_with_a_diverged_arm_have_a_reason_in_place_
         "joint_nfm against topk at k = 32: topk diverged",
         "joint_nfm against jumprelu at k = 32: jumprelu has figures for 3 of 5 seeds",
     ]
+
+
+def test_arms_of_unequal_sparsity_are_not_judged():
+    rows = document_rows({JOINT: 1.0, "batchtopk": 1.2, "matryoshka": 1.1})
+    rows.loc[rows["arm"] == "batchtopk", "active"] *= 1.06
+    rows.loc[rows["arm"] == "matryoshka", "active"] *= 1.04
+    found, missing = answers(rows, [32], 5)
+    assert {answer.claim.against for answer in found} == {"matryoshka"}
+    told = "joint_nfm against batchtopk at k = 32: L0 is 32.0 and 33.9: figures at unequal sparsity say nothing"
+    assert missing == [told]
 
 
 def test_every_claim_is_about_arms_that_exist():
