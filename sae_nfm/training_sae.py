@@ -4,8 +4,8 @@
     sparse    `kernels`: the k active features of each token alone, forward and backward, dead-feature loss included
 
 They give the same losses and gradients up to rounding; `cfg.kernel` chooses. Where both decoders read the same features, the
-dense step multiplies with their sum, unless someone looks at the paths; the sparse step reads the active rows of both, which
-costs less than adding all rows. It keeps no pre-activations and hands SAELens's trainer its statistics as a COO tensor.
+dense step multiplies with their sum; the sparse step reads the active rows of both, which costs less than adding all rows. It
+keeps no pre-activations and hands SAELens's trainer its statistics as a COO tensor.
 """
 
 from pathlib import Path
@@ -66,14 +66,22 @@ class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
         try:
             if self._steps_sparsely():
                 return self._sparse_step(step_input)
-            self._sums_decoders = self._may_sum_decoders() and not self._shows_paths(step_input)
+            summed = self._sums_decoders = self._may_sum_decoders()
             output = super().training_forward_pass(step_input)
         finally:
             self._in_training_step = self._sums_decoders = False
         assert self._step_paths is not None
-        self._add_metrics(output, step_input, self._step_paths)
-        self._step_paths = None
+        paths, self._step_paths = self._step_paths, None
+        if summed and self._shows_paths(step_input):
+            paths = self._divided(paths, output.feature_acts)
+        self._add_metrics(output, step_input, paths)
         return output
+
+    @torch.no_grad()
+    def _divided(self, paths: Paths, feature_acts: Tensor) -> Paths:
+        """The direct and the linear path of a step that made their sum: a look at them does not change the step by a bit."""
+        linear = interaction.weighted_rows(feature_acts.to_dense(), self.W_lin) + self.b_lin
+        return paths._replace(direct=paths.direct - linear, linear=linear)
 
     def _shows_paths(self, step_input: TrainStepInput) -> bool:
         return self.keep_paths or step_input.is_logging_step

@@ -15,6 +15,8 @@ from sae_lens.util import temporary_seed
 from sae_nfm import interaction, kernels
 from sae_nfm.sae import FEW_FEATURES
 
+HOOK = ("hook_sae_acts_post", lambda value, hook: None)
+"""Changes nothing, and has a step made as SAELens makes it."""
 for_every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
@@ -49,12 +51,13 @@ def both_kernels(cfg, **overrides):
 )
 @pytest.mark.parametrize("kernel", ["sparse", "dense"])
 def test_losses_and_gradients(architecture, rescale, nfm_top_k, paths, kernel):
-    """Either form of the step against SAELens's, which a dense step that keeps its paths is."""
+    """Either form of the step against SAELens's, which a dense step with hooks is."""
     options = {"rescale_acts_by_decoder_norm": rescale, "nfm_top_k": nfm_top_k}
     sae, saelens = both_kernels(architecture, **options, **paths)
-    sae.cfg.kernel, saelens.keep_paths = kernel, True
+    sae.cfg.kernel = kernel
     x = random_activations().double()
-    ours, reference = step(sae, x), step(saelens, x)
+    with saelens.hooks(fwd_hooks=[HOOK]):
+        ours, reference = step(sae, x), step(saelens, x)
     assert ours.feature_acts.is_sparse == (kernel == "sparse")
     assert not reference.feature_acts.is_sparse
     ours.loss.backward()
@@ -71,18 +74,35 @@ def test_losses_and_gradients(architecture, rescale, nfm_top_k, paths, kernel):
 @for_every_architecture
 @pytest.mark.parametrize("use_sparse_activations", [True, False])
 def test_the_dense_step_multiplies_with_the_sum_of_the_decoders(architecture, use_sparse_activations):
-    """Two decoders read the same features: one product in place of two, unless the paths are wanted one by one."""
+    """Two decoders read the same features: one product in place of two, unless hooks want the paths one by one."""
     options = {"use_sparse_activations": use_sparse_activations, "rescale_acts_by_decoder_norm": False}
     products = {}
-    for nfm_top_k, keep_paths in itertools.product((None, 3, 4), (True, False)):
+    for nfm_top_k, hooks in itertools.product((None, 3, 4), ((), (HOOK,))):
         _, dense = both_kernels(architecture, nfm_top_k=nfm_top_k, **options)
-        dense.keep_paths = keep_paths
-        with Operations() as operations:
+        with Operations() as operations, dense.hooks(fwd_hooks=list(hooks)):
             step(dense, random_activations().double())
-        products[nfm_top_k, keep_paths] = sum(operations.count[name] for name in ("mm", "addmm", "_embedding_bag"))
-    assert products[None, False] == products[None, True] - 1
-    assert products[4, False] == products[4, True] - 1  # 4 is k
-    assert products[3, False] == products[3, True]
+        products[nfm_top_k, hooks] = sum(operations.count[name] for name in ("mm", "addmm", "_embedding_bag"))
+    assert products[None, ()] == products[None, (HOOK,)] - 1
+    assert products[4, ()] == products[4, (HOOK,)] - 1  # 4 is k
+    assert products[3, ()] == products[3, (HOOK,)]
+
+
+@for_every_architecture
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
+@pytest.mark.parametrize("use_sparse_activations", [True, False])
+def test_looking_at_the_paths_does_not_change_a_bit(architecture, kernel, use_sparse_activations):
+    gradients = []
+    for keep_paths in (True, False):
+        sae = both_kernels(
+            architecture,
+            nfm_top_k=None,
+            use_sparse_activations=use_sparse_activations,
+            rescale_acts_by_decoder_norm=False,
+        )[0]
+        sae.cfg.kernel, sae.keep_paths = kernel, keep_paths
+        step(sae, random_activations().double()).loss.backward()
+        gradients.append([parameter.grad for parameter in sae.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 @for_every_architecture
@@ -120,7 +140,7 @@ def test_dead_feature_loss(architecture, n_dead, normalisation, rescale):
 
 
 @for_every_architecture
-@pytest.mark.parametrize("nfm_top_k", [None, 3])  # None: a dense step that is not logged sums the decoders
+@pytest.mark.parametrize("nfm_top_k", [None, 3])  # None: a dense step sums the decoders
 @pytest.mark.parametrize("normalisation", ["none", "constant_norm_rescale", "layer_norm"])
 def test_metrics_of_the_paths(architecture, normalisation, nfm_top_k):
     sparse, dense = both_kernels(architecture, normalize_activations=normalisation, nfm_top_k=nfm_top_k)
