@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens.saes.topk_sae import calculate_topk_aux_acts
 from torch import Tensor
+from torch.nn import functional as F
 
 from sae_nfm import interaction
 from sae_nfm.active_sums import Routing, RowNorms, TopHiddenPre, WeightedRows, route, wide
@@ -27,6 +28,7 @@ __all__ = [
     "bi_interaction",
     "choose",
     "encode",
+    "of_active",
     "route",
     "row_norms",
     "to_coo",
@@ -116,11 +118,16 @@ def bi_interaction(
         return interaction.bi_interaction(to_dense(acts, len(V)), V)
     rows, values = wide(V), wide(acts.values)
     top = values.abs().argmax(dim=-1, keepdim=True)
-    strongest = values.gather(-1, top) * rows[acts.indices.gather(-1, top)[..., 0]]
+    strongest = values.gather(-1, top) * F.embedding(acts.indices.gather(-1, top)[..., 0], rows)
     others = SparseActs(acts.indices, values.scatter(-1, top, 0.0))
     rest = weighted_rows(others, rows, routing)
     squares = weighted_rows(interaction.squared(others), rows.square(), routing)
     return (strongest * rest + 0.5 * (rest.square() - squares)).to(V.dtype)
+
+
+def of_active(per_feature: Float[Tensor, " d_sae"], acts: SparseActs) -> Float[Tensor, "*batch k"]:
+    """A number of each active feature. Indexing would do, but its gradient adds in an order that depends on the threads."""
+    return per_feature.index_select(0, acts.indices.flatten()).reshape(acts.indices.shape)
 
 
 def row_norms(

@@ -172,8 +172,10 @@ class NFMDecoder(_Host):
         if isinstance(acts, Tensor):
             direct = act_times_W_dec(acts, self.W_dec, self.cfg.rescale_acts_by_decoder_norm)
         else:
-            norms = self.W_dec.norm(dim=-1)[acts.indices] if self.cfg.rescale_acts_by_decoder_norm else 1.0
-            direct = interaction.weighted_rows(interaction.SparseActs(acts.indices, acts.values / norms), self.W_dec)
+            values = acts.values
+            if self.cfg.rescale_acts_by_decoder_norm:
+                values = values / kernels.of_active(self.W_dec.norm(dim=-1), acts)
+            direct = interaction.weighted_rows(interaction.SparseActs(acts.indices, values), self.W_dec)
         linear = None
         if self.cfg.use_linear_path:
             linear = self.hook_nfm_linear(interaction.weighted_rows(read, self.W_lin) + self.b_lin)

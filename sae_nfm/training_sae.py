@@ -135,7 +135,7 @@ class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
     def _sparse_decode(self, acts: SparseActs, norms: Tensor | None, W_dec: Tensor) -> Paths:
         """What each path writes, from the active features alone."""
         cfg, routing = self.cfg, kernels.route(acts.indices, self.cfg.d_sae)
-        unscaled = acts if norms is None else SparseActs(acts.indices, acts.values / norms[acts.indices])
+        unscaled = acts if norms is None else SparseActs(acts.indices, acts.values / kernels.of_active(norms, acts))
         read, read_routing = acts, routing
         if cfg.nfm_top_k is not None and cfg.nfm_top_k < cfg.k:
             read = interaction.top_n(acts, cfg.nfm_top_k)

@@ -106,6 +106,35 @@ def test_looking_at_the_paths_does_not_change_a_bit(architecture, kernel, use_sp
 
 
 @for_every_architecture
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel": "sparse"},
+        {"kernel": "sparse", "nfm_top_k": 16, "head": "mlp"},
+        {"kernel": "dense"},
+        {"kernel": "dense", "use_sparse_activations": True},
+    ],
+)
+def test_two_threads_give_the_same_bits_every_time(architecture, options):
+    """Sums over the tokens of a feature are made in a fixed order: no operation adds from several threads at once."""
+    settings = {"d_sae": 256, "k": 32, "nfm_top_k": None} | options
+    sae, x = random_sae(training_config(architecture, **settings)), random_activations(rows=2048)
+    dead = torch.arange(256) < 40
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(5):
+            sae.zero_grad()
+            step(sae, x, dead).loss.backward()
+            found.append([parameter.grad.clone() for parameter in sae.parameters()])
+    finally:
+        torch.set_num_threads(threads)
+    for again in found[1:]:
+        torch.testing.assert_close(again, found[0], rtol=0, atol=0)
+
+
+@for_every_architecture
 def test_the_gradient_of_the_activations(architecture):
     """Nobody asks for it in training; who does has it from either form, with b_dec's, which depends on it."""
     gradients = []
