@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SLOW_TIMEOUT ?= 3600
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-saebench lint format clean
 
 demo: $(READY)
 	$(BIN)/sae-nfm demo
@@ -15,6 +15,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# in the environment that docs/saebench.md sets up, or that of another python named by SAE_NFM_SAEBENCH_PYTHON
+test-saebench: $(READY)
+	$(BIN)/python -m pytest -m saebench
 
 lint: $(READY)
 	$(BIN)/ruff check .

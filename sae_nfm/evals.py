@@ -159,7 +159,9 @@ def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Eva
     check_context(model, context_size)
     held_out_tokens(model, dataset, context_size, 1)  # says so where the text fills no row
     with quiet_saelens():
-        store = _store(sae, model, dataset, context_size, config)
+        store = store_as_in_training(
+            sae, model, dataset, context_size, batch_size_prompts=config.batch_size_prompts, device=config.device
+        )
         metrics, feature_metrics = _run(sae, store, model, config)
     result = Evaluation(
         sae=config.sae if config.sae_id is None else f"{config.sae}:{config.sae_id}",
@@ -236,7 +238,9 @@ def _data(sae: SAE[Any], config: EvaluateConfig) -> tuple[Any, str]:
     return open_dataset(trained_on, split="train"), label
 
 
-def _store(sae: SAE[Any], model: LanguageModel, dataset: Any, context_size: int, config: EvaluateConfig) -> HashedStore:
+def store_as_in_training(
+    sae: SAE[Any], model: LanguageModel, dataset: Any, context_size: int, *, batch_size_prompts: int, device: str
+) -> HashedStore:
     """A store that cuts the text as for the SAE's training."""
     metadata = sae.cfg.metadata
     store = HashedStore.from_sae(
@@ -244,8 +248,8 @@ def _store(sae: SAE[Any], model: LanguageModel, dataset: Any, context_size: int,
         sae,
         dataset,
         context_size=context_size,
-        store_batch_size_prompts=config.batch_size_prompts,
-        device=config.device,
+        store_batch_size_prompts=batch_size_prompts,
+        device=device,
         disable_concat_sequences=bool(metadata.disable_concat_sequences),
         sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
     )

@@ -32,11 +32,12 @@ from sae_lens.util import temporary_seed
 
 from sae_nfm import demo
 from sae_nfm.data import quiet_saelens, refuse_without_tokenizer
-from sae_nfm.evals import load_sae
+from sae_nfm.evals import load_sae, store_as_in_training
 from sae_nfm.fitting import check_context, check_device, site_at
 from sae_nfm.models import load_model
 from sae_nfm.saebench_config import SAEBenchConfig, Score
 from sae_nfm.sources import open_dataset
+from sae_nfm.whole_files import whole, write_json
 
 INSTALL = """\
     python3.11 -m venv .saebench
@@ -82,7 +83,7 @@ def _prepared(name: str, sae: SAE[Any]) -> SAE[Any]:
     if unknown:
         raise ValueError(f"the metadata of {name!r} has no {' and no '.join(unknown)}; set it, as sae.cfg.metadata")
     copy = deepcopy(sae).eval()
-    with suppress(NotImplementedError):
+    with suppress(NotImplementedError):  # how SAELens says that this SAE's norms cannot be folded
         copy.fold_W_dec_norm()
     return copy
 
@@ -148,12 +149,10 @@ def _core(name: str, sae: SAE[Any], model: HookedSAETransformer, config: SAEBenc
     groups["misc_metrics"] = core.calculate_misc_metrics(features)
     result = {"sae_set": name, "sae_id": sae_id, "eval_cfg": settings, "metrics": groups, "feature_metrics": features}
     file = Path(core.general_utils.get_results_filepath(str(folder / "core"), name, sae_id))
-    file.parent.mkdir(exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
     cleaned = core.replace_nans_with_negative_one(result)
     versions = core.get_sae_lens_version(), core.get_sae_bench_version()
-    core.save_single_eval_result(cleaned, core.get_eval_uuid(), *versions, str(partial), sae)
-    os.replace(partial, file)
+    with whole(file) as partial:
+        core.save_single_eval_result(cleaned, core.get_eval_uuid(), *versions, str(partial), sae)
     metrics = {metric: float(value) for group in groups.values() for metric, value in group.items()}
     return Score(sae=name, evaluation="core", metrics=metrics, file=file)
 
@@ -219,11 +218,8 @@ def _mdl(name: str, sae: SAE[Any], model: HookedSAETransformer, config: SAEBench
     with temporary_seed(config.seed), torch.no_grad():
         rows = mdl.run_eval_single_sae(settings, sae, model, config.device, _dataset(config))
     file = Path(mdl.general_utils.get_results_filepath(str(folder / "mdl"), name, sae_id))
-    file.parent.mkdir(exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
     content = {"eval_config": asdict(settings), "eval_results": rows, "sae_cfg_dict": sae.cfg.to_dict()}
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, file)
+    write_json(file, content)
     metrics = {f"description_length_{row['num_bins']}_bins": float(row["description_length"]) for row in rows}
     return Score(sae=name, evaluation="mdl", metrics=metrics, file=file)
 
@@ -237,15 +233,8 @@ def _store(sae: SAE[Any], model: HookedSAETransformer, config: SAEBenchConfig) -
         raise ValueError("the SAE's metadata has no context_size; give --context_size")
     check_context(model, context_size)
     with quiet_saelens():
-        return ActivationsStore.from_sae(
-            model,
-            sae,
-            dataset,
-            context_size=context_size,
-            store_batch_size_prompts=config.batch_size_prompts,
-            device=config.device,
-            disable_concat_sequences=bool(metadata.disable_concat_sequences),
-            sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
+        return store_as_in_training(
+            sae, model, dataset, context_size, batch_size_prompts=config.batch_size_prompts, device=config.device
         )
 
 

@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,8 @@ from sae_nfm.evals import evaluate_saved as evaluate_with_saelens
 from sae_nfm.saebench import INSTALL, _digest, evaluate, main, require, selected_saes
 from sae_nfm.saebench_config import SAEBenchConfig, Score
 
-PYTHON = os.environ.get("SAE_NFM_SAEBENCH_PYTHON")
-needs_saebench = pytest.mark.skipif(PYTHON is None, reason="SAE_NFM_SAEBENCH_PYTHON names no python with SAEBench")
+PYTHON = os.environ.get("SAE_NFM_SAEBENCH_PYTHON", ".saebench/bin/python")
+"""Of an environment with SAEBench, for `make test-saebench`."""
 RELEASED = "sae-nfm-demo:blocks.2.hook_resid_post"
 
 
@@ -113,7 +112,6 @@ def test_words():
     assert score.words() == "mine: SAEBench core\n    kl        0.2500\n    l0       32.0000\n    a.json"
 
 
-@pytest.mark.skipif(find_spec("sae_bench") is not None, reason="SAEBench is here")
 def test_without_saebench_it_says_how_to_get_it(capsys):
     with pytest.raises(
         ImportError, match=r"^sae_bench and sae_probes cannot be imported here: .*environment of its own"
@@ -127,13 +125,12 @@ def test_without_saebench_it_says_how_to_get_it(capsys):
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    assert PYTHON is not None
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [PYTHON, "-W", "ignore", "-m", "sae_nfm.saebench", *arguments, "--output", str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-@needs_saebench
+@pytest.mark.saebench
 def test_core_finds_what_saelens_finds(tmp_path):
     done = run(tmp_path, RELEASED, "--evaluation", "core", "--batches", "1", "--batch_size_prompts", "4")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -156,7 +153,7 @@ def test_core_finds_what_saelens_finds(tmp_path):
     )
 
 
-@needs_saebench
+@pytest.mark.saebench
 def test_sparse_probing_runs_offline_and_again_in_no_time(tmp_path):
     arguments = ("--probing_datasets", "119_us_state_TX", "--ks", "1", "5")
     done = run(tmp_path, RELEASED, *arguments)
@@ -177,7 +174,7 @@ def test_sparse_probing_runs_offline_and_again_in_no_time(tmp_path):
     assert "sae-probes has no data set no such; it has 5_hist_fig_ismale" in refused.stderr
 
 
-@needs_saebench
+@pytest.mark.saebench
 def test_the_embedded_model_is_the_same_in_both_environments(tmp_path):
     script = (
         "from sae_nfm import demo; import torch; model = demo.load_model(); "
