@@ -28,12 +28,13 @@ from sae_lens.saes.topk_sae import act_times_W_dec
 from torch import Tensor
 
 from sae_nfm import interaction
-from sae_nfm.config import Head
 from sae_nfm.gauge import as_read
 from sae_nfm.hooks import counted_tokens, splice
 from sae_nfm.interaction import SparseActs
 from sae_nfm.models import LanguageModel
-from sae_nfm.sae import NFMDecoder, Paths
+from sae_nfm.nfm_fields import Head
+from sae_nfm.paths import Paths
+from sae_nfm.sae import NFMDecoder
 
 CELLS = 2**24
 """Numbers in the largest tensor of a chunk of tokens: 64 MiB in float32."""

@@ -34,7 +34,8 @@ from sae_nfm.inhibition import (
 )
 from sae_nfm.linear_part import LinearPart, linear_part
 from sae_nfm.norms import N_PERMUTATIONS, PathNorms, share_correlations
-from sae_nfm.sae import NFMDecoder, Paths
+from sae_nfm.paths import Paths
+from sae_nfm.sae import NFMDecoder
 from sae_nfm.statistics import Estimate, clustered_mean, ratio_of_means
 
 Documents = NDArray[np.int64]

@@ -35,7 +35,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_nfm.config import ARCHITECTURE, refuse_missing_keys
+from sae_nfm.architectures import INFERENCE_CONFIGS
+from sae_nfm.nfm_fields import refuse_missing_keys
 from sae_nfm.release import (
     FolderSource,
     HubSource,
@@ -232,7 +233,7 @@ def _strict_hub_loader(original: Any) -> Any:
         try:
             config, state_dict, sparsity = original(repo_id, folder_name, device, force_download, cfg_overrides)
         except SafetensorError as error:
-            if get_sae_lens_config_from_hf(repo_id, folder_name).get("architecture") != ARCHITECTURE:
+            if get_sae_lens_config_from_hf(repo_id, folder_name).get("architecture") not in INFERENCE_CONFIGS:
                 raise
             raise ValueError(
                 f"a weight file of {folder_name!r} in {repo_id!r} is damaged ({error}); fetch it anew with "
@@ -246,9 +247,10 @@ def _strict_hub_loader(original: Any) -> Any:
 
 def _checked(config: dict[str, Any], source: str) -> dict[str, Any]:
     """For our architectures: a complete config, the Neuronpedia id in its metadata, where SAELens's readers look for it."""
-    if config.get("architecture") != ARCHITECTURE:
+    ours = INFERENCE_CONFIGS.get(config.get("architecture", ""))
+    if ours is None:
         return config
-    refuse_missing_keys(config, source)
+    refuse_missing_keys(ours, config, source)
     neuronpedia = config.pop("neuronpedia_id", None)
     return (
         config if neuronpedia is None else config | {"metadata": config["metadata"] | {"neuronpedia_id": neuronpedia}}

@@ -19,10 +19,13 @@ import sae_lens
 from packaging.version import Version
 from sae_lens import SAE, registry
 from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.saes.sae import SAEConfig
 from safetensors import SafetensorError
 
-from sae_nfm.config import ARCHITECTURE, JointNFMSAEConfig, JointNFMTrainingSAEConfig, refuse_missing_keys
+from sae_nfm.architectures import INFERENCE_CONFIGS
+from sae_nfm.config import JointNFMSAEConfig, JointNFMTrainingSAEConfig
 from sae_nfm.loading import SAVE_AGAIN, check_folder
+from sae_nfm.nfm_fields import refuse_missing_keys
 from sae_nfm.pretrained import register_packaged_releases
 from sae_nfm.resume import layer_runners
 from sae_nfm.sae import JointNFMSAE
@@ -49,18 +52,19 @@ def register() -> None:
     _enter(registry.SAE_TRAINING_CLASS_REGISTRY, (JointNFMTrainingSAE, JointNFMTrainingSAEConfig))
     _layer(SAE, "get_sae_config_class_for_architecture", _strict_config_class)
     _layer(SAE, "load_from_disk", _explained_load)
-    layer_runners(_layer, frozenset({ARCHITECTURE}))
+    layer_runners(_layer, frozenset(INFERENCE_CONFIGS))
     register_packaged_releases()
 
 
-def _enter(table: dict[str, Any], entry: tuple[type, type]) -> None:
-    present = table.get(ARCHITECTURE)
+def _enter(table: dict[str, Any], entry: tuple[type[SAE[Any]], type[SAEConfig]]) -> None:
+    name = entry[1].architecture()
+    present = table.get(name)
     if present is not None and present[0].__module__ != entry[0].__module__:
         raise ValueError(
-            f"architecture {ARCHITECTURE!r} is registered by {present[0].__module__} already; "
+            f"architecture {name!r} is registered by {present[0].__module__} already; "
             "import one of the two packages per process"
         )
-    table[ARCHITECTURE] = entry
+    table[name] = entry
 
 
 def _layer(host: type, name: str, make: Callable[[Any], Any]) -> None:
@@ -75,7 +79,7 @@ def _layer(host: type, name: str, make: Callable[[Any], Any]) -> None:
 
 def _strict_config_class(original: Any) -> Any:
     def get_sae_config_class_for_architecture(cls: Any, architecture: str) -> Any:
-        return JointNFMSAEConfig if architecture == ARCHITECTURE else original(cls, architecture)
+        return INFERENCE_CONFIGS.get(architecture) or original(cls, architecture)
 
     return get_sae_config_class_for_architecture
 
@@ -87,7 +91,8 @@ def _explained_load(original: Any) -> Any:
         if config is None:
             return original(cls, path, *args, **kwargs)
         check_folder(path)
-        refuse_missing_keys(config, str(Path(path) / SAE_CFG_FILENAME))
+        ours = INFERENCE_CONFIGS[config["architecture"]]
+        refuse_missing_keys(ours, config, str(Path(path) / SAE_CFG_FILENAME))
         try:
             return original(cls, path, *args, **kwargs)
         except SafetensorError as error:
@@ -105,4 +110,4 @@ def _our_config(path: str | Path) -> dict[str, Any] | None:
         config = json.loads(cfg_path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{cfg_path} is not JSON ({error}); {SAVE_AGAIN}") from error
-    return config if isinstance(config, dict) and config.get("architecture") == ARCHITECTURE else None
+    return config if isinstance(config, dict) and config.get("architecture") in INFERENCE_CONFIGS else None

@@ -19,122 +19,37 @@ Source: arXiv 2507.00269.
 
 from copy import deepcopy
 from dataclasses import replace
-from functools import reduce
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from sae_lens import SAE, TopKSAE
+from sae_lens import TopKSAE
 from sae_lens.saes.topk_sae import act_times_W_dec
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_nfm import interaction, kernels
 from sae_nfm.config import JointNFMConfig, JointNFMSAEConfig
-from sae_nfm.loading import check_state_dict, write_note
+from sae_nfm.paths import NFMPaths, Paths
 
 FEW_FEATURES = 1024
 """With fewer, either form of a step is mostly overhead, and the dense one is SAELens's own."""
 
 
-class Paths(NamedTuple):
-    """What each path writes, [*batch, d_in] in the SAE's normalised space; None where the path is switched off."""
-
-    direct: Tensor
-    linear: Tensor | None
-    square: Tensor | None
-    interaction: Tensor | None
-
-    def present(self) -> dict[str, Tensor]:
-        """The paths that are switched on, by name."""
-        return {name: path for name, path in self._asdict().items() if path is not None}
-
-    def total(self) -> Tensor:
-        """The sum of all paths."""
-        return reduce(torch.add, self.present().values())
-
-
-_Host = SAE[Any] if TYPE_CHECKING else object
-
-
-class NFMDecoder(_Host):
-    """Parameters, hook points, decode and folds that the inference and the training class share.
-
-    Hook points exist for the paths that are switched on: `hook_nfm_linear`, `hook_nfm_square`, `hook_nfm_interaction`
-    [*batch, d_in] (what each path adds) and `hook_nfm_pooled`, `hook_nfm_hidden_pre` [*batch, nfm_dim].
-    """
+class NFMDecoder(NFMPaths):
+    """Decode and folds that the inference and the training class share; hook points: `NFMPaths`."""
 
     cfg: JointNFMConfig
-    W_lin: nn.Parameter
-    b_lin: nn.Parameter
-    V: nn.Parameter
-    W_1: nn.Parameter
-    b_1: nn.Parameter
-    W_2: nn.Parameter
-    b_2: nn.Parameter
-    U: nn.Parameter
     b_enc: nn.Parameter
     folded_W_dec_norm: Tensor
-
-    def __init__(self, cfg: Any, use_error_term: bool = False) -> None:
-        super().__init__(cfg, use_error_term)
-        if cfg.use_linear_path:
-            self.hook_nfm_linear = HookPoint()
-        if cfg.use_square_path:
-            self.hook_nfm_square = HookPoint()
-        if cfg.head != "none":
-            self.hook_nfm_pooled = HookPoint()
-            self.hook_nfm_hidden_pre = HookPoint()
-            self.hook_nfm_interaction = HookPoint()
-        self.setup()
 
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        cfg, d_in, d_sae, m = self.cfg, self.cfg.d_in, self.cfg.d_sae, self.cfg.nfm_dim
-        weight_std = getattr(cfg, "nfm_weight_init_std", 0.0)  # an inference SAE is filled by loading
-        if cfg.use_linear_path:
-            self.W_lin = self._normal(weight_std, d_sae, d_in)
-            self.b_lin = self._normal(0.0, d_in)
-        if cfg.head != "none":
-            self.V = self._normal(getattr(cfg, "nfm_embedding_init_std", 0.0), d_sae, m)
-            self.W_1, self.b_1 = self._normal(weight_std, m, m), self._normal(0.0, m)
-            self.W_2, self.b_2 = self._normal(weight_std, m, d_in), self._normal(0.0, d_in)
-        if cfg.use_square_path:
-            self.U = self._normal(weight_std, d_sae, d_in)
+        self._initialize_nfm_weights()
         # Row norms that folds divided out of W_dec: analyses of decoder norms multiply them back.
-        self.register_buffer("folded_W_dec_norm", torch.ones(d_sae, dtype=self.dtype, device=self.device))
-
-    def _normal(self, std: float, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=std))
+        self.register_buffer("folded_W_dec_norm", torch.ones(self.cfg.d_sae, dtype=self.dtype, device=self.device))
 
     @override
-    def process_sae_in(self, sae_in: Tensor) -> Tensor:
-        heads = self.cfg.reshape_activations == "hook_z" and self.hook_z_reshaping_mode
-        width = sae_in.shape[-2:].numel() if heads else sae_in.shape[-1]
-        if width != self.cfg.d_in:
-            raise ValueError(
-                f"activations of shape {tuple(sae_in.shape)} have {width} dimensions a token, this SAE has d_in = "
-                f"{self.cfg.d_in}; check the hook name ({self.cfg.metadata.hook_name!r}) and d_in"
-            )
-        return super().process_sae_in(sae_in)
-
-    @override
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        """Reconstruct activations from features through all paths.
-
-        Args:
-            feature_acts: [*batch, d_sae] as hooked at `hook_sae_acts_post`, dense or COO.
-
-        Returns:
-            [*batch, d_in] (or [*batch, n_heads, d_head] for hook_z) in the space of the input.
-        """
-        sae_out_pre = self.hook_sae_recons(self.decode_paths(feature_acts).total())
-        sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
-        return self.reshape_fn_out(sae_out_pre, self.d_head)
-
     def decode_paths(self, feature_acts: Tensor) -> Paths:
         """What each path writes before the run-time normalisation is undone; pure in `feature_acts`."""
         cfg = self.cfg
@@ -142,13 +57,7 @@ class NFMDecoder(_Host):
         acts = feature_acts.to_dense() if active is None else active
         read = acts if cfg.nfm_top_k is None else interaction.top_n(acts, cfg.nfm_top_k)
         direct, linear = self._direct_and_linear(acts, read)
-        square = interacting = None
-        if cfg.use_square_path:
-            square = self.hook_nfm_square(interaction.square_output(acts, self.U, cfg.square_scale))
-        if cfg.head != "none":
-            hidden = self.hook_nfm_hidden_pre(interaction.hidden_pre(self._pool(read), self.W_1, self.b_1))
-            interacting = self.hook_nfm_interaction(interaction.interaction_output(hidden, self.W_2, self.b_2))
-        return Paths(direct, linear, square, interacting)
+        return Paths(direct, linear, self._square(acts), self._interaction(read))
 
     def _active(self, feature_acts: Tensor) -> interaction.SparseActs | None:
         """The active features alone, where reading only these is possible, asked for, and loses no gradient."""
@@ -176,17 +85,7 @@ class NFMDecoder(_Host):
             if self.cfg.rescale_acts_by_decoder_norm:
                 values = values / kernels.of_active(self.W_dec.norm(dim=-1), acts)
             direct = interaction.weighted_rows(interaction.SparseActs(acts.indices, values), self.W_dec)
-        linear = None
-        if self.cfg.use_linear_path:
-            linear = self.hook_nfm_linear(interaction.weighted_rows(read, self.W_lin) + self.b_lin)
-        return direct + self.b_dec, linear
-
-    def _pool(self, read: interaction.Acts) -> Tensor:
-        pool = interaction.bi_interaction if self.cfg.head == "fm" else interaction.weighted_rows
-        return self._dropout(self.hook_nfm_pooled(pool(read, self.V)))
-
-    def _dropout(self, pooled: Tensor) -> Tensor:
-        return pooled
+        return direct + self.b_dec, self._linear(read)
 
     @override
     @torch.no_grad()
@@ -266,21 +165,6 @@ class NFMDecoder(_Host):
                 f"nfm_top_k is {cfg.nfm_top_k}: the linear path reads only the strongest features and cannot be folded into "
                 "W_dec exactly; train with nfm_top_k=None for a canonical gauge"
             )
-
-    def _nfm_weights(self, names: list[str]) -> list[nn.Parameter]:
-        return [getattr(self, name) for name in names if hasattr(self, name)]
-
-    @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
-        check_state_dict(state_dict, expected=self.state_dict())
-
-    @override
-    def save_model(self, path: str | Path) -> tuple[Path, Path]:
-        """Save as SAELens does, with a README.md that says what loads it."""
-        saved = super().save_model(path)
-        write_note(path)
-        return saved
 
 
 class JointNFMSAE(NFMDecoder, TopKSAE):

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from sae_nfm import interaction, kernels
-from sae_nfm.config import JointNFMTrainingSAEConfig, Kernel
+from sae_nfm.config import JointNFMTrainingSAEConfig
+from sae_nfm.nfm_fields import Kernel
 from sae_nfm.training_sae import JointNFMTrainingSAE
 
 TOPK, JOINT_AUTO, PUBLISHED = "topk", "joint_nfm auto", "joint_nfm published"

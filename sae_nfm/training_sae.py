@@ -12,46 +12,26 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from numpy.typing import NDArray
 from sae_lens import TopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
 from torch import Tensor
-from torch.nn import functional as F
 from typing_extensions import override
 
 from sae_nfm import interaction, kernels
 from sae_nfm.config import JointNFMTrainingSAEConfig
 from sae_nfm.interaction import Acts, SparseActs
 from sae_nfm.loading import write_note
-from sae_nfm.metrics import path_metrics
-from sae_nfm.sae import JointNFMSAE, NFMDecoder, Paths
+from sae_nfm.paths import Paths
+from sae_nfm.sae import JointNFMSAE, NFMDecoder
+from sae_nfm.training_paths import TrainedPaths
 
 
-class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
-    """Joint NFM-SAE in training: SAELens's TopK losses on the output of all paths.
-
-    In steps that SAELens logs, `TrainStepOutput.metrics` has each path's error, magnitude and share (see `metrics`), computed
-    only when read. Dropout acts within `training_forward_pass` alone.
-    """
+class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
+    """Joint NFM-SAE in training: SAELens's TopK losses on the output of all paths."""
 
     cfg: JointNFMTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    keep_paths = False
-    """Whether `metrics` has them also in steps that SAELens does not log."""
-    _in_training_step = False
     _sums_decoders = False
-    _step_paths: Paths | None = None
-
-    @override
-    def _dropout(self, pooled: Tensor) -> Tensor:
-        return F.dropout(pooled, self.cfg.nfm_dropout, training=self._in_training_step)
-
-    @override
-    def decode_paths(self, feature_acts: Tensor) -> Paths:
-        paths = super().decode_paths(feature_acts)
-        if self._in_training_step:
-            self._step_paths = paths
-        return paths
 
     @override
     def _direct_and_linear(self, acts: Acts, read: Acts) -> tuple[Tensor, Tensor | None]:
@@ -62,16 +42,15 @@ class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        self._in_training_step = True
-        try:
+        with self._training_step():
             if self._steps_sparsely():
                 return self._sparse_step(step_input)
             summed = self._sums_decoders = self._may_sum_decoders()
-            output = super().training_forward_pass(step_input)
-        finally:
-            self._in_training_step = self._sums_decoders = False
-        assert self._step_paths is not None
-        paths, self._step_paths = self._step_paths, None
+            try:
+                output = super().training_forward_pass(step_input)
+            finally:
+                self._sums_decoders = False
+            paths = self._taken_paths()
         if summed and self._shows_paths(step_input):
             paths = self._divided(paths, output.feature_acts)
         self._add_metrics(output, step_input, paths)
@@ -82,14 +61,6 @@ class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
         """The direct and the linear path of a step that made their sum: a look at them does not change the step by a bit."""
         linear = interaction.weighted_rows(feature_acts.to_dense(), self.W_lin) + self.b_lin
         return paths._replace(direct=paths.direct - linear, linear=linear)
-
-    def _shows_paths(self, step_input: TrainStepInput) -> bool:
-        return self.keep_paths or step_input.is_logging_step
-
-    def _add_metrics(self, output: TrainStepOutput, step_input: TrainStepInput, paths: Paths) -> None:
-        scale, shown = self._token_scale(step_input.sae_in), self._shows_paths(step_input)
-        detached = {name: path.detach() for name, path in paths.present().items()} if shown else {}
-        output.metrics.update(path_metrics(step_input.sae_in, output.sae_out.detach(), detached, scale))
 
     def _steps_sparsely(self) -> bool:
         """Hooks want the dense tensors, and torch.compile does better with them."""
@@ -202,14 +173,6 @@ class JointNFMTrainingSAE(NFMDecoder, TopKTrainingSAE):
         if normalize == "layer_norm":
             return sae_in.std(dim=-1, keepdim=True)
         return 1.0
-
-    @override
-    @torch.no_grad()
-    def log_histograms(self) -> dict[str, NDArray[Any]]:
-        """Row norms of W_dec, as every SAE of SAELens logs them, and of the NFM's weights that read features: [d_sae] each."""
-        rows = {name: getattr(self, name) for name in ("W_lin", "V", "U") if hasattr(self, name)}
-        norms = {f"weights/{name}_norms": weight.float().norm(dim=1).cpu().numpy() for name, weight in rows.items()}
-        return super().log_histograms() | norms
 
     @override
     def save_inference_model(self, path: str | Path, *, folded: bool = False) -> tuple[Path, Path]:
