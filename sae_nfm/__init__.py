@@ -1,11 +1,14 @@
 """sae_nfm: sparse autoencoders trained jointly with a Neural Factorization Machine, as a SAELens plugin.
 
-Importing the package registers the architecture `joint_nfm` with SAELens.
+Importing the package registers the architectures `joint_nfm` and `sequential_nfm` with SAELens.
 """
 
 from sae_nfm.config import JointNFMSAEConfig, JointNFMTrainingSAEConfig
 from sae_nfm.registration import register
 from sae_nfm.sae import JointNFMSAE
+from sae_nfm.sequential import SequentialNFMSAE
+from sae_nfm.sequential_config import SequentialNFMSAEConfig, SequentialNFMTrainingSAEConfig
+from sae_nfm.sequential_training import SequentialNFMTrainingSAE
 from sae_nfm.training import HeldOut, read_training_record, record_training
 from sae_nfm.training_sae import JointNFMTrainingSAE
 
@@ -16,6 +19,10 @@ __all__ = [
     "JointNFMSAEConfig",
     "JointNFMTrainingSAE",
     "JointNFMTrainingSAEConfig",
+    "SequentialNFMSAE",
+    "SequentialNFMSAEConfig",
+    "SequentialNFMTrainingSAE",
+    "SequentialNFMTrainingSAEConfig",
     "__version__",
     "read_training_record",
     "record_training",

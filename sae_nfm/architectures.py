@@ -1,7 +1,9 @@
 """The architectures of this package: name, inference config; what SAELens's doors are made strict for."""
 
 from sae_nfm.config import JointNFMSAEConfig
-from sae_nfm.nfm_fields import NFMFields
+from sae_nfm.sequential_config import SequentialNFMSAEConfig
 
-INFERENCE_CONFIGS: dict[str, type[NFMFields]] = {config.architecture(): config for config in (JointNFMSAEConfig,)}
+INFERENCE_CONFIGS: dict[str, type[JointNFMSAEConfig] | type[SequentialNFMSAEConfig]] = {
+    config.architecture(): config for config in (JointNFMSAEConfig, SequentialNFMSAEConfig)
+}
 """Inference config by the architecture's name."""

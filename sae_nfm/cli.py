@@ -126,6 +126,22 @@ COMMANDS = {
         arguments="[EXPERIMENT]",
         run=words_of("sae_nfm.dry_run:check"),
     ),
+    "secondary": Command(
+        summary="train a secondary SAE on a primary's hidden code, beside its controls, and measure what each keeps",
+        description="Train SAEs on the hidden code of an SAE's interaction path, on a permuted hidden code, on the linear path's "
+        "output and on the residual; put each reconstruction in place and measure error, KL and cross-entropy. Interrupted, it "
+        "goes on when called again. Without options: the packaged SAE on the embedded model, offline, minutes on 2 cores.",
+        config="sae_nfm.secondary_command:SecondaryConfig",
+        arguments="[PRIMARY]",
+        run=words_of("sae_nfm.secondary_command:run_secondary", keeps_command=True),
+        dashes=True,
+    ),
+    "convert": Command(
+        summary="turn a checkpoint of the paper's author, dictionary_learning, sparsify or SAELens into a SAELens folder",
+        config="sae_nfm.convert:ConvertConfig",
+        arguments="SOURCE OUTPUT",
+        run=words_of("sae_nfm.convert:convert"),
+    ),
     "push": Command(
         summary="publish a saved SAE, or those of a demo, on the Hugging Face hub, with a model card",
         config="sae_nfm.hub:PushConfig",

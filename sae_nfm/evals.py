@@ -13,13 +13,11 @@ import hashlib
 import importlib.metadata
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, cast
 
 import simple_parsing
 import torch
 from sae_lens import SAE, ActivationsStore
-from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
@@ -30,8 +28,8 @@ from sae_nfm.data import held_out_tokens, quiet_saelens
 from sae_nfm.evaluation import Evaluation
 from sae_nfm.fitting import check_context, check_device, refuse_heads_of_a_bridge, site_at
 from sae_nfm.flags import CommandParser, underscored
-from sae_nfm.hub_errors import explained
 from sae_nfm.models import LanguageModel, load_model
+from sae_nfm.sae_by_name import load_sae
 from sae_nfm.sources import open_dataset
 
 PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch", "transformers", "datasets")
@@ -178,28 +176,6 @@ def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Eva
     if config.output is not None:
         result.save(config.output)
     return result
-
-
-def load_sae(sae: str, sae_id: str | None = None, device: str = "cpu") -> SAE[Any]:
-    """A saved SAE by its folder, or a released one by release and id.
-
-    Raises:
-        ValueError, FileNotFoundError: when there is none.
-    """
-    folder = Path(sae)
-    if sae_id is None and folder.is_dir():
-        if not (folder / SAE_CFG_FILENAME).is_file():
-            inside = sorted(str(path.parent) for path in folder.glob(f"*/**/{SAE_CFG_FILENAME}"))
-            remedy = f"give one of {', '.join(inside[:4])}" if inside else "give the folder of a saved SAE"
-            raise FileNotFoundError(f"{sae!r} has no {SAE_CFG_FILENAME}, so no SAE is saved there; {remedy}")
-        return SAE.load_from_disk(folder, device=device)
-    release, name = (sae, sae_id) if sae_id is not None else sae.partition(":")[::2]
-    if not name:
-        raise FileNotFoundError(
-            f"{sae!r} is no folder; give the folder of a saved SAE, or release:sae_id of a released one"
-        )
-    with explained(f"the SAE {release}:{name}"):
-        return SAE.from_pretrained(release, name, device=device)
 
 
 def _load_model(sae: SAE[Any], config: EvaluateConfig) -> LanguageModel:

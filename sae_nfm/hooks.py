@@ -1,6 +1,6 @@
 """Interventions: what is done to a language model's activations while it runs, on every kind of model.
 
-    Splice         an SAE in place of a hook point, some of its paths ablated by zero or by a mean
+    Splice         an SAE in place of a hook point, some of its paths ablated by zero or by a mean, some of its insides edited
     Substitution   a function in place of a hook point
 
 Both leave special tokens (BOS, EOS, padding, separators) as they are, in every arm, unless told otherwise. SAELens's
@@ -8,7 +8,6 @@ Both leave special tokens (BOS, EOS, padding, separators) as they are, in every 
 tokens are, so that a zero ablation is SAELens's, and a splice is SAELens's with `exclude_special_tokens=False`.
 """
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -22,8 +21,14 @@ from sae_lens import SAE
 from torch import Tensor
 from typing_extensions import override
 
+from sae_nfm.digests import describe, digest
+from sae_nfm.edited_tokens import TokensInTurn
+from sae_nfm.editing import at_work, hook_functions
+from sae_nfm.edits import SAEEdit
 from sae_nfm.models import LanguageModel
+from sae_nfm.paths import SECONDARY_HOOKS, NFMPaths
 from sae_nfm.splicing import (
+    Attached,
     HookFunction,
     SpecialTokens,
     claimed,
@@ -119,6 +124,9 @@ class Splice(Intervention):
     ablated: Mapping[str, Tensor | None] = field(default_factory=dict[str, "Tensor | None"])
     """Hook points of the SAE, such as "hook_nfm_linear", by what is written there at every token: None for zero, or a
     vector, such as the path's mean (`path_means`). Zero takes the mean of a path away with it; the mean leaves it in."""
+    edits: Sequence[SAEEdit] = ()
+    """What else is changed inside the SAE, in this order, after what is ablated; special tokens are left out where they are
+    kept. In `reconstruct` the activations given are the prompt."""
 
     def __post_init__(self) -> None:
         """Refuse what would only be noticed in the middle of a run, or not at all."""
@@ -136,6 +144,9 @@ class Splice(Intervention):
                 f"the SAE reads {metadata.hook_name!r} and writes {metadata.hook_name_out!r}; a splice is for SAEs that "
                 "reconstruct what they read"
             )
+        for edit in self.edits:
+            if edit.hook_point not in SECONDARY_HOOKS:  # those need a secondary SAE when they are put to work
+                edit.check(self.sae)
 
     @property
     @override
@@ -145,27 +156,34 @@ class Splice(Intervention):
     @property
     @override
     def identity(self) -> str:
-        config = {name: value for name, value in self.sae.cfg.to_dict().items() if name not in ("metadata", "device")}
         parts = {name: "zero" if value is None else digest({"": value}) for name, value in self.ablated.items()}
-        return (
-            f"SAE {digest(self.sae.state_dict())} at {self.hook_name}, config {json.dumps(config, sort_keys=True)}, "
-            f"ablated {json.dumps(parts, sort_keys=True)}, special tokens {self.special_tokens}"
-        )
+        ablated = json.dumps(parts, sort_keys=True)
+        text = f"{describe(self.sae, f' at {self.hook_name}')}, ablated {ablated}, special tokens {self.special_tokens}"
+        if self.edits:
+            text += f", edits {json.dumps([edit.identity for edit in self.edits])}"
+        if isinstance(self.sae, NFMPaths) and self.sae.secondary is not None:
+            secondary = self.sae.secondary
+            text += f", hidden code through {describe(secondary.sae)}, error term {secondary.error_term}"
+        return text
 
     @override
     @contextmanager
     def on(self, model: LanguageModel, generator: torch.Generator | None = None) -> Generator[Trace]:
         trace = Trace()
+        before, after = _recorded(trace)
         with (
             splice(model, self.sae, self.special_tokens) as found,
+            found.hooks(before),
             found.hooks(self._ablations()),
-            found.hooks(_recorded(trace)),
+            at_work(model, self.sae, found, self.edits, self.special_tokens),
+            found.hooks(after),
         ):
             yield trace
 
     def reconstruct(self, x: Float[Tensor, "rows pos d"]) -> Float[Tensor, "rows pos d"]:
-        """What the SAE makes of activations by itself, at every position, its paths ablated, heads flattened."""
-        return reconstruction(self.sae, x, self._ablations())
+        """What the SAE makes of activations by itself, at every position, its paths ablated and edits made, heads flattened."""
+        with Attached(owner=self.sae, prefix="").hooks(self._ablations()):
+            return reconstruction(self.sae, x, hook_functions(self.sae, self.edits, TokensInTurn()))
 
     def _ablations(self) -> dict[str, HookFunction]:
         return {name: writing(name, value) for name, value in self.ablated.items()}
@@ -266,17 +284,8 @@ def path_means(
     return {name: (total / n).float() for name, total in sums.items()}
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """The first 16 digits of the sha256 of named tensors: names, shapes, types, values."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
-
-
-def _recorded(trace: Trace) -> dict[str, HookFunction]:
-    """Hook functions that fill a trace at the hook points of an SAE."""
+def _recorded(trace: Trace) -> tuple[dict[str, HookFunction], dict[str, HookFunction]]:
+    """Hook functions that fill a trace at the hook points of an SAE: before anything is changed there, and after."""
 
     def x(value: Tensor, hook: Any) -> None:  # noqa: ARG001
         trace.x = value.flatten(2)
@@ -287,4 +296,4 @@ def _recorded(trace: Trace) -> dict[str, HookFunction]:
     def acts(value: Tensor, hook: Any) -> None:  # noqa: ARG001
         trace.acts = value
 
-    return {"hook_sae_input": x, "hook_sae_output": x_hat, "hook_sae_acts_post": acts}
+    return {"hook_sae_input": x}, {"hook_sae_output": x_hat, "hook_sae_acts_post": acts}

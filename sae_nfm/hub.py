@@ -18,7 +18,6 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token, sna
 from huggingface_hub.hf_api import RepoFile
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
-from sae_nfm.config import ARCHITECTURE
 from sae_nfm.hub_errors import LOG_IN, explained
 from sae_nfm.model_card import CardSAE, model_card
 from sae_nfm.release import HubSource, Release, check_sha256, read_releases, releases_yaml, sha256
@@ -250,7 +249,7 @@ def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
 
 
 def _code(calls: Sequence[str]) -> list[str]:
-    imports = [f"import sae_nfm  # registers {ARCHITECTURE}", "from sae_lens import SAE"]
+    imports = ["import sae_nfm  # registers its architectures", "from sae_lens import SAE"]
     return [f"    {line}" for line in (*imports, *calls)]
 
 

@@ -1,9 +1,11 @@
 """Strict loading: a damaged or mismatched SAE folder is an error that names what is wrong, never a silent default.
 
-The one error that is not ours to word comes where this package is not imported: SAELens then says `KeyError: 'joint_nfm'`.
+The one error that is not ours to word comes where this package is not imported: SAELens then says `KeyError: 'joint_nfm'`, or another of ours.
 What to do about it stands in the folder (`write_note`) and in the metadata of its cfg.json.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,10 +14,10 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from torch import Tensor
 
 NOTE_FILENAME = "README.md"
-NOTE = """# A sparse autoencoder of the architecture `joint_nfm`
+NOTE = """# A sparse autoencoder of the architecture `{architecture}`
 
 SAELens knows this architecture through a plugin, [sae-nfm](https://arxiv.org/abs/2507.00269). Without it, loading ends in
-`KeyError: 'joint_nfm'`. With it:
+`KeyError: '{architecture}'`. With it:
 
     pip install sae-nfm
 
@@ -49,6 +51,15 @@ def check_state_dict(state_dict: Mapping[str, Tensor], expected: Mapping[str, Te
         raise ValueError(f"these are not the weights of this SAE: {'; '.join(problems)}; {SAVE_AGAIN}")
 
 
+def sha256_of(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of named tensors: names, shapes, types, values."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def check_folder(path: str | Path) -> None:
     """Raise a FileNotFoundError that names the folder or the file of a saved SAE that is missing."""
     folder = Path(path)
@@ -63,4 +74,5 @@ def write_note(path: str | Path) -> None:
     """Say in a saved SAE's folder what loads it, unless a README.md (such as a model card) is there."""
     note = Path(path) / NOTE_FILENAME
     if not note.exists():
-        note.write_text(NOTE)
+        architecture = json.loads((Path(path) / SAE_CFG_FILENAME).read_text())["architecture"]
+        note.write_text(NOTE.format(architecture=architecture))

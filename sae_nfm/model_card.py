@@ -7,9 +7,11 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from sae_nfm.architectures import INFERENCE_CONFIGS
 from sae_nfm.config import ARCHITECTURE
 from sae_nfm.release import ReleasedSAE
 from sae_nfm.results import BenchmarkResult
+from sae_nfm.sequential_config import ARCHITECTURE as SEQUENTIAL
 from sae_nfm.summary import COLUMN_HELP, COLUMNS, PUBLISHED, cells, words
 
 TAGS = ("sparse-autoencoder", "interpretability", "saelens", "transformer-lens")
@@ -75,6 +77,13 @@ def _what(saes: Sequence[CardSAE], architectures: Sequence[str]) -> str:
             f" `{ARCHITECTURE}` is a TopK SAE trained jointly with a Neural Factorization Machine, which adds products of "
             f"feature pairs to the reconstruction ({PAPER}); the architecture comes with the package `sae-nfm`."
         )
+    if SEQUENTIAL in architectures:
+        named = {sae.config["base"] for sae in saes if sae.config.get("base")}
+        bases = ", ".join(sorted(name if ":" in name else PurePath(name).name for name in named))
+        lines[0] += (
+            f" `{SEQUENTIAL}` is a pretrained SAE{bases and f' ({bases})'}, as it was, with such a machine "
+            "trained on its residual; the architecture comes with the package `sae-nfm`."
+        )
     head = ("id", "architecture", "language model", "hook point", "d_in", "d_sae", "k", "L0", "variance explained")
     rows = [
         (
@@ -94,16 +103,16 @@ def _what(saes: Sequence[CardSAE], architectures: Sequence[str]) -> str:
 
 
 def _load(load_from: str, saes: Sequence[CardSAE], architectures: Sequence[str]) -> str:
-    ours = ARCHITECTURE in architectures
+    ours = [name for name in architectures if name in INFERENCE_CONFIGS]
     code = [
-        *(["import sae_nfm  # registers joint_nfm with SAELens"] if ours else []),
+        *([f"import sae_nfm  # registers {' and '.join(ours)} with SAELens"] if ours else []),
         "from sae_lens import SAE",
         "",
         f'sae = SAE.from_pretrained("{load_from}", "{saes[0].entry.id}")',
     ]
     lines = ["## How to load them", "    pip install sae-nfm", "```python\n" + "\n".join(code) + "\n```"]
     if ours:
-        lines.append("`KeyError: 'joint_nfm'` from SAELens means that `import sae_nfm` did not come first.")
+        lines.append(f"`KeyError: '{ours[0]}'` from SAELens means that `import sae_nfm` did not come first.")
     if "/" in load_from:
         lines.append(
             "To have every file checked against its sha256 in `pretrained.yaml`, and to load offline afterwards:\n\n"

@@ -25,6 +25,8 @@ from typing_extensions import override
 from sae_nfm import interaction
 from sae_nfm.loading import check_state_dict, write_note
 
+FEW_FEATURES = 1024
+"""With fewer, either form of a step is mostly overhead, and the dense one is SAELens's own."""
 SECONDARY_HOOKS = ("hook_secondary_acts_post", "hook_secondary_recons", "hook_secondary_error")
 """Hook points that something passes through only while a secondary SAE is attached (`secondary.attach_secondary`)."""
 
@@ -77,6 +79,9 @@ class NFMPaths(_Host):
     W_2: nn.Parameter
     b_2: nn.Parameter
     U: nn.Parameter
+    hook_secondary_acts_post: HookPoint
+    hook_secondary_recons: HookPoint
+    hook_secondary_error: HookPoint
     secondary: Secondary | None = None
     """What `secondary.attach_secondary` has put in place of the hidden code."""
 

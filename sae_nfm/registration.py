@@ -1,4 +1,4 @@
-"""Registers `joint_nfm` with SAELens, and makes SAELens's own doors strict and exact for it.
+"""Registers `joint_nfm` and `sequential_nfm` with SAELens, and makes SAELens's own doors strict and exact for them.
 
 SAELens filters a config down to the fields it knows before any class of ours sees it (`SAEConfig.from_dict`), and reads the
 weight file before our class exists. Two class methods of `SAE` therefore get a thin layer, for our architectures only:
@@ -29,6 +29,9 @@ from sae_nfm.nfm_fields import refuse_missing_keys
 from sae_nfm.pretrained import register_packaged_releases
 from sae_nfm.resume import layer_runners
 from sae_nfm.sae import JointNFMSAE
+from sae_nfm.sequential import SequentialNFMSAE
+from sae_nfm.sequential_config import SequentialNFMSAEConfig, SequentialNFMTrainingSAEConfig
+from sae_nfm.sequential_training import SequentialNFMTrainingSAE
 from sae_nfm.training_sae import JointNFMTrainingSAE
 
 TESTED_FROM, TESTED_BELOW = Version("6.54.12"), Version("6.55")
@@ -36,7 +39,7 @@ _OURS = "_sae_nfm_original"
 
 
 def register() -> None:
-    """Make `joint_nfm` known to SAELens; calling it again, or importing the package anew, replaces our own entries.
+    """Make our architectures known to SAELens; calling it again, or importing the package anew, replaces our own entries.
 
     Raises:
         ValueError: when another package has registered the name.
@@ -49,7 +52,9 @@ def register() -> None:
             stacklevel=3,
         )
     _enter(registry.SAE_CLASS_REGISTRY, (JointNFMSAE, JointNFMSAEConfig))
+    _enter(registry.SAE_CLASS_REGISTRY, (SequentialNFMSAE, SequentialNFMSAEConfig))
     _enter(registry.SAE_TRAINING_CLASS_REGISTRY, (JointNFMTrainingSAE, JointNFMTrainingSAEConfig))
+    _enter(registry.SAE_TRAINING_CLASS_REGISTRY, (SequentialNFMTrainingSAE, SequentialNFMTrainingSAEConfig))
     _layer(SAE, "get_sae_config_class_for_architecture", _strict_config_class)
     _layer(SAE, "load_from_disk", _explained_load)
     layer_runners(_layer, frozenset(INFERENCE_CONFIGS))

@@ -29,10 +29,7 @@ from typing_extensions import override
 
 from sae_nfm import interaction, kernels
 from sae_nfm.config import JointNFMConfig, JointNFMSAEConfig
-from sae_nfm.paths import NFMPaths, Paths
-
-FEW_FEATURES = 1024
-"""With fewer, either form of a step is mostly overhead, and the dense one is SAELens's own."""
+from sae_nfm.paths import FEW_FEATURES, NFMPaths, Paths
 
 
 class NFMDecoder(NFMPaths):

@@ -32,9 +32,10 @@ from sae_lens.util import temporary_seed
 
 from sae_nfm import demo
 from sae_nfm.data import quiet_saelens, refuse_without_tokenizer
-from sae_nfm.evals import load_sae, store_as_in_training
+from sae_nfm.evals import store_as_in_training
 from sae_nfm.fitting import check_context, check_device, site_at
 from sae_nfm.models import load_model
+from sae_nfm.sae_by_name import load_sae
 from sae_nfm.saebench_config import SAEBenchConfig, Score
 from sae_nfm.sources import open_dataset
 from sae_nfm.whole_files import whole, write_json

@@ -12,6 +12,8 @@ from sae_lens import (
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
     SAETrainer,
+    TopKSAE,
+    TopKSAEConfig,
     TopKTrainingSAE,
     TopKTrainingSAEConfig,
     TrainingSAE,
@@ -25,6 +27,7 @@ from typing_extensions import override
 from sae_nfm import interaction, kernels
 from sae_nfm.config import JointNFMTrainingSAEConfig
 from sae_nfm.nfm_fields import Kernel
+from sae_nfm.sequential_training import SequentialNFMTrainingSAE
 from sae_nfm.training_sae import JointNFMTrainingSAE
 
 TOPK, JOINT_AUTO, PUBLISHED = "topk", "joint_nfm auto", "joint_nfm published"
@@ -109,11 +112,18 @@ def joint_config(sizes: Sizes, kernel: Kernel = "auto") -> JointNFMTrainingSAECo
     )
 
 
+def _sequential(sizes: Sizes) -> SequentialNFMTrainingSAE:
+    """The same NFM on a TopK SAE that stays as it is."""
+    base = TopKSAE(TopKSAEConfig(**_shape(sizes), k=sizes.k))
+    return SequentialNFMTrainingSAE.wrap(base, nfm_dim=sizes.nfm_dim, nfm_top_k=sizes.nfm_top_k)
+
+
 ARMS: dict[str, Callable[[Sizes], TrainingSAE[Any]]] = {
     "joint_nfm dense": lambda sizes: JointNFMTrainingSAE(joint_config(sizes, "dense")),
     "joint_nfm sparse": lambda sizes: JointNFMTrainingSAE(joint_config(sizes, "sparse")),
     JOINT_AUTO: lambda sizes: JointNFMTrainingSAE(joint_config(sizes, "auto")),
     PUBLISHED: lambda sizes: PublishedNFMTrainingSAE(joint_config(sizes, "dense")),
+    "sequential_nfm": _sequential,
     TOPK: lambda sizes: TopKTrainingSAE(TopKTrainingSAEConfig(**_shape(sizes), k=sizes.k)),
     # SAELens's COO activations have no backward pass through the decoder norms
     "topk COO": lambda sizes: TopKTrainingSAE(

@@ -22,12 +22,15 @@ from sae_lens.util import temporary_seed
 from typing_extensions import override
 
 from sae_nfm import demo
+from sae_nfm.adapter import write_adapter
 from sae_nfm.data import held_out_tokens, quiet_saelens, refuse_without_tokenizer
 from sae_nfm.fitting import check_context, check_device, refuse_heads_of_a_bridge, site_at
 from sae_nfm.flags import underscored
 from sae_nfm.models import LanguageModel, load_model
+from sae_nfm.other_saes import LoadedSAEs, load_others
 from sae_nfm.output_folder import check_output, discard_unstarted, partial_folder, publish
 from sae_nfm.resume import checkpoint_folder, exact_resume
+from sae_nfm.sequential import SequentialNFM
 from sae_nfm.sources import explained_hub, local_dataset, open_dataset
 from sae_nfm.train_flags import TrainArguments
 from sae_nfm.training import HeldOut, record_training
@@ -65,11 +68,16 @@ class Trained:
 class WholeRunner(LanguageModelSAETrainingRunner):
     """SAELens's runner, with the finished SAE in `<output_path>.partial`, to be renamed when all of it is there."""
 
+    saves_adapter = False
+    """Whether a sequential SAE is saved without its base."""
+
     @override
     def save_final_sae(
         self, sae: TrainingSAE[Any], output_path: str, log_feature_sparsity: torch.Tensor | None = None
     ) -> None:
         super().save_final_sae(sae, str(partial_folder(output_path)), log_feature_sparsity)
+        if self.saves_adapter:
+            write_adapter(cast(SequentialNFM, sae), partial_folder(output_path))
 
 
 def train(arguments: TrainArguments) -> Trained:
@@ -81,11 +89,15 @@ def train(arguments: TrainArguments) -> Trained:
     """
     cfg = arguments.cfg
     check_output(cfg.output_path)
-    model = fit_to_model(arguments)
+    others = load_others(arguments.others, cfg)
+    model = fit_to_model(arguments, others)
     dataset, held_out = _data(arguments)
     with temporary_seed(cfg.seed), quiet_saelens(), _expected_overrides():
         with explained_hub(cfg.dataset_path) if dataset is None else nullcontext():
-            runner = WholeRunner(cfg, override_dataset=dataset, override_model=cast(Any, model))
+            sae = others.starting_sae(cfg, arguments.given)
+            runner = WholeRunner(cfg, override_dataset=dataset, override_model=cast(Any, model), override_sae=sae)
+        runner.saves_adapter = arguments.others.adapter
+        others.sign(runner.sae.cfg.metadata)
         _check_runner(runner, held_out)
         exact_resume(runner)
         try:
@@ -120,8 +132,12 @@ def _run(runner: WholeRunner, arguments: TrainArguments, held_out: Any) -> None:
             discard_unstarted(cfg.output_path)
 
 
-def fit_to_model(arguments: TrainArguments) -> LanguageModel | None:
+def fit_to_model(arguments: TrainArguments, others: LoadedSAEs) -> LanguageModel | None:
     """Load the model, and set what the hook point decides: its name there, the SAE's width, whether heads are flattened.
+
+    Args:
+        arguments: the command line.
+        others: other SAEs, which imply a hook point unless one was given; a primary is spliced in.
 
     Returns:
         The model; None for a HookedMamba, which is left to SAELens, its hook point as given.
@@ -131,7 +147,10 @@ def fit_to_model(arguments: TrainArguments) -> LanguageModel | None:
     """
     cfg = arguments.cfg
     _check_sizes(cfg)
+    if "hook_name" not in arguments.given:
+        cfg.hook_name = others.hook_name(cfg) or cfg.hook_name
     if cfg.model_class_name == "HookedMamba":
+        others.splice_in(None)
         return None
     assert cfg.llm_device is not None  # set by SAELens
     model = load_model(
@@ -140,6 +159,7 @@ def fit_to_model(arguments: TrainArguments) -> LanguageModel | None:
         model_class_name=cfg.model_class_name,
         **(cfg.model_from_pretrained_kwargs or {}),
     )
+    others.splice_in(model)
     site = site_at(model, cfg.hook_name, cfg.hook_head_index)
     cfg.hook_name = site.hook_name
     measured: dict[str, Any] = {"d_in": site.d_in, "reshape_activations": site.reshape_activations}

@@ -20,6 +20,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_nfm import demo
 from sae_nfm.config import ARCHITECTURE
 from sae_nfm.flags import CommandParser, underscored
+from sae_nfm.other_saes import OtherSAEs
 
 EMBEDDED = {
     "hook_name": "blocks.2.hook_resid_post",
@@ -40,7 +41,7 @@ SAELENS_SAE = {"d_in": 512, "d_sae": 1_024}
 
 SECTIONS = {
     "model and hook point": (
-        *("architecture", "model_name", "model_class_name", "hook_name", "hook_head_index"),
+        *("architecture", "model_name", "model_class_name", "hook_name", "hook_head_index", "primary"),
         *("model_from_pretrained_kwargs", "model_kwargs"),
     ),
     "data": (
@@ -54,10 +55,17 @@ LATER_SECTIONS = {
     "training": (
         *("seed", "train_batch_size_tokens", "lr", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps", "lr_end"),
         *("n_restart_cycles", "adam_beta1", "adam_beta2", "n_batches_for_norm_estimate", "dead_feature_window"),
-        *("feature_sampling_window", "dead_feature_threshold", "from_pretrained_path"),
+        *("feature_sampling_window", "dead_feature_threshold", "from_pretrained_path", "warm_start"),
     ),
     "outputs, checkpoints, evaluation": (
-        *("output_path", "checkpoint_path", "n_checkpoints", "save_final_checkpoint", "resume_from_checkpoint"),
+        *(
+            "output_path",
+            "adapter",
+            "checkpoint_path",
+            "n_checkpoints",
+            "save_final_checkpoint",
+            "resume_from_checkpoint",
+        ),
         *("record_every", "held_out", "evaluate_every", "n_eval_batches", "eval_batch_size_prompts", "verbose"),
     ),
     "device and speed": (
@@ -67,8 +75,8 @@ LATER_SECTIONS = {
     ),
 }
 """The help's sections after it."""
-HIDDEN = ("hook_eval", "metadata", "sae_lens_version", "sae_lens_training_version")
-"""Flags of SAELens that are accepted and do nothing, or nothing good."""
+HIDDEN = ("hook_eval", "metadata", "sae_lens_version", "sae_lens_training_version", "base_config", "base_sha256")
+"""Flags that are accepted and do nothing, or nothing good."""
 
 TOLD = {
     "model_name": f"The language model: {demo.MODEL_NAME} (embedded in the package, offline), a local Hugging Face folder, "
@@ -128,6 +136,8 @@ class TrainArguments:
     """SAELens's config, as its own command line would make it."""
     record: RecordConfig
     """What is measured while training."""
+    others: OtherSAEs
+    """Other SAEs that it is trained from or on."""
     given: frozenset[str]
     """Names of the flags that were given; the others have defaults."""
     argv: tuple[str, ...]
@@ -147,7 +157,7 @@ def parse(argv: Sequence[str]) -> TrainArguments:
     if getattr(parsed.cfg.sae, "matryoshka_widths", None) == []:  # SAELens has no default and refuses to go on
         parsed.cfg.sae.matryoshka_widths = sorted({max(1, parsed.cfg.sae.d_sae // part) for part in (8, 4, 2, 1)})
     given = frozenset(arg[2:].partition("=")[0] for arg in underscores if arg.startswith("--"))
-    return TrainArguments(cfg=parsed.cfg, record=parsed.record, given=given, argv=tuple(argv))
+    return TrainArguments(cfg=parsed.cfg, record=parsed.record, others=parsed.others, given=given, argv=tuple(argv))
 
 
 def _chosen(argv: Sequence[str]) -> argparse.Namespace:
@@ -185,6 +195,7 @@ def make_parser(architecture: str = ARCHITECTURE, *, embedded: bool = True) -> C
     )
     parser.add_arguments(_config_class(embedded, tuple(SAE_TRAINING_CLASS_REGISTRY)), dest="cfg")
     parser.add_arguments(RecordConfig, dest="record")
+    parser.add_arguments(OtherSAEs, dest="others")
     return parser
 
 
@@ -193,9 +204,13 @@ def _config_class(embedded: bool, architectures: tuple[str, ...]) -> type[Langua
     """SAELens's runner config with other defaults; a subgroup for the SAE."""
     ours = {"model_name": demo.MODEL_NAME, **EMBEDDED} if embedded else {}
     sae = SAELENS_SAE | (EMBEDDED_SAE if embedded else {})
+    configs = {name: SAE_TRAINING_CLASS_REGISTRY[name][1] for name in architectures}
     choices: dict[str, Any] = {
-        name: partial(config, **{f.name: sae[f.name] for f in fields(config) if f.name in sae})
-        for name, config in ((name, SAE_TRAINING_CLASS_REGISTRY[name][1]) for name in architectures)
+        # one that stands on another SAE takes its sizes from that
+        name: partial(
+            config, **{f.name: sae[f.name] for f in fields(config) if f.name in sae and not _has_base(config)}
+        )
+        for name, config in configs.items()
     }
     types = {f.name: f.type for f in fields(LanguageModelSAERunnerConfig)}
     special = {
@@ -215,6 +230,10 @@ def _config_class(embedded: bool, architectures: tuple[str, ...]) -> type[Langua
         [(name, types[name], field) for name, field in (special | plain).items()],
         bases=(LanguageModelSAERunnerConfig,),
     )
+
+
+def _has_base(config: type[TrainingSAEConfig]) -> bool:
+    return "base" in {f.name for f in fields(config)}
 
 
 def _position(text: str) -> int | None:

@@ -19,7 +19,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
 from sae_nfm.stream import quiet_saelens
-from sae_nfm.training_sae import JointNFMTrainingSAE
+from sae_nfm.training_paths import TrainedPaths
 
 Runner = LanguageModelSAETrainingRunner | MultiSAETrainingRunner
 
@@ -147,7 +147,7 @@ class _Recorder:
             last = trainer.n_training_samples + len(batch) >= trainer.cfg.total_training_samples
             evaluated = self._held_out is not None and (trainer.n_training_steps % self._held_out.every == 0 or last)
             recorded = evaluated or last or trainer.n_training_steps % self._every == 0
-            if isinstance(trainer.sae, JointNFMTrainingSAE):
+            if isinstance(trainer.sae, TrainedPaths):
                 trainer.sae.keep_paths = recorded
             started = _now(trainer.sae.device)
             output = step(batch)

@@ -1,7 +1,12 @@
 """Small, seeded things that several test files build on: configs, SAEs, a language model, tokens."""
 
+import atexit
 import copy
+import functools
 import itertools
+import shutil
+import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,8 @@ from sae_lens import (
     LanguageModelSAERunnerConfig,
     LoggingConfig,
     SAETrainer,
+    TopKSAE,
+    TopKSAEConfig,
     TrainingSAE,
     TrainingSAEConfig,
 )
@@ -27,8 +34,10 @@ from transformers import PreTrainedTokenizerFast
 
 import sae_nfm  # noqa: F401  (registers the architectures)
 
-ARCHITECTURES = ("joint_nfm",)
+ARCHITECTURES = ("joint_nfm", "sequential_nfm")
 """Every architecture that the package registers."""
+WITH_ENCODER = ("joint_nfm",)
+"""Those that train an encoder, normalise their inputs and take part in SAELens's folds."""
 
 HOOK, HOOK_Z = "blocks.0.hook_resid_post", "blocks.0.attn.hook_z"
 D_MODEL, D_SAE, D_VOCAB, CONTEXT = 16, 32, 50, 16
@@ -37,11 +46,21 @@ NFM_HOOKS = ("hook_nfm_linear", "hook_nfm_square", "hook_nfm_pooled", "hook_nfm_
 
 
 def training_config(architecture: str, hook_name: str = HOOK, **overrides: Any) -> TrainingSAEConfig:
-    """A tiny training config with every path on; the NFM reads 3 of the 4 active features."""
-    settings = {
-        "d_in": D_MODEL,
-        "d_sae": D_SAE,
-        "k": 4,
+    """A tiny training config with every path on; the NFM reads 3 of the 4 active features.
+
+    A sequential one stands on a random TopK SAE; what it has no field for (d_sae, k, ...) is that SAE's. A normalisation by
+    statistics of the data, which an SAE has folded into it when it becomes a base, is left out.
+    """
+    encoder = {"d_in": D_MODEL, "d_sae": D_SAE, "k": 4}
+    if architecture == "sequential_nfm":
+        of_base = [f.name for f in fields(TopKSAEConfig) if f.name not in ("metadata", "dtype", "device")]
+        encoder |= {name: overrides.pop(name) for name in of_base if name in overrides}
+        for name in ("use_sparse_activations", "aux_loss_coefficient"):  # of an encoder in training
+            overrides.pop(name, None)
+        if encoder.get("normalize_activations") in ("expected_average_only_in", "covariance_whitening"):
+            del encoder["normalize_activations"]
+        encoder = {"base": str(saved_base(hook_name, **encoder))}
+    settings = encoder | {
         "nfm_dim": 8,
         "nfm_top_k": 3,
         "use_square_path": True,
@@ -52,20 +71,39 @@ def training_config(architecture: str, hook_name: str = HOOK, **overrides: Any) 
     return get_sae_training_class(architecture)[1](**(settings | overrides))
 
 
+@functools.cache
+def saved_base(hook_name: str = HOOK, **fields: Any) -> Path:
+    """The folder of a random TopK SAE, gone when the tests are."""
+    heads = "hook_z" if hook_name.endswith("hook_z") else "none"
+    metadata = SAEMetadata(model_name="tiny", hook_name=hook_name)
+    base = TopKSAE(TopKSAEConfig(**({"reshape_activations": heads} | fields), metadata=metadata))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    base.save_model(folder)
+    return Path(folder)
+
+
 def random_sae(cfg: TrainingSAEConfig, seed: int = 0) -> TrainingSAE[Any]:
-    """The registered training SAE, every parameter random, so that no path and no bias is zero."""
+    """The registered training SAE, every trained parameter random, so that no path and no bias is zero."""
     sae = get_sae_training_class(cfg.architecture())[0](copy.deepcopy(cfg))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in sae.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return sae
 
 
 def inference_sae(cfg: TrainingSAEConfig, seed: int = 0) -> SAE[Any]:
     """The registered inference SAE with the parameters of `random_sae`."""
     sae = SAE.from_dict(cfg.get_inference_sae_cfg_dict())
-    sae.load_state_dict(random_sae(cfg, seed).state_dict())
+    state_dict = random_sae(cfg, seed).state_dict()
+    state_dict.pop("nfm_scale", None)  # only in training
+    sae.load_state_dict(state_dict)
     return sae
 
 

@@ -41,6 +41,18 @@ def test_single_sae_without_figures_says_so():
     assert "None is stated: ask who published this" in card
 
 
+@pytest.mark.parametrize(
+    ("base", "told"), [("/home/me/topk", " (topk)"), ("gemma:layer_12/16k", " (gemma:layer_12/16k)"), ("", "")]
+)
+def test_a_sequential_sae_says_what_it_stands_on(base, told):
+    card = model_card(
+        "user/saes", [replace(SAE_OF_CARD, config=CONFIG | {"architecture": "sequential_nfm", "base": base})]
+    )
+    assert f"`sequential_nfm` is a pretrained SAE{told}, as it was, with such a machine trained on its residual" in card
+    assert "`KeyError: 'sequential_nfm'` from SAELens means" in card
+    assert "/home" not in card
+
+
 def test_figures_are_the_runs_and_the_fair_one_stands_beside_the_papers():
     card = model_card("user/saes", [SAE_OF_CARD], result=result())
     assert "| joint | 150 | 32.0 | 0.1000 | 0.2000 | +0.1250 | 1,234 |" in card

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from builders import ARCHITECTURES, D_SAE, random_activations, random_sae, trainer, training_config
+from builders import D_SAE, WITH_ENCODER, random_activations, random_sae, trainer, training_config
 from kernel_inputs import Operations
 from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
@@ -17,7 +17,7 @@ from sae_nfm.sae import FEW_FEATURES
 
 HOOK = ("hook_sae_acts_post", lambda value, hook: None)
 """Changes nothing, and has a step made as SAELens makes it."""
-for_every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+for_every_architecture = pytest.mark.parametrize("architecture", WITH_ENCODER)
 
 
 def step(sae, x, dead=None, logging=False):

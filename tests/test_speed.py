@@ -89,6 +89,7 @@ def test_arms_take_the_form_they_are_named_for():
         "joint_nfm dense": False,
         "joint_nfm sparse": True,
         "joint_nfm published": False,
+        "sequential_nfm": False,
         "topk": False,
         "topk COO": True,
         "batchtopk": False,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import D_VOCAB, token_dataset
+from builders import D_VOCAB, saved_base, token_dataset
 from datasets import DatasetDict
 from sae_lens import SAE
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, _parse_cfg_args
@@ -66,6 +66,8 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 def flags(shared: Path, *more: str, architecture: str = "joint_nfm") -> list[str]:
     sparse = ["--k", "4"] if "k" in SAE_TRAINING_CLASS_REGISTRY[architecture][1].__dataclass_fields__ else []
+    if architecture == "sequential_nfm":
+        sparse = ["--base", str(saved_base(d_in=16, d_sae=32, k=4))]
     where = ["--model_name", str(shared / "model"), "--hook_name", HOOK, "--dataset_path", str(shared / "text.jsonl")]
     return ["train", "--architecture", architecture, *SIZES, *sparse, *where, *more]
 

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from builders import ARCHITECTURES, D_SAE, random_activations, random_sae, trainer, training_config
+from builders import D_SAE, WITH_ENCODER, random_activations, random_sae, trainer, training_config
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.util import temporary_seed
 
-for_every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+for_every_architecture = pytest.mark.parametrize("architecture", WITH_ENCODER)
 NORMALISATIONS = (
     "none",
     "expected_average_only_in",

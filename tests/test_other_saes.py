@@ -1,0 +1,103 @@
+"""`sae-nfm train` from or on other SAEs: a base, an adapter, a warm start, a primary."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from builders import D_MODEL, D_SAE, HOOK, inference_sae, random_activations, saved_base, training_config
+from sae_lens import SAE
+from safetensors.torch import load_file
+from test_train_command import SIZES, shared  # noqa: F401  (a fixture)
+
+from sae_nfm.cli import main
+from sae_nfm.secondary import attach_secondary, primary_digest
+from sae_nfm.training import read_training_record
+
+BASE = str(saved_base(d_in=D_MODEL, d_sae=D_SAE, k=4))
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def train(shared, *more: str, architecture: str = "joint_nfm", where: tuple[str, ...] = ("--hook_name", HOOK)) -> int:  # noqa: F811
+    at = SIZES.index("--d_sae")
+    sizes = [*SIZES[:at], *SIZES[at + 2 :]]
+    data = ["--model_name", str(shared / "model"), "--dataset_path", str(shared / "text.jsonl"), *where]
+    return main(["train", "--architecture", architecture, *sizes, *data, "--output_path", "output", *more])
+
+
+def test_a_base_gives_its_sizes_and_its_hook_point(shared):  # noqa: F811
+    assert train(shared, "--base", BASE, architecture="sequential_nfm", where=()) == 0
+    sae, base = SAE.load_from_disk("output"), SAE.load_from_disk(BASE)
+    x = random_activations()
+    assert (sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.metadata.hook_name) == (D_MODEL, D_SAE, HOOK)
+    assert torch.equal(sae.encode(x), base.encode(x))
+    assert not torch.equal(sae(x), base(x))
+    assert "`sequential_nfm`" in Path("output/README.md").read_text()
+
+
+def test_an_adapter_has_the_nfm_alone(shared):  # noqa: F811
+    assert train(shared, "--base", BASE, architecture="sequential_nfm") == 0
+    whole, x = SAE.load_from_disk("output"), random_activations()
+    assert train(shared, "--base", BASE, "--adapter", "true", architecture="sequential_nfm") == 0
+    assert not [name for name in load_file("output/sae_weights.safetensors") if name.startswith("base.")]
+    assert torch.equal(SAE.load_from_disk("output")(x), whole(x))
+
+
+def test_a_warm_start_begins_as_the_sae(shared):  # noqa: F811
+    assert train(shared, "--warm_start", BASE, "--lr", "1e-9", "--nfm_weight_init_std", "1e-6", where=()) == 0
+    sae, base, x = SAE.load_from_disk("output"), SAE.load_from_disk(BASE), random_activations()
+    assert (sae.cfg.architecture(), sae.cfg.d_sae, sae.cfg.k, sae.cfg.nfm_dim) == ("joint_nfm", D_SAE, 4, 64)
+    torch.testing.assert_close(
+        sae(x), base(x), atol=1e-3, rtol=1e-3
+    )  # the learning rate and the NFM are tiny, not zero
+    assert not torch.equal(sae(x), base(x))
+
+
+def test_a_secondary_sae_is_trained_on_a_primary_and_knows_it(shared):  # noqa: F811
+    primary = inference_sae(training_config("joint_nfm"))
+    primary.save_model("primary")
+    assert train(shared, "--primary", "primary", "-k", "3", "--d_sae", "24", architecture="topk", where=()) == 0
+    sae = SAE.load_from_disk("output")
+    assert (sae.cfg.d_in, sae.cfg.d_sae) == (primary.cfg.nfm_dim, 24)
+    assert sae.cfg.metadata.hook_name == f"{HOOK}.hook_nfm_hidden_pre"
+    assert sae.cfg.metadata.primary_digest == primary_digest(primary)
+    losses = [line["losses/mse_loss"] for line in read_training_record("output/training.jsonl")]
+    assert losses[-1] < losses[0]
+    with attach_secondary(primary, sae):
+        pass
+    at_linear = ("--hook_name", f"{HOOK}.hook_nfm_linear")
+    assert train(shared, "--primary", "primary", "-k", "3", "--d_sae", "24", architecture="topk", where=at_linear) == 0
+    assert SAE.load_from_disk("output").cfg.d_in == D_MODEL
+
+
+@pytest.mark.parametrize(
+    ("more", "architecture", "told"),
+    [
+        ((), "sequential_nfm", "a sequential_nfm needs a base; name it with --base"),
+        (("--base", "nowhere"), "sequential_nfm", "'nowhere' is no folder; give the folder of a saved SAE"),
+        (("--base", BASE, "--d_sae", "31"), "sequential_nfm", "d_sae is 31, but the base's is 32"),
+        (("--warm_start", BASE), "topk", "--warm_start is for --architecture joint_nfm, this is topk; leave it out"),
+        (("--warm_start", BASE, "--k", "5"), "joint_nfm", "k is 5, but the SAE to start from has 4; leave it out"),
+        (("--adapter", "true"), "joint_nfm", "--adapter is for a sequential_nfm with a --base, this is joint_nfm"),
+        (("--primary", BASE), "topk", "an SAE with architecture 'topk' has no interaction path"),
+        (("--primary", BASE, "--warm_start", BASE), "joint_nfm", "--warm_start and --primary were both given"),
+        (("--primary", "p", "--model_class_name", "TransformerBridge"), "topk", "--primary needs --model_class_name"),
+        (("--primary", "elsewhere"), "topk", "the model has no hook point 'blocks.7.hook_mlp_out'"),
+    ],
+)
+def test_what_does_not_go_together_is_said_before_anything_is_written(more, architecture, told, shared, capsys):  # noqa: F811
+    inference_sae(training_config("joint_nfm")).save_model("p")
+    inference_sae(training_config("joint_nfm", hook_name="blocks.7.hook_mlp_out")).save_model("elsewhere")
+    assert train(shared, *more, architecture=architecture) == 2
+    assert told in capsys.readouterr().err
+    assert not Path("output").exists()
+    assert not Path("output.partial").exists()
+
+
+def test_the_runner_config_names_the_base(shared):  # noqa: F811
+    assert train(shared, "--base", BASE, architecture="sequential_nfm") == 0
+    assert json.loads(Path("output/runner_cfg.json").read_text())["sae"]["base"] == BASE
