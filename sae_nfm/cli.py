@@ -126,6 +126,25 @@ COMMANDS = {
         arguments="[EXPERIMENT]",
         run=words_of("sae_nfm.dry_run:check"),
     ),
+    "attribute": Command(
+        summary="show which features interact on a token of a prompt, or over held-out text, and what removing the pair does",
+        description="Pairs of features on the tokens of a prompt: what each writes, which tokens that promotes, its effect on a "
+        "logit, predicted and measured by removing it. With --corpus: pairs over held-out text, with contexts, the weight-only "
+        "view and the co-occurrence control. Without further options: the packaged SAE of the embedded model, offline, seconds "
+        "(--corpus: a minute).",
+        config="sae_nfm.attribute:AttributeConfig",
+        arguments="[PROMPT]",
+        run=words_of("sae_nfm.attribute:attribute", keeps_command=True),
+        dashes=True,
+    ),
+    "factorial": Command(
+        summary="test in a 2x2 experiment whether features or pairs act on two factors together, with stimuli as units",
+        description="Select features by main effects and pairs by the interaction on one half of the stimuli, clamp them on the "
+        "other, and test what that does to target words, with controls. Without options: the embedded model, offline, minutes.",
+        config="sae_nfm.factorial:FactorialConfig",
+        run=words_of("sae_nfm.factorial:run_factorial", keeps_command=True),
+        dashes=True,
+    ),
     "secondary": Command(
         summary="train a secondary SAE on a primary's hidden code, beside its controls, and measure what each keeps",
         description="Train SAEs on the hidden code of an SAE's interaction path, on a permuted hidden code, on the linear path's "

@@ -26,9 +26,9 @@ from typing_extensions import override
 from sae_nfm import demo
 from sae_nfm.data import held_out_tokens, quiet_saelens
 from sae_nfm.evaluation import Evaluation
-from sae_nfm.fitting import check_context, check_device, refuse_heads_of_a_bridge, site_at
+from sae_nfm.fitting import check_context, check_device, model_of, refuse_heads_of_a_bridge
 from sae_nfm.flags import CommandParser, underscored
-from sae_nfm.models import LanguageModel, load_model
+from sae_nfm.models import LanguageModel
 from sae_nfm.sae_by_name import load_sae
 from sae_nfm.sources import open_dataset
 
@@ -180,24 +180,9 @@ def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Eva
 
 def _load_model(sae: SAE[Any], config: EvaluateConfig) -> LanguageModel:
     """The SAE's model; the SAE's hook name becomes the model's own for it."""
-    metadata = sae.cfg.metadata
-    name = config.model_name or metadata.model_name
-    if name is None or metadata.hook_name is None:
-        raise ValueError(
-            "the SAE's metadata has no model_name or no hook_name, so it is not known where to splice it in"
-        )
-    model_class_name = config.model_class_name or metadata.model_class_name or "HookedTransformer"
-    same = config.model_name is None and config.model_class_name is None
-    kwargs = (metadata.model_from_pretrained_kwargs or {}) if same else {}
-    model = load_model(name, config.device, model_class_name=model_class_name, **kwargs)
-    site = site_at(model, metadata.hook_name, metadata.hook_head_index)
-    if site.d_in != sae.cfg.d_in:
-        raise ValueError(
-            f"the SAE has d_in {sae.cfg.d_in}, but {site.hook_name!r} of {name} has width {site.d_in}; give the model it "
-            "was trained on with --model_name"
-        )
+    model, site = model_of(sae, config.device, model_name=config.model_name, model_class_name=config.model_class_name)
     refuse_heads_of_a_bridge(model, site.hook_name)
-    metadata.hook_name = site.hook_name
+    sae.cfg.metadata.hook_name = site.hook_name
     return model
 
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from sae_lens import SAETransformerBridge
+from sae_lens import SAE, SAETransformerBridge
 
-from sae_nfm.models import HEADS, LanguageModel, Site, find_site, resolve_hook_name
+from sae_nfm.models import HEADS, LanguageModel, Site, find_site, load_model, resolve_hook_name
 
 
 def site_at(model: LanguageModel, hook_name: str, head: int | None = None) -> Site:
@@ -24,6 +24,40 @@ def site_at(model: LanguageModel, hook_name: str, head: int | None = None) -> Si
     if not 0 <= head < shape.n_heads:
         raise ValueError(f"hook_head_index is {head}; the model has heads 0 to {shape.n_heads - 1}")
     return Site(hook_name=resolve_hook_name(model, hook_name), d_in=shape.d_head, reshape_activations="none")
+
+
+def model_of(
+    sae: SAE[Any], device: str, *, model_name: str | None = None, model_class_name: str | None = None
+) -> tuple[LanguageModel, Site]:
+    """The language model that an SAE was trained on, and the SAE's hook point there.
+
+    Args:
+        sae: the SAE; its metadata name the model, its kind and its hook point.
+        device: where the model goes.
+        model_name: another name or folder of the model.
+        model_class_name: another kind.
+
+    Raises:
+        ValueError, FileNotFoundError: when the metadata are silent, or the model is missing or has another width there.
+    """
+    metadata = sae.cfg.metadata
+    name = model_name or metadata.model_name
+    if name is None or metadata.hook_name is None:
+        raise ValueError(
+            "the SAE's metadata has no model_name or no hook_name, so it is not known where to splice it in; give --model_name, "
+            "or save the SAE with a hook_name"
+        )
+    kind = model_class_name or metadata.model_class_name or "HookedTransformer"
+    same = model_name is None and model_class_name is None
+    kwargs = (metadata.model_from_pretrained_kwargs or {}) if same else {}
+    model = load_model(name, device, model_class_name=kind, **kwargs)
+    site = site_at(model, metadata.hook_name, metadata.hook_head_index)
+    if site.d_in != sae.cfg.d_in:
+        raise ValueError(
+            f"the SAE has d_in {sae.cfg.d_in}, but {site.hook_name!r} of {name} has width {site.d_in}; give the model it "
+            "was trained on with --model_name"
+        )
+    return model, site
 
 
 def check_context(model: LanguageModel, context_size: int) -> None:

@@ -1,7 +1,7 @@
 """Strict loading: a damaged or mismatched SAE folder is an error that names what is wrong, never a silent default.
 
-The one error that is not ours to word comes where this package is not imported: SAELens then says `KeyError: 'joint_nfm'`, or another of ours.
-What to do about it stands in the folder (`write_note`) and in the metadata of its cfg.json.
+The one error that is not ours to word comes where this package is not imported: SAELens then says `KeyError:
+'joint_nfm'`, or another of ours. What to do about it stands in the folder (`write_note`) and in the metadata of its cfg.json.
 """
 
 import hashlib

@@ -6,7 +6,7 @@ mean for SAEs on normalised activations. Saving for inference folds s in.
 """
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from sae_lens import SAE, TrainingSAE
@@ -32,7 +32,9 @@ class SequentialNFMTrainingSAE(TrainedPaths, SequentialNFM, TrainingSAE[Sequenti
     """Whether the weights were loaded with s folded in."""
 
     @classmethod
-    def wrap(cls, base: SAE[Any], *, norm_scaling_factor: float | None = None, **fields: Any) -> Self:
+    def wrap(
+        cls, base: SAE[Any], *, norm_scaling_factor: float | None = None, **fields: Any
+    ) -> "SequentialNFMTrainingSAE":
         """An NFM to be trained on an SAE that is at hand: `SAETrainingRunner(cfg, override_sae=...)`, with `cfg.sae = sae.cfg`.
 
         Args:

@@ -13,6 +13,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from safetensors.torch import load_file, save_file
 
 from sae_nfm.adapter import load_adapter, save_adapter
+from sae_nfm.pretrained import FolderSource, register_release, release_entry
 from sae_nfm.sequential_config import SequentialNFMTrainingSAEConfig
 from sae_nfm.sequential_training import SequentialNFMTrainingSAE
 
@@ -66,6 +67,16 @@ def test_an_adapter_of_an_object_needs_a_name(base, tmp_path):
         save_adapter(wrapped, tmp_path / "adapter")
     folder = save_adapter(wrapped, tmp_path / "adapter", base=str(base))
     assert torch.equal(SAE.load_from_disk(folder).encode(x), wrapped.encode(x))
+
+
+def test_a_base_and_its_adapter_by_the_name_of_a_release(base, tmp_path):
+    entry = release_entry(base, sae_id="topk")
+    register_release("bases-of-this-test", model="tiny", source=FolderSource(folder=str(base.parent)), saes=[entry])
+    sae = random_sae(SequentialNFMTrainingSAEConfig(base="bases-of-this-test:topk", nfm_dim=8))
+    x = random_activations()
+    assert torch.equal(sae.encode(x), SAE.load_from_disk(base).encode(x))
+    folder = save_adapter(sae, tmp_path / "adapter")
+    assert torch.equal(SAE.load_from_disk(folder).encode(x), sae.encode(x))
 
 
 def test_an_adapter_of_another_base_is_not_written(sae, base, tmp_path):
