@@ -30,6 +30,7 @@ from sae_lens.registry import get_sae_training_class
 from torch import Tensor
 
 from sae_nfm.norms import PathRows
+from sae_nfm.paths import NFMPaths
 from sae_nfm.sae import NFMDecoder
 
 
@@ -40,7 +41,7 @@ def as_trained(sae: SAE[Any]) -> PathRows:
     With `rescale_acts_by_decoder_norm` the three rows of a feature read activations of different size, so their published
     shares depend on the parameterisation too. A plain TopK SAE that SAELens folded has lost its norms: all are 1.
     """
-    if not isinstance(sae, NFMDecoder):
+    if not isinstance(sae, NFMPaths):
         return PathRows(direct=_wide(sae.W_dec))
     direct = as_read(sae).direct * encoder_scale(sae)[:, None]
     return PathRows(direct=direct, linear=_weight(sae, "W_lin"), nonlinear=_weight(sae, "V"))
@@ -64,7 +65,9 @@ def encoder_scale(sae: SAE[Any]) -> Float[Tensor, " d_sae"]:
 
 
 def canonical(sae: SAE[Any]) -> SAE[Any]:
-    """A copy in the canonical gauge, with the same output; an SAE without a linear path is there already.
+    """A copy in the canonical gauge, with the same output.
+
+    An SAE without a linear path is there already; so is a sequential NFM, whose base's decoder is given and not trained along.
 
     Raises:
         ValueError: with `nfm_top_k`, where there is no exact canonical gauge (see `NFMDecoder.fold_linear_path`).
@@ -144,7 +147,8 @@ def training_config(sae: SAE[Any]) -> TrainingSAEConfig:
 
 
 def _rescales(sae: SAE[Any]) -> bool:
-    return bool(getattr(sae.cfg, "rescale_acts_by_decoder_norm", False))
+    config: dict[str, Any] = getattr(sae.cfg, "base_config", None) or vars(sae.cfg)
+    return bool(config.get("rescale_acts_by_decoder_norm", False))
 
 
 def _weight(sae: SAE[Any], name: str) -> Tensor | None:

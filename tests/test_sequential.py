@@ -14,6 +14,7 @@ from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from torch.nn import functional as F
 
 from sae_nfm.base_sae import BASES, REFUSED
+from sae_nfm.gauge import as_read, as_trained
 from sae_nfm.loading import sha256_of
 from sae_nfm.sequential import SequentialNFM
 from sae_nfm.sequential_config import SequentialNFMTrainingSAEConfig
@@ -91,6 +92,24 @@ def test_features_are_the_bases_bit_for_bit_and_its_decode_is_the_direct_path(ar
     assert torch.equal(sae.encode(x), base.encode(x))
     assert torch.equal(sae.decode_paths(sae.encode(x)).direct, base(x))
     assert 0 < (sae.encode(x) != 0).sum(-1).float().mean() < D_SAE / 2
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_decode_can_be_called_again(normalisation):
+    """SAELens's per-token normalisations are forgotten by the first decode."""
+    sae, x = wrapped(base_of("topk", normalize_activations=normalisation)), random_activations()
+    f = sae.encode(x)
+    assert torch.equal(sae.decode(f), sae.decode(f))
+
+
+def test_rows_by_unit_of_activation():
+    """Of a base that rescales, the decoder row at norm 1 is what one unit of its hooked activation writes."""
+    sae = wrapped(base_of("topk", rescale_acts_by_decoder_norm=True))
+    one = torch.zeros(1, D_SAE)
+    one[0, 3] = 1.0
+    torch.testing.assert_close(as_read(sae).direct[3], sae.decode_paths(one).direct[0] - sae.b_dec)
+    torch.testing.assert_close(as_trained(sae).direct, sae.W_dec.detach())
+    assert torch.equal(as_trained(sae).linear, sae.W_lin)
 
 
 @pytest.mark.parametrize("kernel", ["dense", "sparse"])
