@@ -98,9 +98,7 @@ class SequentialNFMTrainingSAE(TrainedPaths, SequentialNFM, TrainingSAE[Sequenti
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The base's features, twice: nothing reads pre-activations."""
-        frozen = self._in_training_step and not self.cfg.train_base
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            acts = SequentialNFM.encode(self, x)
+        acts = SequentialNFM.encode(self, x)
         return acts, acts
 
     @override

@@ -9,8 +9,10 @@ import torch
 from builders import D_MODEL, D_SAE, HOOK, HOOK_Z, random_activations, saved_base, training_config
 from sae_lens import SAE, SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.registry import get_sae_class, get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from sae_nfm.base_sae import BASES, REFUSED
@@ -152,6 +154,7 @@ def test_a_frozen_base_has_no_gradient_no_optimizer_state_and_the_same_bits(arch
     assert not output.feature_acts.requires_grad
 
     sae.save_inference_model(tmp_path)
+    assert "nfm_scale" not in load_file(tmp_path / SAE_WEIGHTS_FILENAME)
     loaded = SAE.load_from_disk(tmp_path)
     assert torch.equal(loaded.encode(x), base.encode(x))
     torch.testing.assert_close(loaded(x), sae(x), atol=1e-5, rtol=1e-5)  # the scale is folded in: another order
@@ -275,9 +278,25 @@ def test_another_data_type(tmp_path):
     assert wide(x).dtype == torch.float64
     torch.testing.assert_close(wide(x).float(), sae(x), atol=1e-4, rtol=1e-4)
     wide.save_inference_model(tmp_path)
-    assert torch.equal(SAE.load_from_disk(tmp_path)(x), wide(x))
+    loaded = SAE.load_from_disk(tmp_path)
+    assert torch.equal(loaded(x), wide(x))
     narrow = SAE.load_from_disk(tmp_path, dtype="bfloat16")
     assert narrow(x).dtype == torch.bfloat16
+    again = copy.deepcopy(loaded).to(torch.bfloat16)
+    assert torch.equal(again(x), narrow(x))
+    again.save_model(tmp_path / "narrow")  # verified on loading by the bits that it has now
+    assert torch.equal(SAE.load_from_disk(tmp_path / "narrow")(x), narrow(x))
+
+
+def test_features_that_are_off_have_a_gradient_too():
+    sae = wrapped(base_of("topk"), kernel="sparse")
+    f = sae.encode(random_activations()).detach().requires_grad_()
+    sae.decode(f).sum().backward()
+    dense = wrapped(base_of("topk"), kernel="dense")
+    other = f.detach().clone().requires_grad_()
+    dense.decode(other).sum().backward()
+    torch.testing.assert_close(f.grad, other.grad)
+    assert f.grad[f == 0].abs().min() > 0
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka_batchtopk"])
@@ -336,6 +355,10 @@ def test_what_the_config_refuses():
         SequentialNFMTrainingSAEConfig(base=base, d_in=17)
     with pytest.raises(ValueError, match=r"normalize_activations is 'layer_norm': the base normalises .* give 'none'"):
         SequentialNFMTrainingSAEConfig(base=base, normalize_activations="layer_norm")
+    with pytest.raises(ValueError, match="dtype is 'float32', but the base's is 'float64'; give both the same"):
+        SequentialNFMTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, base_config=config.base_config | {"dtype": "float64"})
+    centred = saved_base(d_in=D_MODEL, d_sae=D_SAE, k=4, apply_b_dec_to_input=False)
+    assert SequentialNFMTrainingSAEConfig(base=str(centred)).apply_b_dec_to_input is False
     with pytest.raises(ValueError, match="no base: name one in the field `base`"):
         TrainingSAE.from_dict(SequentialNFMTrainingSAEConfig(d_in=4, d_sae=4).to_dict())
     with pytest.raises(FileNotFoundError, match="'nowhere' is no folder; give the folder of a saved SAE"):
