@@ -145,6 +145,15 @@ COMMANDS = {
         run=words_of("sae_nfm.factorial:run_factorial", keeps_command=True),
         dashes=True,
     ),
+    "dynamics": Command(
+        summary="follow features over the checkpoints of a joint_nfm run: shares, norms, firing, beside shuffled identities",
+        description="Measure every checkpoint of one joint_nfm run on the same held-out tokens: do features pass from "
+        "integration to identity while it is trained? Beside it stand shuffled identities of features, the canonical gauge, and a topk run.",
+        config="sae_nfm.learning_dynamics:DynamicsConfig",
+        arguments="RUN_CHECKPOINTS",
+        run=words_of("sae_nfm.learning_dynamics:run_dynamics", keeps_command=True),
+        dashes=True,
+    ),
     "secondary": Command(
         summary="train a secondary SAE on a primary's hidden code, beside its controls, and measure what each keeps",
         description="Train SAEs on the hidden code of an SAE's interaction path, on a permuted hidden code, on the linear path's "

@@ -1,20 +1,21 @@
 """The job of `sae-nfm reproduce`: the figures of arXiv 2507.00269, each beside the same statistic here and under its control.
 
     comparison (one seed, unless a finished one is given) -> joint_nfm and the TopK SAEs beside it
+    an NFM on the residual of the TopK SAE (`reproduced_sequential`)
     rows of KL, cross-entropy and error: all of them, paths ablated, controls at equal distance (`behaviour.measure`)
-    norms and paths (`gauge_report`)
+    norms and paths (`gauge_report`); a 2x2 experiment (`reproduced_factorial`)
     -> table
 
-In the output folder: `compare/` where there was none, `rows/`, results.json. What is finished is not done again.
+In the output folder: `compare/` where there was none, `sequential/`, `2x2/`, `rows/`, results.json. What is finished is not done
+again, but for the 2x2 experiment.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sae_lens import SAE
+from sae_lens import SAE, HookedSAETransformer
 
 from sae_nfm import data, demo
 from sae_nfm.baselines import JOINT
@@ -26,15 +27,26 @@ from sae_nfm.compare_config import CompareConfig
 from sae_nfm.compare_results import CompareResult
 from sae_nfm.controls import control_arms, fit_activations
 from sae_nfm.documents import TokenRows, held_out_rows
-from sae_nfm.figure_rows import Figure, figure_rows
+from sae_nfm.figure_rows import figure_rows
 from sae_nfm.functional import read_activations
 from sae_nfm.gauge_report import gauge_report
 from sae_nfm.hooks import Intervention, Splice, path_means
+from sae_nfm.matched_training import Trained
 from sae_nfm.models import LanguageModel, load_model
-from sae_nfm.reproduced_rows import KEPT, Behaviour, ReproducedRow, gauge_rows, not_measured
+from sae_nfm.reproduced_factorial import factorial_rows
+from sae_nfm.reproduced_result import ReproduceResult
+from sae_nfm.reproduced_rows import KEPT, Behaviour, ReproducedRow, gauge_rows
+from sae_nfm.reproduced_sequential import (
+    BASE,
+    SEQUENTIAL,
+    rows_without_base,
+    sequential_arms,
+    sequential_rows,
+    train_sequential,
+    written_shares,
+)
 from sae_nfm.resampling import Bootstrap
-from sae_nfm.statistics import Estimate
-from sae_nfm.whole_files import write_json
+from sae_nfm.stimuli import FEWEST_SENTENCES
 
 BESIDE = ("topk matched", "topk", "topk matched folded", "joint_nfm without nonlinear")
 """Arms that the joint one is compared with."""
@@ -87,6 +99,8 @@ class ReproduceConfig:
     """Seed of initialisation, data order, random vectors and permutations; one of a finished comparison's."""
     n_permutations: int = 1_999
     """Draws of each null distribution."""
+    sentences: int = 20
+    """Sentences of each cell of the 2x2 experiment, at most; fewer than 4 cannot be tested, 0 leaves it out."""
     device: str = "cpu"
     """Device of the language model and the SAEs."""
     output: str = "runs/reproduce"
@@ -97,6 +111,11 @@ class ReproduceConfig:
         for name in ("validation_tokens", "fit_tokens", "n_permutations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        if self.sentences and self.sentences < FEWEST_SENTENCES:
+            raise ValueError(
+                f"sentences is {self.sentences}; give at least {FEWEST_SENTENCES}, for two halves with a spread, or 0 to leave "
+                "the 2x2 experiment out"
+            )
         self.comparison()  # refuses the others
 
     def comparison(self) -> CompareConfig:
@@ -110,76 +129,6 @@ class ReproduceConfig:
             learning_rates=(self.lr,),
             output=str(Path(self.output) / "compare"),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReproduceResult:
-    """The table, and what is needed to repeat it."""
-
-    rows: tuple[ReproducedRow, ...]
-    """Every published figure, once for each control."""
-    provenance: dict[str, Any]
-    """Configuration, and the provenance of the comparison."""
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, under a temporary name first."""
-        write_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "ReproduceResult":
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when the file is something else.
-        """
-        try:
-            content = json.loads(Path(path).read_text())
-            rows = [
-                ReproducedRow(**(row | {name: _figure(row[name]) for name in ("here", "controlled")}))
-                for row in content["rows"]
-            ]
-            return cls(rows=tuple(rows), provenance=content["provenance"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a reproduction ({error}); write one with `sae-nfm reproduce`") from error
-
-    def words(self) -> str:
-        """Section by section; figures that the paper does not have are in the file only."""
-        lines: list[str] = []
-        shown = [row for row in self.rows if row.published != "-"]
-        for section in dict.fromkeys(row.section for row in shown):
-            lines += [section, "-" * len(section)]
-            own = [row for row in shown if row.section == section]
-            for name in dict.fromkeys(row.name for row in own):
-                same = [row for row in own if row.name == name]
-                lines.append(f"{name}: published {same[0].published}; here {written(same[0].here, same[0].form)}")
-                lines += [f"    {written(row.controlled, row.form)}  {row.control} ({row.verdict})" for row in same]
-            lines.append("")
-        return "\n".join([*lines, *(f"* {caveat}" for caveat in self._caveats())])
-
-    def _caveats(self) -> list[str]:
-        config = self.provenance["comparison"]["config"]
-        told = [
-            "Intervals are 95 %, over documents: they say nothing about other seeds. Verdicts are over seeds and documents.",
-            f"One SAE of {config['d_sae']:,} features and {config['training_tokens']:,} training tokens; the paper's has "
-            "50,000 and 5M, on OpenLLaMA-3B, and reads the strongest half of its features where this one reads all.",
-        ]
-        if config["dataset"] is None:
-            told.append("The tokens were sampled from the embedded model itself: no evidence about real text.")
-        return told
-
-
-def _figure(content: Any) -> Figure:
-    return Estimate(**content) if isinstance(content, dict) else content
-
-
-def written(figure: Figure, form: str) -> str:
-    """A figure with its interval, where it has one."""
-    if figure is None:
-        return "none"
-    if not isinstance(figure, Estimate):
-        return f"{figure:{form}}"
-    return f"{figure.estimate:{form}} [{figure.low:{form}}, {figure.high:{form}}]"
 
 
 def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> ReproduceResult:
@@ -196,25 +145,27 @@ def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> Reprod
     output = Path(cfg.output)
     comparison = run_compare(cfg.comparison()) if cfg.compare is None else CompareResult.load(_results(cfg.compare))
     cfg = cfg if cfg.compare is None else _as_compared(cfg, comparison)
-    saes = _load_arms(cfg, Path(cfg.compare or output / "compare") / f"k{cfg.k}" / f"seed-{cfg.seed}")
+    folder = Path(cfg.compare or output / "compare") / f"k{cfg.k}" / f"seed-{cfg.seed}"
+    saes = _load_arms(cfg, folder)
     model = load_model(cfg.model_name, cfg.device)
-    _, validation = data.load_splits(cfg.dataset, cfg.validation, cfg.model_name)
-    context_size = min(cfg.context_size, model.cfg.n_ctx)
-    rows = held_out_rows(model, validation, context_size, cfg.validation_tokens)
-    fitted = held_out_rows(model, validation, context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
-    arms = behaviour_arms(model, saes, fitted)
-    folder = measure(model, rows, arms, output / "rows", seed=cfg.seed)
-    behaviour = Behaviour(
-        folder=folder, arms=tuple(arms), answers=comparison.answers, bootstrap=Bootstrap(seed=cfg.seed)
-    )
-    x, documents = read_activations(model, saes[JOINT], rows.tokens, rows.documents)
-    assert documents is not None
-    report = gauge_report(saes[JOINT], x, documents, seed=cfg.seed, n_permutations=cfg.n_permutations)
+    train, validation = data.load_splits(cfg.dataset, cfg.validation, cfg.model_name)
+    train = train.shuffle(seed=cfg.seed)  # as for the comparison's SAEs of this seed
+    if BASE in saes:
+        saes |= train_sequential(folder, model, train, output / "sequential", cfg.device)
+    rows, behaviour = _behaviour(cfg, model, saes, validation, comparison)
     result = ReproduceResult(
         rows=(
             *behaviour.rows(),
-            *gauge_rows(figure_rows(report)),
-            *not_measured(),
+            *_rows_of_paths(cfg, model, saes, rows, behaviour),
+            *factorial_rows(
+                model,
+                saes[JOINT],
+                train,
+                Trained.load(folder / JOINT).settings,
+                output / "2x2",
+                sentences=cfg.sentences,
+                n_permutations=cfg.n_permutations,
+            ),
         ),
         provenance={"config": asdict(cfg), "command": command, "comparison": comparison.provenance},
     )
@@ -222,26 +173,60 @@ def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> Reprod
     return result
 
 
+def _behaviour(
+    cfg: ReproduceConfig,
+    model: HookedSAETransformer,
+    saes: dict[str, SAE[Any]],
+    validation: Any,
+    comparison: CompareResult,
+) -> tuple[TokenRows, Behaviour]:
+    """The held-out text, and a measurement of every arm on it."""
+    context_size = min(cfg.context_size, model.cfg.n_ctx)
+    rows = held_out_rows(model, validation, context_size, cfg.validation_tokens)
+    fitted = held_out_rows(model, validation, context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
+    arms = behaviour_arms(model, saes, fitted)
+    folder = measure(model, rows, arms, Path(cfg.output) / "rows", seed=cfg.seed)
+    return rows, Behaviour(
+        folder=folder, arms=tuple(arms), answers=comparison.answers, bootstrap=Bootstrap(seed=cfg.seed)
+    )
+
+
+def _rows_of_paths(
+    cfg: ReproduceConfig, model: LanguageModel, saes: dict[str, SAE[Any]], rows: TokenRows, behaviour: Behaviour
+) -> list[ReproducedRow]:
+    """Norms and paths of the joint SAE, and all of the sequential one."""
+    x, documents = read_activations(model, saes[JOINT], rows.tokens, rows.documents)
+    assert documents is not None
+    report = gauge_report(saes[JOINT], x, documents, seed=cfg.seed, n_permutations=cfg.n_permutations)
+    found = gauge_rows(figure_rows(report))
+    if SEQUENTIAL not in saes:
+        return found + rows_without_base(f"the comparison has no arm {BASE!r} that an NFM could be trained on")
+    return found + sequential_rows(behaviour, written_shares(saes[SEQUENTIAL], x, documents, seed=cfg.seed))
+
+
 def behaviour_arms(model: LanguageModel, saes: dict[str, SAE[Any]], fitted: TokenRows) -> dict[str, Intervention]:
     """What is measured of a joint NFM-SAE and the SAEs beside it: paths ablated by zero and by mean, controls, the others.
 
     Args:
         model: the language model.
-        saes: the joint one, as "joint_nfm", and any others by name.
+        saes: the joint one, as "joint_nfm", and any others by name; those of `train_sequential` get controls of their own.
         fitted: text for means and covariances, not evaluated on.
     """
     joint = saes[JOINT]
     whole = Splice(sae=joint)
     parts = ablations(joint)
     means = path_means(model, joint, fitted.tokens, parts[DIRECT])
-    arms = control_arms(whole, fit_activations(model, fitted.tokens, whole.hook_name))
+    activations = fit_activations(model, fitted.tokens, whole.hook_name)
+    arms = control_arms(whole, activations)
     for name, off in parts.items():
         arms[name] = Splice(sae=joint, ablated=dict.fromkeys(off))
         arms[f"{name}{KEPT}"] = Splice(sae=joint, ablated={hook: means[hook] for hook in off})
     canonical = in_canonical_gauge(joint)
     if canonical is not None:
         arms[CANONICAL] = Splice(sae=canonical, ablated=dict.fromkeys(parts[DIRECT]))
-    return arms | {name: Splice(sae=sae) for name, sae in saes.items() if name != JOINT}
+    if SEQUENTIAL in saes:
+        arms |= sequential_arms(model, saes, fitted, activations)
+    return arms | {name: Splice(sae=sae) for name, sae in saes.items() if name in BESIDE}
 
 
 def _results(folder: str) -> Path:

@@ -25,7 +25,7 @@ Section = Literal["reconstruction", "KL", "cross-entropy", "errors", "paths", "n
 LINEAR, NONLINEAR = "direct + linear", "direct + nonlinear"
 KEPT = ", means kept"
 """Ends the names of arms whose switched-off paths write their mean over other text."""
-NOT_MEASURED = "not measured yet"
+NOT_MEASURED = "not measured"
 SINGLE = "one seed: no claim"
 PARTS = {LINEAR: "linear", NONLINEAR: "nonlinear", UNDER_TEST: "both"}
 
@@ -47,38 +47,9 @@ class ReproducedRow:
     control: str
     """What the control is, and what it changes; why there is none."""
     verdict: str
-    """What five seeds or more say of the controlled figure, "one seed: no claim", or "not measured yet"."""
+    """What five seeds or more say of the controlled figure, "one seed: no claim", or "not measured"."""
     form: str
     """How the figures are written, a format specification."""
-
-
-def not_measured() -> list[ReproducedRow]:
-    """Published figures that this package has no experiment for yet."""
-    figures: Sequence[tuple[Section, str, str, str]] = (
-        (
-            "sequential",
-            "reconstruction error, NFM on the residual of a frozen SAE",
-            "-23 % (0.367 to 0.281)",
-            "sequential mode",
-        ),
-        ("sequential", "KL relative to the SAE alone", "-29.8 % (17.8M measurements)", "sequential mode"),
-        ("sequential", "share of NFM output, linear / nonlinear", "95.5 % / 4.5 %", "sequential mode"),
-        ("2x2", "formality x emotion, clamping secondary feature 4022", "F = 5.06, p = 0.027", "2x2 experiment"),
-        ("2x2", "the same, control feature 1113", "F = 0.022", "2x2 experiment"),
-    )
-    return [
-        ReproducedRow(
-            section=section,
-            name=name,
-            published=published,
-            here=None,
-            controlled=None,
-            control=f"needs the {needs}",
-            verdict=NOT_MEASURED,
-            form="",
-        )
-        for section, name, published, needs in figures
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +77,8 @@ class Behaviour:
             *self._errors(),
         ]
 
-    def _change(self, column: str, arm: str, against: str) -> Estimate | None:
+    def change(self, column: str, arm: str, against: str) -> Estimate | None:
+        """Relative change of a column's mean from one arm to another, over documents; None where there is no such arm."""
         if against not in self.arms:
             return None
         mine, other = (read_rows(self.folder, ["document", column], [name]).dropna() for name in (arm, against))
@@ -127,8 +99,8 @@ class Behaviour:
                 section=section,
                 name=f"{what}, all paths against the direct path alone",
                 published=published,
-                here=self._change(column, UNDER_TEST, DIRECT),
-                controlled=self._change(column, UNDER_TEST, against),
+                here=self.change(column, UNDER_TEST, DIRECT),
+                controlled=self.change(column, UNDER_TEST, against),
                 control=control if against in self.arms else f"{control}: there is none here",
                 verdict=self._verdict(against, measure),
                 form="+.1%",
@@ -143,8 +115,8 @@ class Behaviour:
                 section=section,
                 name=f"{what} relative to the direct path alone, {part}",
                 published=figure,
-                here=self._change(column, arm, DIRECT),
-                controlled=self._change(column, kept, f"{DIRECT}{KEPT}"),
+                here=self.change(column, arm, DIRECT),
+                controlled=self.change(column, kept, f"{DIRECT}{KEPT}"),
                 control="paths that are off write their mean over other text, in place of zero",
                 verdict=SINGLE,
                 form="+.1%",
@@ -179,7 +151,7 @@ class Behaviour:
             yield ReproducedRow(
                 section="errors",
                 name="KL of the SAE over that of an equal-distance random vector",
-                published="2.99 (sequential 2.1; Gurnee 2 to 4.5)",
+                published="2.99 (Gurnee 2 to 4.5)",
                 here=ratios[EQUAL_DISTANCE[0]],
                 controlled=ratios[name],
                 control=f"at the same distance: {name}",

@@ -45,7 +45,7 @@ def topk_sae(folder: str | Path, device: str = "cpu") -> TopKSAE:
     sae = SAE.load_from_disk(folder, device=device, converter=_strict_loader)
     assert isinstance(sae, TopKSAE)
     if sae.cfg.normalize_activations in UNFOLDED:
-        _fold_normalisation(sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
+        fold_normalisation(sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
     return sae
 
 
@@ -71,7 +71,12 @@ def _strict_loader(
     return config, checked(tensors, shapes, weights_path)
 
 
-def _fold_normalisation(sae: TopKSAE, path: Path) -> None:
+def fold_normalisation(sae: SAE[Any], path: Path) -> None:
+    """Fold a checkpoint's normalisation into its SAE, by the statistics in the activation_scaler.json at `path`.
+
+    Raises:
+        ValueError: when they are not there.
+    """
     mode, scaler = sae.cfg.normalize_activations, ActivationScaler()
     if path.is_file():
         read_json(path)  # says so where it is damaged

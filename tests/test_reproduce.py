@@ -1,7 +1,9 @@
 """`sae-nfm reproduce` on the embedded model, small: its figures are those of `evaluate`, and none is without its control."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree, rmtree
 
 import pytest
 from sae_lens import SAE
@@ -11,9 +13,12 @@ from sae_nfm.behaviour import Arm, evaluate
 from sae_nfm.benchmark import ablations
 from sae_nfm.claims import CANONICAL, DIRECT
 from sae_nfm.documents import held_out_rows
+from sae_nfm.matched_training import Trained
 from sae_nfm.models import load_model
-from sae_nfm.reproduce import ReproduceConfig, ReproduceResult, behaviour_arms, run_reproduce, written
-from sae_nfm.reproduced_rows import KEPT, NOT_MEASURED, PUBLISHED_WEIGHTS
+from sae_nfm.reproduce import ReproduceConfig, behaviour_arms, run_reproduce
+from sae_nfm.reproduced_factorial import factorial_rows
+from sae_nfm.reproduced_result import ReproduceResult, written
+from sae_nfm.reproduced_rows import KEPT, NOT_MEASURED, PUBLISHED_WEIGHTS, SINGLE
 from sae_nfm.statistics import Estimate
 
 SMALL = {
@@ -21,9 +26,10 @@ SMALL = {
     "k": 8,
     "nfm_dim": 8,
     "training_tokens": 12_288,
-    "validation_tokens": 2_048,
+    "validation_tokens": 1_536,
     "fit_tokens": 1_024,
     "n_permutations": 19,
+    "sentences": 4,
 }
 
 
@@ -47,7 +53,7 @@ def fidelity(config, result):
     arms = [Arm(name=name, sae=joint, off=off) for name, off in ablations(joint).items()]
     arms += [Arm(name="all", sae=joint), Arm(name="topk matched", sae=topk)]
     arms += [Arm(name=CANONICAL, sae=canonical, off=("hook_nfm_interaction",))]
-    return evaluate(model, data.held_out_tokens(model, validation, 256, 2_048), arms)
+    return evaluate(model, data.held_out_tokens(model, validation, 256, 1_536), arms)
 
 
 def row(result: ReproduceResult, name: str, control: str):
@@ -71,7 +77,7 @@ def test_figures_of_behaviour_are_those_of_evaluate(result, fidelity, what, meas
         assert found.here.estimate == change("all", DIRECT)
         assert found.controlled.estimate == change("all", against)
         assert found.here.low < found.here.estimate < found.here.high
-        assert found.here.n_clusters == 8  # rows of the embedded tokens, each a document
+        assert found.here.n_clusters == 6  # rows of the embedded tokens, each a document
     if what != "squared error":
         for part, arm in (("linear", "direct + linear"), ("nonlinear", "direct + nonlinear"), ("both", "all")):
             found = row(result, f"{what} relative to the direct path alone, {part}", "mean over other text")
@@ -93,12 +99,41 @@ def test_every_published_figure_has_a_control(result):
     assert {one.name for one in shown} >= set(PUBLISHED_WEIGHTS)
     for one in result.rows:
         assert one.control
-        if one.section in ("sequential", "2x2"):
-            assert (one.verdict, one.here, one.controlled) == (NOT_MEASURED, None, None)
-        else:
-            assert one.verdict == "one seed: no claim"
-    for name in {one.name for one in shown if one.section not in ("sequential", "2x2")}:
+        assert one.verdict == SINGLE
+    for name in {one.name for one in shown}:
         assert any(one.controlled is not None for one in shown if one.name == name), name
+
+
+def test_the_2x2_rows_are_the_experiment(config, result):
+    """Its own file has the same statistics."""
+    saved = json.loads((Path(config.output) / "2x2" / "results.json").read_text())
+    arms = {arm["role"]: arm["tests"] for arm in saved["arms"] if arm["units"][0]["kind"] == "secondary"}
+    assert sum(saved["items"]) == 4 * SMALL["sentences"]
+    clamped, control = arms["secondary (interaction)"], arms["match of secondary"]
+    found = row(result, "formality x emotion, clamping secondary feature 4022", "interaction F, stimuli as units")
+    assert (found.here, found.controlled) == (clamped["published_f"], clamped["items"]["log_prob"]["f"])
+    assert f"p = {clamped['items']['log_prob']['p_value']:.3f}" in found.control
+    assert "sentiment (positive / negative) x register" in found.control
+    found = row(result, "the same, control feature 1113", "match of secondary")
+    assert (found.here, found.controlled) == (control["published_f"], control["items"]["log_prob"]["f"])
+
+
+def test_stimuli_that_select_nothing(config, result, tmp_path):
+    """Four sentences of a cell are two to select on: fewer than a candidate has to be active in."""
+    folder = Path(config.output)
+    joint = folder / "compare" / "k8" / "seed-0" / "joint_nfm"
+    copytree(folder / "2x2" / "secondary", tmp_path / "secondary")
+    rows = factorial_rows(
+        load_model(demo.MODEL_NAME),
+        SAE.load_from_disk(joint).eval(),
+        demo.load_tokens("train").shuffle(seed=0),
+        Trained.load(joint).settings,
+        tmp_path,
+        sentences=1,
+        n_permutations=19,
+    )
+    assert [(one.here, one.controlled, one.verdict) for one in rows] == [(None, None, NOT_MEASURED)] * 2
+    assert all("stimuli; give at least 4" in one.control for one in rows)
 
 
 def test_saved_loaded_and_in_words(config, result):
@@ -113,11 +148,32 @@ def test_saved_loaded_and_in_words(config, result):
 
 
 def test_a_finished_comparison_is_read(config, result, tmp_path):
-    """Its SAEs, its settings: the same table, although other sizes were asked for."""
-    folder = Path(config.output) / "compare"
-    again = replace(config, compare=str(folder), d_sae=99, validation_tokens=1, output=str(tmp_path / "again"))
-    assert run_reproduce(again).rows == result.rows
-    assert not (tmp_path / "again" / "compare").exists()
+    """Its SAEs, its settings: the same table, although other sizes were asked for; without an arm, it says what that takes."""
+    copytree(Path(config.output) / "compare", tmp_path / "compare")
+    rmtree(tmp_path / "compare" / "k8" / "seed-0" / "topk")
+    other = {"d_sae": 99, "validation_tokens": 1, "sentences": 0}
+    again = replace(config, compare=str(tmp_path / "compare"), output=str(tmp_path / "out"), **other)
+    found = run_reproduce(again).rows
+    left = {
+        "sequential": "the comparison has no arm 'topk' that an NFM could be trained on",
+        "2x2": "left out: sentences is 0",
+    }
+    for section, reason in left.items():
+        rows = [one for one in found if one.section == section]
+        assert {one.name for one in rows} == {
+            one.name for one in result.rows if one.section == section and one.published != "-"
+        }
+        for one in rows:
+            assert (one.here, one.controlled, one.control, one.verdict) == (None, None, reason, NOT_MEASURED)
+    same = [one for one in result.rows if one.section not in left]
+    rows = [one for one in found if one.section not in left]
+    assert [one.name for one in rows] == [one.name for one in same]
+    for one, before in zip(rows, same, strict=True):
+        if "TopK SAE of the same width" in one.control:
+            assert one == replace(before, controlled=None, control=f"{before.control}: there is none here")
+        else:
+            assert one == before
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.json", "rows"]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +198,10 @@ def test_no_comparison(config, tmp_path):
 def test_refused_before_anything_is_done():
     with pytest.raises(ValueError, match="fit_tokens is 0; give a positive whole number"):
         ReproduceConfig(fit_tokens=0)
+    with pytest.raises(
+        ValueError, match="sentences is 3; give at least 4, for two halves with a spread, or 0 to leave"
+    ):
+        ReproduceConfig(sentences=3)
     with pytest.raises(ValueError, match="learning_rates is"):
         ReproduceConfig(lr=-1.0)
 

@@ -1,0 +1,81 @@
+"""The table of `sae-nfm reproduce`: as words for the terminal and as JSON."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_nfm.figure_rows import Figure
+from sae_nfm.reproduced_rows import ReproducedRow
+from sae_nfm.statistics import Estimate
+from sae_nfm.whole_files import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceResult:
+    """The table, and what is needed to repeat it."""
+
+    rows: tuple[ReproducedRow, ...]
+    """Every published figure, once for each control."""
+    provenance: dict[str, Any]
+    """Configuration, and the provenance of the comparison."""
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, under a temporary name first."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ReproduceResult":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when the file is something else.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            rows = [
+                ReproducedRow(**(row | {name: _figure(row[name]) for name in ("here", "controlled")}))
+                for row in content["rows"]
+            ]
+            return cls(rows=tuple(rows), provenance=content["provenance"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a reproduction ({error}); write one with `sae-nfm reproduce`") from error
+
+    def words(self) -> str:
+        """Section by section; figures that the paper does not have are in the file only."""
+        lines: list[str] = []
+        shown = [row for row in self.rows if row.published != "-"]
+        for section in dict.fromkeys(row.section for row in shown):
+            lines += [section, "-" * len(section)]
+            own = [row for row in shown if row.section == section]
+            for name in dict.fromkeys(row.name for row in own):
+                same = [row for row in own if row.name == name]
+                lines.append(f"{name}: published {same[0].published}; here {written(same[0].here, same[0].form)}")
+                lines += [f"    {written(row.controlled, row.form)}  {row.control} ({row.verdict})" for row in same]
+            lines.append("")
+        return "\n".join([*lines, *(f"* {caveat}" for caveat in self._caveats())])
+
+    def _caveats(self) -> list[str]:
+        config = self.provenance["comparison"]["config"]
+        told = [
+            "Intervals are 95 %, over documents: they say nothing about other seeds. Verdicts are over seeds and documents.",
+            f"One SAE of {config['d_sae']:,} features and {config['training_tokens']:,} training tokens; the paper's has "
+            "50,000 and 5M, on OpenLLaMA-3B, and reads the strongest half of its features where this one reads all.",
+        ]
+        if config["dataset"] is None:
+            told.append("The tokens were sampled from the embedded model itself: no evidence about real text.")
+        return told
+
+
+def _figure(content: Any) -> Figure:
+    return Estimate(**content) if isinstance(content, dict) else content
+
+
+def written(figure: Figure, form: str) -> str:
+    """A figure with its interval, where it has one."""
+    if figure is None:
+        return "none"
+    if not isinstance(figure, Estimate):
+        return f"{figure:{form}}"
+    return f"{figure.estimate:{form}} [{figure.low:{form}}, {figure.high:{form}}]"
