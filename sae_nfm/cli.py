@@ -148,7 +148,8 @@ COMMANDS = {
     "dynamics": Command(
         summary="follow features over the checkpoints of a joint_nfm run: shares, norms, firing, beside shuffled identities",
         description="Measure every checkpoint of one joint_nfm run on the same held-out tokens: do features pass from "
-        "integration to identity while it is trained? Beside it stand shuffled identities of features, the canonical gauge, and a topk run.",
+        "integration to identity while it is trained? Beside it stand shuffled identities of features, the canonical gauge, and "
+        "a topk run.",
         config="sae_nfm.learning_dynamics:DynamicsConfig",
         arguments="RUN_CHECKPOINTS",
         run=words_of("sae_nfm.learning_dynamics:run_dynamics", keeps_command=True),
