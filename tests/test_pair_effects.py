@@ -8,6 +8,8 @@ from planted import linear_model
 
 from sae_nfm.attribution import PathWeights, TokenPairs, along, norms, written
 from sae_nfm.direct_path import SCALE, DirectPath, Target
+from sae_nfm.edits import PairEdit
+from sae_nfm.hooks import Splice
 from sae_nfm.pair_effects import PromptRun, Removal, gradients, remove_pairs, run_prompt
 from sae_nfm.prompt_attribution import attribute_token
 from sae_nfm.splicing import splice
@@ -138,26 +140,55 @@ def prompt_for_both(model, sae) -> tuple[torch.Tensor, int]:
     raise AssertionError("no token with both features")
 
 
-def test_a_planted_pair_comes_first_and_moves_exactly_its_logit():
+def model_with_a_dimension_for(token: int):
+    """The last dimension of the stream moves the logit of one token and of no other."""
     model = linear_model().double()
+    model.W_U[-1] = 0
+    model.W_U[:, token] = 0
+    model.W_U[-1, token] = 2
+    return model
+
+
+def test_a_planted_pair_comes_first():
     token = 11
+    model = model_with_a_dimension_for(token)
     sae = planted_pair_sae(model, token)
     tokens, position = prompt_for_both(model, sae)
-    run, target = run_prompt(model, sae, tokens), Target.logit(token, D_VOCAB, "its logit")
+    run, target = run_prompt(model, sae, tokens), Target.logit(token, D_VOCAB, "its logit", against=3)
     found = attribute_token(model, sae, run, position, target, top=3)
     pair, *others = found.pairs
     assert (pair.first, pair.second) == (2, 5)
     assert [other.written.norm for other in others] == [0.0, 0.0]
     assert pair.written.promotes[0] == f"t{token}"
-    assert pair.frozen == pytest.approx(pair.written.direct) == pytest.approx(pair.free)
-    logits = torch.zeros(D_VOCAB, dtype=torch.float64)
-    logits[:] = pair.product * (model.W_U.T @ model.W_U[:, token]) / model.W_U[:, token].square().sum()
-    assert logits[token].item() == pytest.approx(pair.product)  # one unit of its logit for each unit of f_2 f_5
-    assert pair.written.direct == pytest.approx(float(target.of(logits)))
+    # one unit of its logit for each unit of f_2 f_5
+    assert pair.frozen == pytest.approx(pair.product) == pytest.approx(pair.written.direct) == pytest.approx(pair.free)
+
+
+def test_a_clamp_of_the_planted_pair_moves_exactly_its_logit():
+    token = 11
+    model = model_with_a_dimension_for(token)
+    sae = planted_pair_sae(model, token)
+    tokens, position = prompt_for_both(model, sae)
+    product = (
+        attribute_token(
+            model, sae, run_prompt(model, sae, tokens), position, Target.logit(token, D_VOCAB, "its logit"), top=1
+        )
+        .pairs[0]
+        .product
+    )
+    with Splice(sae=sae).on(model):
+        before = model(tokens[None])
+    clamp = PairEdit(pair=(2, 5), mode="scale", value=4.0, where=(position,))
+    with Splice(sae=sae, edits=[clamp]).on(model):
+        after = model(tokens[None])
+    assert after[0, position, token].item() == pytest.approx(before[0, position, token].item() + 3 * product)
+    others = torch.ones_like(before, dtype=torch.bool)
+    others[0, position, token] = False
+    assert torch.equal(after[others], before[others])
 
 
 def test_without_the_planted_pair_nothing_is_found():
-    model = linear_model().double()
+    model = model_with_a_dimension_for(11)
     tokens, position = prompt_for_both(model, planted_pair_sae(model, 11))
     sae = planted_pair_sae(model, 11, planted=False)
     run = run_prompt(model, sae, tokens)
