@@ -6,10 +6,12 @@ containers alone and refuses the rest. What is read is then compared with what i
 
 import json
 import re
+import struct
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
+from pickle import UnpicklingError  # noqa: TID251 (its error, not its reader)
 from typing import Any, cast
 
 import torch
@@ -23,6 +25,12 @@ from torch import Tensor
 from sae_nfm.loading import check_state_dict
 
 FETCH_ANEW = "fetch it anew"
+DAMAGED = (
+    *(UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
+    *(OSError, OverflowError, struct.error),
+)
+"""What reading a pickle that is damaged, or that asks for more than tensors, ends in, tried on thousands of damaged files (OSError:
+a truncated archive). What does not fit into memory is neither."""
 
 
 def check_file(path: Path) -> None:
@@ -76,7 +84,7 @@ def read_torch(path: Path) -> dict[str, Any]:
     check_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises any of a dozen kinds
+    except DAMAGED as error:
         wants = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wants is None:
             said = (str(error).splitlines() or [""])[0][:120]

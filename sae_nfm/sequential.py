@@ -32,6 +32,7 @@ BASE_HOOKS = ("hook_sae_input", "hook_sae_acts_pre")
 NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 """What SAELens's encode leaves for decode, which deletes it."""
 FROZEN = "the base's features are not to change; fold it before it is wrapped"
+"""Why folds are a NotImplementedError, as they are for SAELens's matching pursuit."""
 
 
 class _PassedOn(nn.Module):
@@ -170,15 +171,15 @@ class SequentialNFM(NFMPaths):
 
     @override
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        raise ValueError(f"a norm scaling factor cannot be folded into a sequential NFM: {FROZEN}")
+        raise NotImplementedError(f"a norm scaling factor cannot be folded into a sequential NFM: {FROZEN}")
 
     @override
     def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
-        raise ValueError(f"a whitening cannot be folded into a sequential NFM: {FROZEN}")
+        raise NotImplementedError(f"a whitening cannot be folded into a sequential NFM: {FROZEN}")
 
     @override
     def fold_and_get_W_dec_norm(self) -> Tensor:
-        raise ValueError(f"decoder norms cannot be folded in a sequential NFM: {FROZEN}")
+        raise NotImplementedError(f"decoder norms cannot be folded in a sequential NFM: {FROZEN}")
 
 
 class SequentialNFMSAE(SequentialNFM, SAE[SequentialNFMSAEConfig]):  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -141,6 +141,13 @@ def tiny_model(dtype: torch.dtype = torch.float32) -> HookedSAETransformer:
         return HookedSAETransformer(cfg, tokenizer, default_padding_side="right").eval()
 
 
+def rows_of_tokens() -> Tensor:
+    """Three rows: one without BOS, one with a BOS in its middle."""
+    found = torch.randint(1, D_VOCAB, (3, CONTEXT), generator=torch.Generator().manual_seed(3))
+    found[:2, 0] = found[1, 7] = 0
+    return found
+
+
 def token_dataset(rows: int, context: int = CONTEXT, seed: int = 2) -> Dataset:
     """Random token rows in column `tokens`, each beginning with BOS."""
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from builders import CONTEXT, D_MODEL, D_VOCAB, inference_sae, training_config
+from builders import D_MODEL, inference_sae, rows_of_tokens, training_config
 from sae_lens import SAE
 from tiny_models import write_checkpoint
 
@@ -39,9 +39,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokens():
-    found = torch.randint(1, D_VOCAB, (3, CONTEXT), generator=torch.Generator().manual_seed(3))
-    found[:2, 0] = found[1, 7] = 0  # a row without BOS, and a BOS in the middle of a row
-    return found
+    return rows_of_tokens()
 
 
 def sae_at(kind, seed=0, **overrides):

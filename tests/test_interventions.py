@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import CONTEXT, D_MODEL, D_VOCAB, inference_sae, training_config
+from builders import CONTEXT, D_MODEL, inference_sae, rows_of_tokens, training_config
 from sae_lens.saes.sae import SAEMetadata
 from tiny_models import write_checkpoint
 
@@ -29,9 +29,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokens():
-    found = torch.randint(1, D_VOCAB, (3, CONTEXT), generator=torch.Generator().manual_seed(3))
-    found[:2, 0] = found[1, 7] = 0  # a row without BOS, and a BOS in the middle of a row
-    return found
+    return rows_of_tokens()
 
 
 def sae_at(place, seed=0):

@@ -65,6 +65,13 @@ def test_norms_that_cannot_be_folded_exactly_stay():
     assert torch.equal(given.W_dec, sae.W_dec)
 
 
+def test_a_sequential_sae_is_taken_as_its_base_is():
+    sae = inference_sae(training_config("sequential_nfm"))
+    [(_, given)] = selected_saes({"mine": sae})
+    x = random_activations()
+    assert torch.equal(given(x), sae(x))
+
+
 def test_an_sae_in_training_is_refused():
     with pytest.raises(
         ValueError, match=r"^'mine' is an SAE in training; save it with save_inference_model and load that$"

@@ -343,7 +343,9 @@ def test_folds_are_refused():
         lambda: sae.fold_activation_whitening(torch.zeros(16), torch.eye(16), torch.eye(16)),
         sae.fold_W_dec_norm,
     ):
-        with pytest.raises(ValueError, match="the base's features are not to change; fold it before it is wrapped"):
+        with pytest.raises(
+            NotImplementedError, match="the base's features are not to change; fold it before it is wrapped"
+        ):
             fold()
 
 
