@@ -29,8 +29,8 @@ DAMAGED = (
     *(UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
     *(OSError, OverflowError, struct.error),
 )
-"""What reading a pickle that is damaged, or that asks for more than tensors, ends in, tried on thousands of damaged files (OSError:
-a truncated archive). What does not fit into memory is neither."""
+"""What reading a pickle that is damaged, or that asks for more than tensors, ends in, tried on thousands of damaged files
+(OSError: a truncated archive). What does not fit into memory is neither."""
 
 
 def check_file(path: Path) -> None:
