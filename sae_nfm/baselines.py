@@ -143,12 +143,13 @@ def training_flops(cfg: TrainingSAEConfig, l0: float | None = None) -> float:
         direct path         6 a d                                output, gradient of f, gradient of W_dec
         linear path         6 n d if n < a, else 0               reading the same f it shares W_dec's three products
         square path         6 a d
-        pooling             12 n m ("fm"), 6 n m ("mlp")         f V, and for "fm" f^2 V^2
+        pooling             12 n m ("fm"), 6 n m (other heads)   f V, and for "fm" f^2 V^2
         head                6 m^2 + 6 m d
         gated SAEs          6 a d + 2 a d                        the gate's own reconstruction
 
     Assumptions: decoding and all gradients touch active features alone, which SAELens's dense TopK does not do (it takes
-    6 d S for decoding); Matryoshka's levels are cumulative sums of one decoding; left out are what a batch does once (Adam,
+    6 d S for decoding); Matryoshka's levels are cumulative sums of one decoding; the pooling of a head that is registered
+    (`heads`) is not known and taken for that of "mlp"; left out are what a batch does once (Adam,
     norms, gradients of biases), selection and everything else element-wise, and the dead-feature loss.
 
     Args:

@@ -20,6 +20,7 @@ from sae_lens.saes.topk_sae import act_times_W_dec
 from torch import Tensor
 
 from sae_nfm import interaction
+from sae_nfm.heads import POOLS
 from sae_nfm.paths import NFMPaths
 
 Path = Literal["direct", "linear", "square", "interaction"]
@@ -61,7 +62,7 @@ class FeatureReads:
         if path == "square":
             c = sae.cfg.square_scale
             return interaction.square_output(read, sae.U, c) - interaction.square_output(before, sae.U, c)
-        pool = interaction.bi_interaction if sae.cfg.head == "fm" else interaction.weighted_rows
+        pool = POOLS[sae.cfg.head]
         return pool(read, sae.V) - pool(before, sae.V)
 
 

@@ -32,7 +32,6 @@ from sae_nfm.gauge import as_read
 from sae_nfm.hooks import counted_tokens, splice
 from sae_nfm.interaction import SparseActs
 from sae_nfm.models import LanguageModel
-from sae_nfm.nfm_fields import Head
 from sae_nfm.paths import Paths
 from sae_nfm.sae import NFMDecoder
 
@@ -149,9 +148,17 @@ def pair_contributions(
     W_1: Float[Tensor, "nfm_dim nfm_dim"],
     W_2: Float[Tensor, "nfm_dim d_in"],
     gates: Bool[Tensor, "tokens nfm_dim"],
-    head: Head = "fm",
+    head: str = "fm",
 ) -> Float[Tensor, "tokens n d_in"]:
-    """Each read feature's part of the interaction path's output, gates held; half of each pair with head "fm"."""
+    """Each read feature's part of the interaction path's output, gates held; half of each pair with head "fm".
+
+    Raises:
+        ValueError: for another head than "fm" and "mlp".
+    """
+    if head not in ("fm", "mlp"):
+        raise ValueError(
+            f"what one feature writes through the head {head!r} is not known; features are told apart with head 'fm' or 'mlp'"
+        )
     rows = read.values[..., None] * V[read.indices]
     if head == "fm":
         rows = 0.5 * rows * (rows.sum(1, keepdim=True) - rows)
@@ -196,7 +203,11 @@ class FeatureEnergies:
 
 @torch.no_grad()
 def feature_energies(sae: SAE[Any], tokens: TokenPaths) -> FeatureEnergies:
-    """Energies of every feature on tokens, for an SAE and what `token_paths` returned of it."""
+    """Energies of every feature on tokens, for an SAE and what `token_paths` returned of it.
+
+    Raises:
+        ValueError: for another head than "fm", "mlp" and "none" (`pair_contributions`).
+    """
     rows, acts, read, d_sae = as_read(sae), tokens.acts, tokens.read, sae.cfg.d_sae
     norms, n_tokens = rows.norms(), len(tokens.x)
     active = _by_feature(acts, (acts.values > 0).double(), d_sae)

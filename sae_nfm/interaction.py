@@ -14,6 +14,8 @@ Source: arXiv 2507.00269 (joint SAE + NFM); He & Chua 2017, arXiv 1708.05027, eq
 time); Rendle 2010 (factorization machines). The square path is this package's own.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -30,6 +32,8 @@ class SparseActs(NamedTuple):
 
 
 Acts = Float[Tensor, "*batch d_sae"] | SparseActs
+Pool = Callable[[Acts, Tensor], Tensor]
+"""From activations and V [d_sae, nfm_dim] to the pooled vector z [*batch, nfm_dim]."""
 
 
 def sparse_acts_from_coo(feature_acts: Tensor, k: int) -> SparseActs | None:
@@ -83,29 +87,42 @@ def weighted_rows(acts: Acts, weight: Float[Tensor, "d_sae d_out"]) -> Float[Ten
     return rows.reshape(*acts.indices.shape[:-1], weight.shape[-1])
 
 
+def powers(acts: Acts, exponent: int) -> Acts:
+    """`f^exponent`, in the form given."""
+    if isinstance(acts, SparseActs):
+        return SparseActs(acts.indices, acts.values.pow(exponent))
+    return acts.pow(exponent)
+
+
 def squared(acts: Acts) -> Acts:
     """`f^2`, in the form given."""
-    if isinstance(acts, SparseActs):
-        return SparseActs(acts.indices, acts.values.square())
-    return acts.square()
+    return powers(acts, 2)
 
 
-def bi_interaction(acts: Acts, embeddings: Float[Tensor, "d_sae nfm_dim"]) -> Float[Tensor, "*batch nfm_dim"]:
+def at_least_float32(pool: Pool) -> Pool:
+    """A pooling computed in at least float32, also under autocast; the result has the dtype of V."""
+
+    @wraps(pool)
+    def widened(acts: Acts, V: Tensor) -> Tensor:
+        with torch.autocast(device_type=V.device.type, enabled=False):
+            wide = V.to(torch.promote_types(V.dtype, torch.float32))
+            return pool(_as_dtype(acts, wide.dtype), wide).to(V.dtype)
+
+    return widened
+
+
+@at_least_float32
+def bi_interaction(acts: Acts, V: Float[Tensor, "d_sae nfm_dim"]) -> Float[Tensor, "*batch nfm_dim"]:
     """Bi-interaction pooling `1/2 [(f V)^2 - (f^2)(V^2)]`, the sum over pairs i < j of `f_i f_j v_i*v_j`.
 
-    Computed in at least float32, also under autocast: it is a difference of squares, and where one feature dominates a
-    bfloat16 difference would be rounding error. The result has the dtype of `embeddings`.
+    It is a difference of squares, and where one feature dominates a bfloat16 difference would be rounding error.
 
     In float32 the rounding error is about 1e-7 times the sum of f_i^2 v_i^2. It is small beside the pairs unless one feature
     outweighs all others by orders of magnitude, as with a single feature, where z is 0 and the error is all there is.
 
     Source: He & Chua 2017, eq. 4.
     """
-    with torch.autocast(device_type=embeddings.device.type, enabled=False):
-        wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        acts = _as_dtype(acts, wide.dtype)
-        pooled = 0.5 * (weighted_rows(acts, wide).square() - weighted_rows(squared(acts), wide.square()))
-    return pooled.to(embeddings.dtype)
+    return 0.5 * (weighted_rows(acts, V).square() - weighted_rows(squared(acts), V.square()))
 
 
 def hidden_pre(

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sae_nfm import interaction
 from sae_nfm.active_sums import Routing, RowNorms, TopHiddenPre, WeightedRows, route, wide
+from sae_nfm.heads import POOLS
 from sae_nfm.interaction import Acts, SparseActs
 from sae_nfm.ranking import hidden_pre
 
@@ -29,6 +30,7 @@ __all__ = [
     "choose",
     "encode",
     "of_active",
+    "pooled",
     "route",
     "row_norms",
     "to_coo",
@@ -123,6 +125,17 @@ def bi_interaction(
     rest = weighted_rows(others, rows, routing)
     squares = weighted_rows(interaction.squared(others), rows.square(), routing)
     return (strongest * rest + 0.5 * (rest.square() - squares)).to(V.dtype)
+
+
+def pooled(
+    head: str, acts: SparseActs, V: Float[Tensor, "d_sae nfm_dim"], routing: Routing
+) -> Float[Tensor, "*batch nfm_dim"]:
+    """The z of a head (`heads`) from the active features: by the sparse forms above; a registered head by autograd."""
+    if head == "fm":
+        return bi_interaction(acts, V, routing)
+    if head == "mlp":
+        return weighted_rows(acts, V, routing)
+    return POOLS[head](acts, V)
 
 
 def of_active(per_feature: Float[Tensor, " d_sae"], acts: SparseActs) -> Float[Tensor, "*batch k"]:

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from sae_lens.saes.sae import SAEMetadata
 
-Head = Literal["fm", "mlp", "none"]
-HEADS = ("fm", "mlp", "none")
+from sae_nfm.heads import check_head
+
 Kernel = Literal["auto", "dense", "sparse"]
 KERNELS = ("auto", "dense", "sparse")
 REQUIRES = "pip install sae-nfm; then `import sae_nfm` before SAELens loads this SAE"
@@ -21,8 +21,8 @@ class NFMFields:
         nfm_dim (int): Interaction dimensions m: the width of V and of the hidden code h.
         nfm_top_k (int | None): How many of a token's active features the linear and the interaction path read, the
             strongest first (the paper's n); None means all.
-        head (Literal["fm", "mlp", "none"]): The nonlinear path. "fm" pools products of feature pairs, "mlp" is the same
-            head on f_n V without the product (a capacity control), "none" leaves the path out.
+        head (str): The nonlinear path. "fm" pools products of feature pairs, "mlp" is the same head on f_n V without the
+            product (a capacity control), "none" leaves the path out; or a head of your own (`heads.register_head`).
         use_linear_path (bool): Whether the output has the linear integration path f_n W_lin + b_lin.
         use_square_path (bool): Whether the output has the square path (f^2 / square_scale) U, the diagonal that the
             pooling leaves out.
@@ -36,7 +36,7 @@ class NFMFields:
 
     nfm_dim: int = 64
     nfm_top_k: int | None = None
-    head: Head = "fm"
+    head: str = "fm"
     use_linear_path: bool = True
     use_square_path: bool = False
     square_scale: float = 3.0
@@ -50,8 +50,7 @@ class NFMFields:
             raise ValueError(
                 f"nfm_top_k is {self.nfm_top_k}; give a positive whole number, or None for all active features"
             )
-        if self.head not in HEADS:
-            raise ValueError(f"head is {self.head!r}; give one of {', '.join(map(repr, HEADS))}")
+        check_head(self.head)
         if self.kernel not in KERNELS:
             raise ValueError(f"kernel is {self.kernel!r}; give one of {', '.join(map(repr, KERNELS))}")
         if not 0 < self.square_scale < float("inf"):

@@ -2,7 +2,7 @@
 
     lin   = f_n W_lin + b_lin                 linear integration path
     sq    = (f^2 / c) U                       square path
-    inter = ReLU(z W_1 + b_1) W_2 + b_2       interaction path, z = sum_{i<j} f_i f_j v_i*v_j over f_n
+    inter = ReLU(z W_1 + b_1) W_2 + b_2       interaction path, z = sum_{i<j} f_i f_j v_i*v_j over f_n, or as another of `heads`
 
 An architecture derives from `NFMPaths` and an SAE class of SAELens, and says in `decode_paths` what the direct path is and
 which activations the others read. Parameters and hook points are direct attributes of the SAE (SAELens switches hooks off by
@@ -23,6 +23,7 @@ from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_nfm import interaction
+from sae_nfm.heads import POOLS
 from sae_nfm.loading import check_state_dict, write_note
 
 FEW_FEATURES = 1024
@@ -170,8 +171,7 @@ class NFMPaths(_Host):
         return self.hook_nfm_interaction(self._written(interaction.interaction_output(hidden, self.W_2, self.b_2)))
 
     def _pool(self, read: interaction.Acts) -> Tensor:
-        pool = interaction.bi_interaction if self.cfg.head == "fm" else interaction.weighted_rows
-        return self._dropout(self.hook_nfm_pooled(pool(read, self.V)))
+        return self._dropout(self.hook_nfm_pooled(POOLS[self.cfg.head](read, self.V)))
 
     def _written(self, path: Tensor) -> Tensor:
         """What a path adds to the output, given what its weights make."""

@@ -118,8 +118,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
             squares = SparseActs(acts.indices, acts.values.square())
             square = kernels.weighted_rows(squares, self.U, routing) / cfg.square_scale
         if cfg.head != "none":
-            pool = kernels.bi_interaction if cfg.head == "fm" else kernels.weighted_rows
-            pooled = self._dropout(pool(read, self.V, read_routing))
+            pooled = self._dropout(kernels.pooled(cfg.head, read, self.V, read_routing))
             hidden = interaction.hidden_pre(pooled, self.W_1, self.b_1)
             interacting = interaction.interaction_output(hidden, self.W_2, self.b_2)
         direct = kernels.weighted_rows(unscaled, W_dec, routing) + self.b_dec
