@@ -109,21 +109,31 @@ class HashedStore(ActivationsStore):
         return super()._iterate_tokenized_sequences()
 
 
-def parse(argv: Sequence[str]) -> EvaluateConfig:
+def parse(argv: Sequence[str], *, examples: Sequence[tuple[str, str]] = ()) -> EvaluateConfig:
     """Understand a command line after `sae-nfm evaluate`.
+
+    Args:
+        argv: the command line.
+        examples: for the help.
 
     Raises:
         ValueError: for a flag or value that does not work, in one line.
     """
+    return make_parser(examples=examples).parse_args(underscored(argv)).config
+
+
+def make_parser(*, examples: Sequence[tuple[str, str]] = ()) -> CommandParser:
+    """The parser, with examples for its help."""
     parser = CommandParser(
         prog="sae-nfm evaluate",
         usage="%(prog)s SAE [SAE_ID] [options]",
         description=DESCRIPTION,
+        examples=examples,
         sections={"SAE, model and data": SHOWN_FIRST},
         titles={EvaluateConfig.__name__: "metrics and output"},
     )
     parser.add_arguments(EvaluateConfig, dest="config")
-    return parser.parse_args(underscored(argv)).config
+    return parser
 
 
 SHOWN_FIRST = ("sae", "sae_id", "model_name", "model_class_name", "dataset_path", "split", "context_size", "device")

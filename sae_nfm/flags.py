@@ -7,9 +7,10 @@ field alone (SAELens's comments are no help), and a mistake is a ValueError of o
 import argparse
 import inspect
 import re
+import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from simple_parsing import ArgumentParser
 from simple_parsing.docstring import dp_parse, get_attribute_docstring
@@ -17,17 +18,24 @@ from simple_parsing.helpers.custom_actions import BooleanOptionalAction
 from simple_parsing.wrappers.dataclass_wrapper import DataclassWrapper
 from typing_extensions import override
 
+from sae_nfm.command import WIDTH
+
 
 class HelpFormatter(argparse.HelpFormatter):
     """`--flag type` and its help, a column for each; of a bool no separate --noflag; paragraphs stay."""
 
     def __init__(self, prog: str, **kwargs: Any) -> None:
-        super().__init__(prog, max_help_position=34, **kwargs)
+        width = min(shutil.get_terminal_size().columns, WIDTH) - 2
+        super().__init__(prog, max_help_position=34 if width > 80 else 28, width=width, **kwargs)
 
     @override
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
         return "\n\n".join(textwrap.fill(p, width, initial_indent=indent, subsequent_indent=indent) for p in paragraphs)
+
+    @override
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # names have hyphens
 
     @override
     def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -40,7 +48,10 @@ class HelpFormatter(argparse.HelpFormatter):
 class CommandParser(ArgumentParser):
     """The parser of one command.
 
+    Every one has --json and --debug; `sae_nfm.cli` acts on them.
+
     Args:
+        examples: command lines, each after what it does; they stand before the options.
         sections: titles of the help's sections, each with the options that stand there in that order; options named nowhere
             follow under the title of their class. A section without options keeps the place for a class's title.
         titles: the title for a config class, by its name.
@@ -54,6 +65,7 @@ class CommandParser(ArgumentParser):
     def __init__(
         self,
         *,
+        examples: Sequence[tuple[str, str]] = (),
         sections: Mapping[str, Sequence[str]] | None = None,
         titles: Mapping[str, str] | None = None,
         hidden: Sequence[str] = (),
@@ -68,6 +80,12 @@ class CommandParser(ArgumentParser):
             "usage": "%(prog)s [options]",
         }
         super().__init__(**(defaults | kwargs))
+        self.add_argument(
+            "--json", action="store_true", help="Print the result as JSON on stdout, and nothing else there."
+        )
+        self.add_argument("--debug", action="store_true", help="Print the traceback of an error.")
+        self._help_action.help = "Print this help."
+        self._examples = examples
         self._sections, self._titles, self._hidden = sections or {}, titles or {}, hidden
         self._told, self._measured, self._usual = told or {}, measured, usual or {}
 
@@ -88,15 +106,28 @@ class CommandParser(ArgumentParser):
 
     @override
     def format_help(self) -> str:
-        formatter = self._get_formatter()
-        formatter.add_usage(self.usage, [], [])
-        formatter.add_text(self.description)
+        head, rest = self._get_formatter(), self._get_formatter()
+        head.add_text(self.description)
+        head.add_usage(self.usage, [], [])
         for title, actions in self._by_section().items():
-            formatter.start_section(title)
-            formatter.add_arguments(actions)
-            formatter.end_section()
-        formatter.add_text(self.epilog)
-        return formatter.format_help()
+            rest.start_section(title)
+            rest.add_arguments(actions)
+            rest.end_section()
+        rest.add_text(self.epilog)
+        examples = "\n".join(f"  # {told}\n  {line}" for told, line in self._examples)
+        parts = [head.format_help(), f"examples:\n{examples}\n" if examples else "", rest.format_help()]
+        return "\n".join(part for part in parts if part)
+
+    def completed(self) -> Self:
+        """Itself, with the options that no argument chooses made and described."""
+        self._preprocessing([])
+        for action in self.shown_actions():
+            action.option_strings = _flags(action)
+        return self
+
+    def shown_actions(self) -> list[argparse.Action]:
+        """What the help names."""
+        return [action for actions in self._by_section().values() for action in actions]
 
     def _by_section(self) -> dict[str, list[argparse.Action]]:
         actions = {action.dest: action for action in self._actions}
@@ -110,19 +141,23 @@ class CommandParser(ArgumentParser):
                 action.help = self._describe(name, action, wrapper, field.name)
                 if name in named:
                     found[name] = action
-                elif name not in self._hidden:
+                elif name in self._hidden:
+                    action.help = argparse.SUPPRESS
+                elif not action.option_strings:
+                    rest.setdefault("arguments", []).append(action)
+                else:
                     title = self._titles.get(wrapper.dataclass.__name__, wrapper.dataclass.__name__)
                     rest.setdefault(title, []).append(action)
         sections = {title: [found[name] for name in names if name in found] for title, names in self._sections.items()}
-        return sections | rest | {"other": [self._help_action]}
+        return sections | rest | {"every command": [actions["json"], actions["debug"], self._help_action]}
 
     def _describe(self, name: str, action: argparse.Action, wrapper: DataclassWrapper[Any], field_name: str) -> str:
         text = self._told.get(name) or description(wrapper.dataclass, field_name)
         stated, usual = "(required)" if action.required else "", self._usual.get(name, action.default)
         if name not in self._measured and usual != action.default:
-            stated = f"(default: {action.default}; SAELens's: {usual})"
-        elif name not in self._measured and action.default not in (None, "", (), argparse.SUPPRESS):
-            stated = f"(default: {action.default})"
+            stated = f"(default: {_typed(action.default)}; SAELens's: {_typed(usual)})"
+        elif name not in self._measured and action.default not in (None, "", (), (None,), {}, argparse.SUPPRESS):
+            stated = f"(default: {_typed(action.default)})"
         return f"{text} {stated}".strip().replace("%", "%%") or " "
 
 
@@ -151,6 +186,11 @@ def _flags(action: argparse.Action) -> list[str]:
     return [flag for flag in action.option_strings if flag not in hidden]
 
 
+def _typed(value: Any) -> str:
+    """A default as it would be typed."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def _name(action: argparse.Action) -> str:
     """An option's longest flag without its dashes, a positional's name."""
     return max(_flags(action), key=len).lstrip("-") if action.option_strings else action.dest.rpartition(".")[2]
@@ -160,6 +200,8 @@ def _metavar(action: argparse.Action) -> str:
     """What stands for an option's value in the help: its type, or its choices."""
     if action.choices is not None:
         return action.metavar if isinstance(action.metavar, str) else "{" + ",".join(map(str, action.choices)) + "}"
+    if isinstance(action, BooleanOptionalAction):
+        return "[bool]"  # the option alone stands for true
     name = str(action.metavar or getattr(action.type, "__name__", "str"))
     name = re.sub(r"json_dict|\bdict\b", "JSON", name.replace("Literal", "str"))
     return re.sub(r"[\[\]]", "", name).split(" ")[0] + (" ..." if action.nargs == "*" else "")

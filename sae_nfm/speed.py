@@ -51,10 +51,10 @@ class SpeedConfig(Sizes):
     memory_limit_gib: float = 8.0
     """GiB that the published formulation may take; above that it is not tried."""
     scan: Scan | None = None
-    """How the steps grow with this size, doubled from its value up to scan_to."""
+    """How the steps grow with this size, d_sae or nfm_dim, doubled from its value up to scan_to."""
     scan_to: int | None = None
     """Last size of the scan; 8 times the first unless given."""
-    json: str | None = None
+    output: str | None = None
     """JSON file for every figure, with configuration and versions."""
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class SpeedConfig(Sizes):
 
 
 def measure_speed(config: SpeedConfig) -> SpeedResult:
-    """Time the arms, or scan one size; writes `config.json` where that is given.
+    """Time the arms, or scan one size; writes `config.output` where that is given.
 
     Raises:
         ValueError: for sizes that do not fit together, or a device that is not there.
@@ -102,8 +102,8 @@ def measure_speed(config: SpeedConfig) -> SpeedResult:
         peaks = measure_peaks(cases, timings) if config.memory else {}
         rows = tuple(_row(case, timings, peaks, rates) for case in cases)
         result = SpeedResult(rows=rows, rates=rates, provenance=_provenance(config))
-    if config.json is not None:
-        result.save(config.json)
+    if config.output is not None:
+        result.save(config.output)
     return result
 
 

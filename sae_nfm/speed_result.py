@@ -114,7 +114,7 @@ class SpeedResult:
             return cls(rows=tuple(rows), rates=Rates(**content["rates"]), provenance=content["provenance"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} is not a speed result ({error}); write one with `sae-nfm speed --json`"
+                f"{path} is not a speed result ({error}); write one with `sae-nfm speed --output`"
             ) from error
 
 

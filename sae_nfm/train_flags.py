@@ -105,6 +105,16 @@ TOLD = {
     "seqpos_slice": "Positions of each row that are trained on, as start, end and step; `1 None` leaves out position 0.",
     "exclude_special_tokens": "true: leave BOS, EOS and padding out. A JSON list such as [0,50256]: these token ids.",
     "n_eval_batches": "Batches of an evaluation while training, held out or (with wandb) SAELens's on the training text.",
+    "log_to_wandb": "Log to Weights & Biases; the other options here say how. training.jsonl is written in any case.",
+    "log_activations_store_to_wandb": "SAELens has the flag and reads it nowhere.",
+    "log_optimizer_state_to_wandb": "Likewise.",
+    "log_weights_to_wandb": "Upload the weights with each checkpoint and in the end.",
+    "wandb_project": "Project.",
+    "wandb_id": "Id of the run; its checkpoints' folder is named by it, logged or not.",
+    "run_name": "Name of the run; unless given it is made of architecture, size, rate and tokens.",
+    "wandb_entity": "User or team.",
+    "wandb_log_frequency": "Steps from one logged line to the next.",
+    "eval_every_n_wandb_logs": "Logged lines from one of SAELens's evaluations to the next.",
 }
 
 
@@ -144,15 +154,19 @@ class TrainArguments:
     """The command line after `sae-nfm train`."""
 
 
-def parse(argv: Sequence[str]) -> TrainArguments:
+def parse(argv: Sequence[str], *, examples: Sequence[tuple[str, str]] = ()) -> TrainArguments:
     """Understand a command line after `sae-nfm train`.
+
+    Args:
+        argv: the command line.
+        examples: for the help.
 
     Raises:
         ValueError: for a flag or value that does not work, in one line.
     """
     underscores = underscored(argv)
     chosen = _chosen(underscores)
-    parser = make_parser(chosen.architecture, embedded=chosen.model_name == demo.MODEL_NAME)
+    parser = make_parser(chosen.architecture, embedded=chosen.model_name == demo.MODEL_NAME, examples=examples)
     parsed = parser.parse_args(underscores)
     if getattr(parsed.cfg.sae, "matryoshka_widths", None) == []:  # SAELens has no default and refuses to go on
         parsed.cfg.sae.matryoshka_widths = sorted({max(1, parsed.cfg.sae.d_sae // part) for part in (8, 4, 2, 1)})
@@ -173,7 +187,9 @@ def _chosen(argv: Sequence[str]) -> argparse.Namespace:
     return chosen
 
 
-def make_parser(architecture: str = ARCHITECTURE, *, embedded: bool = True) -> CommandParser:
+def make_parser(
+    architecture: str = ARCHITECTURE, *, embedded: bool = True, examples: Sequence[tuple[str, str]] = ()
+) -> CommandParser:
     """The parser; defaults and help are for this architecture, on the embedded model or on another."""
     title = f"the SAE ({architecture})"
     parser = CommandParser(
@@ -183,6 +199,7 @@ def make_parser(architecture: str = ARCHITECTURE, *, embedded: bool = True) -> C
             architecture=architecture, model="the embedded model" if embedded else "a model given by name"
         ),
         epilog=EPILOG,
+        examples=examples,
         sections=SECTIONS | {title: ()} | LATER_SECTIONS,
         titles={
             SAE_TRAINING_CLASS_REGISTRY[architecture][1].__name__: title,

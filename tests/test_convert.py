@@ -8,7 +8,7 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from sae_nfm.cli import Command, words_of
+from sae_nfm.commands import COMMANDS
 from sae_nfm.convert import detected
 from sae_nfm.sparsify_checkpoint import sparsify_loader
 from tests.builders import inference_sae, training_config
@@ -22,12 +22,7 @@ from tests.checkpoint_writers import (
     write_statistics,
 )
 
-COMMAND = Command(
-    summary="convert",
-    config="sae_nfm.convert:ConvertConfig",
-    arguments="SOURCE OUTPUT",
-    run=words_of("sae_nfm.convert:convert"),
-)
+COMMAND = COMMANDS["convert"]
 
 
 FORMATS = {
@@ -51,7 +46,7 @@ def test_the_command_line_says_what_is_and_what_is_not_known(tmp_path: Path) -> 
         "--hook-name",
         "blocks.16.hook_resid_pre",
     ]
-    assert COMMAND.run(COMMAND.parse("convert", line), "").splitlines() == [
+    assert COMMAND.result(COMMAND.parse("convert", line)).words().splitlines() == [
         f"Converted from author to joint_nfm (d_in 5, d_sae 1,100, k 1,024, nfm_dim 3, nfm_top_k 512): {out}",
         "Not in the files, assumed: k = 1024, the paper's; nfm_top_k = 512, the paper's",
         "Not in the files, and needed to use it in a language model: --model_name, --context_size; convert again with them",
@@ -62,7 +57,7 @@ def test_the_command_line_says_what_is_and_what_is_not_known(tmp_path: Path) -> 
     ]
     assert {path.name for path in out.iterdir()} == {"cfg.json", "sae_weights.safetensors", "README.md"}
     line += ["--model_name", "gpt2", "--context_size", "128", "--prepend_bos", "False", "--k", "9", "--nfm_top_k", "9"]
-    words = COMMAND.run(COMMAND.parse("convert", line), "").splitlines()
+    words = COMMAND.result(COMMAND.parse("convert", line)).words().splitlines()
     assert words[:2] == [
         f"Converted from author to joint_nfm (d_in 5, d_sae 1,100, k 9, nfm_dim 3, nfm_top_k all): {out}",
         f"The SAE that was there is kept in {out}.1",

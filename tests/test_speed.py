@@ -181,9 +181,9 @@ def test_a_scan_of_nfm_dim_ends_at_eight_times_the_first():
     assert all(row.step_quartiles is None for row in result.rows)  # of one round
 
 
-def test_json(tmp_path):
+def test_the_file(tmp_path):
     path = tmp_path / "new" / "speed.json"
-    result = measure_speed(SpeedConfig(**TINY, arms=("topk", PUBLISHED), json=str(path)))
+    result = measure_speed(SpeedConfig(**TINY, arms=("topk", PUBLISHED), output=str(path)))
     assert SpeedResult.load(path) == result
     assert [file.name for file in path.parent.iterdir()] == ["speed.json"]
     provenance = json.loads(path.read_text())["provenance"]
@@ -258,5 +258,7 @@ def test_a_device_that_is_not_there():
 
 def test_something_else_is_no_result(tmp_path):
     (tmp_path / "other.json").write_text('{"rows": []}')
-    with pytest.raises(ValueError, match=r"other.json is not a speed result .*; write one with `sae-nfm speed --json`"):
+    with pytest.raises(
+        ValueError, match=r"other.json is not a speed result .*; write one with `sae-nfm speed --output`"
+    ):
         SpeedResult.load(tmp_path / "other.json")

@@ -1,0 +1,292 @@
+"""The commands of `sae-nfm`, by what one wants. Nothing is imported before a command is called."""
+
+from sae_nfm.command import Command
+
+RELEASED = "sae-nfm-demo:blocks.2.hook_resid_post"
+GROUPS: dict[str, dict[str, Command]] = {
+    "start here": {
+        "demo": Command(
+            summary="train joint_nfm and its baselines; print the table, write a page",
+            description="Train joint_nfm and its baselines on one activation stream, evaluate them spliced into the model, "
+            "print the table and write results.json and report.html. Without options: the embedded model, offline.",
+            examples=(
+                ("the embedded model and tokens of its own, offline; 5 minutes on 2 cores", "sae-nfm demo"),
+                (
+                    "your text: parquet, jsonl or txt",
+                    "sae-nfm demo --dataset train.parquet --validation held_out.parquet",
+                ),
+                (
+                    "a model of the hub, on its data; hours",
+                    "sae-nfm demo --model-name gpt2 --dataset NeelNanda/pile-10k",
+                ),
+            ),
+            config="sae_nfm.benchmark:BenchmarkConfig",
+            run="sae_nfm.demo_command:run_demo",
+            keeps_command=True,
+            dashes=True,
+        ),
+        "report": Command(
+            summary="one offline page of every result found in a folder",
+            description="Write one self-contained HTML page of every result found anywhere under a folder: figures, tables, "
+            "the explorer where there is one. It says which commands would fill what it lacks.",
+            examples=(
+                ("of everything under runs: runs/report.html; seconds", "sae-nfm report runs"),
+                ("of one run, under another name", "sae-nfm report runs/demo --output demo.html"),
+            ),
+            config="sae_nfm.report.command:ReportConfig",
+            arguments="RUN",
+            run="sae_nfm.report.command:write_run_report",
+            dashes=True,
+        ),
+    },
+    "train": {
+        "train": Command(
+            summary="train one SAE of any architecture, with SAELens's flags",
+            examples=(
+                ("joint_nfm on the embedded model, offline; a minute", "sae-nfm train --output_path runs/mine"),
+                (
+                    "an NFM on an SAE of any kind, which stays as it is (after `sae-nfm demo`)",
+                    "sae-nfm train --architecture sequential_nfm --base runs/demo/saes/topk",
+                ),
+                ("a joint_nfm that begins as a TopK SAE", "sae-nfm train --warm_start runs/demo/saes/topk"),
+            ),
+            config="sae_nfm.train_flags:parse",
+            parser="sae_nfm.train_flags:make_parser",
+            run="sae_nfm.train:train",
+        ),
+        "convert": Command(
+            summary="turn a checkpoint of another package into a SAELens folder",
+            description="Turn a checkpoint of the paper's author, of dictionary_learning, sparsify or SAELens into a SAELens "
+            "folder, every tensor checked.",
+            examples=(
+                (
+                    "a TopK SAE becomes a joint_nfm whose NFM writes zero; seconds",
+                    "sae-nfm convert runs/demo/saes/topk runs/silent",
+                ),
+                (
+                    "an SAE of sparsify or dictionary_learning; its files say which",
+                    "sae-nfm convert layers.10 saes/pythia --model_name EleutherAI/pythia-160m",
+                ),
+            ),
+            config="sae_nfm.convert:ConvertConfig",
+            arguments="SOURCE OUTPUT",
+            run="sae_nfm.convert:convert",
+        ),
+        "dry-run": Command(
+            summary="shapes, memory and time of a training run, before it is made",
+            description="Shapes, parameters, memory and time of a training run: a .yaml file, or an experiment that comes with "
+            "the package (paper: the set-up of arXiv 2507.00269).",
+            examples=(
+                ("the published run; seconds", "sae-nfm dry-run paper"),
+                ("the same on a smaller device", "sae-nfm dry-run paper --memory_gib 24"),
+                ("a run of yours, at rates measured here", "sae-nfm dry-run mine.yaml --measure_rates"),
+            ),
+            config="sae_nfm.dry_run:DryRunConfig",
+            arguments="[EXPERIMENT]",
+            run="sae_nfm.dry_run:check",
+        ),
+    },
+    "compare and trust": {
+        "evaluate": Command(
+            summary="SAELens's metrics of a saved or released SAE, on held-out text",
+            examples=(
+                ("the packaged SAE, offline; half a minute", f"sae-nfm evaluate {RELEASED}"),
+                (
+                    "a saved one on your text, every figure to a file",
+                    "sae-nfm evaluate runs/mine --dataset_path held_out.parquet --output mine.json",
+                ),
+            ),
+            config="sae_nfm.evals:parse",
+            parser="sae_nfm.evals:make_parser",
+            run="sae_nfm.evals:evaluate_saved",
+            keeps_command=True,
+        ),
+        "compare": Command(
+            summary="matched arms over several seeds, a verdict for each claim",
+            description="Train joint_nfm, its controls and SAEs on their own at matched width, parameters and FLOPs over several "
+            "seeds, each at its own learning rate, and judge every claim over seeds and documents. Interrupted, it goes on when "
+            "called again.",
+            examples=(
+                ("the embedded model, offline; less than an hour on 2 cores", "sae-nfm compare"),
+                (
+                    "a first look without verdicts: two arms, one seed, no sweep; minutes",
+                    "sae-nfm compare --arms joint_nfm topk --seeds 0 --learning-rates 5e-3",
+                ),
+            ),
+            config="sae_nfm.compare:CompareConfig",
+            run="sae_nfm.compare:run_compare",
+            keeps_command=True,
+            dashes=True,
+        ),
+        "reproduce": Command(
+            summary="each published figure beside ours and the control that it needs",
+            description="Measure what arXiv 2507.00269 reports, and the same under the controls that it lacks, on SAEs trained "
+            "for one seed or on those of a finished comparison.",
+            examples=(
+                ("the embedded model, offline; minutes on 2 cores", "sae-nfm reproduce"),
+                ("the SAEs and verdicts of a finished comparison", "sae-nfm reproduce --compare runs/compare"),
+            ),
+            config="sae_nfm.reproduce:ReproduceConfig",
+            run="sae_nfm.reproduce:run_reproduce",
+            keeps_command=True,
+            dashes=True,
+        ),
+        "speed": Command(
+            summary="what a training step costs, beside SAELens's TopK and a floor",
+            description="Time a training step of joint_nfm, beside SAELens's TopK and beside the least that its products and "
+            "memory traffic must take at rates measured in the same run.",
+            examples=(
+                ("all arms; minutes", "sae-nfm speed"),
+                (
+                    "two arms of the embedded model's size; half a minute",
+                    'sae-nfm speed --arms "joint_nfm auto" topk --d_in 256 --d_sae 2048',
+                ),
+                ("how the cost grows, to a file", "sae-nfm speed --scan d_sae --scan_to 65536 --output speed.json"),
+            ),
+            config="sae_nfm.speed:SpeedConfig",
+            run="sae_nfm.speed:measure_speed",
+        ),
+    },
+    "which features interact": {
+        "explore": Command(
+            summary="contexts, logits and pairs of an SAE's features, for the report",
+            description="Collect contexts, histograms, logits and pairs of one SAE's features over held-out text, for the "
+            "explorer of `sae-nfm report`.",
+            examples=(
+                ("the packaged SAE, offline; minutes", "sae-nfm explore"),
+                ("one of a demo, beside its results", "sae-nfm explore runs/demo/saes/joint_nfm --output runs/demo"),
+            ),
+            config="sae_nfm.explore:ExploreConfig",
+            arguments="[SAE]",
+            run="sae_nfm.explore:run_explore",
+            keeps_command=True,
+            dashes=True,
+        ),
+        "attribute": Command(
+            summary="which features interact on a token; what removing a pair does",
+            description="Pairs of features on the tokens of a prompt: what each writes, which tokens that promotes, its effect "
+            "on a logit, predicted and measured by removing it. With --corpus: pairs over held-out text, with contexts, the "
+            "weight-only view and the co-occurrence control.",
+            examples=(
+                (
+                    "the last token, with the packaged SAE, offline; seconds",
+                    'sae-nfm attribute "The film was not good"',
+                ),
+                (
+                    "effects on the difference of two logits",
+                    'sae-nfm attribute "The film was not" --logit " good" --against " bad"',
+                ),
+                (
+                    "over held-out text, with a graph; a minute",
+                    "sae-nfm attribute --corpus --graph runs/attribution/pairs.graphml",
+                ),
+            ),
+            config="sae_nfm.attribute:AttributeConfig",
+            arguments="[PROMPT]",
+            run="sae_nfm.attribute:attribute",
+            keeps_command=True,
+            dashes=True,
+        ),
+        "factorial": Command(
+            summary="a 2x2 experiment: do features act on two factors together?",
+            description="Select features by main effects and pairs by the interaction on one half of the stimuli, clamp them on "
+            "the other, and test what that does to target words, with controls. Stimuli are the units.",
+            examples=(
+                ("the packaged SAE, offline; minutes", "sae-nfm factorial"),
+                (
+                    "other stimuli and clamps",
+                    "sae-nfm factorial --stimuli formality-emotion --clamps 0 4 --output runs/2x2",
+                ),
+            ),
+            config="sae_nfm.factorial:FactorialConfig",
+            run="sae_nfm.factorial:run_factorial",
+            keeps_command=True,
+            dashes=True,
+        ),
+        "secondary": Command(
+            summary="which features the hidden code of the interactions has",
+            description="Train SAEs on the hidden code of an SAE's interaction path, on a permuted hidden code, on the linear "
+            "path's output and on the residual; put each reconstruction in place and measure error, KL and cross-entropy. "
+            "Interrupted, it goes on when called again.",
+            examples=(
+                ("the packaged SAE, offline; minutes on 2 cores", "sae-nfm secondary"),
+                ("one of a demo, at two sparsities", "sae-nfm secondary runs/demo/saes/joint_nfm --k 8 16"),
+            ),
+            config="sae_nfm.secondary_command:SecondaryConfig",
+            arguments="[PRIMARY]",
+            run="sae_nfm.secondary_command:run_secondary",
+            keeps_command=True,
+            dashes=True,
+        ),
+        "dynamics": Command(
+            summary="how features move over the checkpoints of a training run",
+            description="Measure every checkpoint of one joint_nfm run on the same held-out tokens: do features pass from "
+            "integration to identity while it is trained? Beside it stand shuffled identities of features, the canonical gauge, "
+            "and a topk run.",
+            examples=(
+                ("first a run with checkpoints; a minute", "sae-nfm train --n_checkpoints 6 --wandb_id mine"),
+                ("then what moved in it; a minute", "sae-nfm dynamics checkpoints/mine"),
+                ("the same beside a topk run", "sae-nfm dynamics checkpoints/mine --reference checkpoints/topk"),
+            ),
+            config="sae_nfm.learning_dynamics:DynamicsConfig",
+            arguments="RUN_CHECKPOINTS",
+            run="sae_nfm.learning_dynamics:run_dynamics",
+            keeps_command=True,
+            dashes=True,
+        ),
+    },
+    "share": {
+        "push": Command(
+            summary="publish SAEs on the Hugging Face hub, with an honest model card",
+            description="Publish a saved SAE, or those of a demo with their table and report, on the Hugging Face hub, with a "
+            "model card that has the honest table. It needs a login.",
+            examples=(
+                ("those of a demo", "sae-nfm push runs/demo me/my-saes"),
+                ("one, for yourself alone", "sae-nfm push runs/mine me/my-saes --sae_id mine --private"),
+            ),
+            config="sae_nfm.hub:PushConfig",
+            arguments="SOURCE REPO_ID",
+            run="sae_nfm.hub:push",
+        ),
+        "pull": Command(
+            summary="fetch SAEs that `push` has published, every file verified",
+            description="Fetch SAEs that `sae-nfm push` has published, every file verified by its sha256.",
+            examples=(("all SAEs of a repository", "sae-nfm pull me/my-saes saes"),),
+            config="sae_nfm.hub:PullConfig",
+            arguments="REPO_ID OUTPUT",
+            run="sae_nfm.hub:pull",
+        ),
+        "export": Command(
+            summary="an explorer's features as Neuronpedia-style JSON lines",
+            description="Write the features of an explorer.json.gz, as `sae-nfm explore` leaves it, as JSON lines in the style "
+            "of Neuronpedia.",
+            examples=(
+                ("after `sae-nfm explore`; seconds", "sae-nfm export runs/explorer features.jsonl"),
+                ("compressed, and the pairs beside it", "sae-nfm export runs/explorer features.jsonl.gz --pairs"),
+            ),
+            config="sae_nfm.neuronpedia:ExportConfig",
+            arguments="EXPLORER OUTPUT",
+            run="sae_nfm.neuronpedia:export",
+            dashes=True,
+        ),
+    },
+    "in the shell": {
+        "completion": Command(
+            summary="print the script that completes commands in bash, zsh or tcsh",
+            description="Print a script that completes commands, options and file names. It is of the options that there are "
+            "now: make it again after an update.",
+            examples=(
+                ("bash, in this shell", "source <(sae-nfm completion bash)"),
+                (
+                    "bash, for good",
+                    "sae-nfm completion bash > ~/.sae-nfm; echo '. ~/.sae-nfm' >> ~/.bashrc",
+                ),
+                ("zsh, for good", 'sae-nfm completion zsh > "${fpath[1]}/_sae-nfm"'),
+            ),
+            config="sae_nfm.completion:CompletionConfig",
+            arguments="SHELL",
+            run="sae_nfm.completion:completion",
+        ),
+    },
+}
+COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}

@@ -1,0 +1,65 @@
+"""The job of `sae-nfm demo`: the benchmark and its table in words, one of its SAEs to look into, and the page of it all."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sae_lens import SAE
+
+from sae_nfm import data
+from sae_nfm.baselines import JOINT
+from sae_nfm.benchmark import BenchmarkConfig, run_benchmark
+from sae_nfm.documents import held_out_rows
+from sae_nfm.explore import explore
+from sae_nfm.explorer_file import FILENAME
+from sae_nfm.models import load_model
+from sae_nfm.report.command import ReportConfig, write_run_report
+from sae_nfm.results import BenchmarkResult
+from sae_nfm.saved import RESULTS_FILENAME
+from sae_nfm.summary import table, words
+
+EXPLORED_TOKENS = 20_000
+"""Held-out tokens that the explorer's contexts and pairs are from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """What `sae-nfm demo` found, and where it is."""
+
+    benchmark: BenchmarkResult
+    """The table, and what it says."""
+    results: Path
+    """The same as a file."""
+    report: Path
+    """The page."""
+
+    def words(self) -> str:
+        """The table, what it says, and where everything is."""
+        told = words(self.benchmark)
+        return f"\n{table(self.benchmark)}\n\n{told}\n\nResults: {self.results}\nReport:  {self.report}"
+
+
+def run_demo(cfg: BenchmarkConfig, *, command: str | None = None) -> Demo:
+    """Train, evaluate, explore, and write results.json, explorer.json.gz and report.html.
+
+    Args:
+        cfg: what to do.
+        command: how to repeat it, for the provenance.
+
+    Raises:
+        ValueError, FileNotFoundError: as `run_benchmark`.
+    """
+    found = run_benchmark(cfg, command=command)
+    _explore(cfg)
+    report = write_run_report(ReportConfig(run=cfg.output)).path
+    return Demo(benchmark=found, results=Path(cfg.output) / RESULTS_FILENAME, report=report)
+
+
+def _explore(cfg: BenchmarkConfig) -> None:
+    """Look into the joint NFM-SAE."""
+    folder = Path(cfg.output) / "saes" / JOINT
+    model = load_model(cfg.model_name, cfg.device)
+    _, validation = data.load_splits(cfg.dataset, cfg.validation, cfg.model_name, cfg.seed)
+    n_tokens = min(EXPLORED_TOKENS, cfg.validation_tokens)
+    rows = held_out_rows(model, validation, min(cfg.context_size, model.cfg.n_ctx), n_tokens)
+    sae = SAE.load_from_disk(folder, device=cfg.device).eval()
+    explore(model, sae, rows.tokens, rows.documents, name=JOINT).save(Path(cfg.output) / FILENAME)

@@ -1,0 +1,140 @@
+"""The table of commands, their help and their examples."""
+
+import argparse
+import shlex
+from dataclasses import is_dataclass
+from typing import get_type_hints
+
+import pytest
+from sae_lens import TopKSAE, TopKSAEConfig
+
+from sae_nfm import __version__
+from sae_nfm.cli import main
+from sae_nfm.command import Command, imported
+from sae_nfm.commands import COMMANDS, GROUPS
+from sae_nfm.overview import answer, overview
+
+EXAMPLES = [pytest.param(*example, id=example[1]) for command in COMMANDS.values() for example in command.examples]
+
+
+def help_of(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", ["80", "100", "300"])
+def test_the_overview_has_a_line_for_every_command(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    text = overview()
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= min(int(columns), 100)
+    for title, commands in GROUPS.items():
+        first = lines.index(f"{title}:") + 1
+        shown = [tuple(line.split(None, 1)) for line in lines[first : first + len(commands)]]
+        assert shown == [(name, command.summary) for name, command in commands.items()]
+    assert "positional arguments" not in text
+
+
+def test_first_steps_can_be_taken():
+    _, _, steps = overview().partition("first steps:\n")
+    lines = [line for line in steps.splitlines() if line.startswith("  sae-nfm ")]
+    assert len(lines) == 3
+    for line in lines:
+        _, name, *argv = shlex.split(line, comments=True)
+        COMMANDS[name].parse(name, argv)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sae-nfm {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["trian"], "there is no command 'trian'; did you mean 'train'? `sae-nfm --help` has them all"),
+        (["dryrun", "x"], "there is no command 'dryrun'; did you mean 'dry-run'? `sae-nfm --help` has them all"),
+        (["xyzzy"], "there is no command 'xyzzy'; `sae-nfm --help` has them all"),
+        (["--json"], "--json is no option of sae-nfm itself; give a command first, `sae-nfm --help` has them"),
+    ],
+)
+def test_no_such_command(argv, told, capsys):
+    assert main(argv) == 2
+    assert capsys.readouterr() == ("", f"sae-nfm: {told}\n")
+
+
+def test_no_command_at_all_is_a_mistake_with_the_overview(capsys):
+    assert main([]) == 2
+    assert capsys.readouterr() == ("", overview() + "\n")
+    assert main(["-h"]) == 0
+    assert capsys.readouterr() == (overview(), "")
+
+
+def test_a_command_is_not_answered_here():
+    assert [answer([name, "--help"]) for name in COMMANDS] == [None] * len(COMMANDS)
+
+
+@pytest.mark.parametrize("columns", ["80", "100"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command(name, columns, capsys, monkeypatch):
+    """What it does, usage, examples, options; every option described; nothing wider than the terminal but one long word."""
+    monkeypatch.setenv("COLUMNS", columns)
+    text = help_of(name, capsys)
+    places = [text.index(part) for part in (f"usage: sae-nfm {name} ", "\nexamples:\n", "\nevery command:\n")]
+    assert 0 < places[0] < places[1] < places[2]
+    assert all(len(line) <= int(columns) or len(line.split()) <= 2 for line in text.splitlines())
+    for noise in ("positional arguments", "options:\n  -h", "Config(", "<__TEMP__>", "(default: ())"):
+        assert noise not in text
+    for action in COMMANDS[name].make_parser(name).completed().shown_actions():
+        assert (action.help or "").strip(), action.dest
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_examples_of_its_own(name):
+    own = [line for _, line in COMMANDS[name].examples if f"sae-nfm {name}" in line]
+    assert 1 <= len(own) <= 3
+    assert len({told for told, _ in COMMANDS[name].examples}) == len(COMMANDS[name].examples)
+
+
+@pytest.mark.parametrize(("told", "line"), EXAMPLES)
+def test_every_example_is_understood(told, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    TopKSAE(TopKSAEConfig(d_in=4, d_sae=8, k=2)).save_model("runs/demo/saes/topk")  # a base is read with the options
+    assert max(len(told) + 4, len(line) + 2) <= 80
+    words = shlex.shlex(line, posix=True, punctuation_chars=True)
+    words.whitespace_split = True
+    _, _, rest = " ".join(map(shlex.quote, words)).partition("sae-nfm ")
+    command, *argv = shlex.split(rest.partition(" '>")[0].partition(" ')")[0])
+    assert COMMANDS[command].parse(command, argv) is not None
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_returns_a_dataclass_with_words(name):
+    returned = get_type_hints(imported(COMMANDS[name].run))["return"]
+    assert is_dataclass(returned)
+    assert callable(returned.words)
+
+
+def test_a_command_without_a_description_is_described_by_its_summary():
+    command = Command(summary="print a script", config="sae_nfm.completion:CompletionConfig", run="x:y")
+    assert (
+        command.make_parser("completion")
+        .completed()
+        .format_help()
+        .startswith("Print a script.\n\nusage: sae-nfm completion ")
+    )
+
+
+def test_defaults_are_shown_as_they_are_typed(capsys):
+    text = " ".join(help_of("factorial", capsys).split())
+    assert "(default: -4.0 0.0 1.0 4.0)" in text
+    assert "(default: runs/factorial)" in text
+    assert "--stimuli str" in text
+
+
+def test_hidden_flags_are_accepted_and_not_shown():
+    parser = COMMANDS["train"].make_parser("train").completed()
+    hidden = [action for action in parser._actions if "--hook_eval" in action.option_strings]
+    assert [action.help for action in hidden] == [argparse.SUPPRESS]
