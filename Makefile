@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SLOW_TIMEOUT ?= 3600
 
-.PHONY: demo test test-slow test-saebench lint format clean
+.PHONY: demo test test-slow test-saebench tutorials docs browser lint format clean
 
 demo: $(READY)
 	$(BIN)/sae-nfm demo
@@ -19,6 +19,19 @@ test-slow: $(READY)
 # in the environment that docs/saebench.md sets up, or that of another python named by SAE_NFM_SAEBENCH_PYTHON
 test-saebench: $(READY)
 	$(BIN)/python -m pytest -m saebench
+
+# execute the notebooks in place
+tutorials: $(READY)
+	$(BIN)/python tutorials/execute.py
+
+# the documentation as a site, in build/site; warnings are errors
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# the browser for the tests of pages, where they would be skipped for want of one (Debian; needs root)
+browser:
+	apt-get update --quiet=2
+	apt-get install --quiet=2 --yes --no-install-recommends chromium
 
 lint: $(READY)
 	$(BIN)/ruff check .
