@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import simple_parsing
 import torch
@@ -13,18 +13,17 @@ from tqdm.auto import tqdm
 
 from sae_nfm import demo
 from sae_nfm.corpus_attribution import CorpusAttribution, attribute_corpus
-from sae_nfm.data import held_out_tokens
 from sae_nfm.direct_path import Target
 from sae_nfm.fitting import check_context, check_device, model_of
+from sae_nfm.held_out_corpus import held_out_corpus
 from sae_nfm.models import LanguageModel, device_of
 from sae_nfm.pair_batches import Corpus
 from sae_nfm.pair_corpus import CAPACITY
 from sae_nfm.pair_effects import PromptRun, run_prompt
 from sae_nfm.prompt_attribution import RankBy, TokenAttribution, attribute_token
 from sae_nfm.sae_by_name import load_sae
-from sae_nfm.sources import open_dataset
+from sae_nfm.saved_results import SavedResult
 from sae_nfm.token_reads import attributable
-from sae_nfm.whole_files import write_json
 
 PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
 LEGEND = """\
@@ -103,8 +102,10 @@ class AttributeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attribution:
+class Attribution(SavedResult):
     """What `sae-nfm attribute` found."""
+
+    command: ClassVar[str] = "sae-nfm attribute"
 
     sae: str
     """The SAE, as given."""
@@ -123,10 +124,6 @@ class Attribution:
         if self.corpus is not None:
             return f"{head}\n\n{self.corpus.words()}"
         return "\n\n".join([head, *(token.words() for token in self.tokens), LEGEND])
-
-    def save(self, path: str) -> None:
-        """Write as JSON, under a temporary name first."""
-        write_json(path, asdict(self))
 
 
 def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribution:
@@ -242,18 +239,8 @@ def _prompt_tokens(model: LanguageModel, prompt: str) -> torch.Tensor:
 
 
 def _corpus_tokens(model: LanguageModel, sae: SAE[Any], config: AttributeConfig) -> torch.Tensor:
-    metadata = sae.cfg.metadata
-    if config.dataset_path is not None:
-        dataset = open_dataset(config.dataset_path, split=config.split)
-    elif (config.model_name or metadata.model_name) == demo.MODEL_NAME:
-        dataset = demo.load_tokens("validation")
-    else:
-        raise ValueError("the embedded tokens suit the embedded model only; give held-out text with --dataset-path")
-    context_size = config.context_size or metadata.context_size
-    if context_size is None:
-        raise ValueError("the SAE's metadata has no context_size; give --context-size")
-    check_context(model, context_size)
-    return held_out_tokens(model, dataset, context_size, config.n_tokens)
+    names = ("model_name", "dataset_path", "split", "context_size", "n_tokens")
+    return held_out_corpus(model, sae, **{name: getattr(config, name) for name in names}).tokens
 
 
 def _tokenizer(model: LanguageModel) -> Any:

@@ -1,18 +1,18 @@
 """Results of a comparison as plain frozen data: rows, the sweep of learning rates, answers; to and from JSON, and in words."""
 
 import csv
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from sae_nfm.claims import Answer, Claim
-from sae_nfm.statistics import Estimate
+from typing_extensions import override
+
+from sae_nfm.claims import Answer
+from sae_nfm.saved_results import SavedResult
 from sae_nfm.sweep import SweepRow
-from sae_nfm.verdicts import Verdict
-from sae_nfm.whole_files import whole, write_json
+from sae_nfm.whole_files import whole
 
 COLUMNS = ("arm", "parameters", "MFLOP/token", "learning rate", "L0", "FVU", "KL (nats)", "CE increase", "dead")
 
@@ -57,8 +57,10 @@ class CompareRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareResult:
+class CompareResult(SavedResult):
     """Everything a comparison found, and what is needed to repeat it. `documents.parquet` beside it has the sums behind it."""
+
+    command: ClassVar[str] = "sae-nfm compare"
 
     rows: tuple[CompareRow, ...]
     """The table."""
@@ -75,46 +77,28 @@ class CompareResult:
         """The rows without timings: what two runs with the same seeds must agree on."""
         return [replace(row, training_tokens_per_second=None) for row in self.rows]
 
+    @override
     def save(self, path: str | Path) -> None:
         """Write as JSON, and the rows as CSV beside it, each under a temporary name first."""
         path = Path(path)
         with whole(path.with_name("rows.csv")) as partial, partial.open("w", newline="") as file:
             csv.writer(file).writerows([[field.name for field in fields(CompareRow)], *map(astuple, self.rows)])
-        write_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "CompareResult":
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when the file is not a comparison.
-        """
-        try:
-            content = json.loads(Path(path).read_text())
-            return cls(
-                rows=tuple(CompareRow(**row) for row in content["rows"]),
-                sweep=tuple(SweepRow(**row) for row in content["sweep"]),
-                answers=tuple(_answer(answer) for answer in content["answers"]),
-                missing=tuple(content["missing"]),
-                provenance=content["provenance"],
-            )
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a comparison ({error}); write one with `sae-nfm compare`") from error
+        super().save(path)
 
     def words(self) -> str:
         """The table, the fair claims, the ablations, and what limits them."""
         lines: list[str] = []
         for k in self.provenance["config"]["k"]:
             own = [row for row in self.rows if row.k == k]
-            lines += [f"k = {k}: mean (standard deviation) over {_seeds(own)}", "", *_aligned(_cells(own)), ""]
+            lines += [f"k = {k}: mean (standard deviation) over {_seeds(own)}", "", *_aligned(cells(own)), ""]
             for kind, heading in (("fair", FAIR), ("ablation", ABLATION)):
                 chosen = [answer for answer in self.answers if answer.k == k and answer.claim.kind == kind]
                 lines += [heading, *(f"  {answer.verdict.sentence}" for answer in chosen), ""] if chosen else []
         lines += [f"* no verdict: {reason}" for reason in self.missing]
-        return "\n".join([*lines, *(f"* {caveat}" for caveat in self._caveats())])
+        return "\n".join([*lines, *(f"* {caveat}" for caveat in self.caveats())])
 
-    def _caveats(self) -> list[str]:
+    def caveats(self) -> list[str]:
+        """What limits these figures."""
         config = self.provenance["config"]
         rates = config["learning_rates"]
         told = [f"{config['training_tokens']:,} training tokens an SAE."]
@@ -133,18 +117,13 @@ FAIR = "Against arms trained on their own:"
 ABLATION = "Ablations, the paper's figure (against a part of the same model that was never trained to stand alone):"
 
 
-def _answer(content: dict[str, Any]) -> Answer:
-    verdict = content["verdict"]
-    estimates = {name: Estimate(**verdict[name]) for name in ("difference", "relative")}
-    return Answer(claim=Claim(**content["claim"]), k=content["k"], verdict=Verdict(**(verdict | estimates)))
-
-
 def _seeds(rows: Sequence[CompareRow]) -> str:
     n = len({row.seed for row in rows})
     return f"{n} seed{'s' * (n > 1)}"
 
 
-def _cells(rows: Sequence[CompareRow]) -> list[tuple[str, ...]]:
+def cells(rows: Sequence[CompareRow]) -> list[tuple[str, ...]]:
+    """The table of one k as text, `COLUMNS` first: mean (standard deviation) over seeds."""
     lines: list[tuple[str, ...]] = [COLUMNS]
     for arm in dict.fromkeys(row.arm for row in rows):
         own = [row for row in rows if row.arm == arm]

@@ -2,13 +2,12 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from sae_nfm.learning_dynamics_transitions import Counted, Transitions
+from sae_nfm.saved_results import SavedResult
 from sae_nfm.statistics import Estimate
-from sae_nfm.whole_files import write_json
 
 RAW, CANONICAL = "raw", "canonical"
 """The gauges: as trained, and with the linear path folded into the decoder."""
@@ -61,8 +60,10 @@ class Movement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynamicsResult:
+class DynamicsResult(SavedResult):
     """What was found, and what is needed to repeat it."""
+
+    command: ClassVar[str] = "sae-nfm dynamics"
 
     hook_name: str
     """Where the SAE is."""
@@ -85,14 +86,10 @@ class DynamicsResult:
     provenance: dict[str, Any]
     """Configuration, versions, command."""
 
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, under a temporary name first."""
-        write_json(path, asdict(self))
-
     def words(self) -> str:
         """Tables of checkpoints, of rank stability and of transitions, and what they say."""
         head = f"{self.features:,} features at {self.hook_name}, on {self.tokens:,} held-out tokens in {self.documents} documents"
-        sections = [self._shares(), self._stability(), self._transitions(), self._said(), list(self._caveats())]
+        sections = [self._shares(), self._stability(), self._transitions(), self.findings(), list(self._caveats())]
         return "\n\n".join([head, *("\n".join(lines) for lines in sections)])
 
     def _shares(self) -> list[str]:
@@ -131,12 +128,12 @@ class DynamicsResult:
             for one in moves:
                 found = (one.transitions if thirds == "fixed" else one.reordered).get(gauge)
                 if found is not None:
-                    cells = [_counted(part) for part in (found.to_identity, found.to_integration, found.stayed)]
+                    cells = [counted(part) for part in (found.to_identity, found.to_integration, found.stayed)]
                     line = "".join(f"{cell:<30}" for cell in cells)
                     lines.append(f"{thirds:<8}{gauge:<10}{one.before:>9,}{one.after:>9,}  {line}".rstrip())
         return lines
 
-    def _said(self) -> list[str]:
+    def findings(self) -> list[str]:
         """The question that arXiv 2507.00269 leaves open, answered for this run."""
         lines: list[str] = []
         for gauge, change in self.overall[0].change.items():
@@ -145,8 +142,8 @@ class DynamicsResult:
                 f"{gauge} gauge: from {self.overall[0].before:,} to {self.overall[0].after:,} tokens the mean integration share "
                 f"changes by {change.estimate:+.3f} [{change.low:+.3f}, {change.high:+.3f}]: {_direction(change)}. Of "
                 f"{self.overall[0].features:,} features {fixed.to_identity.observed} pass from integration to identity and "
-                f"{fixed.to_integration.observed} the other way; in order among features, {_counted(own.to_identity)} and "
-                f"{_counted(own.to_integration)}."
+                f"{fixed.to_integration.observed} the other way; in order among features, {counted(own.to_identity)} and "
+                f"{counted(own.to_integration)}."
             )
         return lines
 
@@ -182,5 +179,6 @@ def _rho(rho: float | None) -> str:
     return "" if rho is None else f"{rho:+.3f}"
 
 
-def _counted(found: Counted) -> str:
+def counted(found: Counted) -> str:
+    """A number of features, in brackets the mean and 95 % of the null."""
     return f"{found.observed} ({found.expected:.0f} [{found.low:.0f}, {found.high:.0f}])"

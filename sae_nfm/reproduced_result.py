@@ -1,46 +1,24 @@
 """The table of `sae-nfm reproduce`: as words for the terminal and as JSON."""
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from sae_nfm.figure_rows import Figure
 from sae_nfm.reproduced_rows import ReproducedRow
+from sae_nfm.saved_results import SavedResult
 from sae_nfm.statistics import Estimate
-from sae_nfm.whole_files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReproduceResult:
+class ReproduceResult(SavedResult):
     """The table, and what is needed to repeat it."""
+
+    command: ClassVar[str] = "sae-nfm reproduce"
 
     rows: tuple[ReproducedRow, ...]
     """Every published figure, once for each control."""
     provenance: dict[str, Any]
     """Configuration, and the provenance of the comparison."""
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, under a temporary name first."""
-        write_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "ReproduceResult":
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when the file is something else.
-        """
-        try:
-            content = json.loads(Path(path).read_text())
-            rows = [
-                ReproducedRow(**(row | {name: _figure(row[name]) for name in ("here", "controlled")}))
-                for row in content["rows"]
-            ]
-            return cls(rows=tuple(rows), provenance=content["provenance"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a reproduction ({error}); write one with `sae-nfm reproduce`") from error
 
     def words(self) -> str:
         """Section by section; figures that the paper does not have are in the file only."""
@@ -54,9 +32,10 @@ class ReproduceResult:
                 lines.append(f"{name}: published {same[0].published}; here {written(same[0].here, same[0].form)}")
                 lines += [f"    {written(row.controlled, row.form)}  {row.control} ({row.verdict})" for row in same]
             lines.append("")
-        return "\n".join([*lines, *(f"* {caveat}" for caveat in self._caveats())])
+        return "\n".join([*lines, *(f"* {caveat}" for caveat in self.caveats())])
 
-    def _caveats(self) -> list[str]:
+    def caveats(self) -> list[str]:
+        """What limits these figures."""
         config = self.provenance["comparison"]["config"]
         told = [
             "Intervals are 95 %, over documents: they say nothing about other seeds. Verdicts are over seeds and documents.",
@@ -66,10 +45,6 @@ class ReproduceResult:
         if config["dataset"] is None:
             told.append("The tokens were sampled from the embedded model itself: no evidence about real text.")
         return told
-
-
-def _figure(content: Any) -> Figure:
-    return Estimate(**content) if isinstance(content, dict) else content
 
 
 def written(figure: Figure, form: str) -> str:

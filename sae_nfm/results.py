@@ -1,13 +1,11 @@
 """Results of a benchmark as plain frozen data: rows, comparisons between rows, provenance; to and from JSON."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from sae_nfm.behaviour import Fidelity
-from sae_nfm.whole_files import write_json
+from sae_nfm.saved_results import SavedResult
 
 ALL_PATHS = "all paths"
 
@@ -52,8 +50,10 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkResult:
+class BenchmarkResult(SavedResult):
     """Everything a benchmark found, and what is needed to repeat it."""
+
+    command: ClassVar[str] = "sae-nfm demo"
 
     rows: tuple[Row, ...]
     """The table, whole SAEs each followed by their ablations."""
@@ -69,26 +69,6 @@ class BenchmarkResult:
     def table(self) -> list[tuple[Any, ...]]:
         """The rows without timings: what two runs with one seed must agree on."""
         return [(row.name, row.parameters, row.fidelity) for row in self.rows]
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, under a temporary name first."""
-        write_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "BenchmarkResult":
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when the file is not a benchmark result.
-        """
-        try:
-            content = json.loads(Path(path).read_text())
-            rows = [Row(**(row | {"fidelity": Fidelity(**row["fidelity"])})) for row in content["rows"]]
-            comparisons = [Comparison(**comparison) for comparison in content["comparisons"]]
-            return cls(rows=tuple(rows), comparisons=tuple(comparisons), provenance=content["provenance"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a benchmark result ({error}); write one with `sae-nfm demo`") from error
 
 
 def compare(kind: Literal["paper", "fair"], row: Row, other: Row) -> Comparison:

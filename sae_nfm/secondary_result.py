@@ -1,16 +1,14 @@
 """What `sae-nfm secondary` found: a row for each replacement, the table, what it says in words; to and from JSON."""
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pandas as pd
 
+from sae_nfm.saved_results import SavedResult
 from sae_nfm.secondary_training import TrainedOn
 from sae_nfm.statistics import Estimate
-from sae_nfm.whole_files import write_json
 
 PRIMARY, MEAN, ZERO = "primary as it is", "hidden code: its mean", "hidden code: zero"
 COLUMNS = (
@@ -79,8 +77,10 @@ class SecondaryRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SecondaryResult:
+class SecondaryResult(SavedResult):
     """The table, and what is needed to repeat it."""
+
+    command: ClassVar[str] = "sae-nfm secondary"
 
     rows: tuple[SecondaryRow, ...]
     """The primary as it is, its hidden code by mean and by zero, then an SAE each."""
@@ -91,33 +91,14 @@ class SecondaryResult:
         """The row of that name."""
         return next(row for row in self.rows if row.name == name)
 
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, under a temporary name first."""
-        write_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "SecondaryResult":
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when the file is something else.
-        """
-        try:
-            content = json.loads(Path(path).read_text())
-            return cls(rows=tuple(map(_row, content["rows"])), provenance=content["provenance"])
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is no result of secondary SAEs ({error}); write one with `sae-nfm secondary`"
-            ) from error
-
     def words(self) -> str:
         """The table, what it shows, and what limits it."""
-        table = pd.DataFrame([_cells(row) for row in self.rows], [row.name for row in self.rows], COLUMNS)
-        told = [f"* {sentence}" for sentence in (*self._findings(), *self._caveats())]
+        table = pd.DataFrame([cells(row) for row in self.rows], [row.name for row in self.rows], COLUMNS)
+        told = [f"* {sentence}" for sentence in (*self.findings(), *self._caveats())]
         return "\n".join([table.to_string(), "", LEGEND, "", *told])
 
-    def _findings(self) -> Iterator[str]:
+    def findings(self) -> Iterator[str]:
+        """What it shows, in sentences."""
         mean = self.row(MEAN)
         yield _effect_of_mean(mean)
         for row, sae in self._saes("hidden code"):
@@ -160,16 +141,6 @@ class SecondaryResult:
             yield "The tokens were sampled from the embedded model itself: no evidence about real text."
 
 
-def _row(content: dict[str, Any]) -> SecondaryRow:
-    estimates = {key: Estimate(**value) for key, value in content.items() if key not in ("name", "sae")}
-    sae = content["sae"]
-    if sae is not None:
-        true = sae["explained_true"]
-        own = {"explained": Estimate(**sae["explained"]), "explained_true": None if true is None else Estimate(**true)}
-        sae = Reconstruction(**(sae | own))
-    return SecondaryRow(name=content["name"], sae=sae, **estimates)
-
-
 def _effect_of_mean(mean: SecondaryRow) -> str:
     if mean.kl_rise.low > 0:
         verdict = "so it says something of each token that the predictions need"
@@ -200,7 +171,8 @@ def _kept(row: SecondaryRow, mean: SecondaryRow) -> str:
     return f"{told}, which keeps {1 - row.kl_rise.estimate / mean.kl_rise.estimate:.1%} of what the mean takes away."
 
 
-def _cells(row: SecondaryRow) -> Sequence[str]:
+def cells(row: SecondaryRow) -> Sequence[str]:
+    """A row of the table, in the order of `COLUMNS`."""
     sae, own = row.sae, [""] * 7
     if sae is not None:
         true = "" if sae.explained_true is None else f"{sae.explained_true.estimate:.1%}"

@@ -16,7 +16,7 @@ from sae_nfm.baselines import ALL_ARMS, DEFAULT_ARMS, JOINT, ArmSizes, training_
 from sae_nfm.behaviour import Arm, evaluate
 from sae_nfm.benchmark import BenchmarkConfig, sae_configs, train_saes
 from sae_nfm.claims import CLAIMS, answers
-from sae_nfm.cli import Command
+from sae_nfm.commands import COMMANDS
 from sae_nfm.compare import CompareConfig, run_compare
 from sae_nfm.compare_results import CompareResult
 from sae_nfm.compare_rows import _interpolated
@@ -156,9 +156,7 @@ def test_results_load_back_and_say_how_to_repeat_them(finished):
     assert not list(output.rglob("*.partial"))
     assert sorted(path.name for path in (output / "k8").iterdir()) == ["seed-0", "seed-1", "sweep.json"]
     (output.parent / "other.json").write_text("{}")
-    with pytest.raises(
-        ValueError, match=r"other.json is not a comparison \('rows'\); write one with `sae-nfm compare`"
-    ):
+    with pytest.raises(ValueError, match=r"other.json is not what `sae-nfm compare` writes \(rows: "):
         CompareResult.load(output.parent / "other.json")
 
 
@@ -355,7 +353,6 @@ def test_all_arms_by_one_word():
 
 
 def test_flags_of_several_values():
-    command = Command(summary="compare", config="sae_nfm.compare_config:CompareConfig", run=str, dashes=True)
     flags = [
         "--k",
         "16",
@@ -371,6 +368,6 @@ def test_flags_of_several_values():
         "--arms",
         "topk",
     ]
-    cfg = command.parse("compare", [*flags, "joint_nfm mlp"])
+    cfg = COMMANDS["compare"].parse("compare", [*flags, "joint_nfm mlp"])
     assert (cfg.k, cfg.seeds, cfg.learning_rates, cfg.jumprelu_l0) == ((16, 64), (3, 4), (1e-3,), (0.5, 5.0))
     assert cfg.chosen_arms == ("topk", "joint_nfm mlp")

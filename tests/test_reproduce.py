@@ -143,7 +143,7 @@ def test_saved_loaded_and_in_words(config, result):
     text = result.words()
     assert all(one.published in text for one in result.rows)
     assert "no evidence about real text" in text
-    with pytest.raises(ValueError, match="is not a reproduction"):
+    with pytest.raises(ValueError, match=r"is not what `sae-nfm reproduce` writes \(rows\.0\.section: "):
         ReproduceResult.load(Path(config.output) / "compare" / "results.json")
 
 
