@@ -153,7 +153,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             description="Collect contexts, histograms, logits and pairs of one SAE's features over held-out text, for the "
             "explorer of `sae-nfm report`.",
             examples=(
-                ("the packaged SAE, offline; minutes", "sae-nfm explore"),
+                ("the packaged SAE, offline; half a minute", "sae-nfm explore"),
                 ("one of a demo, beside its results", "sae-nfm explore runs/demo/saes/joint_nfm --output runs/demo"),
             ),
             config="sae_nfm.explore:ExploreConfig",
