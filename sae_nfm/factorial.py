@@ -23,6 +23,7 @@ from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_nfm.factorial_arms import Arm, Unit, arms, spliced
+from sae_nfm.factorial_cells import CHANGES_FILENAME
 from sae_nfm.factorial_features import (
     Candidates,
     Pool,
@@ -109,7 +110,7 @@ def run_factorial(cfg: FactorialConfig, *, command: str | None = None) -> Factor
     secondary = None if cfg.secondary is None else load_sae(cfg.secondary, device=cfg.device).eval()
     model, _ = model_of(sae, cfg.device, model_name=cfg.model_name)
     result, rows = factorial(model, sae, stimuli, cfg, secondary=secondary, command=command)
-    with whole(Path(cfg.output) / "changes.parquet") as partial:
+    with whole(Path(cfg.output) / CHANGES_FILENAME) as partial:
         rows.to_parquet(partial)
     result.save(Path(cfg.output) / "results.json")
     return result

@@ -1,17 +1,16 @@
 """The result of a 2x2 experiment: as words for the terminal and as JSON."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from sae_nfm.factorial_arms import Unit
 from sae_nfm.factorial_nulls import ProcedureNull, SelectedTest
 from sae_nfm.factorial_statistics import FactorialTest
 from sae_nfm.factorial_tests import PRIMARY_SCALE, ClampTests
 from sae_nfm.removable import ALPHA
+from sae_nfm.saved_results import SavedResult
 from sae_nfm.statistics import Estimate, corrected_p_values
-from sae_nfm.whole_files import write_json
 
 _WIDTH, _PUBLISHED = 36, "author's F"
 
@@ -63,8 +62,10 @@ class SecondaryShift:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorialResult:
+class FactorialResult(SavedResult):
     """The experiment, and what is needed to repeat it."""
+
+    command: ClassVar[str] = "sae-nfm factorial"
 
     design: str
     """Factors and levels."""
@@ -78,10 +79,6 @@ class FactorialResult:
     """Stage 3: secondary features under clamped primaries; none without a secondary SAE."""
     provenance: dict[str, Any]
     """Configuration, stimuli, versions, command."""
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, under a temporary name first."""
-        write_json(path, asdict(self))
 
     def words(self) -> str:
         """The three stages, each with its verdict."""
@@ -103,6 +100,10 @@ class FactorialResult:
                 found[role] = tests[m].contrast * tests[-m].contrast < 0
         return found
 
+    def findings(self) -> list[str]:
+        """What the stages show, in sentences."""
+        return [self._shuffled(), self._interactions(), *self._beside_controls()]
+
     def _stage_1(self) -> list[str]:
         lines = [
             self.design,
@@ -117,50 +118,58 @@ class FactorialResult:
                 f"   {who:<{_WIDTH}}{chosen.candidates:>6}{chosen.f:>11.1f}{chosen.p_value:>8.3f}{held.f:>12.2f}"
                 f"{held.p_value:>8.3f}  {_eta(held.partial_eta_squared):<21}{one.null.p_value:>11.3f}"
             )
+        return [*lines, f"   {self._shuffled()}"]
+
+    def _shuffled(self) -> str:
         valid, same = (
             [getattr(one.null, name) for one in self.selected] for name in ("rejected", "rejected_same_half")
         )
-        return [
-            *lines,
-            f"   On shuffled cells select and test finds an effect at 5 % in {_percent(valid)} of the draws; tested on the half "
-            f"that selected, in {_percent(same)}.",
-        ]
+        return (
+            f"On shuffled cells select and test finds an effect at 5 % in {_percent(valid)} of the draws; tested on the half "
+            f"that selected, in {_percent(same)}."
+        )
 
     def _stage_2(self) -> list[str]:
-        chosen = [arm for arm in self.arms if not arm.control]
-        lines = [
+        return [
             "2. Clamps: does the change of the target words interact with the stimuli's cells? (log-probability)",
             _header(),
-            *(_line(arm) for arm in chosen),
+            *(_line(arm) for arm in self.arms if not arm.control),
+            f"   {self._interactions()}",
         ]
+
+    def _interactions(self) -> str:
+        chosen = [arm for arm in self.arms if not arm.control]
         found = [arm for arm in chosen if (arm.tests.items_p_adjusted or 0) < ALPHA]
         if not found:
-            return [
-                *lines,
-                f"   No clamp shows an interaction: of {len(chosen)} tests none is left by Holm's correction.",
-            ]
+            return f"No clamp shows an interaction: of {len(chosen)} tests none is left by Holm's correction."
         robust = [arm for arm in found if arm.tests.removability.words == "not removed"]
-        lines.append(
-            f"   {len(found)} of {len(chosen)} clamps show an interaction (Holm, 5 %); of these {len(robust)} left by every "
+        return (
+            f"{len(found)} of {len(chosen)} clamps show an interaction (Holm, 5 %); of these {len(robust)} left by every "
             f"monotone transform and {len(found) - len(robust)} removable. Read it beside the controls."
         )
-        return lines
 
     def _stage_3(self) -> list[str]:
+        return [
+            "3. Controls (p-values not adjusted)",
+            _header(),
+            *(_line(arm) for arm in self.arms if arm.control),
+            *(f"   {sentence}" for sentence in self._beside_controls()),
+        ]
+
+    def _beside_controls(self) -> list[str]:
         controls = [arm for arm in self.arms if arm.control]
-        lines = ["3. Controls (p-values not adjusted)", _header(), *(_line(arm) for arm in controls)]
         shares = [_significant(arms) for arms in (controls, [arm for arm in self.arms if not arm.control])]
-        lines.append(
-            f"   Significant at 5 % without adjustment: {shares[1][1]} clamps of the selected, {shares[0][1]} of the controls"
+        lines = [
+            f"Significant at 5 % without adjustment: {shares[1][1]} clamps of the selected, {shares[0][1]} of the controls"
             + (": no more than controls show." if shares[1][0] <= shares[0][0] else "; clamps of one unit go together.")
-        )
+        ]
         for role, reverses in self.reversals().items():
             lines.append(
-                f"   {role}: the interaction {'reverses' if reverses else 'does not reverse'} with the clamp's sign."
+                f"{role}: the interaction {'reverses' if reverses else 'does not reverse'} with the clamp's sign."
             )
         for shift in self.secondary_shifts:
             lines.append(
-                f"   {shift.arm}: the selected secondary feature changes by {shift.change:+.3g}; {shift.above:.1%} of "
+                f"{shift.arm}: the selected secondary feature changes by {shift.change:+.3g}; {shift.above:.1%} of "
                 f"{shift.features} active ones change as much."
             )
         return lines
@@ -204,7 +213,7 @@ def _header() -> str:
 def _line(arm: ArmResult) -> str:
     tests, main = arm.tests, arm.tests.items[PRIMARY_SCALE]
     return (
-        f"   {_who(arm):<{_WIDTH}}{arm.clamp:<14}{tests.mean_absolute_change:>9.4f}"
+        f"   {who(arm):<{_WIDTH}}{arm.clamp:<14}{tests.mean_absolute_change:>9.4f}"
         f"{main.contrast:>+10.4f}{main.f:>8.2f}{main.p_value:>8.3f}{_p(tests.items_p_adjusted):>7}  "
         f"{_eta(main.partial_eta_squared):<21}"
         f"{tests.removability.words:<15}{_p(tests.any_bucket_p):>7}{_p(tests.words.p_value):>9}{tests.published_f:>12.2f}"
@@ -215,7 +224,7 @@ def _p(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _who(arm: ArmResult) -> str:
+def who(arm: ArmResult) -> str:
     """Role and numbers."""
     return f"{arm.role}: {' and '.join('x'.join(map(str, unit.index)) for unit in arm.units)}"
 

@@ -122,7 +122,7 @@ def begin(folder: str | Path, manifest: Manifest) -> Path:
     folder = Path(folder)
     path = folder / "manifest.json"
     if path.exists():
-        changed = _read_manifest(folder).changes(manifest)
+        changed = read_manifest(folder).changes(manifest)
         if changed:
             raise ValueError(
                 f"{str(folder)!r} was measured with other settings: {'; '.join(changed)}; give a new folder, or the old settings"
@@ -250,7 +250,13 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """What was measured in a folder, finished or not.
+
+    Raises:
+        FileNotFoundError: when nothing was measured there.
+        ValueError: when its manifest is something else.
+    """
     path = folder / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no manifest.json, so nothing was measured there; run `measure`")
@@ -261,7 +267,7 @@ def _read_manifest(folder: Path) -> Manifest:
 
 
 def _finished(folder: Path) -> tuple[Manifest, list[Path]]:
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     paths = [_part(folder, part) for part in range(manifest.parts)]
     there = sum(path.exists() for path in paths)
     if there < len(paths):

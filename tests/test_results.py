@@ -1,6 +1,5 @@
 """From rows to comparisons, words and page: everything here is computed by hand from invented rows."""
 
-
 import pytest
 
 from sae_nfm.behaviour import Fidelity

@@ -1,106 +1,64 @@
-"""One self-contained HTML page of a benchmark result: plotly inlined, opens offline."""
+"""One self-contained HTML page of a run: plotly and every script inlined, nothing fetched, opens offline."""
 
-import json
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
-from typing import Any
+from importlib.resources import files
 
-import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from sae_nfm.report.figures import claims_figure, fidelity_figure, training_figure
-from sae_nfm.results import ALL_PATHS, BenchmarkResult
-from sae_nfm.summary import COLUMN_HELP, COLUMNS, FAIR_HEADING, PAPER_HEADING, caveats, cells, sentence
-from sae_nfm.whole_files import whole
+from sae_nfm.report.blocks import Embedded, Section
+from sae_nfm.report.chapters import Chapter, sections
+from sae_nfm.report.frame import provenance, subtitle, summary, what_is_missing
+from sae_nfm.report.html import section_html
+from sae_nfm.report.run_folder import Run
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-.scroll { overflow-x: auto } th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left } tr.whole td { font-weight: 600 } tr.part td:first-child { padding-left: 1.6rem }
-figure { margin: 2rem 0 } figcaption, small { color: #555 } pre { white-space: pre-wrap; background: #f6f6f6; padding: 1rem }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem }
-.card { border: 1px solid #ccc; border-radius: .4rem; padding: .2rem 1rem } @media print { .modebar { display: none } }
-"""  # noqa: E501
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+"""Content security policy: the browser itself refuses anything that is not in the page."""
 
 
-def write_report(result: BenchmarkResult, record: Sequence[dict[str, Any]], path: str | Path) -> Path:
-    """Write the page, under a temporary name first.
-
-    Args:
-        result: rows, comparisons, provenance.
-        record: lines of `read_training_record`; without any the training curves are left out.
-        path: the HTML file.
-    """
-    with whole(path) as partial:
-        partial.write_text(render(result, record), encoding="utf-8")
-    return Path(path)
+def render_run(run: Run) -> str:
+    """The page of a run as one string."""
+    return page(run, *sections(run))
 
 
-def render(result: BenchmarkResult, record: Sequence[dict[str, Any]]) -> str:
-    """The page as one string."""
-    config = result.provenance["config"]
-    figures = [
-        (
-            claims_figure(result),
-            "The same model, two comparisons. Paper: all paths against the direct path alone, a part that was never trained "
-            "to stand alone. Fair: against SAEs trained on their own on the same tokens. Below zero the joint model is better.",
-        ),
-        (
-            fidelity_figure(result),
-            "Every row of the table. Filled: whole SAEs. Hollow: the same SAE with paths switched off (written as zero).",
-        ),
-    ]
-    if record:
-        figures.append(
-            (
-                training_figure(record, result),
-                "Explained variance on training batches. Dotted: what the direct path of a joint SAE explains by itself "
-                "while the other paths carry part of its work.",
-            )
-        )
-    title = f"joint_nfm at {config['hook_name']} of {config['model_name']}"
+def page(run: Run, there: Sequence[Section], missing: Sequence[Chapter]) -> str:
+    """The page of a run whose sections are made, with what stands before and after them."""
+    after = [*([what_is_missing(missing)] if missing else []), provenance(run)]
+    return render(
+        f"{run.folder.resolve().name}: how features interact", subtitle(run), [summary(run, there), *there, *after]
+    )
+
+
+def render(title: str, about: str, content: Sequence[Section]) -> str:
+    """Sections as a page."""
+    embedded = [block.id for section in content for block in section.blocks if isinstance(block, Embedded)]
+    scripts, styles = _assets(".js", embedded), _assets(".css", embedded)
+    links = "".join(f'<li><a href="#{section.id}">{escape(section.title)}</a></li>' for section in content)
     return "".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>",
-            f"<h1>{escape(title)}</h1>{_in_words(result)}<h2>Table</h2>{_table(result)}",
-            *(_figure(figure, caption) for figure, caption in figures),
-            f"<h2>How to repeat it</h2><pre>{escape(json.dumps(result.provenance, indent=1))}</pre></body></html>",
+            f"<title>{escape(title)}</title><style>{''.join(styles)}</style></head><body>",
+            '<a class="skip" href="#content">To the content</a>',
+            f'<header><h1>{escape(title)}</h1><p class="about">{escape(about)}</p></header>',
+            f'<nav aria-label="Sections"><details open><summary>Sections</summary><ol>{links}</ol></details></nav>',
+            '<main id="content" tabindex="-1"><noscript>Figures and the explorer need JavaScript; nothing is fetched.</noscript>',
+            *(section_html(section) for section in content),
+            f"</main><script>{get_plotlyjs()}</script>",
+            *(f"<script>{script}</script>" for script in scripts),
+            "</body></html>",
         ]
     )
 
 
-def _in_words(result: BenchmarkResult) -> str:
-    cards: list[str] = []
-    for name in dict.fromkeys(comparison.row for comparison in result.comparisons):
-        own = [comparison for comparison in result.comparisons if comparison.row == name]
-        parts = [f"<div class=card><h3>{escape(name)}</h3>"]
-        for kind, heading in (("paper", PAPER_HEADING), ("fair", FAIR_HEADING)):
-            items = "".join(f"<li>{escape(sentence(c))}</li>" for c in own if c.kind == kind)
-            parts.append(f"<b>{heading}</b><ul>{items}</ul>")
-        cards.append("".join(parts) + "</div>")
-    limits = "".join(f"<li>{escape(caveat)}</li>" for caveat in caveats(result))
-    return f"<div class=cards>{''.join(cards)}</div><ul>{limits}</ul>"
-
-
-def _table(result: BenchmarkResult) -> str:
-    head = "".join(f'<th title="{escape(COLUMN_HELP.get(name, ""))}">{escape(name)}</th>' for name in COLUMNS)
-    body = "".join(
-        f'<tr class="{"whole" if row.paths == ALL_PATHS else "part"}">'
-        + "".join(f"<td>{escape(text)}</td>" for text in line)
-        + "</tr>"
-        for row, line in zip(result.rows, cells(result), strict=True)
-    )
-    legend = "; ".join(f"{name}: {text}" for name, text in COLUMN_HELP.items())
-    return (
-        f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        f"<small>{escape(legend)}.</small>"
-    )
-
-
-def _figure(figure: go.Figure, caption: str) -> str:
-    html = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
-    return f"<figure>{html}<figcaption>{escape(caption)}</figcaption></figure>"
+def _assets(suffix: str, embedded: Sequence[str]) -> list[str]:
+    """The page's own file, and those of what is embedded: <id>.js and its parts, <id>_<part>.js."""
+    folder = files("sae_nfm.report") / "assets"
+    found = sorted((file for file in folder.iterdir() if file.name.endswith(suffix)), key=lambda file: file.name)
+    return [
+        file.read_text(encoding="utf-8")
+        for name in ("page", *embedded)
+        for file in found
+        if file.name.removesuffix(suffix).split("_")[0] == name
+    ]

@@ -1,0 +1,98 @@
+"""What a page is made of: sections of prose, tables and figures, each figure with its data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A figure, what it shows, and the numbers in it."""
+
+    name: str
+    """Unique in its section: lower-case letters, digits and hyphens."""
+    title: str
+    """Its heading: what to see, not how it is drawn."""
+    plot: go.Figure
+    """Drawn by a function of this package that computes nothing."""
+    caption: str
+    """For a stranger: what is drawn, in what units, what the control is, what it cannot show."""
+    data: pd.DataFrame
+    """What the download has: the numbers drawn, a row for each mark; no timings, so that a seed repeats them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of text."""
+
+    columns: Sequence[str]
+    """Headings; the first column is left-aligned."""
+    rows: Sequence[Sequence[str]]
+    """Cells."""
+    caption: str
+    """What the columns mean."""
+    strong: Sequence[bool] | None = None
+    """Which rows are set in bold, such as whole SAEs among their ablations."""
+    text_columns: Sequence[int] = (0,)
+    """Columns of words, left-aligned and wrapped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prose:
+    """Paragraphs, or a list."""
+
+    lines: Sequence[str]
+    """One paragraph or item each."""
+    listed: bool = False
+    """Whether they are items."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heading:
+    """A heading inside a section, where it has several results."""
+
+    text: str
+    """The heading."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verbatim:
+    """Text in a fixed-width font, folded away until asked for."""
+
+    title: str
+    """What it is."""
+    text: str
+    """As it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """The place of something that a script of the page fills."""
+
+    id: str
+    """The element's id."""
+    data: bytes
+    """What it works on, embedded as base64 in an element `<id>-data`."""
+    fallback: str
+    """What stands there until then."""
+
+
+Block = Figure | Table | Prose | Heading | Verbatim | Embedded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A section of the page."""
+
+    id: str
+    """Its anchor."""
+    title: str
+    """Its heading."""
+    lead: str
+    """What question it answers, in a sentence or two."""
+    blocks: Sequence[Block]
+    """Its content."""
+    verdicts: Sequence[str] = ()
+    """What it found, in sentences for the summary: null results and losses as plainly as wins."""

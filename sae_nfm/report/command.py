@@ -1,0 +1,62 @@
+"""The job of `sae-nfm report`: one page of everything that a run has left in its folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import simple_parsing
+
+from sae_nfm.report.chapters import sections
+from sae_nfm.report.page import page
+from sae_nfm.report.run_folder import read_run
+from sae_nfm.saved import REPORT_FILENAME
+from sae_nfm.whole_files import whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What to show, and where the page goes."""
+
+    run: str = simple_parsing.field(positional=True)
+    """Folder of a run, or of several: every result in it is shown."""
+    output: str | None = None
+    """The HTML file; report.html in the run's folder unless given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenReport:
+    """The page and what is on it."""
+
+    path: Path
+    """The HTML file."""
+    size: int
+    """Its bytes."""
+    sections: tuple[str, ...]
+    """Titles of the chapters shown."""
+    missing: tuple[tuple[str, str], ...]
+    """Titles of those without a result, each with the command that makes one."""
+
+    def words(self) -> str:
+        """For the terminal."""
+        lines = [f"{self.path} ({self.size / 1e6:.1f} MB)", "", "It shows:", *(f"  {title}" for title in self.sections)]
+        if self.missing:
+            lines += ["", "It lacks:", *(f"  {title}\n      {command}" for title, command in self.missing)]
+        return "\n".join(lines)
+
+
+def write_run_report(cfg: ReportConfig) -> WrittenReport:
+    """Write the page of a run.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `run_folder.read_run`.
+    """
+    run = read_run(cfg.run)
+    there, missing = sections(run)
+    path = Path(cfg.output or run.folder / REPORT_FILENAME)
+    with whole(path) as partial:
+        partial.write_text(page(run, there, missing), encoding="utf-8")
+    return WrittenReport(
+        path=path,
+        size=path.stat().st_size,
+        sections=tuple(section.title for section in there),
+        missing=tuple((chapter.title, chapter.command) for chapter in missing),
+    )

@@ -1,0 +1,98 @@
+"""FVU and KL over L0, a line for each arm."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sae_nfm.arm_means import ArmMean
+from sae_nfm.report.blocks import Figure
+from sae_nfm.report.fidelity_figures import PANELS
+from sae_nfm.report.theme import DASHES, PALETTE, SYMBOLS, styled
+
+
+def pareto_figure(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmMean], number: int) -> Figure:
+    """One panel for FVU, one for KL.
+
+    Args:
+        lines: means of trained SAEs by arm, in the order of their L0 (`lines_over_l0`).
+        between: means interpolated between SAEs of an arm.
+        number: of the figure in its section, from 1.
+    """
+    rows = [mean for line in lines.values() for mean in line] + list(between)
+    n = max(len(mean.seeds) for mean in rows)
+    return Figure(
+        name=f"pareto-{number}",
+        title="Lower and further left is better",
+        plot=_plot(lines, between),
+        caption=f"Held-out text; both axes logarithmic. A mark is the mean over {n} seed{'s' * (n > 1)} of SAEs "
+        f"trained alike{', its line the 95 % interval over seeds (Student t)' if n > 1 else ': no intervals'}. "
+        "Hollow: interpolated between the SAEs of an arm whose sparsity a coefficient sets, at the L0 of the "
+        "others. Arms have different numbers of parameters: the verdicts compare at matched ones, and this figure "
+        "tests nothing.",
+        data=pd.DataFrame(
+            [(m.family, m.arm, m.k, m.kind, m.measure, m.l0, m.mean, m.low, m.high, len(m.seeds)) for m in rows],
+            columns=["family", "arm", "k", "kind", "measure", "L0", "mean", "low", "high", "seeds"],
+        ),
+    )
+
+
+def _plot(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmMean]) -> go.Figure:
+    figure: Any = make_subplots(rows=len(PANELS), cols=1, shared_xaxes=True, vertical_spacing=0.07)
+    families = list(dict.fromkeys([*lines, *(mean.family for mean in between)]))
+    for panel, (measure, title) in enumerate(PANELS.items(), 1):
+        for place, family in enumerate(families):
+            trained = [mean for mean in lines.get(family, ()) if mean.measure == measure]
+            hollow = [mean for mean in between if (mean.family, mean.measure) == (family, measure)]
+            if trained:
+                figure.add_trace(_trace(trained, place, legend=panel == 1), row=panel, col=1)
+            if hollow:
+                figure.add_trace(
+                    _trace(hollow, place, legend=panel == 1 and not trained, hollow=True), row=panel, col=1
+                )
+        figure.update_yaxes(
+            title=title.replace(", ", "<br>", 1), type="log", dtick="D2", tickformat="~g", row=panel, col=1
+        )
+    figure.update_xaxes(type="log", dtick="D2", tickformat="~g", tickangle=0)
+    ks = sorted({mean.k for line in lines.values() for mean in line})
+    if len(ks) > 1:
+        figure.update_xaxes(tickvals=ks)
+    figure.update_xaxes(title="L0, active features per token", row=len(PANELS), col=1)
+    rows = -(-len(families) // 4)  # of the legend
+    styled(figure, height=680 + 20 * rows, narrow={"height": 680 + 22 * len(families)})
+    return figure
+
+
+def _trace(means: Sequence[ArmMean], place: int, *, legend: bool, hollow: bool = False) -> go.Scatter:
+    family, several = means[0].family, any(mean.low is not None for mean in means)
+    symbol = SYMBOLS[place % len(SYMBOLS)]
+    ends = [
+        (m.mean - m.low, m.high - m.mean) if m.low is not None and m.high is not None else (None, None) for m in means
+    ]
+    return go.Scatter(
+        x=[mean.l0 for mean in means],
+        y=[mean.mean for mean in means],
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "arrayminus": [a for a, _ in ends],
+            "array": [b for _, b in ends],
+            "width": 3,
+        }
+        if several
+        else None,
+        mode="markers" if hollow else "lines+markers",
+        line={"color": PALETTE[place % len(PALETTE)], "dash": DASHES[place % len(DASHES)], "width": 2},
+        marker={
+            "symbol": f"{symbol}-open" if hollow else symbol,
+            "size": 9 + 3 * hollow,
+            "color": PALETTE[place % len(PALETTE)],
+        },
+        name=family,
+        legendgroup=family,
+        showlegend=legend,
+        hovertext=[f"{mean.arm}{', interpolated' * hollow}<br>L0 {mean.l0:.1f}: {mean.mean:.4f}" for mean in means],
+        hoverinfo="text",
+    )

@@ -1,0 +1,104 @@
+"""Small results by hand, and runs that hold them, for the sections of a report."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from simulated_factorial import cells_of, changes_of_words
+
+from sae_nfm.factorial_arms import Unit
+from sae_nfm.factorial_nulls import ProcedureNull, SelectedTest, Selection
+from sae_nfm.factorial_result import ArmResult, FactorialResult, SelectedUnit, with_holm
+from sae_nfm.factorial_scores import SCALES
+from sae_nfm.factorial_statistics import factorial_test
+from sae_nfm.factorial_tests import clamp_tests
+from sae_nfm.report.blocks import Figure, Section
+from sae_nfm.report.run_folder import Found, Run
+from sae_nfm.statistics import Estimate
+
+CELLS, WORD_CELLS = cells_of(5), cells_of(3)
+LEVELS = (("calm", "angry"), ("old", "new"))
+
+
+def estimate(value: float, half: float = 0.1, **more: Any) -> Estimate:
+    return Estimate(estimate=value, low=value - half, high=value + half, n=10, test="by hand", **more)
+
+
+def run_of(*results: Any, folder: Path = Path("run"), saes: tuple[Path, ...] = ()) -> Run:
+    """A run with results in folders 0, 1, ..."""
+    found = tuple(
+        Found(result=result, path=folder / str(number) / "results.json", label=str(number))
+        for number, result in enumerate(results)
+    )
+    return Run(folder=folder, results=found, records=(), measurements=(), saes=saes, explorers=())
+
+
+def figures(section: Section | None) -> dict[str, Figure]:
+    assert section is not None
+    return {block.name: block for block in section.blocks if isinstance(block, Figure)}
+
+
+def traces(figure: Figure) -> dict[str, Any]:
+    """Traces by name; of several of one name the first."""
+    found: dict[str, Any] = {}
+    for trace in figure.plot.data:
+        found.setdefault(trace.name, trace)
+    return found
+
+
+def unit(kind: Any, index: tuple[int, ...], role: str, *, control: bool = False) -> Unit:
+    return Unit(kind=kind, index=index, role=role, control=control, typical=1.0, frequency=0.1)
+
+
+UNITS = (
+    (unit("feature", (3,), "mood (main effect)"), -4.0),
+    (unit("feature", (3,), "mood (main effect)"), 4.0),
+    (unit("pair", (1, 2), "pair (interaction)"), 4.0),
+    (unit("feature", (9,), "match of mood", control=True), 4.0),
+)
+
+
+def factorial_experiment(seed: int = 0) -> tuple[FactorialResult, pd.DataFrame]:
+    """Four arms of simulated changes without an interaction, as `factorial` writes them."""
+    rng = np.random.default_rng(seed)
+    arms, frames = list[ArmResult](), list[pd.DataFrame]()
+    for one, times in UNITS:
+        changes = {scale: changes_of_words(rng, CELLS, WORD_CELLS) for scale in SCALES}
+        name = f"{one.role}: {one.name} at {times:g} x typical"
+        arms.append(
+            ArmResult(
+                name=name,
+                role=one.role,
+                units=(one,),
+                clamp=f"{times:g} x typical",
+                times=times,
+                control=one.control,
+                tests=clamp_tests(changes, WORD_CELLS, CELLS, rng, 19),
+            )
+        )
+        words = len(WORD_CELLS)
+        frames.append(
+            pd.DataFrame(
+                {"arm": name, "item": np.repeat(np.arange(len(CELLS)), words), "item_cell": np.repeat(CELLS, words)}
+                | {"word": "w", "word_cell": np.tile(WORD_CELLS, len(CELLS))}
+                | {f"{scale}_change": values.ravel() for scale, values in changes.items()}
+            )
+        )
+    selection = Selection(index=0, f=9.0, p_value=0.2, candidates=7)
+    held_out = factorial_test(rng.normal(size=len(CELLS)), CELLS, "first")
+    null = ProcedureNull(rejected=0.05, rejected_same_half=0.9, p_value=0.4, shuffles=20)
+    result = FactorialResult(
+        design="mood (calm / angry) x age (old / new)",
+        items=(20, 20),
+        selected=(
+            SelectedUnit(unit=UNITS[0][0], test=SelectedTest(selection=selection, held_out=held_out), null=null),
+        ),
+        arms=with_holm(arms),
+        secondary_shifts=(),
+        provenance={
+            "config": {"seed": 0},
+            "stimuli": {"factors": [{"name": n, "levels": ls} for n, ls in zip(("mood", "age"), LEVELS, strict=True)]},
+        },
+    )
+    return result, pd.concat(frames, ignore_index=True)
