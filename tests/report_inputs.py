@@ -14,7 +14,6 @@ from sae_nfm.factorial_scores import SCALES
 from sae_nfm.factorial_statistics import factorial_test
 from sae_nfm.factorial_tests import clamp_tests
 from sae_nfm.report.blocks import Figure, Section
-from sae_nfm.report.run_folder import Found, Run
 from sae_nfm.statistics import Estimate
 
 CELLS, WORD_CELLS = cells_of(5), cells_of(3)
@@ -25,16 +24,11 @@ def estimate(value: float, half: float = 0.1, **more: Any) -> Estimate:
     return Estimate(estimate=value, low=value - half, high=value + half, n=10, test="by hand", **more)
 
 
-def run_of(*results: Any, folder: Path = Path("run"), saes: tuple[Path, ...] = ()) -> Run:
-    """A run with results in folders 0, 1, ..."""
-    found = tuple(
-        Found(result=result, path=folder / str(number) / "results.json", label=str(number))
-        for number, result in enumerate(results)
-    )
-    return Run(folder=folder, results=found, records=(), measurements=(), saes=saes, explorers=())
+RUN = Path("run")
+"""The folder of runs that are not on disk."""
 
 
-def figures(section: Section | None) -> dict[str, Figure]:
+def figures_by_name(section: Section | None) -> dict[str, Figure]:
     assert section is not None
     return {block.name: block for block in section.blocks if isinstance(block, Figure)}
 

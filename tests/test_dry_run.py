@@ -369,7 +369,9 @@ def test_mistakes_in_a_file(content, message, tmp_path):
 
 def test_no_such_file_shape_or_number(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"^there is no experiment 'papr'; give a \.yaml file, or one of gemma-2-2b, gpt2, paper, pythia-1\.4b, pythia-410m$"
+        FileNotFoundError,
+        match=r"^there is no experiment 'papr'; give a \.yaml file, or one of gemma-2-2b, gpt2, paper, pythia-1\.4b, "
+        r"pythia-410m$",
     ):
         load_experiment("papr")
     with pytest.raises(

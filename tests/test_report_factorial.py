@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from report_inputs import CELLS, LEVELS, factorial_experiment, figures, run_of, traces
+from report_inputs import CELLS, LEVELS, RUN, factorial_experiment, figures_by_name, traces
+from report_runs import run_of
 from scipy import stats
 
 from sae_nfm.factorial_cells import arm_cells, cell_estimates, contrast_estimate, largest_clamps, outcomes
@@ -18,7 +19,7 @@ def run(tmp_path):
     result, changes = factorial_experiment()
     (tmp_path / "0").mkdir()
     changes.to_parquet(tmp_path / "0" / "changes.parquet")
-    return run_of(result, folder=tmp_path)
+    return run_of(tmp_path, result)
 
 
 def test_cell_means_are_those_of_the_result(run):
@@ -66,7 +67,7 @@ def test_lines_of_a_panel_are_the_cells(run):
     shown = largest_clamps(arm_cells(found.result, found.path.parent))
     assert [one.arm.times for one in shown] == [4.0, 4.0, 4.0]
     means = shown[0].arm.tests.items["log_prob"].cell_means
-    drawn = figures(factorial_section.section(run))["cells-0"]
+    drawn = figures_by_name(factorial_section.section(run))["cells-0"]
     for second, level in enumerate(LEVELS[1]):
         trace = traces(drawn)[level]
         assert list(trace.x) == list(LEVELS[0])
@@ -76,7 +77,7 @@ def test_lines_of_a_panel_are_the_cells(run):
 
 def test_every_arm_has_its_contrast(run):
     (found,) = run.results
-    drawn = figures(factorial_section.section(run))
+    drawn = figures_by_name(factorial_section.section(run))
     for kind, arms in (("feature", [0, 1, 3]), ("pair", [2])):
         data = drawn[f"contrast-{kind}-0"].data
         expected = [found.result.arms[arm].tests.items["log_prob"].contrast for arm in arms]
@@ -97,7 +98,7 @@ def test_a_null_result_is_said(run):
 
 def test_without_the_changes_there_are_means_alone(run):
     (run.folder / "0" / "changes.parquet").unlink()
-    figure = figures(factorial_section.section(run))["cells-0"]
+    figure = figures_by_name(factorial_section.section(run))["cells-0"]
     assert figure.data["low"].isna().all()
     assert figure.data["mean_nats"].notna().all()
     assert "changes.parquet is not beside it" in figure.caption
@@ -124,4 +125,4 @@ def test_made_twice_it_is_the_same(run):
 
 
 def test_a_run_without_experiments_has_no_section():
-    assert factorial_section.section(run_of()) is None
+    assert factorial_section.section(run_of(RUN)) is None

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from report_inputs import figures, run_of, traces
+from report_inputs import RUN, figures_by_name, traces
+from report_runs import run_of
 
 from sae_nfm.attribute import Attribution
 from sae_nfm.corpus_attribution import CorpusAttribution
@@ -138,7 +139,7 @@ def test_one_pair_is_laid_out():
 
 
 def test_edges_are_lines_between_their_features():
-    drawn = figures(interactions_section.section(run_of(attribution(corpus=corpus()))))["graph-0"]
+    drawn = figures_by_name(interactions_section.section(run_of(RUN, attribution(corpus=corpus()))))["graph-0"]
     places = graph_layout(EDGES)
     lines = {(trace.name, tuple(trace.x), tuple(trace.y)): trace for trace in drawn.plot.data if trace.mode == "lines"}
     assert len(lines) == 4
@@ -151,14 +152,14 @@ def test_edges_are_lines_between_their_features():
 
 
 def test_correlations_stand_before_what_dealt_out_embeddings_give():
-    drawn = figures(interactions_section.section(run_of(attribution(corpus=corpus()))))["controls-0"]
+    drawn = figures_by_name(interactions_section.section(run_of(RUN, attribution(corpus=corpus()))))["controls-0"]
     assert list(traces(drawn)["this SAE"].x) == [0.45]
     assert list(traces(drawn)["by chance"].x) == [0.5, 0.53, None]
     assert drawn.data[["chance_low", "chance_high"]].to_numpy().tolist() == [[0.5, 0.53]]
 
 
 def test_what_is_said_of_a_corpus():
-    section = interactions_section.section(run_of(attribution(corpus=corpus())))
+    section = interactions_section.section(run_of(RUN, attribution(corpus=corpus())))
     assert section is not None
     assert section.verdicts == [
         "50 pairs fire on 100 tokens; the strongest, 1 x 2, has 40.0% of their energy.",
@@ -170,8 +171,8 @@ def test_what_is_said_of_a_corpus():
 
 
 def test_predicted_and_measured_effects_of_a_pair():
-    section = interactions_section.section(run_of(attribution(tokens=(TOKEN,))))
-    drawn = figures(section)["effects-0-0"]
+    section = interactions_section.section(run_of(RUN, attribution(tokens=(TOKEN,))))
+    drawn = figures_by_name(section)["effects-0-0"]
     found = {name: list(trace.x) for name, trace in traces(drawn).items()}
     assert found == {"gradient": [-0.25], "frozen": [-0.5], "free": [-0.75]}  # there is no direct path here
     assert section is not None
@@ -181,14 +182,14 @@ def test_predicted_and_measured_effects_of_a_pair():
 
 def test_nothing_fired():
     empty = corpus(graph=InteractionGraph(nodes=(), edges=()), contexts=())
-    section = interactions_section.section(run_of(attribution(corpus=empty)))
-    assert figures(section) == {}
+    section = interactions_section.section(run_of(RUN, attribution(corpus=empty)))
+    assert figures_by_name(section) == {}
 
 
 def test_made_twice_it_is_the_same():
-    run = run_of(attribution(corpus=corpus(), tokens=(TOKEN,)))
+    run = run_of(RUN, attribution(corpus=corpus(), tokens=(TOKEN,)))
     one, other = (interactions_section.section(run) for _ in range(2))
     assert one is not None
     assert other is not None
     assert section_html(one) == section_html(other)
-    assert interactions_section.section(run_of()) is None
+    assert interactions_section.section(run_of(RUN)) is None

@@ -1,7 +1,8 @@
 """The sections on secondary SAEs, learning dynamics and speed draw the numbers of their results."""
 
 import pytest
-from report_inputs import estimate, figures, run_of, traces
+from report_inputs import RUN, estimate, figures_by_name, traces
+from report_runs import run_of
 
 from sae_nfm.learning_dynamics_result import CheckpointRow, DynamicsResult, Movement
 from sae_nfm.learning_dynamics_transitions import Counted, Transitions
@@ -45,7 +46,7 @@ SECONDARY = SecondaryResult(
 
 
 def test_variance_explained_beside_the_permuted_code():
-    drawn = figures(secondary_section.section(run_of(SECONDARY)))
+    drawn = figures_by_name(secondary_section.section(run_of(RUN, SECONDARY)))
     found = {name: list(trace.x) for name, trace in traces(drawn["explained-0"]).items()}
     assert found == {TRUE: [0.8], PERMUTED: [0.75], ACROSS: [0.51], OTHER: [0.7]}
     assert {name: list(trace.x) for name, trace in traces(drawn["rise-0"]).items()} == {
@@ -58,10 +59,10 @@ def test_variance_explained_beside_the_permuted_code():
 
 
 def test_no_difference_from_the_permuted_code_is_said():
-    section = secondary_section.section(run_of(SECONDARY))
+    section = secondary_section.section(run_of(RUN, SECONDARY))
     assert section is not None
     assert any("no difference shown: no structure across dimensions is shown" in told for told in section.verdicts)
-    assert secondary_section.section(run_of()) is None
+    assert secondary_section.section(run_of(RUN)) is None
 
 
 def counted(observed):
@@ -120,7 +121,7 @@ def dynamics():
 
 
 def test_shares_over_tokens_by_gauge():
-    drawn = figures(dynamics_section.section(run_of(dynamics())))
+    drawn = figures_by_name(dynamics_section.section(run_of(RUN, dynamics())))
     lines = [trace for trace in drawn["shares-0"].plot.data if trace.name == "linear"]
     assert [list(trace.y) for trace in lines] == [pytest.approx([0.19, 0.29])]  # in the canonical gauge there is none
     direct, fixed = (trace for trace in drawn["shares-0"].plot.data if trace.name == "direct")
@@ -130,15 +131,15 @@ def test_shares_over_tokens_by_gauge():
 
 
 def test_passages_stand_beside_shuffled_identities():
-    section = dynamics_section.section(run_of(dynamics()))
-    drawn = figures(section)["transitions-0"]
+    section = dynamics_section.section(run_of(RUN, dynamics()))
+    drawn = figures_by_name(section)["transitions-0"]
     assert [tuple(trace.z[0]) for trace in drawn.plot.data] == [(1, 0, 1), (2, 0, 1), (1, 0, 1), (2, 0, 1)]
     assert len(drawn.data) == 4 * 9
     assert section is not None
     (table,) = (block for block in section.blocks if isinstance(block, Table))
     assert table.rows[0] == ("Fixed thirds, as trained", "100", "200", "5 (4 [2, 6])", "1 (4 [2, 6])", "11 (4 [2, 6])")
     assert "told apart from no change in neither direction" in section.verdicts[1]
-    assert dynamics_section.section(run_of()) is None
+    assert dynamics_section.section(run_of(RUN)) is None
 
 
 def speed_row(arm, seconds, peak, d_sae=512, reason=None):
@@ -178,8 +179,8 @@ def test_ratios_to_topk_with_quartiles():
         speed_row("x", None, None, reason="does not fit"),
         speed_row("topk", 0.5, 4),
     )
-    section = speed_section.section(run_of(result))
-    drawn = figures(section)["ratios-0"]
+    section = speed_section.section(run_of(RUN, result))
+    drawn = figures_by_name(section)["ratios-0"]
     step, peak = (traces(drawn)[name] for name in (speed_section.STEP, speed_section.PEAK))
     assert (list(step.x), list(peak.x)) == ([0.5, 1.0], [0.5, 1.0])
     assert list(step.error_x.arrayminus) == pytest.approx([0.2, 0.2])
@@ -195,11 +196,11 @@ def test_a_scan_stands_beside_a_cost_in_proportion():
         speed_row(arm, s, None, d)
         for arm, s, d in (("joint_nfm auto", 0.4, 512), ("topk", 0.5, 512), ("topk", 2.0, 2048))
     ]
-    drawn = figures(speed_section.section(run_of(speed(*rows, scan="d_sae"))))["scan-0"]
+    drawn = figures_by_name(speed_section.section(run_of(RUN, speed(*rows, scan="d_sae"))))["scan-0"]
     assert list(traces(drawn)["topk"].y) == [0.5, 2.0]
     guide = traces(drawn)["in proportion to the size"]
     assert (list(guide.x), list(guide.y)) == ([512, 2048], [0.4, 1.6])
-    assert speed_section.section(run_of()) is None
+    assert speed_section.section(run_of(RUN)) is None
 
 
 SPEED = speed(speed_row("topk", 0.5, 4))
@@ -209,7 +210,7 @@ SPEED = speed(speed_row("topk", 0.5, 4))
     ("module", "result"), [(secondary_section, SECONDARY), (dynamics_section, dynamics()), (speed_section, SPEED)]
 )
 def test_several_results_keep_their_names_apart_and_repeat(module, result):
-    one, other = (module.section(run_of(result, result)) for _ in range(2))
+    one, other = (module.section(run_of(RUN, result, result)) for _ in range(2))
     assert section_html(one) == section_html(other)
     names = [block.name for block in one.blocks if hasattr(block, "name")]
     assert len(set(names)) == len(names) > 1

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from builders import inference_sae, training_config
-from report_inputs import estimate, figures, run_of, traces
+from report_inputs import RUN, estimate, figures_by_name, traces
+from report_runs import run_of
 from sae_lens import TopKSAE, TopKSAEConfig
 
 from sae_nfm.report import norms_section, shares_section
@@ -99,10 +100,10 @@ def test_the_section_draws_the_histograms_of_the_saved_saes(tmp_path):
     folders = tuple(tmp_path / "saes" / name for name in ("joint", "topk"))
     for folder, sae in zip(folders, (joint(), topk_sae()), strict=True):
         sae.save_model(folder)
-    run = run_of(folder=tmp_path, saes=folders)
+    run = run_of(tmp_path, saes=folders)
     section = norms_section.section(run)
     assert section is not None
-    drawn = figures(section)["decoder-0"]
+    drawn = figures_by_name(section)["decoder-0"]
     expected, _ = squared_norms(joint(), topk=topk_sae(), seed=norms_section.SEED)
     for histogram in expected.histograms:
         assert tuple(traces(drawn)[histogram.name].y) == histogram.counts
@@ -110,7 +111,7 @@ def test_the_section_draws_the_histograms_of_the_saved_saes(tmp_path):
     again = norms_section.section(run)
     assert again is not None
     assert section_html(again) == section_html(section)
-    assert norms_section.section(run_of(folder=tmp_path, saes=folders[1:])) is None
+    assert norms_section.section(run_of(tmp_path, saes=folders[1:])) is None
 
 
 def row(name, here, controlled, control, published="94 %", section="paths"):
@@ -138,7 +139,7 @@ SHARES = ReproduceResult(
 
 
 def test_published_and_controlled_stand_in_one_figure():
-    drawn = figures(shares_section.section(run_of(SHARES)))
+    drawn = figures_by_name(shares_section.section(run_of(RUN, SHARES)))
     assert {name: list(trace.x) for name, trace in traces(drawn["written-0"]).items()} == {
         PUBLISHED: [0.94],
         HERE: [0.86],
@@ -159,12 +160,12 @@ def test_a_control_that_is_not_there_is_left_out():
 
 
 def test_correlations_are_said_beside_chance():
-    section = shares_section.section(run_of(SHARES))
+    section = shares_section.section(run_of(RUN, SHARES))
     assert section is not None
     assert section.verdicts == [
         "Squared norm and linear share correlate at +0.360 (published -0.867); unrelated rows at -0.520 (p = 0.001)."
     ]
-    assert shares_section.section(run_of()) is None
+    assert shares_section.section(run_of(RUN)) is None
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class Page(HTMLParser):
 
 def figure(**changes: Any) -> Figure:
     plot = styled(go.Figure(go.Scatter(x=[1, 2], y=[0.5, None], name=HOSTILE)), height=321)
-    data = pd.DataFrame({"x": [1, 2], "y": [0.1 + 0.2, None], "who": [HOSTILE, "b"]})
+    data = pd.DataFrame({"x": [1, 2], "y": [0.1 + 0.2, None], "high": [float("inf"), 1], "who": [HOSTILE, "b"]})
     return Figure(**({"name": "f", "title": "T", "plot": plot, "caption": "Cap", "data": data} | changes))
 
 
@@ -69,7 +69,10 @@ def saved(tmp_path: Path, name: str = "run", **changes: Any) -> Path:
 def test_a_figure_carries_its_plot_and_its_data_to_the_last_digit():
     page = Page(render("t", "a", [section(figure())]))
     content = json.loads(page.scripts["s-f-data"])
-    assert content["data"] == {"columns": ["x", "y", "who"], "data": [[1, 0.1 + 0.2, HOSTILE], [2, None, "b"]]}
+    assert content["data"] == {
+        "columns": ["x", "y", "high", "who"],
+        "data": [[1, 0.1 + 0.2, None, HOSTILE], [2, None, 1.0, "b"]],
+    }
     assert content["plot"]["data"][0]["name"] == HOSTILE
     assert content["plot"]["layout"]["height"] == 321
     assert {"s-f", "s-f-plot", "s-f-caption", "s-f-data"} <= set(page.ids)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Sequence
 from functools import singledispatch
 from html import escape
@@ -101,8 +102,9 @@ def _(block: Embedded, section: str) -> str:  # noqa: ARG001
 
 
 def _values(data: pd.DataFrame) -> dict[str, Any]:
-    """Columns and rows, every number to its last digit (pandas's own JSON rounds), None for what is missing."""
-    there: Any = data.astype(object).where(data.notna(), None)
+    """Columns and rows, every number to its last digit (pandas's own JSON rounds), None for what is missing or has no bound."""
+    bounded: Any = data.replace([math.inf, -math.inf], math.nan).astype(object)
+    there: Any = bounded.where(bounded.notna(), None)
     rows = [
         [value.item() if isinstance(value, np.generic) else value for value in row] for row in there.to_numpy().tolist()
     ]
@@ -111,5 +113,7 @@ def _values(data: pd.DataFrame) -> dict[str, Any]:
 
 def json_script(anchor: str, content: Any) -> str:
     """JSON inside a page: nothing in it can end the element."""
-    text = json.dumps(content, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")
+    text = (
+        json.dumps(content, separators=(",", ":"), allow_nan=False).replace("</", "<\\/").replace("<!--", "<\\u0021--")
+    )
     return f'<script type="application/json" id="{anchor}">{text}</script>'
