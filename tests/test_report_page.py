@@ -16,7 +16,8 @@ from sae_nfm.report.blocks import Embedded, Figure, Heading, Prose, Section, Tab
 from sae_nfm.report.chapters import MODULES, chapters
 from sae_nfm.report.command import ReportConfig, write_run_report
 from sae_nfm.report.page import render
-from sae_nfm.report.run_folder import read_run
+from sae_nfm.report.run_folder import Found, read_run
+from sae_nfm.report.several import section_of
 from sae_nfm.report.theme import styled, wrapped
 from sae_nfm.results import BenchmarkResult
 from sae_nfm.saved_results import as_result
@@ -177,3 +178,25 @@ def test_two_pages_of_one_run_are_equal_bytes(tmp_path):
 
 def test_labels_are_wrapped():
     assert wrapped("all paths against the direct path", 14) == "all paths<br>against the<br>direct path"
+
+
+def test_several_results_of_a_kind_are_told_apart(tmp_path):
+    results = [Found(result=name, path=tmp_path, label=f"in {name}") for name in ("a", "b")]
+
+    def section_with(found: list[Found[str]]) -> Section | None:
+        return section_of(
+            found,
+            id="s",
+            title="S",
+            lead="L",
+            blocks=lambda one, number: [Prose(lines=[f"{number} {one.result}"])],
+            findings=lambda result: [f"found {result}"],
+        )
+
+    assert section_with([]) is None
+    one, both = section_with(results[:1]), section_with(results)
+    assert one is not None
+    assert both is not None
+    assert (one.blocks, one.verdicts) == ([Prose(lines=["0 a"])], ["found a"])
+    assert both.blocks == [Heading(text="in a"), Prose(lines=["0 a"]), Heading(text="in b"), Prose(lines=["1 b"])]
+    assert both.verdicts == ["in a: found a", "in b: found b"]

@@ -7,9 +7,10 @@ import pandas as pd
 
 from sae_nfm.learning_dynamics_result import DynamicsResult, Movement, counted
 from sae_nfm.learning_dynamics_transitions import LEVELS
-from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, Table
+from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table
 from sae_nfm.report.dynamics_figures import GAUGES, norms_figure, shares_figure, transitions_figure
 from sae_nfm.report.run_folder import Found, Run
+from sae_nfm.report.several import section_of
 
 TITLE = "Learning dynamics"
 COMMAND = "sae-nfm dynamics CHECKPOINTS --output RUN/dynamics"
@@ -43,17 +44,7 @@ TABLE_CAPTION = (
 def section(run: Run) -> Section | None:
     """All results on learning dynamics of a run; None without any."""
     found = run.of(DynamicsResult)
-    if not found:
-        return None
-    blocks: list[Block] = []
-    verdicts: list[str] = []
-    for number, one in enumerate(found):
-        several = len(found) > 1
-        if several:
-            blocks.append(Heading(text=one.label))
-        blocks += _blocks(one, number)
-        verdicts += [f"{one.label}: {told}" if several else told for told in one.result.findings()]
-    return Section(id="dynamics", title=TITLE, lead=LEAD, blocks=blocks, verdicts=verdicts)
+    return section_of(found, id="dynamics", title=TITLE, lead=LEAD, blocks=_blocks, findings=DynamicsResult.findings)
 
 
 def _blocks(found: Found[DynamicsResult], number: int) -> list[Block]:

@@ -8,11 +8,12 @@ import pandas as pd
 from sae_nfm.factorial_cells import ArmCells, arm_cells, largest_clamps
 from sae_nfm.factorial_result import FactorialResult, SelectedUnit, who
 from sae_nfm.factorial_tests import PRIMARY_SCALE
-from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, Table
+from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table
 from sae_nfm.report.dot_plot import Axis
 from sae_nfm.report.dot_rows import dot_data, dot_rows, ends
 from sae_nfm.report.factorial_figures import KINDS, Levels, cells_figure, contrast_dots
 from sae_nfm.report.run_folder import Found, Run
+from sae_nfm.report.several import section_of
 
 TITLE = "2x2 experiments"
 COMMAND = "sae-nfm factorial --output RUN/factorial"
@@ -44,17 +45,7 @@ ARMS_CAPTION = (
 def section(run: Run) -> Section | None:
     """All experiments of a run; None without any."""
     found = run.of(FactorialResult)
-    if not found:
-        return None
-    blocks: list[Block] = []
-    verdicts: list[str] = []
-    for number, one in enumerate(found):
-        prefix = "" if len(found) == 1 else f"{one.label}: "
-        if prefix:
-            blocks.append(Heading(text=one.label))
-        blocks += _blocks(one, number)
-        verdicts += [f"{prefix}{sentence}" for sentence in one.result.findings()]
-    return Section(id="factorial", title=TITLE, lead=LEAD, blocks=blocks, verdicts=verdicts)
+    return section_of(found, id="factorial", title=TITLE, lead=LEAD, blocks=_blocks, findings=FactorialResult.findings)
 
 
 def _blocks(found: Found[FactorialResult], number: int) -> list[Block]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from sae_nfm.report.blocks import Block, Heading, Prose, Section, Table
 from sae_nfm.report.reproduced_figures import reproduced_figures
 from sae_nfm.report.run_folder import Run
+from sae_nfm.report.several import section_of
 from sae_nfm.reproduced_result import ReproduceResult, written
 from sae_nfm.reproduced_rows import NOT_MEASURED, SINGLE, ReproducedRow
 
@@ -25,23 +26,14 @@ SECTIONS = {
 
 def section(run: Run) -> Section | None:
     """The chapter; None without a reproduction."""
-    reproduced = run.of(ReproduceResult)
-    if not reproduced:
-        return None
-    blocks: list[Block] = []
-    verdicts: list[str] = []
-    for number, found in enumerate(reproduced, 1):
-        if len(reproduced) > 1:
-            blocks.append(Heading(text=found.label))
-        blocks += _blocks(found.result, number)
-        verdicts += _said(found.result)
-    return Section(
+    return section_of(
+        run.of(ReproduceResult),
         id="reproduced",
         title=TITLE,
         lead="What arXiv 2507.00269 reports, the same statistic on the SAE of this run, and that statistic under "
         "the control it lacks. The published figures are from OpenLLaMA-3B and were not measured here.",
-        blocks=blocks,
-        verdicts=verdicts,
+        blocks=lambda found, number: _blocks(found.result, number),
+        findings=_said,
     )
 
 

@@ -14,6 +14,7 @@ from sae_nfm.factorial_result import FactorialResult
 from sae_nfm.learning_dynamics_result import DynamicsResult
 from sae_nfm.reproduced_result import ReproduceResult
 from sae_nfm.results import BenchmarkResult
+from sae_nfm.saved import RESULTS_FILENAME
 from sae_nfm.saved_results import as_result
 from sae_nfm.secondary_result import SecondaryResult
 from sae_nfm.speed_result import SpeedResult
@@ -44,7 +45,7 @@ class Found(Generic[T]):
     path: Path
     """Its file."""
     label: str
-    """Its folder inside the run, "." for the run itself."""
+    """Its folder inside the run, "." for the run itself; its file where that is not called results.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,8 @@ def _results(folder: Path, files: Sequence[Path]) -> Iterator[Found[Any]]:
             raise ValueError(f"{path} is damaged ({error}); make it anew, or take it out of the folder") from error
         result = _of_some_class(content)
         if result is not None:
-            yield Found(result=result, path=path, label=path.parent.relative_to(folder).as_posix())
+            named = path.parent if path.name == RESULTS_FILENAME else path
+            yield Found(result=result, path=path, label=named.relative_to(folder).as_posix())
 
 
 def _of_some_class(content: Any) -> Any:

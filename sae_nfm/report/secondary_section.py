@@ -1,9 +1,10 @@
 """What do features of the interactions' hidden code explain, and does the model need it? Beside a code without structure."""
 
-from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, Table
+from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table
 from sae_nfm.report.dot_plot import Axis
 from sae_nfm.report.dot_rows import Dot, dot_data, dot_rows
 from sae_nfm.report.run_folder import Found, Run
+from sae_nfm.report.several import section_of
 from sae_nfm.secondary_result import COLUMNS, LEGEND, MEAN, PRIMARY, ZERO, SecondaryResult, SecondaryRow, cells
 from sae_nfm.statistics import Estimate
 
@@ -40,17 +41,7 @@ RISE = (
 def section(run: Run) -> Section | None:
     """All results on secondary SAEs of a run; None without any."""
     found = run.of(SecondaryResult)
-    if not found:
-        return None
-    blocks: list[Block] = []
-    verdicts: list[str] = []
-    for number, one in enumerate(found):
-        several = len(found) > 1
-        if several:
-            blocks.append(Heading(text=one.label))
-        blocks += _blocks(one, number)
-        verdicts += [f"{one.label}: {told}" if several else told for told in one.result.findings()]
-    return Section(id="secondary", title=TITLE, lead=LEAD, blocks=blocks, verdicts=verdicts)
+    return section_of(found, id="secondary", title=TITLE, lead=LEAD, blocks=_blocks, findings=SecondaryResult.findings)
 
 
 def _blocks(found: Found[SecondaryResult], number: int) -> list[Block]:

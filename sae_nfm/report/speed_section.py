@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, Table
+from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table
 from sae_nfm.report.dot_plot import Axis
 from sae_nfm.report.dot_rows import Dot, dot_data, dot_rows
 from sae_nfm.report.run_folder import Found, Run
+from sae_nfm.report.several import section_of
 from sae_nfm.report.theme import AXIS, DASHES, PALETTE, SYMBOLS, styled
 from sae_nfm.speed_arms import TOPK
 from sae_nfm.speed_result import Scan, SpeedResult, SpeedRow
@@ -35,16 +36,9 @@ SCANNED = (
 
 
 def section(run: Run) -> Section | None:
-    """All timings of a run; None without any."""
+    """All timings of a run; None without any, and no verdicts: the summary has no timings."""
     found = run.of(SpeedResult)
-    if not found:
-        return None
-    blocks: list[Block] = []
-    for number, one in enumerate(found):
-        if len(found) > 1:
-            blocks.append(Heading(text=run.label(one.path)))
-        blocks += _blocks(one, number)
-    return Section(id="speed", title=TITLE, lead=LEAD, blocks=blocks)
+    return section_of(found, id="speed", title=TITLE, lead=LEAD, blocks=_blocks, findings=lambda _: ())
 
 
 def findings(result: SpeedResult) -> list[str]:

@@ -7,6 +7,7 @@ from sae_nfm.compare_results import CompareResult
 from sae_nfm.report.blocks import Block, Heading, Prose, Section
 from sae_nfm.report.rates_figure import rates_figure
 from sae_nfm.report.run_folder import Run
+from sae_nfm.report.several import section_of
 from sae_nfm.report.verdicts_figures import fair_figure, one_scale_figure
 from sae_nfm.sweep import SweepRow
 
@@ -16,23 +17,14 @@ COMMAND = "sae-nfm compare --output RUN/compare"
 
 def section(run: Run) -> Section | None:
     """The chapter; None without a comparison."""
-    compared = run.of(CompareResult)
-    if not compared:
-        return None
-    blocks: list[Block] = []
-    verdicts: list[str] = []
-    for number, found in enumerate(compared, 1):
-        if len(compared) > 1 or found.label != ".":
-            blocks.append(Heading(text=found.label))
-        blocks += _blocks(found.result, number)
-        verdicts += _said(found.result.answers)
-    return Section(
+    return section_of(
+        run.of(CompareResult),
         id="verdicts",
         title=TITLE,
         lead="Does one arm do better than another by more than seeds and documents scatter? Fair claims compare "
         "SAEs trained on their own; the paper's figure compares an SAE with a part of itself, and is kept apart.",
-        blocks=blocks,
-        verdicts=verdicts,
+        blocks=lambda found, number: _blocks(found.result, number),
+        findings=lambda result: _said(result.answers),
     )
 
 
