@@ -1,8 +1,11 @@
 """The main job end to end, small, on the embedded model; and what it refuses."""
 
+import base64
 import json
+import re
 from copy import deepcopy
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,7 +154,21 @@ def test_command_line_on_a_text_file_prints_the_table_and_both_figures(tmp_path,
     assert printed.count("The fair figure") == 2
     assert "One seed (0)" in printed
     assert "no evidence about real text" not in printed
-    assert sorted(path.name for path in output.iterdir()) == ["report.html", "results.json", "saes", "training.jsonl"]
+    files = ["explorer.json.gz", "report.html", "results.json", "saes", "training.jsonl"]
+    assert sorted(path.name for path in output.iterdir()) == files
+    assert main([*arguments, "--output", str(tmp_path / "again")]) == 0
+    first, again = (data_of(folder / "report.html") for folder in (output, tmp_path / "again"))
+    assert first == again
+    assert any(name.startswith("fidelity-") for name in first)
+    assert any(name.startswith("training-") for name in first)
+    assert base64.b64decode(first["explorer-data"]) == (output / "explorer.json.gz").read_bytes()
+
+
+def data_of(page: Path) -> dict[str, str]:
+    """The data sections of a report."""
+    return dict(
+        re.findall(r'<script type="application/[^"]+" id="([^"]+)">(.*?)</script>', page.read_text(), re.DOTALL)
+    )
 
 
 def test_help_describes_every_option(capsys):
