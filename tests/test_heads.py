@@ -289,8 +289,8 @@ def test_the_page_runs(unregistered, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = EXAMPLE
     for full, small in (
-        ("training_tokens=200_000", "training_tokens=2_048"),
-        ("n_batches_for_norm_estimate=10", "n_batches_for_norm_estimate=1"),
+        ('"training_tokens": 200_000', '"training_tokens": 2_048'),
+        ('"n_batches_for_norm_estimate": 10', '"n_batches_for_norm_estimate": 1'),
         ("d_sae=2048", "d_sae=256"),
         ("65_536", "1_024"),
         (', "fm", "mlp", "none"', ","),
