@@ -1,12 +1,10 @@
 """What `sae-nfm speed` found: rows, a table to print, to and from JSON."""
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
+from sae_nfm.saved_results import SavedResult
 from sae_nfm.speed_arms import Rates
-from sae_nfm.whole_files import write_json
 
 Scan = Literal["d_sae", "nfm_dim"]
 COLUMNS = 110
@@ -50,8 +48,10 @@ class SpeedRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedResult:
+class SpeedResult(SavedResult):
     """Everything a run of `sae-nfm speed` found."""
+
+    command: ClassVar[str] = "sae-nfm speed --output FILE"
 
     rows: tuple[SpeedRow, ...]
     """The arms, for each size."""
@@ -90,32 +90,6 @@ class SpeedResult:
         ruler = "-" * (sum(widths) + 2 * (len(widths) - 1))
         body = [_fitting(f"{aligned(cells)}  {reason or ''}".rstrip()) for cells, reason in lines]
         return [aligned(header), ruler, *body]
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, under a temporary name first."""
-        write_json(path, asdict(self), allow_nan=False)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "SpeedResult":
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when the file is something else.
-        """
-        try:
-            content = json.loads(Path(path).read_text())
-            quartiles = [
-                None if row["step_quartiles"] is None else tuple(row["step_quartiles"]) for row in content["rows"]
-            ]
-            rows = [
-                SpeedRow(**(row | {"step_quartiles": q})) for row, q in zip(content["rows"], quartiles, strict=True)
-            ]
-            return cls(rows=tuple(rows), rates=Rates(**content["rates"]), provenance=content["provenance"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is not a speed result ({error}); write one with `sae-nfm speed --output`"
-            ) from error
 
 
 def _cells(row: SpeedRow, scan: Scan | None) -> list[str]:

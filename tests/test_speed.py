@@ -258,7 +258,5 @@ def test_a_device_that_is_not_there():
 
 def test_something_else_is_no_result(tmp_path):
     (tmp_path / "other.json").write_text('{"rows": []}')
-    with pytest.raises(
-        ValueError, match=r"other.json is not a speed result .*; write one with `sae-nfm speed --output`"
-    ):
+    with pytest.raises(ValueError, match=r"other.json is not what `sae-nfm speed --output FILE` writes \(rates: "):
         SpeedResult.load(tmp_path / "other.json")
