@@ -13,7 +13,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from sae_lens import (
 from sae_lens.util import temporary_seed
 from torch import Tensor
 
-from sae_nfm import data, demo
+from sae_nfm import data, demo, gauge
 from sae_nfm.behaviour import Arm, evaluate
 from sae_nfm.config import ARCHITECTURE, JointNFMTrainingSAEConfig, parameter_count
 from sae_nfm.matched_training import initialised
@@ -260,13 +259,9 @@ def ablations(sae: SAE[Any]) -> dict[str, tuple[str, ...]]:
     return parts
 
 
-def in_canonical_gauge(sae: SAE[Any]) -> NFMDecoder | None:
+def in_canonical_gauge(sae: SAE[Any]) -> SAE[Any] | None:
     """A copy of the SAE in its canonical gauge, where it has one: a linear path that reads all active features."""
-    if not isinstance(sae, NFMDecoder) or not sae.cfg.use_linear_path or sae.cfg.nfm_top_k is not None:
-        return None
-    canonical = deepcopy(sae)
-    canonical.fold_linear_path()
-    return canonical
+    return gauge.canonical(sae) if gauge.has_canonical(sae) else None
 
 
 def count_parameters(sae: SAE[Any]) -> int:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from sae_nfm.direct_path import DirectPath
 from sae_nfm.explorer_data import Ints, TokenEffects
+from sae_nfm.gauge import has_canonical
 from sae_nfm.models import LanguageModel
-from sae_nfm.path_sums import gauges, one_decoder
+from sae_nfm.path_sums import gauges
 from sae_nfm.top_contexts import starts_of
 
 AT_ONCE = 128
@@ -31,7 +32,7 @@ AT_ONCE = 128
 
 def direction_name(sae: SAE[Any]) -> str:
     """Along which rows a feature's logits are."""
-    return "W_dec + W_lin" if one_decoder(sae) else "W_dec"
+    return "W_dec + W_lin" if has_canonical(sae) else "W_dec"
 
 
 def directions(sae: SAE[Any], features: Ints) -> Float[Tensor, "features d_in"]:

@@ -18,9 +18,9 @@ from sae_nfm.attribution import PathWeights
 from sae_nfm.explorer_data import Floats, Ints
 from sae_nfm.models import LanguageModel
 from sae_nfm.pair_batches import Corpus
-from sae_nfm.pair_corpus import CAPACITY, PairSums, pair_rows, pair_sums
+from sae_nfm.pair_corpus import CAPACITY, PairSums, pair_sums, strongest_firings
 from sae_nfm.token_reads import attributable
-from sae_nfm.top_contexts import joined, starts_of
+from sae_nfm.top_contexts import starts_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,15 +89,18 @@ def shown_pairs(
     sums, weights = pair_sums(corpus, capacity=capacity), PathWeights.of(sae)
     table: Any = sums.table.iloc[_chosen(*sums.features(), pairs, partners)]
     first, second = sums.features(table)
-    found = strongest_firings(corpus, weights, np.asarray(table.index, dtype=np.int64), contexts)
+    keys = np.asarray(table.index, dtype=np.int64)
+    firings: Any = strongest_firings(corpus, keys, n=contexts)
+    pair = table.index.get_indexer(firings.index)
+    order = np.argsort(pair, kind="stable")  # as the pairs stand, by energy
     return ShownPairs(
         table=table,
         first=first,
         second=second,
         share=table["energy"].to_numpy() / sums.energy if sums.energy else table["energy"].to_numpy(),
-        context_starts=starts_of([len(places) for places, _ in found]),
-        position=joined([places for places, _ in found]),
-        norm=np.concatenate([np.zeros(0), *(norms for _, norms in found)]),
+        context_starts=starts_of(np.bincount(pair, minlength=len(table))),
+        position=firings["place"].to_numpy()[order],
+        norm=firings["norm"].to_numpy()[order],
         mean=mean_written(sums, weights, table.iloc[:described]),
         fired=len(sums.table),
         firings=sums.firings,
@@ -110,37 +113,6 @@ def _chosen(first: Ints, second: Ints, pairs: int, partners: int) -> Ints:
     by_feature: Any = pd.DataFrame({"feature": np.concatenate([first, second]), "place": place})
     strongest = by_feature.sort_values("place", kind="stable").groupby("feature").head(partners)
     return np.union1d(np.arange(min(pairs, len(first))), strongest["place"].to_numpy()).astype(np.int64)
-
-
-def strongest_firings(corpus: Corpus, weights: PathWeights, keys: Ints, n: int) -> list[tuple[Ints, Floats]]:
-    """Where each pair's ||o_ij|| is largest, row * pos + position, and how large; the earlier of equal ones. One pass.
-
-    Args:
-        corpus: the corpus.
-        weights: of the interaction path.
-        keys: first * d_sae + second of the pairs.
-        n: tokens for each.
-    """
-    only, width = np.sort(keys), corpus.tokens.shape[1]
-    best: tuple[Any, Any, Any] = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))
-    for batch in corpus.batches("Contexts of pairs"):
-        rows, place = pair_rows(batch, weights, only), (batch.row * width + batch.position).cpu().numpy()
-        new = (np.asarray(rows.index), place[rows["token"].to_numpy()], rows["norm"].to_numpy())
-        key, where, norm = (np.concatenate([old, more]) for old, more in zip(best, new, strict=True))
-        best = _largest(key, where, norm, n)
-    starts = np.searchsorted(best[0], only)
-    ends = np.searchsorted(best[0], only, side="right")
-    by_key = {key: slice(start, end) for key, start, end in zip(only.tolist(), starts, ends, strict=True)}
-    return [(best[1][by_key[key]], best[2][by_key[key]]) for key in keys.tolist()]
-
-
-def _largest(key: Ints, place: Ints, norm: Floats, n: int) -> tuple[Ints, Ints, Floats]:
-    """The n of each key with the largest norm, by key and norm."""
-    order = np.lexsort((place, -norm, key))
-    sorted_key = key[order]
-    rank = np.arange(len(order)) - np.searchsorted(sorted_key, sorted_key)
-    kept = order[rank < n]
-    return key[kept], place[kept], norm[kept]
 
 
 @torch.no_grad()

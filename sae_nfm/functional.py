@@ -224,20 +224,27 @@ def feature_energies(sae: SAE[Any], tokens: TokenPaths) -> FeatureEnergies:
         read_second_moment=read_second / n_tokens,
         direct=second * norms.direct.double().square() / active,
         linear=read_second * norms.linear.double().square() / active,
-        nonlinear=_by_feature(read, _pair_energies(sae, tokens), d_sae) / active,
+        nonlinear=_by_feature(read, interaction_energies(sae, read, tokens.gates), d_sae) / active,
         square=square / active,
     )
 
 
-def _pair_energies(sae: SAE[Any], tokens: TokenPaths) -> Float[Tensor, "tokens n"]:
-    read, gates = tokens.read, tokens.gates
-    if gates is None or not isinstance(sae, NFMDecoder):
+def interaction_energies(sae: SAE[Any], read: SparseActs, gates: Tensor | None) -> Float[Tensor, "tokens n"]:
+    """Squared norm of each read feature's `pair_contributions`, in chunks of tokens; 0 without an interaction path.
+
+    Args:
+        sae: any SAE; one without gates has no interaction path.
+        read: what the interaction path reads.
+        gates: h > 0, [tokens, nfm_dim].
+    """
+    if gates is None:
         return torch.zeros_like(read.values, dtype=torch.float64)
-    size = max(1, CELLS // (read.indices.shape[-1] * max(sae.cfg.d_in, sae.cfg.nfm_dim)))
-    chunks = zip(read.indices.split(size), read.values.split(size), gates.split(size), strict=True)
+    sized: Any = sae
+    size = max(1, CELLS // (read.indices.shape[-1] * max(sized.cfg.d_in, sized.cfg.nfm_dim)))
     energies: list[Tensor] = []
-    for indices, values, gate in chunks:
-        parts = pair_contributions(SparseActs(indices, values), sae.V, sae.W_1, sae.W_2, gate, sae.cfg.head)
+    for indices, values, gate in zip(*(part.split(size) for part in (*read, gates)), strict=True):
+        few = SparseActs(indices, values)
+        parts = pair_contributions(few, sized.V, sized.W_1, sized.W_2, gate, sized.cfg.head)
         energies.append(parts.double().square().sum(-1))
     return torch.cat(energies)
 

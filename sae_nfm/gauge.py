@@ -64,6 +64,11 @@ def encoder_scale(sae: SAE[Any]) -> Float[Tensor, " d_sae"]:
     return scale * sae.folded_W_dec_norm if isinstance(sae, NFMDecoder) else scale
 
 
+def has_canonical(sae: SAE[Any]) -> bool:
+    """Whether W_dec and W_lin are one decoder up to gauge: trained together, and reading the same features."""
+    return isinstance(sae, NFMDecoder) and sae.cfg.use_linear_path and sae.cfg.nfm_top_k is None
+
+
 def canonical(sae: SAE[Any]) -> SAE[Any]:
     """A copy in the canonical gauge, with the same output.
 

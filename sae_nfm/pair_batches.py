@@ -76,6 +76,11 @@ class Corpus:
         if not counted_tokens(model, tokens).any():
             raise ValueError(f"no token to read: {tokens.numel()} tokens, all special or in position 0; give more text")
 
+    @property
+    def directed(self) -> bool:
+        """Whether there is a target or a direction that effects are on."""
+        return self._target is not None
+
     def batches(self, what: str) -> Iterator[TokenBatch]:
         """One pass.
 

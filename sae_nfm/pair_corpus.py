@@ -214,31 +214,56 @@ class Context:
     """||o_ij|| there."""
     effect: float | None
     """<o_ij, direction> there."""
-    text: str = ""
+    text: str
     """The token in its text, in [[double brackets]]."""
 
 
-def top_contexts(corpus: Corpus, keys: NDArray[np.int64], *, n: int = 5) -> dict[int, tuple[Context, ...]]:
-    """Where some pairs write most: the tokens of largest ||o_ij||, exact, in one pass.
+def strongest_firings(corpus: Corpus, keys: NDArray[np.int64], *, n: int) -> pd.DataFrame:
+    """Where some pairs write most, in one pass: the n tokens of largest ||o_ij|| of each pair, the earlier of equal ones.
 
     Args:
         corpus: the corpus.
         keys: first * d_sae + second.
-        n: tokens for each pair, at most; the earlier of equal ones.
+        n: tokens for each pair, at most.
+
+    Returns:
+        Rows by ascending key, then descending norm: `place` (row * pos + position), `norm`, and `effect` as of `pair_rows`.
     """
-    weights, best = PathWeights.of(corpus.sae), dict[int, list[Context]]({int(key): [] for key in keys})
-    for batch in corpus.batches("Contexts"):
-        rows, directed = pair_rows(batch, weights, np.sort(keys)), batch.directions is not None
-        columns = (np.asarray(rows[name]) for name in ("token", "norm", "effect"))
-        for key, token, norm, effect in zip(np.asarray(rows.index), *columns, strict=True):
-            one = Context(
-                row=int(batch.row[token]),
-                position=int(batch.position[token]),
-                norm=float(norm),
-                effect=float(effect) if directed else None,
-            )
-            best[int(key)] = sorted([*best[int(key)], one], key=lambda context: -context.norm)[:n]
-    return {
-        key: tuple(replace(one, text=corpus.text(one.row, one.position)) for one in contexts)
-        for key, contexts in best.items()
-    }
+    weights, only, width = PathWeights.of(corpus.sae), np.sort(keys), corpus.tokens.shape[1]
+    best = pd.DataFrame({"place": np.zeros(0, dtype=np.int64), "norm": np.zeros(0), "effect": np.zeros(0)})
+    best.index = best.index.astype(np.int64)
+    for batch in corpus.batches("Contexts of pairs"):
+        place = (batch.row * width + batch.position).cpu().numpy()
+        rows: Any = pair_rows(batch, weights, only)
+        new = rows.assign(place=place[rows["token"].to_numpy()])[list(best.columns)]
+        best = _largest(pd.concat([part for part in (best, new) if len(part)] or [best]), n)
+    return best
+
+
+def _largest(rows: pd.DataFrame, n: int) -> pd.DataFrame:
+    """The n rows of each key with the largest norm."""
+    table: Any = rows
+    keys = table.index.to_numpy()
+    order = np.lexsort((table["place"].to_numpy(), -table["norm"].to_numpy(), keys))
+    keys = keys[order]
+    return table.iloc[order[np.arange(len(keys)) - np.searchsorted(keys, keys) < n]]
+
+
+def top_contexts(corpus: Corpus, keys: NDArray[np.int64], *, n: int = 5) -> dict[int, tuple[Context, ...]]:
+    """`strongest_firings` with their text.
+
+    Args:
+        corpus: the corpus.
+        keys: first * d_sae + second.
+        n: tokens for each pair, at most.
+    """
+    found: dict[int, list[Context]] = {int(key): [] for key in keys}
+    strongest: Any = strongest_firings(corpus, keys, n=n)
+    for one in strongest.itertuples():
+        row, position = divmod(int(one.place), corpus.tokens.shape[1])
+        effect = float(one.effect) if corpus.directed else None
+        text = corpus.text(row, position)
+        found[int(one.Index)].append(
+            Context(row=row, position=position, norm=float(one.norm), effect=effect, text=text)
+        )
+    return {key: tuple(contexts) for key, contexts in found.items()}

@@ -16,12 +16,11 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_nfm import interaction
-from sae_nfm.functional import CELLS, pair_contributions
-from sae_nfm.gauge import as_read, canonical
+from sae_nfm.functional import interaction_energies
+from sae_nfm.gauge import as_read, canonical, has_canonical
 from sae_nfm.interaction import SparseActs
 from sae_nfm.norms import PathRows
 from sae_nfm.paths import NFMPaths
-from sae_nfm.sae import NFMDecoder
 
 AS_TRAINED, CANONICAL = "as trained", "canonical"
 
@@ -35,16 +34,11 @@ def present_paths(sae: SAE[Any]) -> list[str]:
     return ["direct", *(name for name, on in switched.items() if on)]
 
 
-def one_decoder(sae: SAE[Any]) -> bool:
-    """Whether W_dec and W_lin are one decoder up to gauge: trained together, and reading the same features."""
-    return isinstance(sae, NFMDecoder) and sae.cfg.use_linear_path and sae.cfg.nfm_top_k is None
-
-
 @torch.no_grad()
 def gauges(sae: SAE[Any]) -> dict[str, PathRows]:
     """Rows that a unit of each feature writes, in every gauge that the SAE has."""
     found = {AS_TRAINED: as_read(sae)}
-    if one_decoder(sae):
+    if has_canonical(sae):
         found[CANONICAL] = as_read(canonical(sae))
     return found
 
@@ -78,15 +72,7 @@ class PathSums:
         read = active if n is None else interaction.top_n(acts, n)
         self._add_sparse(self._read, read, read.values.double().square())
         if gates is not None:
-            self._add_interaction(read, gates)
-
-    def _add_interaction(self, read: SparseActs, gates: Tensor) -> None:
-        sae: Any = self._sae
-        size = max(1, CELLS // (read.indices.shape[-1] * max(sae.cfg.d_in, sae.cfg.nfm_dim)))
-        for indices, values, gate in zip(*(part.split(size) for part in (*read, gates)), strict=True):
-            few = SparseActs(indices, values)
-            parts = pair_contributions(few, sae.V, sae.W_1, sae.W_2, gate, sae.cfg.head)
-            self._add_sparse(self._written, few, parts.double().square().sum(-1))
+            self._add_sparse(self._written, read, interaction_energies(self._sae, read, gates))
 
     @staticmethod
     def _add_sparse(sums: Tensor, acts: SparseActs, values: Tensor) -> None:
