@@ -24,6 +24,8 @@ from sae_nfm import ranking
 Grads = tuple[Tensor | None, ...]
 TRANSPOSED_BYTES = 2**24
 """Size of the pieces in which W_enc and its gradient are transposed; larger ones come from the system, page by page."""
+TRANSPOSED_FEATURES = 512
+"""Features of a piece that are transposed at a time. Measured on CPU."""
 
 
 class Routing(NamedTuple):
@@ -75,7 +77,7 @@ class TopHiddenPre(torch.autograd.Function):
             if grad_x is not None:
                 grad_x[:, rows] = _sum_by_token(indices, grad, wide(W_enc[rows].T))
             if grad_W is not None:
-                grad_W[rows] = _sum_by_feature(routing, grad, wide(x[:, rows])).T
+                _transpose(_sum_by_feature(routing, grad, wide(x[:, rows])), grad_W[rows])
         return grad_x, grad_W, _scatter(indices, grad, d_sae), grad_scale, None
 
 
@@ -127,6 +129,12 @@ class RowNorms(torch.autograd.Function):
 def wide(tensor: Tensor) -> Tensor:
     """At least float32: for sums over many entries, and for operations that know no half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _transpose(source: Tensor, out: Tensor) -> None:
+    """`out.copy_(source.T)`, which torch does on one CPU thread; a product it spreads over all."""
+    for columns in (slice(start, start + TRANSPOSED_FEATURES) for start in range(0, len(source), TRANSPOSED_FEATURES)):
+        torch.mul(source[columns].T, 1.0, out=out[:, columns])
 
 
 def _scatter(indices: Tensor, values: Tensor, d_sae: int) -> Tensor:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
 """Tokens whose scores [tokens, d_sae] exist at one time. CPU: measured, fewer read W_enc too often. CUDA: a guess."""
-FEATURES_AT_ONCE = 1024
+FEATURES_AT_ONCE = 4096
 """Features in one product on CPU, a power of two. Measured."""
 LONGEST = 32
-"""Columns in a block at most, a power of two. Measured: with 64, a piece has 16 blocks, and their maxima take 8 times as long."""
+"""Columns in a block at most, a power of two. Measured: 64 makes no difference at 65,536 features."""
 
 
 def hidden_pre(

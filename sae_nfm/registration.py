@@ -4,7 +4,8 @@ SAELens filters a config down to the fields it knows before any class of ours se
 weight file before our class exists. Two class methods of `SAE` therefore get a thin layer, for our architectures only:
 `get_sae_config_class_for_architecture` returns our config class, whose `from_dict` refuses unknown keys, and
 `load_from_disk` says what is wrong with an incomplete or truncated folder. Its two runners get one too, for exact
-checkpoints where they train an architecture of ours (`resume`), and its directory of releases has ours (`pretrained`).
+checkpoints where they train an architecture of ours (`resume`), its trainer for a fused Adam (`fused_adam`), and its
+directory of releases has ours (`pretrained`).
 Everything else of SAELens is untouched.
 """
 
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 
 from sae_nfm.architectures import INFERENCE_CONFIGS
 from sae_nfm.config import JointNFMSAEConfig, JointNFMTrainingSAEConfig
+from sae_nfm.fused_adam import layer_trainer
 from sae_nfm.loading import SAVE_AGAIN, check_folder
 from sae_nfm.nfm_fields import refuse_missing_keys
 from sae_nfm.pretrained import register_packaged_releases
@@ -58,6 +60,7 @@ def register() -> None:
     _layer(SAE, "get_sae_config_class_for_architecture", _strict_config_class)
     _layer(SAE, "load_from_disk", _explained_load)
     layer_runners(_layer, frozenset(INFERENCE_CONFIGS))
+    layer_trainer(_layer, frozenset(INFERENCE_CONFIGS))
     register_packaged_releases()
 
 

@@ -26,11 +26,12 @@ from typing_extensions import override
 
 from sae_nfm import interaction, kernels
 from sae_nfm.config import JointNFMTrainingSAEConfig
+from sae_nfm.fused_adam import fuse
 from sae_nfm.nfm_fields import Kernel
 from sae_nfm.sequential_training import SequentialNFMTrainingSAE
 from sae_nfm.training_sae import JointNFMTrainingSAE
 
-TOPK, JOINT_AUTO, PUBLISHED = "topk", "joint_nfm auto", "joint_nfm published"
+TOPK, TOPK_FUSED, JOINT_AUTO, PUBLISHED = "topk", "topk fused Adam", "joint_nfm auto", "joint_nfm published"
 N_BATCHES = 4
 """Different batches that the steps go round."""
 PUBLISHED_TENSORS = 4
@@ -105,6 +106,10 @@ class PublishedNFMTrainingSAE(JointNFMTrainingSAE):
         return self._dropout(self.hook_nfm_pooled(pooled.to(self.V.dtype)))
 
 
+def _topk(sizes: Sizes) -> TopKTrainingSAE:
+    return TopKTrainingSAE(TopKTrainingSAEConfig(**_shape(sizes), k=sizes.k))
+
+
 def joint_config(sizes: Sizes, kernel: Kernel = "auto") -> JointNFMTrainingSAEConfig:
     """joint_nfm of these sizes; its own checks refuse sizes that do not fit together, with a ValueError."""
     return JointNFMTrainingSAEConfig(
@@ -124,7 +129,8 @@ ARMS: dict[str, Callable[[Sizes], TrainingSAE[Any]]] = {
     JOINT_AUTO: lambda sizes: JointNFMTrainingSAE(joint_config(sizes, "auto")),
     PUBLISHED: lambda sizes: PublishedNFMTrainingSAE(joint_config(sizes, "dense")),
     "sequential_nfm": _sequential,
-    TOPK: lambda sizes: TopKTrainingSAE(TopKTrainingSAEConfig(**_shape(sizes), k=sizes.k)),
+    TOPK: _topk,
+    TOPK_FUSED: _topk,
     # SAELens's COO activations have no backward pass through the decoder norms
     "topk COO": lambda sizes: TopKTrainingSAE(
         TopKTrainingSAEConfig(
@@ -173,6 +179,8 @@ class Stepper:
         )
         self.batches = batches
         self.trainer = SAETrainer(config, sae, iter(()))
+        if arm == TOPK_FUSED:
+            fuse(self.trainer.optimizer)
 
     def __call__(self) -> None:
         """Make one step."""

@@ -34,6 +34,7 @@ def test_encode_in_pieces_is_the_same(monkeypatch, rows_at_once):
     monkeypatch.setitem(ranking.TOKENS_AT_ONCE, "cpu", 3)  # 3 + 3 + 1 tokens
     monkeypatch.setattr(ranking, "FEATURES_AT_ONCE", 16)  # 16 + 16 + 5 features
     monkeypatch.setattr(active_sums, "TRANSPOSED_BYTES", rows_at_once * D_SAE * 8)
+    monkeypatch.setattr(active_sums, "TRANSPOSED_FEATURES", 16)
     pieces = kernels.to_dense(kernels.encode(*inputs, 3), D_SAE)
     torch.testing.assert_close(pieces, whole, **TIGHT)
     torch.testing.assert_close(gradients(pieces, inputs), expected, **TIGHT)

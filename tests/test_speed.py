@@ -91,9 +91,17 @@ def test_arms_take_the_form_they_are_named_for():
         "joint_nfm published": False,
         "sequential_nfm": False,
         "topk": False,
+        "topk fused Adam": False,
         "topk COO": True,
         "batchtopk": False,
     }
+
+
+def test_the_fused_adam_is_the_one_arm_s_alone():
+    sizes = Sizes(**sizes_of(TINY))
+    for arm, form in {"topk": None, "topk fused Adam": True}.items():
+        optimizer = Stepper(arm, sizes, activations(sizes)).trainer.optimizer
+        assert [group["fused"] for group in optimizer.param_groups] == [form]
 
 
 @pytest.mark.parametrize("nfm_top_k", [None, 3])
