@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SLOW_TIMEOUT ?= 3600
 
-.PHONY: demo test test-slow test-saebench tutorials docs browser lint format clean
+.PHONY: demo test test-slow test-cuda speed-cuda test-saebench tutorials docs browser lint format clean
 
 demo: $(READY)
 	$(BIN)/sae-nfm demo
@@ -15,6 +15,18 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# on a machine with a GPU: the Triton kernels as a GPU runs them
+test-cuda: $(READY)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m cuda
+
+# on a machine with a GPU: the figures of docs/speed.md for one
+speed-cuda: $(READY)
+	$(BIN)/sae-nfm speed --device cuda --d_in 768 --d_sae 24576 --batch 4096 --repeats 15 --output runs/speed-cuda/k32.json
+	$(BIN)/sae-nfm speed --device cuda --d_in 3200 --d_sae 50000 --k 1024 --nfm_dim 300 --nfm_top_k 512 --batch 4096 \
+	  --autocast true --arms "joint_nfm auto" "joint_nfm no Triton" topk --output runs/speed-cuda/paper.json
+	$(BIN)/sae-nfm speed --device cuda --d_in 768 --d_sae 8192 --batch 4096 --scan d_sae --scan_to 65536 \
+	  --output runs/speed-cuda/scan.json
 
 # in the environment that docs/saebench.md sets up, or that of another python named by SAE_NFM_SAEBENCH_PYTHON
 test-saebench: $(READY)

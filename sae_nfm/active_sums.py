@@ -2,14 +2,16 @@
 
 With [bj] the j-th active feature of token b, f_bj its value, w_i the row of feature i and g_b a vector of token b:
 
-    `_sum_by_token`      sum_j f_bj w_[bj]    F.embedding_bag over the features of a token
-    `_sum_by_feature`    sum_b f_bi g_b       F.embedding_bag over the tokens of a feature: the same entries, ordered by `route`
-    `_dots`              <g_b, w_[bj]>        torch.sparse.sampled_addmm
+    `sum_by_token`      sum_j f_bj w_[bj]    F.embedding_bag over the features of a token
+    `sum_by_feature`    sum_b f_bi g_b       F.embedding_bag over the tokens of a feature: the same entries, ordered by `route`
+    `dots`              <g_b, w_[bj]>        torch.sparse.sampled_addmm
 
-None of them makes [batch, d_sae] or [batch, k, d_out]. The functions can be differentiated once.
+On a GPU with Triton they are the kernels of `triton_sums`. None of them makes [batch, d_sae] or [batch, k, d_out]. The
+functions can be differentiated once.
 """
 
 import warnings
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from sae_nfm import ranking
+from sae_nfm.devices import product_dtype, uses_triton
 
 Grads = tuple[Tensor | None, ...]
 TRANSPOSED_BYTES = 2**24
@@ -43,20 +46,21 @@ def route(indices: Int[Tensor, "*batch k"], d_sae: int) -> Routing:
     """Order the active entries by feature: once for all kernels that read features at the same indices."""
     flat = indices.flatten()
     entries = flat.int().argsort(stable=True)  # int32 sorts faster
-    starts = F.pad(torch.bincount(flat, minlength=d_sae).cumsum(0), (1, 0))
-    return Routing(entries, entries // indices.shape[-1], starts)
+    counts = flat.new_zeros(d_sae + 1).index_add_(0, flat + 1, torch.ones_like(flat))  # bincount waits for a GPU
+    return Routing(entries, entries // indices.shape[-1], counts.cumsum(0))
 
 
 class TopHiddenPre(torch.autograd.Function):
-    """`ranking.top_hidden_pre`, differentiable in the values."""
+    """`ranking.top_hidden_pre`, differentiable in the values; `dense` makes the gradients of x and W_enc as products."""
 
     @staticmethod
     @override
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, k: int
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, k: int, dense: bool
     ) -> tuple[Tensor, Tensor]:
         indices, values = ranking.top_hidden_pre(x, W_enc, b_enc, scale, k)
         ctx.save_for_backward(x, W_enc, scale, indices, values)
+        ctx.product_dtype = product_dtype(x) if dense else None
         return indices, values
 
     @staticmethod
@@ -64,21 +68,60 @@ class TopHiddenPre(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, W_enc, scale, indices, values = ctx.saved_tensors
-        (d_in, d_sae), (needs_x, needs_W) = W_enc.shape, ctx.needs_input_grad[:2]
-        grad, routing, grad_scale = wide(grad), route(indices, d_sae), None
+        grad, routing, grad_scale = wide(grad), route(indices, W_enc.shape[1]), None
         if scale is not None:
             chosen = wide(scale)[indices]
-            grad_scale = _scatter(indices, torch.where(chosen == 0, 0.0, grad * wide(values) / chosen), d_sae)
+            grad_scale = sum_values(routing, torch.where(chosen == 0, 0.0, grad * wide(values) / chosen), indices)
             grad = grad * chosen
-        grad_x = torch.empty_like(x) if needs_x else None
-        grad_W = torch.empty_like(W_enc) if needs_W else None
-        step = max(1, TRANSPOSED_BYTES // (d_sae * grad.element_size()))
-        for rows in (slice(start, start + step) for start in range(0, d_in, step)):
-            if grad_x is not None:
-                grad_x[:, rows] = _sum_by_token(indices, grad, wide(W_enc[rows].T))
-            if grad_W is not None:
-                _transpose(_sum_by_feature(routing, grad, wide(x[:, rows])), grad_W[rows])
-        return grad_x, grad_W, _scatter(indices, grad, d_sae), grad_scale, None
+        if ctx.product_dtype is None:
+            grads = _encoder_grads(x, W_enc, indices, grad, routing, *ctx.needs_input_grad[:2])
+        else:
+            grads = _encoder_products(x, W_enc, indices, grad.to(ctx.product_dtype), *ctx.needs_input_grad[:2])
+        return *grads, sum_values(routing, grad, indices), grad_scale, None, None
+
+
+def _encoder_grads(
+    x: Tensor, W_enc: Tensor, indices: Tensor, grad: Tensor, routing: Routing, needs_x: bool, needs_W: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and W_enc from the active entries, for some rows of W_enc at a time."""
+    d_in, d_sae = W_enc.shape
+    grad_x = torch.empty_like(x) if needs_x else None
+    grad_W = torch.empty_like(W_enc) if needs_W else None
+    step = d_in if W_enc.is_cuda else max(1, TRANSPOSED_BYTES // (d_sae * grad.element_size()))
+    for rows in (slice(start, start + step) for start in range(0, d_in, step)):
+        if grad_x is not None:
+            grad_x[:, rows] = sum_by_token(indices, grad, wide(W_enc[rows].T))
+        if grad_W is not None:
+            _transpose(sum_by_feature(routing, grad, wide(x[:, rows])), grad_W[rows])
+    return grad_x, grad_W
+
+
+def _encoder_products(
+    x: Tensor, W_enc: Tensor, indices: Tensor, grad: Tensor, needs_x: bool, needs_W: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same gradients as products with the matrix [n_tokens, d_sae] of the gradient, in the type that this has."""
+    matrix = grad.new_zeros(len(grad), W_enc.shape[1]).scatter_(-1, indices, grad)
+    grad_x = (matrix @ W_enc.to(grad.dtype).T).to(x.dtype) if needs_x else None
+    grad_W = (x.to(grad.dtype).T @ matrix).to(W_enc.dtype) if needs_W else None
+    return grad_x, grad_W
+
+
+class OfActive(torch.autograd.Function):
+    """A number of each active feature. Indexing would do, but its gradient adds in an order that depends on the threads."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, per_feature: Tensor, indices: Tensor, routing: Routing | None) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.routing, ctx.d_sae = routing, len(per_feature)
+        return per_feature.index_select(0, indices.flatten()).reshape(indices.shape)
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (indices,) = ctx.saved_tensors
+        return sum_values(ctx.routing or route(indices, ctx.d_sae), grad, indices), None, None
 
 
 class WeightedRows(torch.autograd.Function):
@@ -89,7 +132,7 @@ class WeightedRows(torch.autograd.Function):
     def forward(ctx: Any, indices: Tensor, values: Tensor, weight: Tensor, routing: Routing | None) -> Tensor:
         ctx.save_for_backward(indices, values, weight)
         ctx.routing = routing
-        return _sum_by_token(indices, values.to(weight.dtype), weight)
+        return sum_by_token(indices, values.to(weight.dtype), weight)
 
     @staticmethod
     @override
@@ -98,9 +141,9 @@ class WeightedRows(torch.autograd.Function):
         indices, values, weight = ctx.saved_tensors
         grad, grad_values, grad_weight = wide(grad), None, None
         if ctx.needs_input_grad[1]:
-            grad_values = _dots(indices, grad, wide(weight))
+            grad_values = dots(indices, grad, wide(weight))
         if ctx.needs_input_grad[2]:
-            grad_weight = _sum_by_feature(ctx.routing or route(indices, len(weight)), wide(values), grad)
+            grad_weight = sum_by_feature(ctx.routing or route(indices, len(weight)), wide(values), grad)
         return None, grad_values, grad_weight, None
 
 
@@ -133,21 +176,39 @@ def wide(tensor: Tensor) -> Tensor:
 
 def _transpose(source: Tensor, out: Tensor) -> None:
     """`out.copy_(source.T)`, which torch does on one CPU thread; a product it spreads over all."""
+    if uses_triton(out):
+        return _triton().transpose(source, out)
     for columns in (slice(start, start + TRANSPOSED_FEATURES) for start in range(0, len(source), TRANSPOSED_FEATURES)):
         torch.mul(source[columns].T, 1.0, out=out[:, columns])
+    return None
 
 
-def _scatter(indices: Tensor, values: Tensor, d_sae: int) -> Tensor:
-    return values.new_zeros(d_sae).index_add_(0, indices.flatten(), values.flatten())
+def _triton() -> ModuleType:
+    """The kernels, loaded where they are used first: Triton need not be installed, and takes a second to import."""
+    from sae_nfm import triton_sums
+
+    return triton_sums
 
 
-def _sum_by_token(indices: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+def sum_values(routing: Routing, values: Tensor, indices: Tensor) -> Tensor:
+    """`sum_b f_bi`, [d_sae], in an order that does not depend on the threads."""
+    if uses_triton(values):
+        return sum_by_feature(routing, values, values.new_ones(len(values), 1))[:, 0]
+    zeros = values.new_zeros(len(routing.starts) - 1)
+    return zeros.index_add_(0, indices.flatten(), values.flatten())
+
+
+def sum_by_token(indices: Tensor, values: Tensor, rows: Tensor) -> Tensor:
     """`sum_j f_bj w_[bj]`, [n_tokens, d_out]; detached, else the bag prepares a backward pass of its own."""
+    if uses_triton(rows):
+        return _triton().sum_by_token(indices, values, rows)
     return F.embedding_bag(indices, rows.detach().contiguous(), per_sample_weights=values.detach(), mode="sum")
 
 
-def _sum_by_feature(routing: Routing, values: Tensor, by_token: Tensor) -> Tensor:
+def sum_by_feature(routing: Routing, values: Tensor, by_token: Tensor) -> Tensor:
     """`sum_b f_bi g_b`, [d_sae, d_out], 0 for features that no token uses."""
+    if uses_triton(by_token):
+        return _triton().sum_by_feature(routing, values, by_token)
     weights = values.detach().flatten()[routing.entries]
     return F.embedding_bag(
         routing.tokens,
@@ -159,8 +220,10 @@ def _sum_by_feature(routing: Routing, values: Tensor, by_token: Tensor) -> Tenso
     )
 
 
-def _dots(indices: Tensor, by_token: Tensor, rows: Tensor) -> Tensor:
+def dots(indices: Tensor, by_token: Tensor, rows: Tensor) -> Tensor:
     """`<g_b, w_[bj]>`, [n_tokens, k]."""
+    if uses_triton(rows):
+        return _triton().dots(indices, by_token, rows)
     n_tokens, k = indices.shape
     starts, zeros = k * torch.arange(n_tokens + 1, device=indices.device), by_token.new_zeros(n_tokens * k)
     shape = (n_tokens, len(rows))

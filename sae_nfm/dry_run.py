@@ -103,13 +103,14 @@ def _shapes(cfg: TrainingSAEConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _kernel(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
-    """The form of the step that `NFMDecoder.works_sparsely` would choose on the run's device."""
+    """The form of the direct path that `NFMDecoder.form_of` would choose on the run's device."""
     sae = cfg.sae
     if not isinstance(sae, JointNFMTrainingSAEConfig) or cfg.compile_sae:
         return "dense"
     if sae.kernel != "auto":
         return sae.kernel
-    return kernels.choose(sae.d_sae, sae.k, torch.device(cfg.device).type) if sae.d_sae >= FEW_FEATURES else "dense"
+    dtype = torch.bfloat16 if cfg.autocast else getattr(torch, sae.dtype)
+    return kernels.choose(sae.d_sae, sae.k, cfg.device, dtype) if sae.d_sae >= FEW_FEATURES else "dense"
 
 
 def _sparse_step(cfg: LanguageModelSAERunnerConfig[Any]) -> Cost:

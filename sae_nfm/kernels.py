@@ -17,9 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae_nfm import interaction
-from sae_nfm.active_sums import Routing, RowNorms, TopHiddenPre, WeightedRows, route, wide
+from sae_nfm.active_sums import OfActive, Routing, RowNorms, TopHiddenPre, WeightedRows, route, wide
+from sae_nfm.device_rates import device_rates
+from sae_nfm.devices import product_dtype, uses_triton
 from sae_nfm.heads import POOLS
 from sae_nfm.interaction import Acts, SparseActs
+from sae_nfm.pair_pool import PairPool
 from sae_nfm.ranking import hidden_pre
 
 __all__ = [
@@ -57,6 +60,7 @@ def encode(
     k: int,
     *,
     kernel: Kernel = "sparse",
+    gradient: Kernel = "sparse",
 ) -> SparseActs:
     """The TopK encoder: the k largest of `(x W_enc + b_enc) * scale`, in no order, then ReLU.
 
@@ -69,8 +73,9 @@ def encode(
         scale: decoder norms with `rescale_acts_by_decoder_norm`, else None.
         k: active features a token.
         kernel: the form, see the module.
+        gradient: the form in which the sparse one makes the gradients of input and weight; dense ones are matrix products.
     """
-    acts = _top(sae_in, W_enc, b_enc, scale, k, kernel)
+    acts = _top(sae_in, W_enc, b_enc, scale, k, kernel, gradient)
     return SparseActs(acts.indices, acts.values.relu())
 
 
@@ -92,7 +97,8 @@ def weighted_rows(
     if not isinstance(acts, SparseActs):
         return acts @ weight
     if kernel == "dense":
-        return to_dense(acts, len(weight)) @ weight
+        values = acts.values.to(product_dtype(weight))  # as the product would, but before there is a matrix of them
+        return to_dense(SparseActs(acts.indices, values), len(weight)) @ weight
     batch, k = acts.indices.shape[:-1], acts.indices.shape[-1]
     rows = WeightedRows.apply(acts.indices.reshape(-1, k), acts.values.reshape(-1, k), weight, routing)
     return rows.reshape(*batch, weight.shape[-1])
@@ -118,6 +124,10 @@ def bi_interaction(
         return interaction.bi_interaction(acts, V)
     if kernel == "dense":
         return interaction.bi_interaction(to_dense(acts, len(V)), V)
+    if uses_triton(V):
+        k = acts.indices.shape[-1]
+        z = PairPool.apply(acts.indices.reshape(-1, k), acts.values.reshape(-1, k), V, routing)
+        return z.reshape(*acts.indices.shape[:-1], V.shape[-1])
     rows, values = wide(V), wide(acts.values)
     top = values.abs().argmax(dim=-1, keepdim=True)
     strongest = values.gather(-1, top) * F.embedding(acts.indices.gather(-1, top)[..., 0], rows)
@@ -128,19 +138,26 @@ def bi_interaction(
 
 
 def pooled(
-    head: str, acts: SparseActs, V: Float[Tensor, "d_sae nfm_dim"], routing: Routing
+    head: str,
+    acts: SparseActs,
+    V: Float[Tensor, "d_sae nfm_dim"],
+    routing: Routing | None = None,
+    *,
+    kernel: Kernel = "sparse",
 ) -> Float[Tensor, "*batch nfm_dim"]:
-    """The z of a head (`heads`) from the active features: by the sparse forms above; a registered head by autograd."""
+    """The z of a head (`heads`) from the active features: in the forms above; a registered head by autograd."""
     if head == "fm":
-        return bi_interaction(acts, V, routing)
-    if head == "mlp":
+        return bi_interaction(acts, V, routing, kernel=kernel)
+    if head == "mlp" and kernel == "sparse":
         return weighted_rows(acts, V, routing)
-    return POOLS[head](acts, V)
+    return POOLS[head](to_dense(acts, len(V)) if kernel == "dense" else acts, V)
 
 
-def of_active(per_feature: Float[Tensor, " d_sae"], acts: SparseActs) -> Float[Tensor, "*batch k"]:
-    """A number of each active feature. Indexing would do, but its gradient adds in an order that depends on the threads."""
-    return per_feature.index_select(0, acts.indices.flatten()).reshape(acts.indices.shape)
+def of_active(
+    per_feature: Float[Tensor, " d_sae"], acts: SparseActs, routing: Routing | None = None
+) -> Float[Tensor, "*batch k"]:
+    """A number of each active feature; its gradient is the same bits every time. `routing` as in `weighted_rows`."""
+    return OfActive.apply(per_feature, acts.indices, routing)
 
 
 def row_norms(
@@ -173,7 +190,7 @@ def top_dead(
     dead = (W_enc.index_select(1, features), b_enc[features], None if scale is None else scale[features])
     if k == len(features):
         return DeadActs(features, hidden_pre(sae_in, *dead))
-    kernel = choose(len(features), k, sae_in.device.type)
+    kernel = choose(len(features), k, sae_in.device, product_dtype(W_enc))
     acts = _top(sae_in, *dead, k, kernel)
     return DeadActs(features, acts if kernel == "sparse" else to_dense(acts, len(features)))
 
@@ -198,13 +215,8 @@ def to_coo(acts: SparseActs, d_sae: int) -> Tensor:
     return torch.sparse_coo_tensor(position, values, (*batch, d_sae), is_coalesced=True, check_invariants=False)
 
 
-RATES = {"cpu": (90e9, 55e9), "cuda": (100e12, 1.2e12)}
-"""Matrix products in FLOP/s and gathers of float32 rows in bytes/s. CPU: measured on one core (AVX-512), rows in its last cache.
-CUDA: not measured, what an A100 should reach with TF32 products."""
-
-
-def choose(d_sae: int, k: int, device_type: str) -> Kernel:
-    """The form that should be faster for k of d_sae active features.
+def choose(d_sae: int, k: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Kernel:
+    """The form that should be faster for a product that reads k of d_sae features, made in `dtype` where it is dense.
 
     The encoder's product x W_enc is common to both. Every other product (a decoder's output, its two gradients, the encoder's)
     costs, for each token and column of the other matrix,
@@ -212,21 +224,33 @@ def choose(d_sae: int, k: int, device_type: str) -> Kernel:
         dense     2 d_sae FLOP   / FLOP/s of matrix products
         sparse    4 k bytes      / bytes/s of gathers
 
-    so that neither the batch nor d_in matters, and sparse wins below k / d_sae = bytes/s / (2 FLOP/s): 0.31 on CPU, where
-    training steps for d_in from 64 to 1024 and d_sae from 1024 to 8192 crossed between 1/4 and 1/2, and 0.006 on a GPU with
-    tensor cores by the estimate: k = 32 of 50,000 is sparse, the paper's k = 1024 dense. Other devices lack the operations.
+    so that neither the batch nor d_in matters, and sparse wins below k / d_sae = bytes/s / (2 FLOP/s). On CPU that is 0.31,
+    where training steps for d_in from 64 to 1024 and d_sae from 1024 to 8192 crossed between 1/4 and 1/2. A GPU is measured
+    when it is first asked about (`device_rates`). By the data sheet of one with tensor cores it is 0.02 in float32 and 0.002 in
+    bfloat16: k = 32 of 50,000 is sparse; of the paper's k = 1024 the decoders are dense products, while the pooling of 512,
+    always in float32, is sparse. Other devices lack the operations.
     """
-    if device_type not in RATES:
+    rates = device_rates(device, dtype)
+    if rates is None:
         return "dense"
-    flops, gathered_bytes = RATES[device_type]
-    return "sparse" if 4 * k / gathered_bytes < 2 * d_sae / flops else "dense"
+    sparse, dense = 4 * k / rates.gathered_bytes_per_second, 2 * d_sae / rates.flop_per_second
+    return "sparse" if sparse < dense else "dense"
 
 
-def _top(sae_in: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, k: int, kernel: Kernel) -> SparseActs:
+def _top(
+    sae_in: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    scale: Tensor | None,
+    k: int,
+    kernel: Kernel,
+    gradient: Kernel = "sparse",
+) -> SparseActs:
     """The k largest scaled pre-activations of each token, whatever their sign."""
     if kernel == "dense":
         values, indices = hidden_pre(sae_in, W_enc, b_enc, scale).topk(k, dim=-1, sorted=False)
         return SparseActs(indices, values)
     batch = sae_in.shape[:-1]
-    indices, values = TopHiddenPre.apply(sae_in.reshape(-1, sae_in.shape[-1]), W_enc, b_enc, scale, k)
+    x = sae_in.reshape(-1, sae_in.shape[-1])
+    indices, values = TopHiddenPre.apply(x, W_enc, b_enc, scale, k, gradient == "dense")
     return SparseActs(indices.reshape(*batch, k), values.reshape(*batch, k))

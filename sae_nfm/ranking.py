@@ -1,9 +1,10 @@
 """Which features of each token are largest: the encoder's product [n_tokens, d_sae], and the selection from it.
 
-The product is made for some tokens at a time, in memory that all of them use. On CPU it is made for some features at a time
-too, so that bias, scale and block maxima are computed while a piece is in the cache, and the selection has two stages: there
-are k entries as large as any in the k blocks of largest maximum, and among the columns left over from the division into
-blocks.
+The product is made for some tokens at a time, in memory that all of them use. The selection has two stages: there are k
+entries as large as any in the k blocks of largest maximum. On CPU the product is made for some features at a time too, so
+that bias, scale and block maxima are computed while a piece is in the cache, and the columns left over from the division
+into blocks are candidates of their own. On a GPU with Triton one kernel reads the product once, for the maxima, and another
+one the members of the chosen blocks.
 """
 
 import math
@@ -12,6 +13,8 @@ from functools import reduce
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from sae_nfm.devices import product_dtype, uses_triton
 
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
 """Tokens whose scores [tokens, d_sae] exist at one time. CPU: measured, fewer read W_enc too often. CUDA: a guess."""
@@ -42,10 +45,12 @@ def top_hidden_pre(
 ) -> tuple[Int[Tensor, "n_tokens k"], Float[Tensor, "n_tokens k"]]:
     """Indices and values of the k largest entries of `hidden_pre`, in no order; among equal ones any choice is valid."""
     device = sae_in.device.type
-    if torch.is_autocast_enabled(device) and sae_in.dtype != torch.float64:
-        # cast here: autocast would remember its copy of W_enc, made without gradient, for later uses of the parameter
-        sae_in, W_enc = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (sae_in, W_enc))
+    # cast here: autocast would remember its copy of W_enc, made without gradient, for later uses of the parameter
+    sae_in, W_enc = (tensor.to(product_dtype(sae_in)) for tensor in (sae_in, W_enc))
     at_once = max(1, min(len(sae_in), TOKENS_AT_ONCE.get(device, len(sae_in))))
+    if uses_triton(sae_in):
+        parts = [_top_by_triton(tokens, W_enc, b_enc, scale, k) for tokens in sae_in.split(at_once)]
+        return _joined(parts)
     dtypes = [tensor.dtype for tensor in (sae_in, b_enc, scale) if tensor is not None]
     memory = sae_in.new_empty(at_once, len(b_enc), dtype=reduce(torch.promote_types, dtypes))
     blocks = Blocks(memory, k) if device == "cpu" else None
@@ -62,8 +67,37 @@ def top_hidden_pre(
                 blocks.note_maxima(scores, columns)
             indices = blocks.top(scores)
         found.append((indices, scores.gather(-1, indices)))
-    indices, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return _joined(found)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    indices, values = (torch.cat(same) for same in zip(*parts, strict=True))
     return indices, values
+
+
+def _top_by_triton(sae_in: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """The product as the library of the device makes it, then the two stages of the selection."""
+    from sae_nfm import triton_sums
+
+    product, d_sae = sae_in @ W_enc, len(b_enc)
+    n_blocks = math.ceil(d_sae / _block_size(d_sae, k))
+    dtypes = [tensor.dtype for tensor in (product, b_enc, scale) if tensor is not None]
+    maxima = product.new_empty(len(product), n_blocks, dtype=reduce(torch.promote_types, dtypes))
+    triton_sums.block_maxima(product, b_enc, scale, maxima)
+    blocks = maxima.topk(k, dim=-1, sorted=False).indices
+    candidates = triton_sums.block_scores(product, b_enc, scale, blocks, n_blocks)
+    values, position = candidates.topk(k, dim=-1, sorted=False)
+    size = candidates.shape[-1] // k
+    indices = blocks.gather(-1, position // size) + position % size * n_blocks
+    # a score of -inf may be that of no column at all
+    return indices.clamp_(max=d_sae - 1), values
+
+
+def _block_size(d_sae: int, k: int) -> int:
+    """Columns in a block, a power of two near sqrt(d_sae / k): as many maxima as candidates."""
+    return max(1, min(LONGEST, 2 ** round(math.log2(d_sae / k) / 2)))
 
 
 def _score(sae_in: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, *, out: Tensor) -> None:
@@ -83,8 +117,8 @@ class Blocks:
     def __init__(self, memory: Float[Tensor, "n_tokens d_sae"], k: int) -> None:
         d_sae = memory.shape[1]
         self.k = k
-        self.size = max(1, min(LONGEST, FEATURES_AT_ONCE, 2 ** round(math.log2(d_sae / k) / 2)))
-        """Columns in a block, near sqrt(d_sae / k): as many maxima as candidates. Blocks of less than 4 do not pay."""
+        self.size = min(FEATURES_AT_ONCE, _block_size(d_sae, k))
+        """Columns in a block. Blocks of less than 4 do not pay."""
         self.pieces = [slice(at, min(at + FEATURES_AT_ONCE, d_sae)) for at in range(0, d_sae, FEATURES_AT_ONCE)]
         steps = [(piece.stop - piece.start) // self.size for piece in self.pieces]
         self.first = torch.cat(

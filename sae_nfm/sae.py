@@ -29,6 +29,7 @@ from typing_extensions import override
 
 from sae_nfm import interaction, kernels
 from sae_nfm.config import JointNFMConfig, JointNFMSAEConfig
+from sae_nfm.devices import product_dtype
 from sae_nfm.paths import FEW_FEATURES, NFMPaths, Paths
 
 
@@ -67,11 +68,22 @@ class NFMDecoder(NFMPaths):
         return interaction.sparse_acts_from_dense(feature_acts, cfg.k)
 
     def works_sparsely(self) -> bool:
-        """Whether `cfg.kernel` chooses the active features alone: "auto" by the cost model, from `FEW_FEATURES` on."""
+        """Whether the direct path is read from the active features alone."""
+        return self.form_of(self.cfg.k) == "sparse"
+
+    def form_of(self, n_read: int, dtype: torch.dtype | None = None) -> kernels.Kernel:
+        """The form of a product that reads so many features: `cfg.kernel`, or with "auto" the cost model's choice.
+
+        Args:
+            n_read: active features a token.
+            dtype: the type of a dense product; the decoder's, under autocast too, unless given.
+        """
         cfg = self.cfg
-        if cfg.kernel == "auto":
-            return cfg.d_sae >= FEW_FEATURES and kernels.choose(cfg.d_sae, cfg.k, self.device.type) == "sparse"
-        return cfg.kernel == "sparse"
+        if cfg.kernel != "auto":
+            return cfg.kernel
+        if cfg.d_sae < FEW_FEATURES:
+            return "dense"
+        return kernels.choose(cfg.d_sae, n_read, self.device, dtype or product_dtype(self.W_dec))
 
     def _direct_and_linear(self, acts: interaction.Acts, read: interaction.Acts) -> tuple[Tensor, Tensor | None]:
         """What the two decoders write, biases included."""

@@ -125,7 +125,7 @@ class SequentialNFM(NFMPaths):
         if cfg.kernel == "dense" or wants_gradient or not acts.numel() or torch.compiler.is_compiling():
             return acts
         k = max(1, int(acts.count_nonzero(dim=-1).amax()))
-        few = cfg.d_sae < FEW_FEATURES or kernels.choose(cfg.d_sae, k, self.device.type) == "dense"
+        few = cfg.d_sae < FEW_FEATURES or kernels.choose(cfg.d_sae, k, self.device) == "dense"
         if cfg.kernel == "auto" and few:
             return acts
         active = interaction.sparse_acts_from_dense(acts, k)

@@ -20,6 +20,7 @@ from sae_nfm.peak_memory import measure_peaks
 from sae_nfm.speed_arms import (
     ARMS,
     JOINT_AUTO,
+    JOINT_TORCH,
     TOPK,
     Case,
     Rates,
@@ -39,7 +40,7 @@ class SpeedConfig(Sizes):
     """What is timed, how often, and where to write it."""
 
     arms: tuple[str, ...] = ()
-    """Which arms; all unless given, in a scan "joint_nfm auto" and "topk"."""
+    """Which arms; all that the device has unless given, in a scan "joint_nfm auto" and "topk"."""
     repeats: int = 7
     """Rounds that count."""
     warm_up: int = 2
@@ -88,7 +89,8 @@ def measure_speed(config: SpeedConfig) -> SpeedResult:
         ValueError: for sizes that do not fit together, or a device that is not there.
     """
     check_device(config.device)
-    arms = config.arms or (SCANNED if config.scan else tuple(ARMS))
+    possible = tuple(arm for arm in ARMS if arm != JOINT_TORCH or torch.device(config.device).type == "cuda")
+    arms = config.arms or (SCANNED if config.scan else possible)
     with _threads(config.threads):
         cases = [(arm, sizes) for sizes in scan_sizes(config) for arm in arms]
         timings, rates = time_cases(
@@ -120,27 +122,33 @@ def scan_sizes(config: SpeedConfig) -> list[Sizes]:
 def floor_seconds(sizes: Sizes, rates: Rates) -> float:
     """What a training step of joint_nfm takes at least, if products and memory run at the rates measured.
 
-        2 batch d_in d_sae / flops + bytes / copied
+        2 batch d_in d_sae / flops + bytes / copied + the least of either form for every other product
 
-    The product is the encoder's, all features having to be ranked; every other sum is over active features. With P parameters,
-    n = nfm_top_k, numbers of the parameters' type, the bytes are those of
+    The first product is the encoder's, all features having to be ranked. With P parameters, numbers of the parameters' type,
+    the bytes are those of
 
         P weights read, P gradients written                                                         2 P
         Adam: weight, gradient and two moments read, weight and moments written                     7 P
-        rows gathered a token: W_dec + W_lin in the output, again for the gradient of activations,
-            and of the output's and the input's gradient for those of W_dec and W_enc               4 k d_in
-        the same three of V                                                                         3 n nfm_dim
-        the three of W_lin apart, where it reads fewer features (n < k)                             3 n d_in
+
+    Every other product reads q active features of each token, for w columns: `2 batch d_sae w / flops` as a matrix product, or
+    `batch q w` numbers in gathered rows. With n = nfm_top_k these are
+
+        W_dec + W_lin in the output, again for the gradient of activations, and of the output's and
+            the input's gradient for those of W_dec and W_enc                                       q = k, w = 4 d_in
+        the same three of V                                                                         q = n, w = 3 nfm_dim
+        the three of W_lin apart, where it reads fewer features (n < k)                             q = n, w = 3 d_in
 
     Rows that the last cache holds come faster than a large copy, so that small dictionaries could be below this floor.
     """
     cfg = joint_config(sizes)
     n = cfg.k if cfg.nfm_top_k is None else cfg.nfm_top_k
-    gathered = 4 * cfg.k * cfg.d_in + 3 * n * cfg.nfm_dim + (3 * n * cfg.d_in if n < cfg.k else 0)
-    numbers = 9 * parameter_count(cfg) + sizes.batch * gathered
-    product = 2 * sizes.batch * cfg.d_in * cfg.d_sae
     itemsize = getattr(torch, sizes.dtype).itemsize
-    return product / rates.flop_per_second + itemsize * numbers / rates.bytes_per_second
+    multiplied = 2 * sizes.batch * sizes.d_sae / rates.flop_per_second
+    gathered = sizes.batch * itemsize / rates.bytes_per_second
+    products = [(cfg.k, 4 * cfg.d_in), (n, 3 * cfg.nfm_dim), (n, 3 * cfg.d_in if n < cfg.k else 0)]
+    least = sum(columns * min(multiplied, gathered * n_read) for n_read, columns in products)
+    moved = 9 * parameter_count(cfg) * itemsize / rates.bytes_per_second
+    return cfg.d_in * multiplied + moved + least
 
 
 def _row(case: Case, timings: dict[Case, Timings], peaks: dict[Case, int], rates: Rates) -> SpeedRow:

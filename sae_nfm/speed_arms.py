@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -26,12 +27,14 @@ from typing_extensions import override
 
 from sae_nfm import interaction, kernels
 from sae_nfm.config import JointNFMTrainingSAEConfig
+from sae_nfm.devices import without_triton
 from sae_nfm.fused_adam import fuse
 from sae_nfm.nfm_fields import Kernel
 from sae_nfm.sequential_training import SequentialNFMTrainingSAE
 from sae_nfm.training_sae import JointNFMTrainingSAE
 
-TOPK, TOPK_FUSED, JOINT_AUTO, PUBLISHED = "topk", "topk fused Adam", "joint_nfm auto", "joint_nfm published"
+TOPK, TOPK_FUSED = "topk", "topk fused Adam"
+JOINT_AUTO, JOINT_TORCH, PUBLISHED = "joint_nfm auto", "joint_nfm no Triton", "joint_nfm published"
 N_BATCHES = 4
 """Different batches that the steps go round."""
 PUBLISHED_TENSORS = 4
@@ -127,6 +130,7 @@ ARMS: dict[str, Callable[[Sizes], TrainingSAE[Any]]] = {
     "joint_nfm dense": lambda sizes: JointNFMTrainingSAE(joint_config(sizes, "dense")),
     "joint_nfm sparse": lambda sizes: JointNFMTrainingSAE(joint_config(sizes, "sparse")),
     JOINT_AUTO: lambda sizes: JointNFMTrainingSAE(joint_config(sizes, "auto")),
+    JOINT_TORCH: lambda sizes: JointNFMTrainingSAE(joint_config(sizes, "auto")),
     PUBLISHED: lambda sizes: PublishedNFMTrainingSAE(joint_config(sizes, "dense")),
     "sequential_nfm": _sequential,
     TOPK: _topk,
@@ -178,18 +182,22 @@ class Stepper:
             autocast=sizes.autocast,
         )
         self.batches = batches
+        self.kernels = without_triton if arm == JOINT_TORCH else nullcontext
         self.trainer = SAETrainer(config, sae, iter(()))
         if arm == TOPK_FUSED:
             fuse(self.trainer.optimizer)
 
     def __call__(self) -> None:
         """Make one step."""
-        self.trainer.step(self.batches[self.trainer.n_training_steps % len(self.batches)])
+        with self.kernels():
+            self.trainer.step(self.batches[self.trainer.n_training_steps % len(self.batches)])
         self.trainer.n_training_steps += 1
 
 
-def does_not_fit(arm: str, sizes: Sizes, limit_gib: float) -> str | None:
-    """Why an arm is not tried: the memory that only the published formulation needs, where it is above the limit."""
+def reason_against(arm: str, sizes: Sizes, limit_gib: float) -> str | None:
+    """Why an arm is not tried: memory that only the published formulation needs, or kernels that only a GPU has."""
+    if arm == JOINT_TORCH and torch.device(sizes.device).type != "cuda":
+        return f"there are no Triton kernels on {sizes.device}: the same as {JOINT_AUTO}"
     if arm != PUBLISHED:
         return None
     itemsize = getattr(torch, sizes.dtype).itemsize
@@ -210,7 +218,7 @@ def time_cases(
         limit_gib: memory that the published formulation may take.
         with_inference: whether the inference SAEs are timed too.
     """
-    timings = {case: Timings(reason=does_not_fit(*case, limit_gib)) for case in cases}
+    timings = {case: Timings(reason=reason_against(*case, limit_gib)) for case in cases}
     batches, rated = activations(sizes), _rate_jobs(sizes)
     jobs: dict[Case, list[Job]] = {}
     with tqdm(total=(warm_up + repeats) * len(cases), desc="Timing", unit="step", leave=False) as bar:

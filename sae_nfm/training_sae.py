@@ -3,13 +3,14 @@
     dense     SAELens's: features as a matrix [batch, d_sae], hooks on every hook point
     sparse    `kernels`: the k active features of each token alone, forward and backward, dead-feature loss included
 
-They give the same losses and gradients up to rounding; `cfg.kernel` chooses. Where both decoders read the same features, the
+They give the same losses and gradients up to rounding; `cfg.kernel` chooses. With "auto" each product of a step has the form
+that is faster, and a step whose products are all dense is SAELens's. Where both decoders read the same features, the
 dense step multiplies with their sum; the sparse step reads the active rows of both, which costs less than adding all rows. It
-keeps no pre-activations and hands SAELens's trainer its statistics as a COO tensor.
+keeps no pre-activations and hands SAELens's trainer its statistics as a COO tensor, where the direct path is sparse.
 """
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from sae_lens import TopKTrainingSAE
@@ -21,10 +22,20 @@ from typing_extensions import override
 from sae_nfm import interaction, kernels
 from sae_nfm.config import JointNFMTrainingSAEConfig
 from sae_nfm.interaction import Acts, SparseActs
+from sae_nfm.kernels import Kernel
 from sae_nfm.loading import write_note
 from sae_nfm.paths import Paths
 from sae_nfm.sae import JointNFMSAE, NFMDecoder
 from sae_nfm.training_paths import TrainedPaths
+
+
+class Forms(NamedTuple):
+    """The form of the products of each path in a step; None for a path that is switched off."""
+
+    direct: Kernel
+    """Of the encoder's gradient, the direct and the square path."""
+    linear: Kernel | None
+    pooled: Kernel | None
 
 
 class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
@@ -64,7 +75,15 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
 
     def _steps_sparsely(self) -> bool:
         """Hooks want the dense tensors, and torch.compile does better with them."""
-        return self.works_sparsely() and not torch.compiler.is_compiling() and not self._has_hooks()
+        return "sparse" in self._forms() and not torch.compiler.is_compiling() and not self._has_hooks()
+
+    def _forms(self) -> Forms:
+        cfg, read = self.cfg, self.cfg.k if self.cfg.nfm_top_k is None else min(self.cfg.nfm_top_k, self.cfg.k)
+        return Forms(
+            direct=self.form_of(cfg.k),
+            linear=self.form_of(read) if cfg.use_linear_path else None,
+            pooled=self.form_of(read, torch.promote_types(self.dtype, torch.float32)) if cfg.head != "none" else None,
+        )
 
     def _may_sum_decoders(self) -> bool:
         all_read = self.cfg.use_linear_path and self.cfg.nfm_top_k in (None, self.cfg.k)
@@ -74,20 +93,21 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         return any(hook._forward_hooks or hook._backward_hooks for hook in self.hook_dict.values())
 
     def _sparse_step(self, step_input: TrainStepInput) -> TrainStepOutput:
-        cfg, (sae_in, b_enc) = self.cfg, self._encoder_input(step_input.sae_in)
+        cfg, forms, (sae_in, b_enc) = self.cfg, self._forms(), self._encoder_input(step_input.sae_in)
         norms, W_dec = kernels.row_norms(self.W_dec) if cfg.rescale_acts_by_decoder_norm else (None, self.W_dec)
         encoder = (sae_in, self.W_enc, b_enc, norms)
-        acts = kernels.encode(*encoder, cfg.k)
-        paths = self._sparse_decode(acts, norms, W_dec)
+        acts = kernels.encode(*encoder, cfg.k, gradient=forms.direct)
+        paths = self._sparse_decode(acts, norms, W_dec, forms)
         sae_out = self.run_time_activation_norm_fn_out(paths.total())
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         dead_loss = self._sparse_dead_loss(step_input, sae_out, encoder, W_dec)
-        coo = kernels.to_coo(SparseActs(acts.indices, acts.values.detach()), cfg.d_sae)
+        as_tensor = kernels.to_coo if forms.direct == "sparse" else kernels.to_dense
+        feature_acts = as_tensor(SparseActs(acts.indices, acts.values.detach()), cfg.d_sae)
         output = TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
-            feature_acts=coo,
-            hidden_pre=coo,  # nothing reads the others
+            feature_acts=feature_acts,
+            hidden_pre=feature_acts,  # nothing reads the others
             loss=mse_loss + dead_loss,
             losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": dead_loss},
         )
@@ -103,25 +123,27 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
             no_change = (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
         return encoder_in.detach(), self.b_enc + no_change
 
-    def _sparse_decode(self, acts: SparseActs, norms: Tensor | None, W_dec: Tensor) -> Paths:
+    def _sparse_decode(self, acts: SparseActs, norms: Tensor | None, W_dec: Tensor, forms: Forms) -> Paths:
         """What each path writes, from the active features alone."""
         cfg, routing = self.cfg, kernels.route(acts.indices, self.cfg.d_sae)
-        unscaled = acts if norms is None else SparseActs(acts.indices, acts.values / kernels.of_active(norms, acts))
+        unscaled = acts
+        if norms is not None:
+            unscaled = SparseActs(acts.indices, acts.values / kernels.of_active(norms, acts, routing))
         read, read_routing = acts, routing
         if cfg.nfm_top_k is not None and cfg.nfm_top_k < cfg.k:
             read = interaction.top_n(acts, cfg.nfm_top_k)
             read_routing = kernels.route(read.indices, cfg.d_sae)
         linear = square = interacting = None
-        if cfg.use_linear_path:
-            linear = kernels.weighted_rows(read, self.W_lin, read_routing) + self.b_lin
+        if forms.linear is not None:
+            linear = kernels.weighted_rows(read, self.W_lin, read_routing, kernel=forms.linear) + self.b_lin
         if cfg.use_square_path:
             squares = SparseActs(acts.indices, acts.values.square())
-            square = kernels.weighted_rows(squares, self.U, routing) / cfg.square_scale
-        if cfg.head != "none":
-            pooled = self._dropout(kernels.pooled(cfg.head, read, self.V, read_routing))
+            square = kernels.weighted_rows(squares, self.U, routing, kernel=forms.direct) / cfg.square_scale
+        if forms.pooled is not None:
+            pooled = self._dropout(kernels.pooled(cfg.head, read, self.V, read_routing, kernel=forms.pooled))
             hidden = interaction.hidden_pre(pooled, self.W_1, self.b_1)
             interacting = interaction.interaction_output(hidden, self.W_2, self.b_2)
-        direct = kernels.weighted_rows(unscaled, W_dec, routing) + self.b_dec
+        direct = kernels.weighted_rows(unscaled, W_dec, routing, kernel=forms.direct) + self.b_dec
         return Paths(direct, linear, square, interacting)
 
     def _sparse_dead_loss(

@@ -1,5 +1,7 @@
 """A whole step of the kernels in every data type, under autocast and in every memory layout."""
 
+from typing import Literal
+
 import pytest
 import torch
 from kernel_inputs import D_IN, D_SAE, TIGHT, encoder, gradients, random_acts, randoms, relative
@@ -9,13 +11,15 @@ from sae_nfm import interaction, kernels
 from sae_nfm.interaction import SparseActs
 
 
-def whole_step(inputs: list[Tensor], k: int, kernel: kernels.Kernel) -> Tensor:
+def whole_step(inputs: list[Tensor], k: int, kernel: kernels.Kernel | Literal["products"]) -> Tensor:
+    """In one of the two forms, or the sparse one with products of the decoder and for the encoder's gradient."""
     x, W_enc, b_enc, W_dec, V = inputs
+    kernel, product = ("sparse", "dense") if kernel == "products" else (kernel, kernel)
     norms, W_dec = kernels.row_norms(W_dec, kernel=kernel)
-    acts = kernels.encode(x, W_enc, b_enc, norms, k, kernel=kernel)
+    acts = kernels.encode(x, W_enc, b_enc, norms, k, kernel=kernel, gradient=product)
     routing = kernels.route(acts.indices, len(b_enc))
     unscaled = SparseActs(acts.indices, acts.values / norms[acts.indices])
-    rows = kernels.weighted_rows(unscaled, W_dec, routing, kernel=kernel)
+    rows = kernels.weighted_rows(unscaled, W_dec, routing, kernel=product)
     return torch.cat([rows, kernels.bi_interaction(acts, V, routing, kernel=kernel)], dim=-1)
 
 
@@ -24,17 +28,22 @@ def step_inputs(dtype: torch.dtype) -> list[Tensor]:
     return randoms(*shapes, dtype=dtype)
 
 
-def test_a_whole_step_in_float32():
+for_sparse_forms = pytest.mark.parametrize("form", ["sparse", "products"])
+
+
+@for_sparse_forms
+def test_a_whole_step_in_float32(form):
     inputs = step_inputs(torch.float32)
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    sparse, exact = whole_step(inputs, 4, "sparse"), whole_step(exact_inputs, 4, "dense")
+    sparse, exact = whole_step(inputs, 4, form), whole_step(exact_inputs, 4, "dense")
     both = [(sparse, exact), *zip(gradients(sparse, inputs), gradients(exact, exact_inputs), strict=True)]
     # float32 has 6e-8, and the sums here a few roundings each
     assert all(relative(ours, reference) < 1e-6 for ours, reference in both)
 
 
+@for_sparse_forms
 @pytest.mark.parametrize("autocast", [True, False])
-def test_a_whole_step_in_bfloat16(autocast):
+def test_a_whole_step_in_bfloat16(autocast, form):
     """bfloat16 parameters, or float32 ones under autocast: dtypes as in the dense form, values to bfloat16's precision.
 
     With k = d_sae no selection depends on rounding. One number has a relative error of 0.4 %, sums over several roundings have
@@ -44,7 +53,7 @@ def test_a_whole_step_in_bfloat16(autocast):
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     exact = whole_step(exact_inputs, D_SAE, "dense")
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        sparse, dense = (whole_step(inputs, D_SAE, kernel) for kernel in ("sparse", "dense"))
+        sparse, dense = (whole_step(inputs, D_SAE, kernel) for kernel in (form, "dense"))
     assert relative(sparse, exact) < 0.02
     assert relative(sparse, exact) < 1.5 * relative(dense, exact)
     for tensor, ours, reference in zip(inputs, gradients(sparse, inputs), gradients(exact, exact_inputs), strict=True):
@@ -114,12 +123,13 @@ def transposed(tensor: Tensor) -> Tensor:
     return tensor.mT.contiguous().mT if tensor.ndim == 2 else tensor
 
 
+@for_sparse_forms
 @pytest.mark.parametrize("layout", [strided, transposed])
-def test_layouts_do_not_matter(layout):
+def test_layouts_do_not_matter(layout, form):
     plain = step_inputs(torch.float64)
     laid_out = [layout(tensor.detach()).requires_grad_() for tensor in plain]
     assert not laid_out[1].is_contiguous()
-    expected, output = whole_step(plain, 4, "sparse"), whole_step(laid_out, 4, "sparse")
+    expected, output = whole_step(plain, 4, form), whole_step(laid_out, 4, form)
     torch.testing.assert_close(output, expected, **TIGHT)
     torch.testing.assert_close(gradients(output, laid_out), gradients(expected, plain), **TIGHT)
 

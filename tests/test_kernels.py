@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from sae_nfm import interaction, kernels
+from sae_nfm import device_rates, interaction, kernels
+from sae_nfm.device_rates import CPU
 from sae_nfm.interaction import SparseActs
 
 # --- encode
@@ -295,22 +296,48 @@ def test_dense_form_is_a_matrix_of_one_hots_times_values():
 
 
 def test_the_choice_follows_the_rates():
-    flops, gathered = kernels.RATES["cpu"]
+    flops, gathered = CPU
     crossing = round(1_000_000 * gathered / (2 * flops))
     assert kernels.choose(1_000_000, crossing - 1, "cpu") == "sparse"
     assert kernels.choose(1_000_000, crossing + 1, "cpu") == "dense"
 
 
 @pytest.mark.parametrize(
-    ("d_sae", "k", "device", "expected"),
+    ("d_sae", "k", "device", "dtype", "expected"),
     [
-        (8192, 32, "cpu", "sparse"),
-        (50_000, 1024, "cpu", "sparse"),
-        (50_000, 25_000, "cpu", "dense"),
-        (50_000, 32, "cuda", "sparse"),
-        (50_000, 1024, "cuda", "dense"),
-        (50_000, 32, "mps", "dense"),
+        (8192, 32, "cpu", torch.float32, "sparse"),
+        (50_000, 1024, "cpu", torch.float32, "sparse"),
+        (50_000, 25_000, "cpu", torch.float32, "dense"),
+        (50_000, 32, "mps", torch.float32, "dense"),
+        # a GPU by its data sheet, as none is there
+        (24_576, 32, "cuda", torch.float32, "sparse"),
+        (50_000, 32, "cuda", torch.bfloat16, "sparse"),
+        (50_000, 1024, "cuda", torch.bfloat16, "dense"),
+        (50_000, 512, "cuda", torch.float32, "sparse"),
     ],
 )
-def test_the_choice_at_known_sizes(d_sae, k, device, expected):
-    assert kernels.choose(d_sae, k, device) == expected
+def test_the_choice_at_known_sizes(monkeypatch, d_sae, k, device, dtype, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernels.choose(d_sae, k, device, dtype) == expected
+
+
+def test_rates_are_work_over_time(monkeypatch):
+    """1 s for the product 2 * 8 * 4 * 16 FLOP, 2 s for 8 tokens' 3 rows of 4 float32."""
+    for name, size in {"TOKENS": 8, "ACTIVE": 3, "FEATURES": 16, "WIDTH": 4}.items():
+        monkeypatch.setattr(device_rates, name, size)
+    seconds = iter([1.0, 2.0])
+
+    def timed(work, device):
+        work()
+        return next(seconds)
+
+    monkeypatch.setattr(device_rates, "_seconds", timed)
+    before = torch.get_rng_state()
+    assert device_rates.measure_rates(torch.device("cpu"), torch.bfloat16) == (1024, 192)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_median_time_leaves_the_first_call_out(monkeypatch):
+    ticks = iter([0.0, 100.0, *(value for second in (1.0, 5.0, 3.0, 2.0, 4.0) for value in (0.0, second))])
+    monkeypatch.setattr(device_rates.time, "perf_counter", lambda: next(ticks))
+    assert device_rates._seconds(lambda: torch.zeros(()), torch.device("cpu")) == 3.0

@@ -14,6 +14,7 @@ from sae_lens.util import temporary_seed
 
 from sae_nfm import interaction, kernels
 from sae_nfm.sae import FEW_FEATURES
+from sae_nfm.training_sae import Forms
 
 HOOK = ("hook_sae_acts_post", lambda value, hook: None)
 """Changes nothing, and has a step made as SAELens makes it."""
@@ -69,6 +70,47 @@ def test_losses_and_gradients(architecture, rescale, nfm_top_k, paths, kernel):
     for name, parameter in saelens.named_parameters():
         torch.testing.assert_close(dict(sae.named_parameters())[name].grad, parameter.grad, msg=name)
         assert parameter.grad.abs().sum() > 0, name
+
+
+@for_every_architecture
+@pytest.mark.parametrize("nfm_top_k", [None, 3])
+@pytest.mark.parametrize("head", ["fm", "mlp"])
+@pytest.mark.parametrize("forms", set(itertools.product(("sparse", "dense"), repeat=3)) - {("dense",) * 3})
+def test_each_product_may_have_its_own_form(monkeypatch, architecture, nfm_top_k, head, forms):
+    sae, saelens = both_kernels(architecture, nfm_top_k=nfm_top_k, head=head)
+    monkeypatch.setattr(type(sae), "_forms", lambda self: Forms(*forms))
+    x, dead = random_activations().double(), torch.arange(D_SAE) < 5
+    with saelens.hooks(fwd_hooks=[HOOK]):
+        ours, reference = step(sae, x, dead), step(saelens, x, dead)
+    assert ours.feature_acts.is_sparse == (forms[0] == "sparse")
+    assert not ours.feature_acts.requires_grad
+    for output in (ours, reference):
+        output.loss.backward()
+    torch.testing.assert_close(ours.loss, reference.loss)
+    torch.testing.assert_close(ours.feature_acts.to_dense(), reference.feature_acts)
+    for name, parameter in saelens.named_parameters():
+        torch.testing.assert_close(dict(sae.named_parameters())[name].grad, parameter.grad, msg=name)
+
+
+@for_every_architecture
+def test_auto_asks_the_cost_model_for_each_product(monkeypatch, architecture):
+    """The decoders in the type that a product has under autocast, the pooling in float32, each for what it reads."""
+    asked = []
+
+    def choose(d_sae, k, device, dtype):
+        asked.append((d_sae, k, dtype))
+        return "sparse" if dtype == torch.float32 else "dense"
+
+    monkeypatch.setattr(kernels, "choose", choose)
+    sae = random_sae(training_config(architecture, d_sae=1024, k=8, nfm_top_k=3, kernel="auto"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sae._forms() == Forms(direct="dense", linear="dense", pooled="sparse")
+        assert sae._steps_sparsely()
+        assert not sae.works_sparsely()
+    assert asked[:3] == [(1024, 8, torch.bfloat16), (1024, 3, torch.bfloat16), (1024, 3, torch.float32)]
+    assert sae._forms() == Forms(direct="sparse", linear="sparse", pooled="sparse")
+    small = random_sae(training_config(architecture, d_sae=1023, k=8, kernel="auto"))
+    assert small._forms() == Forms(direct="dense", linear="dense", pooled="dense")
 
 
 @for_every_architecture

@@ -10,20 +10,23 @@ import torch
 from builders import random_activations
 from sae_lens.saes.sae import TrainStepInput
 
+from sae_nfm import devices
 from sae_nfm.config import parameter_count
 from sae_nfm.peak_memory import peak_of_steps
 from sae_nfm.speed import SpeedConfig, floor_seconds, measure_speed
 from sae_nfm.speed_arms import (
     ARMS,
     INFERENCE_ARMS,
+    JOINT_AUTO,
+    JOINT_TORCH,
     PUBLISHED,
     PublishedNFMTrainingSAE,
     Rates,
     Sizes,
     Stepper,
     activations,
-    does_not_fit,
     joint_config,
+    reason_against,
 )
 from sae_nfm.speed_result import SpeedResult
 from sae_nfm.training_sae import JointNFMTrainingSAE
@@ -43,7 +46,7 @@ def scan() -> SpeedResult:
 
 def test_every_arm_is_timed_and_compared_with_topk(result):
     rows = {row.arm: row for row in result.rows}
-    assert list(rows) == list(ARMS)
+    assert list(rows) == [arm for arm in ARMS if arm != "joint_nfm no Triton"]  # a GPU has it
     for name, row in rows.items():
         assert row.reason is None, name
         low, high = row.step_quartiles
@@ -85,7 +88,7 @@ def test_arms_take_the_form_they_are_named_for():
 
     joint = ("dense", "sparse", "auto")
     assert [ARMS[f"joint_nfm {kernel}"](sizes).cfg.kernel for kernel in joint] == list(joint)
-    assert {arm: is_sparse(arm) for arm in ARMS if arm != "joint_nfm auto"} == {
+    assert {arm: is_sparse(arm) for arm in ARMS if arm not in (JOINT_AUTO, JOINT_TORCH)} == {
         "joint_nfm dense": False,
         "joint_nfm sparse": True,
         "joint_nfm published": False,
@@ -163,6 +166,23 @@ def test_floor_by_hand():
     two_read = 9 * parameters + 5 * (4 * 3 * 4 + 3 * 2 * 2 + 3 * 2 * 4)
     top_2 = replace(sizes, nfm_top_k=2, dtype="bfloat16")
     assert floor_seconds(top_2, rates) == pytest.approx(product / 100 + 2 * two_read / 1000, rel=1e-12)
+    # at 5000 FLOP/s a column of a product is 5 * 2 * 10 / 5000 s a batch, less than the 5 * 3 * 4 / 1000 of its gathers
+    fast = replace(rates, flop_per_second=5000.0)
+    dense = (product + 5 * 2 * 10 * (4 * 4 + 3 * 2)) / 5000
+    assert floor_seconds(sizes, fast) == pytest.approx(dense + 4 * 9 * parameters / 1000, rel=1e-12)
+
+
+def test_the_arm_without_triton(monkeypatch):
+    sizes, seen = Sizes(**sizes_of(TINY)), {}
+    for arm in (JOINT_AUTO, JOINT_TORCH):
+        step = Stepper(arm, sizes, activations(sizes))
+        monkeypatch.setattr(step.trainer, "step", lambda _, arm=arm: seen.update({arm: devices.TRITON_DEVICES}))
+        step()
+    assert seen == {JOINT_AUTO: ("cuda",), JOINT_TORCH: ()}
+    assert devices.TRITON_DEVICES == ("cuda",)
+    said = "there are no Triton kernels on cpu: the same as joint_nfm auto"
+    assert reason_against(JOINT_TORCH, sizes, 1.0) == said
+    assert reason_against(JOINT_TORCH, replace(sizes, device="cuda:1"), 1.0) is None
 
 
 def test_a_scan_doubles_the_size(scan):
@@ -207,11 +227,11 @@ def test_threads_are_set_for_the_run_alone():
     assert torch.get_num_threads() == had
 
 
-def test_what_does_not_fit_says_so():
+def test_what_reason_against_says_so():
     sizes = Sizes(d_sae=8192, nfm_dim=64, batch=2048)  # 2^11 2^13 2^6 numbers of 4 bytes: 4 GiB, four times
-    assert does_not_fit(PUBLISHED, sizes, 15.9) == "does not fit: 16.0 GiB"
-    assert does_not_fit(PUBLISHED, sizes, 16.0) is None
-    assert does_not_fit("topk", sizes, 0.0) is None
+    assert reason_against(PUBLISHED, sizes, 15.9) == "does not fit: 16.0 GiB"
+    assert reason_against(PUBLISHED, sizes, 16.0) is None
+    assert reason_against("topk", sizes, 0.0) is None
     result = measure_speed(SpeedConfig(**TINY, memory_limit_gib=0.0, arms=(PUBLISHED, "topk")))
     published, topk = result.rows
     assert published.reason == "does not fit: 0.0 GiB"

@@ -1,0 +1,98 @@
+"""Compile every Triton kernel for GPUs, without one: `python tests/compile_kernels.py` prints JSON, a list of kernels.
+
+Triton's compiler needs a target, not a device. Arguments are those of d_in 768, nfm_dim 64, as a launch would specialise them:
+pointers and sizes that 16 divides, strides of 1.
+"""
+
+import inspect
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from sae_nfm import triton_pairs, triton_sums
+
+CAPABILITIES = (80, 90)
+INTEGERS = {
+    "k": 32,
+    "d_out": 768,
+    "nfm_dim": 64,
+    "n_tokens": 4096,
+    "d_sae": 24576,
+    "n_blocks": 768,
+    "n_chosen": 32,
+    "size": 32,
+    "n_rows": 24576,
+    "n_columns": 768,
+    "source_row": 768,
+    "source_column": 1,
+    "out_row": 24576,
+    "out_column": 1,
+}
+INT64 = ("indices", "starts", "tokens", "order", "top", "blocks")
+CONSTANTS = {"ENTRIES": triton_sums.ENTRIES, "TILE": triton_sums.TILE, "BLOCKS": triton_sums.BLOCKS, "SCALED": True}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def source_of(kernel: JITFunction, dtype: str) -> ASTSource:
+    width = INTEGERS["nfm_dim" if "nfm_dim" in kernel.arg_names else "d_out"]
+    constants = CONSTANTS | {"CHUNK": triton_sums.chunk_of(width), "SUM": tl.float32}
+    signature, constexprs, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants or INTEGERS.get(name) == 1:
+            signature[name], constexprs[name] = "constexpr", constants.get(name, 1)
+            continue
+        signature[name] = "i32" if name in INTEGERS else "*i64" if name in INT64 else f"*{dtype}"
+        if INTEGERS.get(name, 16) % 16 == 0:
+            attributes[position,] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+
+
+def compiled(kernel: JITFunction, dtype: str, capability: int) -> dict:
+    source = source_of(kernel, dtype)
+    warps = (
+        triton_sums.warps_of(source.constants.get((kernel.arg_names.index("CHUNK"),), 512))
+        if "CHUNK" in kernel.arg_names
+        else 4
+    )
+    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        told = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", told)
+    assert usage is not None, told
+    registers, stack, _, local = map(int, usage.groups())
+    return {
+        "kernel": kernel.__name__,
+        "dtype": dtype,
+        "capability": capability,
+        "registers": registers,
+        "spilled_bytes": stack + local,
+        "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", found.asm["ptx"])),
+    }
+
+
+def kernels() -> list[JITFunction]:
+    modules = (triton_sums, triton_pairs)
+    return [value for module in modules for _, value in inspect.getmembers(module) if isinstance(value, JITFunction)]
+
+
+if __name__ == "__main__":
+    print(
+        json.dumps(
+            [
+                compiled(kernel, dtype, capability)
+                for capability in CAPABILITIES
+                for dtype in ("fp32", "bf16")
+                for kernel in kernels()
+            ]
+        )
+    )
