@@ -141,7 +141,7 @@ class WeightedRows(torch.autograd.Function):
         indices, values, weight = ctx.saved_tensors
         grad, grad_values, grad_weight = wide(grad), None, None
         if ctx.needs_input_grad[1]:
-            grad_values = dots(indices, grad, wide(weight))
+            grad_values = dots(indices, grad, weight)
         if ctx.needs_input_grad[2]:
             grad_weight = sum_by_feature(ctx.routing or route(indices, len(weight)), wide(values), grad)
         return None, grad_values, grad_weight, None
@@ -193,7 +193,8 @@ def _triton() -> ModuleType:
 def sum_values(routing: Routing, values: Tensor, indices: Tensor) -> Tensor:
     """`sum_b f_bi`, [d_sae], in an order that does not depend on the threads."""
     if uses_triton(values):
-        return sum_by_feature(routing, values, values.new_ones(len(values), 1))[:, 0]
+        n_tokens = values.numel() // values.shape[-1]
+        return sum_by_feature(routing, values, values.new_ones(n_tokens, 1))[:, 0]
     zeros = values.new_zeros(len(routing.starts) - 1)
     return zeros.index_add_(0, indices.flatten(), values.flatten())
 
@@ -221,7 +222,7 @@ def sum_by_feature(routing: Routing, values: Tensor, by_token: Tensor) -> Tensor
 
 
 def dots(indices: Tensor, by_token: Tensor, rows: Tensor) -> Tensor:
-    """`<g_b, w_[bj]>`, [n_tokens, k]."""
+    """`<g_b, w_[bj]>`, [n_tokens, k], in the type of g, which is at least float32."""
     if uses_triton(rows):
         return _triton().dots(indices, by_token, rows)
     n_tokens, k = indices.shape
@@ -230,5 +231,5 @@ def dots(indices: Tensor, by_token: Tensor, rows: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
         pattern = torch.sparse_csr_tensor(starts, indices.flatten(), zeros, shape, check_invariants=False)
-        products = torch.sparse.sampled_addmm(pattern, by_token, rows.T, beta=0.0)
+        products = torch.sparse.sampled_addmm(pattern, by_token, rows.to(by_token.dtype).T, beta=0.0)
     return products.values().reshape(n_tokens, k)

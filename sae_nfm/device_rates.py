@@ -4,11 +4,12 @@ import time
 from collections.abc import Callable
 from functools import cache
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sae_nfm import devices
 from sae_nfm.active_sums import sum_by_token
 
 
@@ -27,7 +28,8 @@ CUDA = {torch.float32: DeviceRates(5e13, 2e12), torch.bfloat16: DeviceRates(5e14
 """What an H100 should reach, from its data sheet; for estimates on a machine without the GPU."""
 TOKENS, ACTIVE, FEATURES, WIDTH = 4096, 32, 32768, 512
 """What is timed: a product [TOKENS, WIDTH] [WIDTH, FEATURES], and ACTIVE rows of [FEATURES, WIDTH] for each token."""
-ROUNDS = 5
+ROUNDS, LAUNCHES = 5, 10
+"""How often time is taken, and for how many products or sums at a time: what a GPU is asked for takes a while to reach it."""
 
 
 def device_rates(device: torch.device | str, dtype: torch.dtype = torch.float32) -> DeviceRates | None:
@@ -40,17 +42,28 @@ def device_rates(device: torch.device | str, dtype: torch.dtype = torch.float32)
     if not torch.cuda.is_available():
         return CUDA.get(dtype, CUDA[torch.float32])
     index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore[reportUnnecessaryComparison]
-    return _measured(index, dtype, torch.backends.cuda.matmul.allow_tf32)
+    return _measured(index, dtype, _float32_precision(), "cuda" in devices.TRITON_DEVICES)
 
 
 @cache
-def _measured(index: int, dtype: torch.dtype, allow_tf32: bool) -> DeviceRates:  # noqa: ARG001  (another rate)
+def _measured(index: int, dtype: torch.dtype, *_that_decide: Any) -> DeviceRates:
     return measure_rates(torch.device("cuda", index), dtype)
+
+
+def _float32_precision() -> Any:
+    """Whether products of float32 may be made in TF32; torch refuses the older question after an answer by the newer one."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 @torch.no_grad()
 def measure_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
-    """Time one product and one sum of gathered rows, `ROUNDS` times each; random numbers are the measurement's own."""
+    """Time products and sums of gathered rows, outside autocast; random numbers are the measurement's own."""
+    with torch.autocast(device.type, enabled=False):
+        return _measure(device, dtype)
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     generator = torch.Generator(device).manual_seed(0)
     rows = torch.randn(FEATURES, WIDTH, device=device, generator=generator)
     indices = torch.randint(FEATURES, (TOKENS, ACTIVE), device=device, generator=generator)
@@ -66,9 +79,10 @@ def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
     for _ in range(ROUNDS + 1):
         _wait(device)
         begin = time.perf_counter()
-        work()
+        for _ in range(LAUNCHES):
+            work()
         _wait(device)
-        found.append(time.perf_counter() - begin)
+        found.append((time.perf_counter() - begin) / LAUNCHES)
     return median(found[1:])  # the first also compiles
 
 

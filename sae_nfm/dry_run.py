@@ -116,21 +116,19 @@ def _kernel(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
 def _sparse_step(cfg: LanguageModelSAERunnerConfig[Any]) -> Cost:
     """The sparse step of joint_nfm, which fake tensors cannot make (how often a feature is active is a number), by formula.
 
-    Above weights, gradients and moments the worse of: Adam's temporaries, one number a parameter where it takes all at once
-    (CUDA), else two numbers for each of the largest one; a matrix that a gradient is made from, beside the gradient; the
-    scores of the tokens that are ranked at a time. Plus 8 k + 8 d_in numbers a token.
+    Above weights, gradients and moments the worse of: a matrix that a gradient is made from, beside the gradient; the scores
+    of the tokens that are ranked at a time. Plus 8 k + 8 d_in numbers a token. The fused Adam has no temporaries.
     """
     sae, device = cfg.sae, torch.device(cfg.device).type
     sizes = [math.prod(shape) for shape in _shapes(sae).values()]
     scores = min(cfg.train_batch_size_tokens, TOKENS_AT_ONCE.get(device, cfg.train_batch_size_tokens)) * sae.d_sae
-    adam = sum(sizes) if device == "cuda" else 2 * max(sizes)
     tokens = cfg.train_batch_size_tokens * 8 * (sae.k + sae.d_in)
     itemsize = str_to_dtype(sae.dtype).itemsize
     numbers = 3 * sum(sizes)
     return Cost(
         flops_per_token=training_flops(sae),
         resident_bytes=itemsize * numbers,
-        peak_bytes=itemsize * (numbers + sum(sizes) + max(adam, scores) + tokens),
+        peak_bytes=itemsize * (numbers + sum(sizes) + max(*sizes, scores) + tokens),
     )
 
 

@@ -198,7 +198,7 @@ def top_dead(
 def to_dense(acts: SparseActs, d_sae: int) -> Float[Tensor, "*batch d_sae"]:
     """The same activations as a dense tensor."""
     zeros = acts.values.new_zeros(*acts.values.shape[:-1], d_sae)
-    return zeros.scatter(-1, acts.indices, acts.values)
+    return zeros.scatter_(-1, acts.indices, acts.values)
 
 
 def to_coo(acts: SparseActs, d_sae: int) -> Tensor:
@@ -210,7 +210,8 @@ def to_coo(acts: SparseActs, d_sae: int) -> Tensor:
     indices, order = acts.indices.int().sort(dim=-1)  # int32 sorts faster
     batch, k = indices.shape[:-1], indices.shape[-1]
     tokens = torch.arange(batch.numel(), device=indices.device).repeat_interleave(k)
-    position = torch.stack([*torch.unravel_index(tokens, batch), indices.flatten().long()])
+    of_token = [tokens] if len(batch) == 1 else torch.unravel_index(tokens, batch)  # which waits for a GPU
+    position = torch.stack([*of_token, indices.flatten().long()])
     values = acts.values.gather(-1, order).flatten()
     return torch.sparse_coo_tensor(position, values, (*batch, d_sae), is_coalesced=True, check_invariants=False)
 

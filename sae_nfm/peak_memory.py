@@ -72,6 +72,8 @@ def _work(task: dict[str, Any]) -> dict[str, int]:
     torch.set_num_threads(task["threads"])
     sizes = Sizes(**task["sizes"])
     step = Stepper(task["arm"], sizes, activations(sizes))
+    if torch.device(sizes.device).type == "cuda":  # what making the SAE took is over; a process's peak size stays
+        torch.cuda.reset_peak_memory_stats(sizes.device)
     before = _peak_bytes(sizes.device)
     for _ in range(task["n_steps"]):
         step()

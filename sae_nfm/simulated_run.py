@@ -32,6 +32,7 @@ from transformer_lens import HookedTransformerConfig
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 from typing_extensions import override
 
+from sae_nfm.fused_adam import fuse
 from sae_nfm.local_models import config_fields
 from sae_nfm.models import LanguageModel
 
@@ -93,7 +94,8 @@ class _Trainer(SAETrainer[Any, Any]):
 def sae_step(cfg: LanguageModelSAERunnerConfig[Any], sae_config: TrainingSAEConfig) -> Cost:
     """A training step of SAELens's trainer in its dense form, with what a step without dead features keeps and makes.
 
-    Adam works on all parameters at once on CUDA, which takes one more number a parameter, and one by one elsewhere.
+    Adam works on all parameters at once on CUDA, which takes one more number a parameter, and one by one elsewhere; in its
+    fused form (`fused_adam`) it takes none.
     """
     batch, dense = cfg.train_batch_size_tokens, {"device": "cpu"}
     if hasattr(sae_config, "kernel"):
@@ -110,8 +112,10 @@ def sae_step(cfg: LanguageModelSAERunnerConfig[Any], sae_config: TrainingSAEConf
     with FakeTensorMode(), live:
         sae_class, _ = SAE_TRAINING_CLASS_REGISTRY[sae_config.architecture()]
         trainer = _Trainer(settings, sae_class(replace(sae_config, **dense)), iter(()))
+        if getattr(sae_config, "kernel", "dense") != "dense":
+            fuse(trainer.optimizer)
         for group in trainer.optimizer.param_groups:
-            group["foreach"] = torch.device(cfg.device).type == "cuda"
+            group["foreach"] = not group["fused"] and torch.device(cfg.device).type == "cuda"
         for _ in range(STEPS):
             with flops:
                 trainer.step(torch.zeros(batch, sae_config.d_in, dtype=trainer.sae.dtype))

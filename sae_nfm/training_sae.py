@@ -6,7 +6,7 @@
 They give the same losses and gradients up to rounding; `cfg.kernel` chooses. With "auto" each product of a step has the form
 that is faster, and a step whose products are all dense is SAELens's. Where both decoders read the same features, the
 dense step multiplies with their sum; the sparse step reads the active rows of both, which costs less than adding all rows. It
-keeps no pre-activations and hands SAELens's trainer its statistics as a COO tensor, where the direct path is sparse.
+keeps no pre-activations and hands SAELens's trainer its statistics as a COO tensor.
 """
 
 from pathlib import Path
@@ -75,7 +75,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
 
     def _steps_sparsely(self) -> bool:
         """Hooks want the dense tensors, and torch.compile does better with them."""
-        return "sparse" in self._forms() and not torch.compiler.is_compiling() and not self._has_hooks()
+        return not torch.compiler.is_compiling() and not self._has_hooks() and "sparse" in self._forms()
 
     def _forms(self) -> Forms:
         cfg, read = self.cfg, self.cfg.k if self.cfg.nfm_top_k is None else min(self.cfg.nfm_top_k, self.cfg.k)
@@ -101,13 +101,12 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         sae_out = self.run_time_activation_norm_fn_out(paths.total())
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         dead_loss = self._sparse_dead_loss(step_input, sae_out, encoder, W_dec)
-        as_tensor = kernels.to_coo if forms.direct == "sparse" else kernels.to_dense
-        feature_acts = as_tensor(SparseActs(acts.indices, acts.values.detach()), cfg.d_sae)
+        coo = kernels.to_coo(SparseActs(acts.indices, acts.values.detach()), cfg.d_sae)
         output = TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
-            feature_acts=feature_acts,
-            hidden_pre=feature_acts,  # nothing reads the others
+            feature_acts=coo,
+            hidden_pre=coo,  # nothing reads the others
             loss=mse_loss + dead_loss,
             losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": dead_loss},
         )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_nfm.triton_sums import ENTRIES, chunk_of, on_its_device, sum_type, warps_of
+from sae_nfm.triton_sums import chunk_of, entries_of, on_its_device, sum_type, warps_of
 
 if TYPE_CHECKING:
     from sae_nfm.active_sums import Routing
@@ -47,7 +47,7 @@ def pool(indices: Tensor, values: Tensor, V: Tensor, top: Tensor) -> tuple[Tenso
         k,
         nfm_dim,
         CHUNK=chunk,
-        ENTRIES=ENTRIES,
+        ENTRIES=entries_of(chunk),
         SUM=sum_type(V),
         num_warps=warps_of(chunk),
     )
@@ -75,7 +75,7 @@ def grad_values(
         k,
         nfm_dim,
         CHUNK=chunk,
-        ENTRIES=ENTRIES,
+        ENTRIES=entries_of(chunk),
         SUM=sum_type(V),
         num_warps=warps_of(chunk),
     )
@@ -104,7 +104,7 @@ def grad_V(
         k,
         nfm_dim,
         CHUNK=chunk,
-        ENTRIES=ENTRIES,
+        ENTRIES=entries_of(chunk),
         SUM=sum_type(V),
         num_warps=warps_of(chunk),
     )
@@ -121,7 +121,7 @@ def _pool(
     strongest,
     rest,
     k,
-    nfm_dim,
+    nfm_dim: tl.constexpr,
     CHUNK: tl.constexpr,
     ENTRIES: tl.constexpr,
     SUM: tl.constexpr,
@@ -163,7 +163,7 @@ def _grad_values(
     shares,
     n_tokens,
     k,
-    nfm_dim,
+    nfm_dim: tl.constexpr,
     CHUNK: tl.constexpr,
     ENTRIES: tl.constexpr,
     SUM: tl.constexpr,
@@ -202,7 +202,7 @@ def _grad_V(
     grad,
     out,
     k,
-    nfm_dim,
+    nfm_dim: tl.constexpr,
     CHUNK: tl.constexpr,
     ENTRIES: tl.constexpr,
     SUM: tl.constexpr,

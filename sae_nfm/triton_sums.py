@@ -5,8 +5,9 @@ Each program sums the entries of one token or feature for one chunk of columns, 
 and in one fixed order: two runs give the same bits. Chunks are the slow dimension of the grid, so that the columns of a
 matrix that programs read at one time fit the last cache where the whole matrix does not.
 
-Import this module only where Triton is installed. With TRITON_INTERPRET=1 in the environment before the first import, the
-kernels run on CPU tensors, one program after the other: slow, for tests.
+Widths are constants of a kernel, compiled once for each: Triton otherwise reads rows of a width that 16 does not divide
+number by number. Import this module only where Triton is installed. With TRITON_INTERPRET=1 in the environment before the
+first import, the kernels run on CPU tensors, one program after the other: slow, for tests.
 """
 
 from collections.abc import Callable
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 CHUNKS = (512, 256, 128)
 """Columns of a program, for matrices at least as wide as the last; the fewest columns beyond the matrix win."""
-ENTRIES = 8
-"""Rows that a program has in flight."""
+IN_FLIGHT = 1024
+"""Numbers of gathered rows that a program has in flight at least; 8 rows in any case."""
 TILE = 64
 """Rows and columns that a program transposes."""
 BLOCKS = 256
@@ -56,7 +57,7 @@ def sum_by_token(indices: Tensor, values: Tensor, rows: Tensor) -> Tensor:
         k,
         d_out,
         CHUNK=chunk,
-        ENTRIES=ENTRIES,
+        ENTRIES=entries_of(chunk),
         SUM=sum_type(rows),
         num_warps=warps_of(chunk),
     )
@@ -78,7 +79,7 @@ def sum_by_feature(routing: "Routing", values: Tensor, by_token: Tensor) -> Tens
         out,
         d_out,
         CHUNK=chunk,
-        ENTRIES=ENTRIES,
+        ENTRIES=entries_of(chunk),
         SUM=sum_type(by_token),
         num_warps=warps_of(chunk),
     )
@@ -100,7 +101,7 @@ def dots(indices: Tensor, by_token: Tensor, rows: Tensor) -> Tensor:
         k,
         d_out,
         CHUNK=chunk,
-        ENTRIES=ENTRIES,
+        ENTRIES=entries_of(chunk),
         SUM=sum_type(rows),
         num_warps=warps_of(chunk),
     )
@@ -181,6 +182,11 @@ def chunk_of(d_out: int) -> int:
     return min(CHUNKS, key=lambda chunk: -d_out % chunk)
 
 
+def entries_of(chunk: int) -> int:
+    """Rows that a program of so many columns has in flight."""
+    return max(8, IN_FLIGHT // chunk)
+
+
 def warps_of(chunk: int) -> int:
     """Warps of a program whose threads read 16 bytes of float32 at a time."""
     return max(1, chunk // 128)
@@ -198,7 +204,7 @@ def _sum_by_token(
     rows,
     out,
     k,
-    d_out,
+    d_out: tl.constexpr,
     CHUNK: tl.constexpr,
     ENTRIES: tl.constexpr,
     SUM: tl.constexpr,
@@ -226,7 +232,7 @@ def _sum_by_feature(
     values,
     by_token,
     out,
-    d_out,
+    d_out: tl.constexpr,
     CHUNK: tl.constexpr,
     ENTRIES: tl.constexpr,
     SUM: tl.constexpr,
@@ -256,7 +262,7 @@ def _dots(
     shares,
     n_tokens,
     k,
-    d_out,
+    d_out: tl.constexpr,
     CHUNK: tl.constexpr,
     ENTRIES: tl.constexpr,
     SUM: tl.constexpr,

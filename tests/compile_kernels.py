@@ -1,7 +1,7 @@
 """Compile every Triton kernel for GPUs, without one: `python tests/compile_kernels.py` prints JSON, a list of kernels.
 
-Triton's compiler needs a target, not a device. Arguments are those of d_in 768, nfm_dim 64, as a launch would specialise them:
-pointers and sizes that 16 divides, strides of 1.
+Triton's compiler needs a target, not a device. Arguments are those of some widths, as a launch would specialise them: pointers
+and sizes that 16 divides, strides of 1.
 """
 
 import inspect
@@ -22,8 +22,6 @@ from sae_nfm import triton_pairs, triton_sums
 CAPABILITIES = (80, 90)
 INTEGERS = {
     "k": 32,
-    "d_out": 768,
-    "nfm_dim": 64,
     "n_tokens": 4096,
     "d_sae": 24576,
     "n_blocks": 768,
@@ -37,13 +35,14 @@ INTEGERS = {
     "out_column": 1,
 }
 INT64 = ("indices", "starts", "tokens", "order", "top", "blocks")
-CONSTANTS = {"ENTRIES": triton_sums.ENTRIES, "TILE": triton_sums.TILE, "BLOCKS": triton_sums.BLOCKS, "SCALED": True}
+CONSTANTS = {"TILE": triton_sums.TILE, "BLOCKS": triton_sums.BLOCKS, "SCALED": True, "SUM": tl.float32}
+WIDTHS = (768, 300, 64, 1)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def source_of(kernel: JITFunction, dtype: str) -> ASTSource:
-    width = INTEGERS["nfm_dim" if "nfm_dim" in kernel.arg_names else "d_out"]
-    constants = CONSTANTS | {"CHUNK": triton_sums.chunk_of(width), "SUM": tl.float32}
+def source_of(kernel: JITFunction, dtype: str, width: int) -> ASTSource:
+    chunk = triton_sums.chunk_of(width)
+    constants = CONSTANTS | {"d_out": width, "nfm_dim": width, "CHUNK": chunk, "ENTRIES": triton_sums.entries_of(chunk)}
     signature, constexprs, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants or INTEGERS.get(name) == 1:
@@ -55,13 +54,10 @@ def source_of(kernel: JITFunction, dtype: str) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 
-def compiled(kernel: JITFunction, dtype: str, capability: int) -> dict:
-    source = source_of(kernel, dtype)
-    warps = (
-        triton_sums.warps_of(source.constants.get((kernel.arg_names.index("CHUNK"),), 512))
-        if "CHUNK" in kernel.arg_names
-        else 4
-    )
+def compiled(kernel: JITFunction, dtype: str, capability: int, width: int) -> dict:
+    source = source_of(kernel, dtype, width)
+    chunk = triton_sums.chunk_of(width) if "CHUNK" in kernel.arg_names else 512
+    warps = triton_sums.warps_of(chunk)  # 4, Triton's default, for those that name none
     found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(found.asm["cubin"])
@@ -74,6 +70,7 @@ def compiled(kernel: JITFunction, dtype: str, capability: int) -> dict:
         "kernel": kernel.__name__,
         "dtype": dtype,
         "capability": capability,
+        "width": width,
         "registers": registers,
         "spilled_bytes": stack + local,
         "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", found.asm["ptx"])),
@@ -89,10 +86,11 @@ if __name__ == "__main__":
     print(
         json.dumps(
             [
-                compiled(kernel, dtype, capability)
+                compiled(kernel, dtype, capability, width)
                 for capability in CAPABILITIES
                 for dtype in ("fp32", "bf16")
                 for kernel in kernels()
+                for width in (WIDTHS if "CHUNK" in kernel.arg_names else WIDTHS[:1])
             ]
         )
     )

@@ -337,7 +337,23 @@ def test_rates_are_work_over_time(monkeypatch):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_rates_of_float32_are_measured_in_float32_under_autocast(monkeypatch):
+    for name, size in {"TOKENS": 8, "ACTIVE": 3, "FEATURES": 16, "WIDTH": 4}.items():
+        monkeypatch.setattr(device_rates, name, size)
+    made = []
+
+    def timed(work, device):
+        made.append(work().dtype)
+        return 1.0
+
+    monkeypatch.setattr(device_rates, "_seconds", timed)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        device_rates.measure_rates(torch.device("cpu"), torch.float32)
+    assert made == [torch.float32, torch.float32]
+
+
 def test_the_median_time_leaves_the_first_call_out(monkeypatch):
+    monkeypatch.setattr(device_rates, "LAUNCHES", 1)
     ticks = iter([0.0, 100.0, *(value for second in (1.0, 5.0, 3.0, 2.0, 4.0) for value in (0.0, second))])
     monkeypatch.setattr(device_rates.time, "perf_counter", lambda: next(ticks))
     assert device_rates._seconds(lambda: torch.zeros(()), torch.device("cpu")) == 3.0

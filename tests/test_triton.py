@@ -173,6 +173,24 @@ def test_numerical_gradients():
     assert torch.autograd.gradcheck(lambda numbers: kernels.of_active(numbers, acts), per_feature)
 
 
+@pytest.mark.parametrize("batch", [(), (2, 3), (2, 1, 2)])
+def test_any_batch(monkeypatch, batch):
+    acts, (weight, per_feature) = random_acts(batch, d_sae=5, k=3), randoms((5, 2), (5,))
+    x, W_enc, b_enc, scale = encoder(batch)
+
+    def outcome() -> list[Tensor]:
+        found = []
+        for reader in (kernels.weighted_rows, kernels.bi_interaction):
+            output = reader(acts, weight)
+            found += [output, *gradients(output, [acts.values, weight])]
+        numbers = kernels.of_active(per_feature, acts)
+        encoded = kernels.encode(x, W_enc, b_enc, scale, 3)
+        values = kernels.to_dense(encoded, W_enc.shape[1])
+        return [*found, numbers, *gradients(numbers, [per_feature]), values, *gradients(values, [x, W_enc, scale])]
+
+    torch.testing.assert_close(outcome(), in_torch(monkeypatch, outcome), **TIGHT)
+
+
 @pytest.mark.parametrize("layout", [lambda t: t.mT.contiguous().mT, lambda t: torch.stack([t, t], dim=-1)[..., 0]])
 def test_layouts_do_not_matter(layout):
     acts, (weight,) = random_acts((3,)), randoms((11, 3))

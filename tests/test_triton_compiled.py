@@ -28,10 +28,12 @@ def test_every_kernel_compiles(compiled):
 
 
 def test_no_kernel_spills_registers(compiled):
-    assert {row["kernel"]: row["spilled_bytes"] for row in compiled if row["spilled_bytes"]} == {}
+    assert [row for row in compiled if row["spilled_bytes"]] == []
 
 
 def test_rows_are_read_sixteen_bytes_at_a_time(compiled):
     """Eight of them in flight, one for each entry of a step of the loop."""
-    loads = {row["kernel"]: row["wide_loads"] for row in compiled if row["dtype"] == "fp32" and row["capability"] == 90}
-    assert all(loads[name] >= 8 for name in ("_sum_by_token", "_sum_by_feature", "_dots", "_transpose"))
+    rows = [row for row in compiled if row["dtype"] == "fp32" and row["width"] in (768, 300)]
+    gathering = [row for row in rows if not row["kernel"].startswith("_block")]
+    assert len(gathering) == 2 * (2 * 6 + 1)  # architectures, widths, kernels, and the transposition at one width
+    assert [row for row in gathering if row["wide_loads"] < 8] == []
