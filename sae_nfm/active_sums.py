@@ -177,10 +177,10 @@ def wide(tensor: Tensor) -> Tensor:
 def _transpose(source: Tensor, out: Tensor) -> None:
     """`out.copy_(source.T)`, which torch does on one CPU thread; a product it spreads over all."""
     if uses_triton(out):
-        return _triton().transpose(source, out)
+        _triton().transpose(source, out)
+        return
     for columns in (slice(start, start + TRANSPOSED_FEATURES) for start in range(0, len(source), TRANSPOSED_FEATURES)):
         torch.mul(source[columns].T, 1.0, out=out[:, columns])
-    return None
 
 
 def _triton() -> ModuleType:

@@ -4,8 +4,8 @@
     sparse    `kernels`: the k active features of each token alone, forward and backward, dead-feature loss included
 
 They give the same losses and gradients up to rounding; `cfg.kernel` chooses. With "auto" each product of a step has the form
-that is faster, and a step whose products are all dense is SAELens's. Where both decoders read the same features, the
-dense step multiplies with their sum; the sparse step reads the active rows of both, which costs less than adding all rows. It
+that is faster, and a step whose products are all dense is SAELens's. Where both decoders read the same features, dense
+products are made with their sum; the sparse step reads the active rows of both, which costs less than adding all rows. It
 keeps no pre-activations and hands SAELens's trainer its statistics as a COO tensor.
 """
 
@@ -86,8 +86,11 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         )
 
     def _may_sum_decoders(self) -> bool:
-        all_read = self.cfg.use_linear_path and self.cfg.nfm_top_k in (None, self.cfg.k)
-        return all_read and not torch.compiler.is_compiling() and not self._has_hooks()
+        return self._reads_all() and not torch.compiler.is_compiling() and not self._has_hooks()
+
+    def _reads_all(self) -> bool:
+        """Whether both decoders read the same features."""
+        return self.cfg.use_linear_path and self.cfg.nfm_top_k in (None, self.cfg.k)
 
     def _has_hooks(self) -> bool:
         return any(hook._forward_hooks or hook._backward_hooks for hook in self.hook_dict.values())
@@ -102,6 +105,8 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         dead_loss = self._sparse_dead_loss(step_input, sae_out, encoder, W_dec)
         coo = kernels.to_coo(SparseActs(acts.indices, acts.values.detach()), cfg.d_sae)
+        if paths.linear is None and self._reads_all() and self._shows_paths(step_input):
+            paths = self._divided(paths, coo)
         output = TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
@@ -133,7 +138,8 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
             read = interaction.top_n(acts, cfg.nfm_top_k)
             read_routing = kernels.route(read.indices, cfg.d_sae)
         linear = square = interacting = None
-        if forms.linear is not None:
+        summed = self._reads_all() and forms.direct == forms.linear == "dense"
+        if forms.linear is not None and not summed:
             linear = kernels.weighted_rows(read, self.W_lin, read_routing, kernel=forms.linear) + self.b_lin
         if cfg.use_square_path:
             squares = SparseActs(acts.indices, acts.values.square())
@@ -142,7 +148,11 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
             pooled = self._dropout(kernels.pooled(cfg.head, read, self.V, read_routing, kernel=forms.pooled))
             hidden = interaction.hidden_pre(pooled, self.W_1, self.b_1)
             interacting = interaction.interaction_output(hidden, self.W_2, self.b_2)
-        direct = kernels.weighted_rows(unscaled, W_dec, routing, kernel=forms.direct) + self.b_dec
+        if summed:
+            both = self.W_lin + (W_dec if norms is None else W_dec / norms[:, None])
+            direct = kernels.weighted_rows(acts, both, kernel="dense") + (self.b_dec + self.b_lin)
+        else:
+            direct = kernels.weighted_rows(unscaled, W_dec, routing, kernel=forms.direct) + self.b_dec
         return Paths(direct, linear, square, interacting)
 
     def _sparse_dead_loss(

@@ -19,7 +19,8 @@ from triton.runtime.jit import JITFunction
 
 from sae_nfm import triton_pairs, triton_sums
 
-CAPABILITIES = (80, 90)
+TARGETS = ((80, "fp32", (768,)), (90, "fp32", (768, 300, 64, 1)), (90, "bf16", (768, 64)))
+"""Compute capability, type of the numbers, widths."""
 INTEGERS = {
     "k": 32,
     "n_tokens": 4096,
@@ -36,7 +37,6 @@ INTEGERS = {
 }
 INT64 = ("indices", "starts", "tokens", "order", "top", "blocks")
 CONSTANTS = {"TILE": triton_sums.TILE, "BLOCKS": triton_sums.BLOCKS, "SCALED": True, "SUM": tl.float32}
-WIDTHS = (768, 300, 64, 1)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -87,10 +87,9 @@ if __name__ == "__main__":
         json.dumps(
             [
                 compiled(kernel, dtype, capability, width)
-                for capability in CAPABILITIES
-                for dtype in ("fp32", "bf16")
+                for capability, dtype, widths in TARGETS
                 for kernel in kernels()
-                for width in (WIDTHS if "CHUNK" in kernel.arg_names else WIDTHS[:1])
+                for width in (widths if "CHUNK" in kernel.arg_names else widths[:1])
             ]
         )
     )

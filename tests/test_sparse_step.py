@@ -81,8 +81,11 @@ def test_each_product_may_have_its_own_form(monkeypatch, architecture, nfm_top_k
     monkeypatch.setattr(type(sae), "_forms", lambda self: Forms(*forms))
     x, dead = random_activations().double(), torch.arange(D_SAE) < 5
     with saelens.hooks(fwd_hooks=[HOOK]):
-        ours, reference = step(sae, x, dead), step(saelens, x, dead)
+        ours, reference = step(sae, x, dead, logging=True), step(saelens, x, dead, logging=True)
     assert ours.feature_acts.is_sparse
+    assert ours.metrics.keys() == reference.metrics.keys()
+    for name, metric in reference.metrics.items():
+        torch.testing.assert_close(ours.metrics[name](), metric(), msg=name)
     assert not ours.feature_acts.requires_grad
     for output in (ours, reference):
         output.loss.backward()
