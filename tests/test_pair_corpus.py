@@ -73,7 +73,8 @@ def test_with_a_bounded_table_what_is_kept_is_exact_and_what_is_dropped_is_small
     energies = {key: sum(norm**2 for _, _, norm, *_ in found) for key, found in by_loop.items()}
     assert 0 < len(sums.table) <= capacity < len(by_loop)
     assert_sums(sums.table, by_loop)
-    assert max(energy for key, energy in energies.items() if key not in sums.table.index) <= sums.slack
+    dropped = max(energy for key, energy in energies.items() if key not in sums.table.index)
+    assert dropped <= sums.slack * (1 + 1e-12)  # the same sums of float64 in another order, where the bound is reached
     assert sums.slack <= sum(energies.values()) / (capacity + 1)
     assert (sums.complete, sums.firings) == (False, sum(map(len, by_loop.values())))
     assert sums.energy == pytest.approx(sum(energies.values()))
