@@ -17,13 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_nfm.triton_sums import chunk_of, entries_of, on_its_device, sum_type, warps_of
+from sae_nfm.triton_sums import launch, shares_of
 
 if TYPE_CHECKING:
     from sae_nfm.active_sums import Routing
 
 
-@on_its_device
 def pool(indices: Tensor, values: Tensor, V: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pool: z in the type of V, and for its gradients f_s v_s and r in the type of the values, [n_tokens, nfm_dim] each.
 
@@ -35,79 +34,27 @@ def pool(indices: Tensor, values: Tensor, V: Tensor, top: Tensor) -> tuple[Tenso
     """
     (n_tokens, k), nfm_dim = indices.shape, V.shape[1]
     z, strongest, rest = V.new_empty(n_tokens, nfm_dim), *values.new_empty(2, n_tokens, nfm_dim)
-    chunk = chunk_of(nfm_dim)
-    _pool[n_tokens, triton.cdiv(nfm_dim, chunk)](
-        indices.contiguous(),
-        values.contiguous(),
-        V.contiguous(),
-        top.contiguous(),
-        z,
-        strongest,
-        rest,
-        k,
-        nfm_dim,
-        CHUNK=chunk,
-        ENTRIES=entries_of(chunk),
-        SUM=sum_type(V),
-        num_warps=warps_of(chunk),
-    )
+    launch(_pool, n_tokens, nfm_dim, V, indices, values, V, top, z, strongest, rest, k)
     return z, strongest, rest
 
 
-@on_its_device
 def grad_values(
     indices: Tensor, values: Tensor, V: Tensor, top: Tensor, strongest: Tensor, rest: Tensor, grad: Tensor
 ) -> Tensor:
     """dL/df [n_tokens, k], for the gradient [n_tokens, nfm_dim] of z; the other arguments from `pool`."""
-    (n_tokens, k), nfm_dim = indices.shape, V.shape[1]
-    chunk = chunk_of(nfm_dim)
-    shares = values.new_empty(triton.cdiv(nfm_dim, chunk), n_tokens, k)
-    _grad_values[n_tokens, len(shares)](
-        indices.contiguous(),
-        values.contiguous(),
-        V.contiguous(),
-        top.contiguous(),
-        strongest,
-        rest,
-        grad.contiguous(),
-        shares,
-        n_tokens,
-        k,
-        nfm_dim,
-        CHUNK=chunk,
-        ENTRIES=entries_of(chunk),
-        SUM=sum_type(V),
-        num_warps=warps_of(chunk),
-    )
+    shares = shares_of(indices, values, V.shape[1])
+    pooled = (top, strongest, rest)
+    launch(_grad_values, len(indices), V.shape[1], V, indices, values, V, *pooled, grad, shares, *indices.shape)
     return shares.sum(dim=0)
 
 
-@on_its_device
 def grad_V(
     routing: "Routing", values: Tensor, V: Tensor, top: Tensor, strongest: Tensor, rest: Tensor, grad: Tensor
 ) -> Tensor:
     """dL/dV [d_sae, nfm_dim]; arguments as above."""
-    (d_sae, nfm_dim), k = V.shape, values.shape[1]
-    out = V.new_empty(d_sae, nfm_dim)
-    chunk = chunk_of(nfm_dim)
-    _grad_V[d_sae, triton.cdiv(nfm_dim, chunk)](
-        routing.starts,
-        routing.tokens,
-        routing.entries,
-        values.contiguous(),
-        V.contiguous(),
-        top.contiguous(),
-        strongest,
-        rest,
-        grad.contiguous(),
-        out,
-        k,
-        nfm_dim,
-        CHUNK=chunk,
-        ENTRIES=entries_of(chunk),
-        SUM=sum_type(V),
-        num_warps=warps_of(chunk),
-    )
+    out, ordered = V.new_empty(V.shape), (routing.starts, routing.tokens, routing.entries)
+    pooled = (top, strongest, rest)
+    launch(_grad_V, *V.shape, V, *ordered, values, V, *pooled, grad, out, values.shape[1])
     return out
 
 

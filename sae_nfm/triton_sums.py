@@ -10,8 +10,7 @@ number by number. Import this module only where Triton is installed. With TRITON
 first import, the kernels run on CPU tensors, one program after the other: slow, for tests.
 """
 
-from collections.abc import Callable
-from functools import reduce, wraps
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,91 +31,60 @@ BLOCKS = 256
 """Blocks whose maxima a program finds, candidates that it scores."""
 
 
-def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device; make that the one of the tensors."""
+def launch(kernel: Any, n_programs: int, width: int, summed: Tensor, *args: Tensor | int) -> None:
+    """Run a program for each token or feature and each chunk of a width, on the device of the tensors.
 
-    @wraps(launch)
-    def launched(*args: Any) -> Any:
-        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
-            return launch(*args)
+    The kernel gets the arguments, tensors without gaps, then the width and its constants; `summed` has the type of what it adds.
+    """
+    chunk = chunk_of(width)
+    with torch.cuda.device_of(summed):  # Triton launches on the current device
+        kernel[n_programs, triton.cdiv(width, chunk)](
+            *(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args),
+            width,
+            CHUNK=chunk,
+            ENTRIES=entries_of(chunk),
+            SUM=sum_type(summed),
+            num_warps=warps_of(chunk),
+        )
 
-    return launched
 
-
-@on_its_device
 def sum_by_token(indices: Tensor, values: Tensor, rows: Tensor) -> Tensor:
     """`sum_j f_bj w_[bj]`, [n_tokens, d_out]."""
     (n_tokens, k), d_out = indices.shape, rows.shape[1]
     out = rows.new_empty(n_tokens, d_out)
-    chunk = chunk_of(d_out)
-    _sum_by_token[n_tokens, triton.cdiv(d_out, chunk)](
-        indices.contiguous(),
-        values.contiguous(),
-        rows.contiguous(),
-        out,
-        k,
-        d_out,
-        CHUNK=chunk,
-        ENTRIES=entries_of(chunk),
-        SUM=sum_type(rows),
-        num_warps=warps_of(chunk),
-    )
+    launch(_sum_by_token, n_tokens, d_out, rows, indices, values, rows, out, k)
     return out
 
 
-@on_its_device
 def sum_by_feature(routing: "Routing", values: Tensor, by_token: Tensor) -> Tensor:
     """`sum_b f_bi g_b`, [d_sae, d_out], 0 for features that no token uses."""
     d_sae, d_out = len(routing.starts) - 1, by_token.shape[1]
     out = by_token.new_empty(d_sae, d_out)
-    chunk = chunk_of(d_out)
-    _sum_by_feature[d_sae, triton.cdiv(d_out, chunk)](
-        routing.starts,
-        routing.tokens,
-        routing.entries,
-        values.contiguous(),
-        by_token.contiguous(),
-        out,
-        d_out,
-        CHUNK=chunk,
-        ENTRIES=entries_of(chunk),
-        SUM=sum_type(by_token),
-        num_warps=warps_of(chunk),
-    )
+    ordered = (routing.starts, routing.tokens, routing.entries)
+    launch(_sum_by_feature, d_sae, d_out, by_token, *ordered, values, by_token, out)
     return out
 
 
-@on_its_device
 def dots(indices: Tensor, by_token: Tensor, rows: Tensor) -> Tensor:
-    """`<g_b, w_[bj]>`, [n_tokens, k]: a share for each chunk of columns, then their sum."""
-    (n_tokens, k), d_out = indices.shape, rows.shape[1]
-    chunk = chunk_of(d_out)
-    shares = by_token.new_empty(triton.cdiv(d_out, chunk), n_tokens, k)
-    _dots[n_tokens, len(shares)](
-        indices.contiguous(),
-        by_token.contiguous(),
-        rows.contiguous(),
-        shares,
-        n_tokens,
-        k,
-        d_out,
-        CHUNK=chunk,
-        ENTRIES=entries_of(chunk),
-        SUM=sum_type(rows),
-        num_warps=warps_of(chunk),
-    )
-    return shares[0] if len(shares) == 1 else shares.sum(dim=0)
+    """`<g_b, w_[bj]>`, [n_tokens, k]."""
+    shares = shares_of(indices, by_token, rows.shape[1])
+    launch(_dots, len(indices), rows.shape[1], rows, indices, by_token, rows, shares, *indices.shape)
+    return shares.sum(dim=0)
 
 
-@on_its_device
+def shares_of(indices: Tensor, like: Tensor, width: int) -> Tensor:
+    """Room for what each chunk of a width adds to a number of each entry, [n_chunks, n_tokens, k]."""
+    return like.new_empty(triton.cdiv(width, chunk_of(width)), *indices.shape)
+
+
 def transpose(source: Tensor, out: Tensor) -> None:
     """`out.copy_(source.T)`."""
     n_rows, n_columns = source.shape
     grid = (triton.cdiv(n_rows, TILE), triton.cdiv(n_columns, TILE))
-    _transpose[grid](source, out, n_rows, n_columns, *source.stride(), *out.stride(), TILE=TILE)
+    with torch.cuda.device_of(source):
+        _transpose[grid](source, out, n_rows, n_columns, *source.stride(), *out.stride(), TILE=TILE)
 
 
-@on_its_device
 def block_maxima(product: Tensor, bias: Tensor, scale: Tensor | None, out: Tensor) -> None:
     """The largest of the scores `(product + bias) * scale` in each block; column c [of d_sae] is in block c % n_blocks.
 
@@ -126,22 +94,10 @@ def block_maxima(product: Tensor, bias: Tensor, scale: Tensor | None, out: Tenso
         scale: [d_sae] or None.
         out: [n_tokens, n_blocks].
     """
-    (n_tokens, d_sae), n_blocks = product.shape, out.shape[1]
-    _block_maxima[n_tokens, triton.cdiv(n_blocks, BLOCKS)](
-        product,
-        bias.contiguous(),
-        (bias if scale is None else scale).contiguous(),
-        out,
-        d_sae,
-        n_blocks,
-        triton.cdiv(d_sae, n_blocks),
-        SCALED=scale is not None,
-        BLOCKS=BLOCKS,
-        SUM=sum_type(out),
-    )
+    d_sae, n_blocks = product.shape[1], out.shape[1]
+    _launch_blocks(_block_maxima, out, product, bias, scale, out, d_sae, n_blocks, triton.cdiv(d_sae, n_blocks))
 
 
-@on_its_device
 def block_scores(product: Tensor, bias: Tensor, scale: Tensor | None, blocks: Tensor, n_blocks: int) -> Tensor:
     """The scores of all members of some blocks, [n_tokens, n_chosen * size]; -inf for a member beyond the last column.
 
@@ -158,21 +114,24 @@ def block_scores(product: Tensor, bias: Tensor, scale: Tensor | None, blocks: Te
     size = triton.cdiv(d_sae, n_blocks)
     dtypes = [tensor.dtype for tensor in (product, bias, scale) if tensor is not None]
     out = product.new_empty(n_tokens, n_chosen * size, dtype=reduce(torch.promote_types, dtypes))
-    _block_scores[n_tokens, triton.cdiv(n_chosen * size, BLOCKS)](
-        product,
-        bias.contiguous(),
-        (bias if scale is None else scale).contiguous(),
-        blocks.contiguous(),
-        out,
-        d_sae,
-        n_blocks,
-        n_chosen,
-        size,
-        SCALED=scale is not None,
-        BLOCKS=BLOCKS,
-        SUM=sum_type(out),
-    )
+    _launch_blocks(_block_scores, out, product, bias, scale, blocks.contiguous(), out, d_sae, n_blocks, n_chosen, size)
     return out
+
+
+def _launch_blocks(
+    kernel: Any, out: Tensor, product: Tensor, bias: Tensor, scale: Tensor | None, *args: Tensor | int
+) -> None:
+    n_tokens, n_columns = out.shape
+    with torch.cuda.device_of(out):
+        kernel[n_tokens, triton.cdiv(n_columns, BLOCKS)](
+            product,
+            bias.contiguous(),
+            (bias if scale is None else scale).contiguous(),
+            *args,
+            SCALED=scale is not None,
+            BLOCKS=BLOCKS,
+            SUM=sum_type(out),
+        )
 
 
 def chunk_of(d_out: int) -> int:

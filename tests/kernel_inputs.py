@@ -45,6 +45,14 @@ def assert_same(function, inputs: list[Tensor | None], **tolerance) -> None:
     torch.testing.assert_close(gradients(sparse, inputs), gradients(dense, inputs), **tolerance)
 
 
+def assert_largest(found: tuple[Tensor, Tensor], scores: Tensor, k: int) -> None:
+    """Indices and values are those of the k largest scores of each row, with the same roundings."""
+    indices, values = found
+    assert (indices.sort(dim=-1).values.diff() > 0).all(), "a column is found twice"
+    torch.testing.assert_close(values.sort(dim=-1).values, scores.topk(k).values.sort(dim=-1).values)
+    torch.testing.assert_close(scores.gather(-1, indices), values)
+
+
 def relative(errors: Tensor, reference: Tensor) -> float:
     return ((errors.double() - reference.double()).norm() / reference.double().norm()).item()
 

@@ -1,38 +1,17 @@
 """A training step on the active features alone is the dense step: losses, gradients, statistics, trajectory."""
 
-import copy
 import itertools
 
 import pytest
 import torch
-from builders import D_SAE, WITH_ENCODER, random_activations, random_sae, trainer, training_config
+from builders import D_SAE, random_activations, random_sae, trainer, training_config
 from kernel_inputs import Operations
 from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainStepInput
 from sae_lens.util import temporary_seed
+from step_forms import HOOK, both_kernels, for_every_architecture, step
 
-from sae_nfm import interaction, kernels
-from sae_nfm.sae import FEW_FEATURES
-from sae_nfm.training_sae import Forms
-
-HOOK = ("hook_sae_acts_post", lambda value, hook: None)
-"""Changes nothing, and has a step made as SAELens makes it."""
-for_every_architecture = pytest.mark.parametrize("architecture", WITH_ENCODER)
-
-
-def step(sae, x, dead=None, logging=False):
-    return sae.training_forward_pass(
-        TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=logging)
-    )
-
-
-def both_kernels(cfg, **overrides):
-    """The same SAE twice, float64 so that nothing hides behind rounding."""
-    sae = random_sae(training_config(cfg, **overrides, dtype="float64"))
-    other = copy.deepcopy(sae)
-    sae.cfg.kernel, other.cfg.kernel = "sparse", "dense"
-    return sae, other
+from sae_nfm import interaction
 
 
 @for_every_architecture
@@ -70,50 +49,6 @@ def test_losses_and_gradients(architecture, rescale, nfm_top_k, paths, kernel):
     for name, parameter in saelens.named_parameters():
         torch.testing.assert_close(dict(sae.named_parameters())[name].grad, parameter.grad, msg=name)
         assert parameter.grad.abs().sum() > 0, name
-
-
-@for_every_architecture
-@pytest.mark.parametrize("nfm_top_k", [None, 3])
-@pytest.mark.parametrize("head", ["fm", "mlp"])
-@pytest.mark.parametrize("forms", set(itertools.product(("sparse", "dense"), repeat=3)) - {("dense",) * 3})
-def test_each_product_may_have_its_own_form(monkeypatch, architecture, nfm_top_k, head, forms):
-    sae, saelens = both_kernels(architecture, nfm_top_k=nfm_top_k, head=head)
-    monkeypatch.setattr(type(sae), "_forms", lambda self: Forms(*forms))
-    x, dead = random_activations().double(), torch.arange(D_SAE) < 5
-    with saelens.hooks(fwd_hooks=[HOOK]):
-        ours, reference = step(sae, x, dead, logging=True), step(saelens, x, dead, logging=True)
-    assert ours.feature_acts.is_sparse
-    assert ours.metrics.keys() == reference.metrics.keys()
-    for name, metric in reference.metrics.items():
-        torch.testing.assert_close(ours.metrics[name](), metric(), msg=name)
-    assert not ours.feature_acts.requires_grad
-    for output in (ours, reference):
-        output.loss.backward()
-    torch.testing.assert_close(ours.loss, reference.loss)
-    torch.testing.assert_close(ours.feature_acts.to_dense(), reference.feature_acts)
-    for name, parameter in saelens.named_parameters():
-        torch.testing.assert_close(dict(sae.named_parameters())[name].grad, parameter.grad, msg=name)
-
-
-@for_every_architecture
-def test_auto_asks_the_cost_model_for_each_product(monkeypatch, architecture):
-    """The decoders in the type that a product has under autocast, the pooling in float32, each for what it reads."""
-    asked = []
-
-    def choose(d_sae, k, device, dtype):
-        asked.append((d_sae, k, dtype))
-        return "sparse" if dtype == torch.float32 else "dense"
-
-    monkeypatch.setattr(kernels, "choose", choose)
-    sae = random_sae(training_config(architecture, d_sae=1024, k=8, nfm_top_k=3, kernel="auto"))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert sae._forms() == Forms(direct="dense", linear="dense", pooled="sparse")
-        assert sae._steps_sparsely()
-        assert not sae.works_sparsely()
-    assert asked[:3] == [(1024, 8, torch.bfloat16), (1024, 3, torch.bfloat16), (1024, 3, torch.float32)]
-    assert sae._forms() == Forms(direct="sparse", linear="sparse", pooled="sparse")
-    small = random_sae(training_config(architecture, d_sae=1023, k=8, kernel="auto"))
-    assert small._forms() == Forms(direct="dense", linear="dense", pooled="dense")
 
 
 @for_every_architecture
@@ -351,16 +286,6 @@ def test_no_matrix_of_all_features_is_kept(architecture):
         step(sae, random_activations(rows=rows), torch.arange(D_SAE) % 6 == 0)
     assert (rows, 4) in shapes
     assert (rows, D_SAE) not in shapes
-
-
-@for_every_architecture
-def test_auto_follows_the_cost_model(architecture):
-    chosen = {}
-    for d_sae, k in ((32, 4), (4096, 32), (2048, 1500)):
-        sae = random_sae(training_config(architecture, d_sae=d_sae, k=k, nfm_top_k=None, kernel="auto"))
-        chosen[d_sae, k] = "sparse" if step(sae, random_activations()).feature_acts.is_sparse else "dense"
-        assert chosen[d_sae, k] == (kernels.choose(d_sae, k, "cpu") if d_sae >= FEW_FEATURES else "dense")
-    assert chosen == {(32, 4): "dense", (4096, 32): "sparse", (2048, 1500): "dense"}
 
 
 @for_every_architecture
