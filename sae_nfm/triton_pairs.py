@@ -7,7 +7,8 @@ With s the strongest feature of a token, r = sum_{i != s} f_i v_i, and g the gra
     dL/df_i    = < g v_i, others_i >              others_i = r                        for i = s
     dL/dv_i    = sum_b f_bi g_b * others_bi                = f_s v_s + r - f_i v_i    else
 
-the same sums as `kernels.bi_interaction` makes of several passes, and as exact where one feature outweighs the others.
+the same sums as `kernels.bi_interaction` makes of several passes, and as exact where one feature outweighs the others. The
+case i = s stands apart since a GPU fuses product and difference: f_s v_s - f_s v_s would be the product's rounding error, not 0.
 See `triton_sums` for how programs are laid out and tested.
 """
 

@@ -60,6 +60,21 @@ def test_reading(dtype, width, reader):
     assert all(relative(a, b) < 4 * ROUNDING[dtype] for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_bi_interaction_keeps_its_precision_when_one_feature_dominates(sign):
+    """Here a product and a difference are one operation: the gradient of the strongest feature, a sum over weak ones, tells."""
+    acts, (V,) = random_acts(torch.float32), randoms((D_SAE, NFM_DIM))
+    with torch.no_grad():
+        acts.values[:, 3] = sign * 1e4
+    exact_acts = SparseActs(acts.indices, acts.values.detach().double().requires_grad_())
+    exact_V = V.detach().double().requires_grad_()
+    z, exact = kernels.bi_interaction(acts, V), kernels.bi_interaction(exact_acts, exact_V, kernel="dense")
+    found, expected = gradients(z, [acts.values, V]), gradients(exact, [exact_acts.values, exact_V])
+    assert relative(z, exact) < 2e-6
+    assert all(relative(a, b) < 2e-6 for a, b in zip(found, expected, strict=True))
+    assert relative(found[0][:, 3], expected[0][:, 3]) < 2e-6
+
+
 @pytest.mark.parametrize(("d_sae", "k"), [(D_SAE, K), (D_SAE, 1), (D_SAE, 500), (6001, 33), (40, 40)])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_selection(d_sae, k, scaled):

@@ -115,10 +115,15 @@ def test_selection(d_sae, k, scaled, dtype):
     assert_largest(ranking.top_hidden_pre(x, W_enc, b_enc, scale, k), ranking.hidden_pre(x, W_enc, b_enc, scale), k)
 
 
-@pytest.mark.usefixtures("small_programs")
-def test_selection_among_numbers_that_are_all_minus_infinity_stays_within_the_columns():
-    indices, _ = ranking.top_hidden_pre(torch.ones(2, 1), torch.ones(1, 37), torch.full((37,), -torch.inf), None, 3)
-    assert indices.max() < 37
+@pytest.mark.parametrize("k", [3, 4])
+def test_selection_among_scores_of_minus_infinity_stays_within_the_columns(k):
+    """One score is finite; the others are as large as those of members that a block has beyond the last column."""
+    for column in range(37):
+        b_enc = torch.full((37,), -torch.inf)
+        b_enc[column] = 0.0
+        indices, _ = ranking.top_hidden_pre(torch.ones(1, 1), torch.ones(1, 37), b_enc, None, k)
+        assert indices.max() < 37
+        assert column in indices
 
 
 @pytest.mark.usefixtures("small_programs")
