@@ -25,8 +25,10 @@ from sae_nfm import ranking
 from sae_nfm.devices import product_dtype, uses_triton
 
 Grads = tuple[Tensor | None, ...]
-TRANSPOSED_BYTES = 2**24
-"""Size of the pieces in which W_enc and its gradient are transposed; larger ones come from the system, page by page."""
+TRANSPOSED_BYTES = 3 * 2**23
+"""Size of the pieces in which W_enc and its gradient are transposed, at most; 32 MiB come from the system, page by page."""
+TRANSPOSED_ROWS = 256
+"""Rows of W_enc in a piece, at most: with 512, the numbers of a column are 2 KiB apart and displace each other in the cache."""
 TRANSPOSED_FEATURES = 512
 """Features of a piece that are transposed at a time. Measured on CPU."""
 
@@ -87,7 +89,7 @@ def _encoder_grads(
     d_in, d_sae = W_enc.shape
     grad_x = torch.empty_like(x) if needs_x else None
     grad_W = torch.empty_like(W_enc) if needs_W else None
-    step = d_in if W_enc.is_cuda else max(1, TRANSPOSED_BYTES // (d_sae * grad.element_size()))
+    step = d_in if W_enc.is_cuda else max(1, min(TRANSPOSED_ROWS, TRANSPOSED_BYTES // (d_sae * grad.element_size())))
     for rows in (slice(start, start + step) for start in range(0, d_in, step)):
         if grad_x is not None:
             grad_x[:, rows] = sum_by_token(indices, grad, wide(W_enc[rows].T))
@@ -147,8 +149,57 @@ class WeightedRows(torch.autograd.Function):
         return None, grad_values, grad_weight, None
 
 
+class BothDecoders(torch.autograd.Function):
+    """`sum_i f_i (W_dec_i / n_i + W_lin_i)`: one sum over tokens is the gradient of both, but for n_i (1 without norms)."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any,
+        indices: Tensor,
+        values: Tensor,
+        W_dec: Tensor,
+        norms: Tensor | None,
+        W_lin: Tensor,
+        routing: Routing | None,
+    ) -> Tensor:
+        ctx.save_for_backward(indices, values, W_dec, norms, W_lin)
+        ctx.routing = routing
+        unscaled = values if norms is None else values / norms[indices]
+        direct = sum_by_token(indices, unscaled.to(W_dec.dtype), W_dec)
+        return direct.add_(sum_by_token(indices, values.to(W_lin.dtype), W_lin))
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
+        indices, values, W_dec, norms, W_lin = ctx.saved_tensors
+        _, needs_values, needs_W_dec, needs_norms, needs_W_lin, _ = ctx.needs_input_grad
+        grad, values, routing = wide(grad), wide(values), ctx.routing
+        if needs_W_dec or needs_norms or needs_W_lin:
+            routing = ctx.routing or route(indices, len(W_dec))
+        per_norm = None if norms is None else torch.where(norms == 0, 0.0, 1 / wide(norms))
+        grad_values = grad_W_dec = grad_norms = grad_W_lin = None
+        if needs_values or needs_norms:
+            direct = dots(indices, grad, W_dec)
+            if per_norm is not None:
+                direct *= per_norm[indices]
+                if needs_norms:
+                    grad_norms = -per_norm * sum_values(routing, values * direct, indices)
+            if needs_values:
+                grad_values = direct.add_(dots(indices, grad, W_lin))
+        if needs_W_dec or needs_W_lin:
+            grad_W_lin = sum_by_feature(routing, values, grad)
+            grad_W_dec = grad_W_lin if per_norm is None else grad_W_lin * per_norm[:, None]
+        return None, grad_values, grad_W_dec, grad_norms, grad_W_lin, None
+
+
 class RowNorms(torch.autograd.Function):
-    """The norm of each row, and the matrix itself; one pass adds what comes back from both."""
+    """The norm of each row, and the matrix itself; one pass adds what comes back from both.
+
+    It adds to the matrix's gradient in place, as the functions here make one that nobody else holds: a fresh one of this size
+    takes four times as long.
+    """
 
     @staticmethod
     @override
@@ -166,7 +217,7 @@ class RowNorms(torch.autograd.Function):
         if grad is None:
             return grad_weight
         factor = torch.where(norms == 0, 0.0, grad / norms)[:, None]  # 0 where the norm is 0, as in torch
-        return weight * factor if grad_weight is None else torch.addcmul(grad_weight, weight, factor)
+        return weight * factor if grad_weight is None else grad_weight.contiguous().addcmul_(weight, factor)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae_nfm import interaction
-from sae_nfm.active_sums import OfActive, Routing, RowNorms, TopHiddenPre, WeightedRows, route, wide
+from sae_nfm.active_sums import BothDecoders, OfActive, Routing, RowNorms, TopHiddenPre, WeightedRows, route, wide
 from sae_nfm.device_rates import device_rates
 from sae_nfm.devices import product_dtype, uses_triton
 from sae_nfm.heads import POOLS
@@ -30,6 +30,7 @@ __all__ = [
     "Kernel",
     "Routing",
     "bi_interaction",
+    "both_decoders",
     "choose",
     "encode",
     "of_active",
@@ -102,6 +103,35 @@ def weighted_rows(
     batch, k = acts.indices.shape[:-1], acts.indices.shape[-1]
     rows = WeightedRows.apply(acts.indices.reshape(-1, k), acts.values.reshape(-1, k), weight, routing)
     return rows.reshape(*batch, weight.shape[-1])
+
+
+def both_decoders(
+    acts: Acts,
+    W_dec: Float[Tensor, "d_sae d_in"],
+    norms: Float[Tensor, " d_sae"] | None,
+    W_lin: Float[Tensor, "d_sae d_in"],
+    routing: Routing | None = None,
+    *,
+    kernel: Kernel = "sparse",
+) -> Float[Tensor, "*batch d_in"]:
+    """The direct and the linear path where they read the same features, `sum_i f_i (W_dec_i / n_i + W_lin_i)`.
+
+    The dense form multiplies with the sum of the matrices. The sparse form reads the active rows of both, which costs less
+    than adding all rows, and sums over the tokens of a feature once for both gradients.
+
+    Args:
+        acts: activations.
+        W_dec: decoder weight.
+        norms: the norms n of its rows with `rescale_acts_by_decoder_norm`, else None.
+        W_lin: weight of the linear path.
+        routing: as in `weighted_rows`.
+        kernel: the form, see the module.
+    """
+    if kernel == "dense" or not isinstance(acts, SparseActs):
+        return weighted_rows(acts, W_lin + (W_dec if norms is None else W_dec / norms[:, None]), kernel="dense")
+    batch, k = acts.indices.shape[:-1], acts.indices.shape[-1]
+    rows = BothDecoders.apply(acts.indices.reshape(-1, k), acts.values.reshape(-1, k), W_dec, norms, W_lin, routing)
+    return rows.reshape(*batch, W_dec.shape[-1])
 
 
 def bi_interaction(

@@ -4,9 +4,9 @@
     sparse    `kernels`: the k active features of each token alone, forward and backward, dead-feature loss included
 
 They give the same losses and gradients up to rounding; `cfg.kernel` chooses. With "auto" each product of a step has the form
-that is faster, and a step whose products are all dense is SAELens's. Where both decoders read the same features, dense
-products are made with their sum; the sparse step reads the active rows of both, which costs less than adding all rows. It
-keeps no pre-activations and hands SAELens's trainer its statistics as a COO tensor.
+that is faster, and a step whose products are all dense is SAELens's. Where both decoders read the same features they are one
+operation (`kernels.both_decoders`), and the dense step multiplies with their sum. The sparse step keeps no pre-activations and
+hands SAELens's trainer its statistics as a COO tensor.
 """
 
 from pathlib import Path
@@ -63,14 +63,14 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
                 self._sums_decoders = False
             paths = self._taken_paths()
         if summed and self._shows_paths(step_input):
-            paths = self._divided(paths, output.feature_acts)
+            paths = self._divided(paths, output.feature_acts.to_dense(), "dense")
         self._add_metrics(output, step_input, paths)
         return output
 
     @torch.no_grad()
-    def _divided(self, paths: Paths, feature_acts: Tensor) -> Paths:
+    def _divided(self, paths: Paths, acts: Acts, kernel: Kernel) -> Paths:
         """The direct and the linear path of a step that made their sum: a look at them does not change the step by a bit."""
-        linear = interaction.weighted_rows(feature_acts.to_dense(), self.W_lin) + self.b_lin
+        linear = kernels.weighted_rows(acts, self.W_lin, kernel=kernel) + self.b_lin
         return paths._replace(direct=paths.direct - linear, linear=linear)
 
     def _steps_sparsely(self) -> bool:
@@ -105,8 +105,8 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         dead_loss = self._sparse_dead_loss(step_input, sae_out, encoder, W_dec)
         coo = kernels.to_coo(SparseActs(acts.indices, acts.values.detach()), cfg.d_sae)
-        if paths.linear is None and self._reads_all() and self._shows_paths(step_input):
-            paths = self._divided(paths, coo)
+        if self._reads_all() and self._shows_paths(step_input):
+            paths = self._divided(paths, acts, forms.direct)
         output = TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
@@ -128,19 +128,23 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         return encoder_in.detach(), self.b_enc + no_change
 
     def _sparse_decode(self, acts: SparseActs, norms: Tensor | None, W_dec: Tensor, forms: Forms) -> Paths:
-        """What each path writes, from the active features alone."""
+        """What each path writes, from the active features alone; the direct path with the linear one where both read the same."""
         cfg, routing = self.cfg, kernels.route(acts.indices, self.cfg.d_sae)
-        unscaled = acts
-        if norms is not None:
-            unscaled = SparseActs(acts.indices, acts.values / kernels.of_active(norms, acts, routing))
         read, read_routing = acts, routing
         if cfg.nfm_top_k is not None and cfg.nfm_top_k < cfg.k:
             read = interaction.top_n(acts, cfg.nfm_top_k)
             read_routing = kernels.route(read.indices, cfg.d_sae)
         linear = square = interacting = None
-        summed = self._reads_all() and forms.direct == forms.linear == "dense"
-        if forms.linear is not None and not summed:
-            linear = kernels.weighted_rows(read, self.W_lin, read_routing, kernel=forms.linear) + self.b_lin
+        if self._reads_all():
+            both = kernels.both_decoders(acts, W_dec, norms, self.W_lin, routing, kernel=forms.direct)
+            direct = both + (self.b_dec + self.b_lin)
+        else:
+            unscaled = acts
+            if norms is not None:
+                unscaled = SparseActs(acts.indices, acts.values / kernels.of_active(norms, acts, routing))
+            direct = kernels.weighted_rows(unscaled, W_dec, routing, kernel=forms.direct) + self.b_dec
+            if forms.linear is not None:
+                linear = kernels.weighted_rows(read, self.W_lin, read_routing, kernel=forms.linear) + self.b_lin
         if cfg.use_square_path:
             squares = SparseActs(acts.indices, acts.values.square())
             square = kernels.weighted_rows(squares, self.U, routing, kernel=forms.direct) / cfg.square_scale
@@ -148,11 +152,6 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
             pooled = self._dropout(kernels.pooled(cfg.head, read, self.V, read_routing, kernel=forms.pooled))
             hidden = interaction.hidden_pre(pooled, self.W_1, self.b_1)
             interacting = interaction.interaction_output(hidden, self.W_2, self.b_2)
-        if summed:
-            both = self.W_lin + (W_dec if norms is None else W_dec / norms[:, None])
-            direct = kernels.weighted_rows(acts, both, kernel="dense") + (self.b_dec + self.b_lin)
-        else:
-            direct = kernels.weighted_rows(unscaled, W_dec, routing, kernel=forms.direct) + self.b_dec
         return Paths(direct, linear, square, interacting)
 
     def _sparse_dead_loss(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sae_nfm import kernels
 from sae_nfm.interaction import SparseActs
 
 # The same sums in another order: a few ulp of values of order 10.
@@ -29,6 +30,11 @@ def encoder(batch: tuple[int, ...] = (7,), scaled: bool = True, **settings) -> l
 def random_acts(batch: tuple[int, ...] = (6,), d_sae: int = 11, k: int = 4, dtype=torch.float64) -> SparseActs:
     scores, values = randoms((*batch, d_sae), (*batch, k), seed=3, dtype=dtype)
     return SparseActs(scores.topk(k, dim=-1, sorted=False).indices, values)
+
+
+def decoded(acts: SparseActs, weight: Tensor, routing=None, *, kernel: kernels.Kernel = "sparse") -> Tensor:
+    """`kernels.both_decoders` with decoders and norms from one matrix."""
+    return kernels.both_decoders(acts, weight, weight.norm(dim=-1), weight.flip(0), routing, kernel=kernel)
 
 
 def gradients(output: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 from builders import random_sae, training_config
-from kernel_inputs import assert_largest, relative
+from kernel_inputs import assert_largest, decoded, relative
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("width", [D_IN, NFM_DIM, 300, 1])
-@pytest.mark.parametrize("reader", [kernels.weighted_rows, kernels.bi_interaction])
+@pytest.mark.parametrize("reader", [kernels.weighted_rows, kernels.bi_interaction, decoded])
 def test_reading(dtype, width, reader):
     acts, (weight,) = random_acts(dtype), randoms((D_SAE, width), dtype=dtype)
     exact_acts = SparseActs(acts.indices, acts.values.detach().double().requires_grad_())

@@ -20,7 +20,8 @@ def whole_step(inputs: list[Tensor], k: int, kernel: kernels.Kernel | Literal["p
     routing = kernels.route(acts.indices, len(b_enc))
     unscaled = SparseActs(acts.indices, acts.values / norms[acts.indices])
     rows = kernels.weighted_rows(unscaled, W_dec, routing, kernel=product)
-    return torch.cat([rows, kernels.bi_interaction(acts, V, routing, kernel=kernel)], dim=-1)
+    both = kernels.both_decoders(acts, W_dec, norms, W_enc.mT, routing, kernel=product)
+    return torch.cat([rows, both, kernels.bi_interaction(acts, V, routing, kernel=kernel)], dim=-1)
 
 
 def step_inputs(dtype: torch.dtype) -> list[Tensor]:

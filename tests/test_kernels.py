@@ -5,7 +5,18 @@ from collections import Counter
 
 import pytest
 import torch
-from kernel_inputs import D_IN, D_SAE, TIGHT, Operations, assert_same, encoder, gradients, random_acts, randoms
+from kernel_inputs import (
+    D_IN,
+    D_SAE,
+    TIGHT,
+    Operations,
+    assert_same,
+    decoded,
+    encoder,
+    gradients,
+    random_acts,
+    randoms,
+)
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
@@ -100,7 +111,7 @@ def test_only_the_gradients_asked_for():
 # --- reading features
 
 
-READERS = (kernels.weighted_rows, kernels.bi_interaction)
+READERS = (kernels.weighted_rows, kernels.bi_interaction, decoded)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -131,6 +142,42 @@ def test_reading_with_one_side_frozen(reader):
     frozen_weight = gradients(reader(acts, weight.detach()), [acts.values])
     frozen_acts = gradients(reader(SparseActs(acts.indices, acts.values.detach()), weight), [weight])
     torch.testing.assert_close(frozen_weight + frozen_acts, expected, **TIGHT)
+
+
+def test_both_decoders_by_hand():
+    acts = SparseActs(torch.tensor([[2, 0]]), torch.tensor([[4.0, 2.0]]))
+    W_dec, W_lin = torch.tensor([[3.0], [9.0], [-8.0]]), torch.tensor([[0.5], [9.0], [10.0]])
+    for kernel in ("dense", "sparse"):
+        # 4 * (-8 / 8 + 10) + 2 * (3 / 3 + 0.5), and without norms 4 * (-8 + 10) + 2 * (3 + 0.5)
+        assert kernels.both_decoders(acts, W_dec, W_dec.abs()[:, 0], W_lin, kernel=kernel).tolist() == [[39.0]]
+        assert kernels.both_decoders(acts, W_dec, None, W_lin, kernel=kernel).tolist() == [[15.0]]
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_gradients_of_both_decoders(scaled):
+    acts, inputs = random_acts(), randoms((11, 3), (11,), (11, 3))
+    inputs = [acts.values, inputs[0], (inputs[1].detach().abs() + 0.1).requires_grad_() if scaled else None, inputs[2]]
+
+    def both(*inputs, kernel="sparse"):
+        values, *others = inputs
+        return kernels.both_decoders(SparseActs(acts.indices, values), *others, kernel=kernel)
+
+    assert_same(lambda kernel: both(*inputs, kernel=kernel), inputs, **TIGHT)
+    assert torch.autograd.gradcheck(both, inputs)
+    for wanted in (tensor for tensor in inputs if tensor is not None):
+        alone = [tensor if tensor is wanted or tensor is None else tensor.detach() for tensor in inputs]
+        torch.testing.assert_close(gradients(both(*alone), [wanted]), gradients(both(*inputs), [wanted]), **TIGHT)
+
+
+def test_a_decoder_row_of_norm_0_that_no_token_uses_has_no_gradient():
+    acts, (W_dec, W_lin) = SparseActs(torch.tensor([[1]]), torch.tensor([[2.0]])), randoms((2, 3), (2, 3))
+    W_dec, W_lin = (
+        (tensor.detach().float() * torch.tensor([[0.0], [1.0]])).requires_grad_() for tensor in (W_dec, W_lin)
+    )
+    norms, rows = kernels.row_norms(W_dec)
+    kernels.both_decoders(acts, rows, norms, W_lin).sum().backward()
+    assert (W_dec.grad[0] == 0).all()
+    assert (W_dec.grad[1] != 0).any()
 
 
 def test_route_by_hand():
@@ -186,6 +233,9 @@ def test_row_norms():
     for output in (0, 1):
         assert_same(lambda kernel, output=output: kernels.row_norms(weight, kernel=kernel)[output], [weight], **TIGHT)
     assert torch.autograd.gradcheck(kernels.row_norms, weight)
+    # a gradient that is one number expanded is no place for a sum
+    sums = (sum(output.sum() for output in kernels.row_norms(weight, kernel=kernel)) for kernel in ("sparse", "dense"))
+    torch.testing.assert_close(*(torch.autograd.grad(total, weight)[0] for total in sums), **TIGHT)
     zero = torch.zeros(2, 3, requires_grad=True)
     norms, _ = kernels.row_norms(zero)
     assert (norms == 0).all()
@@ -200,6 +250,7 @@ def test_only_the_dense_form_has_a_second_derivative():
     def outputs(kernel):
         yield kernels.weighted_rows(acts, weight, kernel=kernel), weight
         yield kernels.bi_interaction(acts, weight, kernel=kernel), weight
+        yield decoded(acts, weight, kernel=kernel), weight
         yield kernels.row_norms(weight, kernel=kernel)[0], weight
         yield kernels.encode(x, W_enc, b_enc, scale, 2, kernel=kernel).values, W_enc
 
@@ -231,6 +282,23 @@ def test_gradients_that_nobody_asked_for_cost_nothing():
     assert (values["sparse_sampled_addmm"], values[bag], values["argsort"] + values["sort"]) == (1, 0, 0)
     rows = operations_of_gradients(kernels.weighted_rows(frozen, weight, routing), [weight])
     assert (rows["sparse_sampled_addmm"], rows[bag], rows["argsort"] + rows["sort"]) == (0, 1, 0)
+    norms, W_lin = randoms((11,), (11, 3))
+    decoders = (weight, norms, W_lin)
+    wanted = [acts.values, *decoders]
+    everything = operations_of_gradients(kernels.both_decoders(acts, *decoders), wanted)
+    assert (everything["sparse_sampled_addmm"], everything[bag], everything["argsort"] + everything["sort"]) == (
+        2,
+        1,
+        1,
+    )
+    values = operations_of_gradients(kernels.both_decoders(acts, *(w.detach() for w in decoders)), wanted[:1])
+    assert (values["sparse_sampled_addmm"], values[bag], values["argsort"] + values["sort"]) == (2, 0, 0)
+    rows = operations_of_gradients(
+        kernels.both_decoders(frozen, weight, norms.detach(), W_lin, routing), [weight, W_lin]
+    )
+    assert (rows["sparse_sampled_addmm"], rows[bag], rows["argsort"] + rows["sort"]) == (0, 1, 0)
+    rows = operations_of_gradients(kernels.both_decoders(frozen, *decoders, routing), [*decoders])
+    assert (rows["sparse_sampled_addmm"], rows[bag], rows["argsort"] + rows["sort"]) == (1, 1, 0)
     for inputs, bags in (([x, W_enc, b_enc], 2), ([x.detach(), W_enc, b_enc], 1), ([x, W_enc.detach(), b_enc], 1)):
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         assert operations_of_gradients(kernels.encode(*inputs, None, 3).values, wanted)[bag] == bags

@@ -7,7 +7,7 @@ what it cannot tell: whether the source compiles for a GPU.
 import pytest
 import torch
 from builders import random_activations, random_sae, training_config
-from kernel_inputs import TIGHT, assert_largest, encoder, gradients, random_acts, randoms
+from kernel_inputs import TIGHT, assert_largest, decoded, encoder, gradients, random_acts, randoms
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
@@ -165,7 +165,7 @@ def test_numerical_gradients():
     scale = scale.detach().abs().add(0.1).requires_grad_()
     assert torch.autograd.gradcheck(lambda *args: kernels.encode(*args, 3).values, (x, W_enc, b_enc, scale))
     acts, (weight,) = random_acts((2,), d_sae=5, k=3), randoms((5, 2), seed=1)
-    for reader in (kernels.weighted_rows, kernels.bi_interaction):
+    for reader in (kernels.weighted_rows, kernels.bi_interaction, decoded):
         assert torch.autograd.gradcheck(
             lambda values, rows, reader=reader: reader(SparseActs(acts.indices, values), rows), (acts.values, weight)
         )
@@ -180,7 +180,7 @@ def test_any_batch(monkeypatch, batch):
 
     def outcome() -> list[Tensor]:
         found = []
-        for reader in (kernels.weighted_rows, kernels.bi_interaction):
+        for reader in (kernels.weighted_rows, kernels.bi_interaction, decoded):
             output = reader(acts, weight)
             found += [output, *gradients(output, [acts.values, weight])]
         numbers = kernels.of_active(per_feature, acts)
@@ -196,7 +196,7 @@ def test_layouts_do_not_matter(layout):
     acts, (weight,) = random_acts((3,)), randoms((11, 3))
     other = SparseActs(layout(acts.indices), layout(acts.values.detach()).requires_grad_())
     moved = layout(weight.detach()).requires_grad_()
-    for reader in (kernels.weighted_rows, kernels.bi_interaction):
+    for reader in (kernels.weighted_rows, kernels.bi_interaction, decoded):
         expected, found = reader(acts, weight), reader(other, moved)
         torch.testing.assert_close(found, expected, **TIGHT)
         torch.testing.assert_close(
