@@ -130,21 +130,16 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
     def _sparse_decode(self, acts: SparseActs, norms: Tensor | None, W_dec: Tensor, forms: Forms) -> Paths:
         """What each path writes, from the active features alone; the direct path with the linear one where both read the same."""
         cfg, routing = self.cfg, kernels.route(acts.indices, self.cfg.d_sae)
+        unscaled = acts
+        if norms is not None and not self._reads_all():
+            unscaled = SparseActs(acts.indices, acts.values / kernels.of_active(norms, acts, routing))
         read, read_routing = acts, routing
         if cfg.nfm_top_k is not None and cfg.nfm_top_k < cfg.k:
             read = interaction.top_n(acts, cfg.nfm_top_k)
             read_routing = kernels.route(read.indices, cfg.d_sae)
         linear = square = interacting = None
-        if self._reads_all():
-            both = kernels.both_decoders(acts, W_dec, norms, self.W_lin, routing, kernel=forms.direct)
-            direct = both + (self.b_dec + self.b_lin)
-        else:
-            unscaled = acts
-            if norms is not None:
-                unscaled = SparseActs(acts.indices, acts.values / kernels.of_active(norms, acts, routing))
-            direct = kernels.weighted_rows(unscaled, W_dec, routing, kernel=forms.direct) + self.b_dec
-            if forms.linear is not None:
-                linear = kernels.weighted_rows(read, self.W_lin, read_routing, kernel=forms.linear) + self.b_lin
+        if forms.linear is not None and not self._reads_all():
+            linear = kernels.weighted_rows(read, self.W_lin, read_routing, kernel=forms.linear) + self.b_lin
         if cfg.use_square_path:
             squares = SparseActs(acts.indices, acts.values.square())
             square = kernels.weighted_rows(squares, self.U, routing, kernel=forms.direct) / cfg.square_scale
@@ -152,6 +147,11 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
             pooled = self._dropout(kernels.pooled(cfg.head, read, self.V, read_routing, kernel=forms.pooled))
             hidden = interaction.hidden_pre(pooled, self.W_1, self.b_1)
             interacting = interaction.interaction_output(hidden, self.W_2, self.b_2)
+        if self._reads_all():
+            both = kernels.both_decoders(acts, W_dec, norms, self.W_lin, routing, kernel=forms.direct)
+            direct = both + (self.b_dec + self.b_lin)
+        else:
+            direct = kernels.weighted_rows(unscaled, W_dec, routing, kernel=forms.direct) + self.b_dec
         return Paths(direct, linear, square, interacting)
 
     def _sparse_dead_loss(
