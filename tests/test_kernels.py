@@ -1,7 +1,6 @@
 """Each sparse kernel against its dense twin, hand values, numerical gradients and SAELens."""
 
 import warnings
-from collections import Counter
 
 import pytest
 import torch
@@ -21,8 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from sae_nfm import device_rates, interaction, kernels
-from sae_nfm.device_rates import CPU
+from sae_nfm import interaction, kernels
 from sae_nfm.interaction import SparseActs
 
 # --- encode
@@ -263,52 +261,39 @@ def test_only_the_dense_form_has_a_second_derivative():
             gradient.sum().backward()
 
 
-def operations_of_gradients(output: Tensor, inputs: list[Tensor]) -> Counter:
+def cost(output: Tensor, inputs: list[Tensor]) -> tuple[int, int, int]:
+    """What the gradients take: products with gathered rows, sums of gathered rows, sorts."""
     with Operations() as operations:
         gradients(output, inputs)
-    return operations.count
+    count = operations.count
+    return count["sparse_sampled_addmm"], count["_embedding_bag_forward_only"], count["argsort"] + count["sort"]
 
 
 def test_gradients_that_nobody_asked_for_cost_nothing():
-    acts, (weight,) = random_acts(), randoms((11, 3))
+    acts, (weight, norms, W_lin) = random_acts(), randoms((11, 3), (11,), (11, 3))
     routing = kernels.route(acts.indices, 11)
     frozen = SparseActs(acts.indices, acts.values.detach())
-    x, W_enc, b_enc, _ = encoder(scaled=False)
-    bag = "_embedding_bag_forward_only"
 
-    both = operations_of_gradients(kernels.weighted_rows(acts, weight), [acts.values, weight])
-    assert (both["sparse_sampled_addmm"], both[bag], both["argsort"] + both["sort"]) == (1, 1, 1)
-    values = operations_of_gradients(kernels.weighted_rows(acts, weight.detach()), [acts.values])
-    assert (values["sparse_sampled_addmm"], values[bag], values["argsort"] + values["sort"]) == (1, 0, 0)
-    rows = operations_of_gradients(kernels.weighted_rows(frozen, weight, routing), [weight])
-    assert (rows["sparse_sampled_addmm"], rows[bag], rows["argsort"] + rows["sort"]) == (0, 1, 0)
-    norms, W_lin = randoms((11,), (11, 3))
-    decoders = (weight, norms, W_lin)
-    wanted = [acts.values, *decoders]
-    everything = operations_of_gradients(kernels.both_decoders(acts, *decoders), wanted)
-    assert (everything["sparse_sampled_addmm"], everything[bag], everything["argsort"] + everything["sort"]) == (
-        2,
-        1,
-        1,
-    )
-    values = operations_of_gradients(kernels.both_decoders(acts, *(w.detach() for w in decoders)), wanted[:1])
-    assert (values["sparse_sampled_addmm"], values[bag], values["argsort"] + values["sort"]) == (2, 0, 0)
-    rows = operations_of_gradients(
-        kernels.both_decoders(frozen, weight, norms.detach(), W_lin, routing), [weight, W_lin]
-    )
-    assert (rows["sparse_sampled_addmm"], rows[bag], rows["argsort"] + rows["sort"]) == (0, 1, 0)
-    rows = operations_of_gradients(kernels.both_decoders(frozen, *decoders, routing), [*decoders])
-    assert (rows["sparse_sampled_addmm"], rows[bag], rows["argsort"] + rows["sort"]) == (1, 1, 0)
-    for inputs, bags in (([x, W_enc, b_enc], 2), ([x.detach(), W_enc, b_enc], 1), ([x, W_enc.detach(), b_enc], 1)):
+    assert cost(kernels.weighted_rows(acts, weight), [acts.values, weight]) == (1, 1, 1)
+    assert cost(kernels.weighted_rows(acts, weight.detach()), [acts.values]) == (1, 0, 0)
+    assert cost(kernels.weighted_rows(frozen, weight, routing), [weight]) == (0, 1, 0)
+
+    both = kernels.both_decoders
+    assert cost(both(acts, weight, norms, W_lin), [acts.values, weight, norms, W_lin]) == (2, 1, 1)
+    assert cost(both(acts, weight.detach(), norms.detach(), W_lin.detach()), [acts.values]) == (2, 0, 0)
+    assert cost(both(frozen, weight, norms.detach(), W_lin, routing), [weight, W_lin]) == (0, 1, 0)
+    assert cost(both(frozen, weight, norms, W_lin, routing), [weight, norms, W_lin]) == (1, 1, 0)
+
+    x, W_enc, b_enc, _ = encoder(scaled=False)
+    for inputs, sums in (([x, W_enc, b_enc], 2), ([x.detach(), W_enc, b_enc], 1), ([x, W_enc.detach(), b_enc], 1)):
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        assert operations_of_gradients(kernels.encode(*inputs, None, 3).values, wanted)[bag] == bags
+        assert cost(kernels.encode(*inputs, None, 3).values, wanted)[1] == sums
 
 
 def test_both_sums_of_the_bi_interaction_share_the_routing():
     acts, (V,) = random_acts(), randoms((11, 3))
     for routing, sorts in ((kernels.route(acts.indices, 11), 0), (None, 2)):
-        count = operations_of_gradients(kernels.bi_interaction(acts, V, routing), [acts.values, V])
-        assert count["argsort"] + count["sort"] == sorts
+        assert cost(kernels.bi_interaction(acts, V, routing), [acts.values, V])[2] == sorts
 
 
 def test_a_sum_prepares_no_backward_pass_of_its_own():
@@ -358,70 +343,3 @@ def test_dense_form_is_a_matrix_of_one_hots_times_values():
     acts = random_acts((3,))
     expected = (F.one_hot(acts.indices, 11) * acts.values[..., None]).sum(dim=-2)
     torch.testing.assert_close(kernels.to_dense(acts, 11), expected, **TIGHT)
-
-
-# --- the choice
-
-
-def test_the_choice_follows_the_rates():
-    flops, gathered = CPU
-    crossing = round(1_000_000 * gathered / (2 * flops))
-    assert kernels.choose(1_000_000, crossing - 1, "cpu") == "sparse"
-    assert kernels.choose(1_000_000, crossing + 1, "cpu") == "dense"
-
-
-@pytest.mark.parametrize(
-    ("d_sae", "k", "device", "dtype", "expected"),
-    [
-        (8192, 32, "cpu", torch.float32, "sparse"),
-        (50_000, 1024, "cpu", torch.float32, "sparse"),
-        (50_000, 25_000, "cpu", torch.float32, "dense"),
-        (50_000, 32, "mps", torch.float32, "dense"),
-        # a GPU by its data sheet, as none is there
-        (24_576, 32, "cuda", torch.float32, "sparse"),
-        (50_000, 32, "cuda", torch.bfloat16, "sparse"),
-        (50_000, 1024, "cuda", torch.bfloat16, "dense"),
-        (50_000, 512, "cuda", torch.float32, "sparse"),
-    ],
-)
-def test_the_choice_at_known_sizes(monkeypatch, d_sae, k, device, dtype, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert kernels.choose(d_sae, k, device, dtype) == expected
-
-
-def test_rates_are_work_over_time(monkeypatch):
-    """1 s for the product 2 * 8 * 4 * 16 FLOP, 2 s for 8 tokens' 3 rows of 4 float32."""
-    for name, size in {"TOKENS": 8, "ACTIVE": 3, "FEATURES": 16, "WIDTH": 4}.items():
-        monkeypatch.setattr(device_rates, name, size)
-    seconds = iter([1.0, 2.0])
-
-    def timed(work, device):
-        work()
-        return next(seconds)
-
-    monkeypatch.setattr(device_rates, "_seconds", timed)
-    before = torch.get_rng_state()
-    assert device_rates.measure_rates(torch.device("cpu"), torch.bfloat16) == (1024, 192)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_rates_of_float32_are_measured_in_float32_under_autocast(monkeypatch):
-    for name, size in {"TOKENS": 8, "ACTIVE": 3, "FEATURES": 16, "WIDTH": 4}.items():
-        monkeypatch.setattr(device_rates, name, size)
-    made = []
-
-    def timed(work, device):
-        made.append(work().dtype)
-        return 1.0
-
-    monkeypatch.setattr(device_rates, "_seconds", timed)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        device_rates.measure_rates(torch.device("cpu"), torch.float32)
-    assert made == [torch.float32, torch.float32]
-
-
-def test_the_median_time_leaves_the_first_call_out(monkeypatch):
-    monkeypatch.setattr(device_rates, "LAUNCHES", 1)
-    ticks = iter([0.0, 100.0, *(value for second in (1.0, 5.0, 3.0, 2.0, 4.0) for value in (0.0, second))])
-    monkeypatch.setattr(device_rates.time, "perf_counter", lambda: next(ticks))
-    assert device_rates._seconds(lambda: torch.zeros(()), torch.device("cpu")) == 3.0
