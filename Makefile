@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SLOW_TIMEOUT ?= 3600
+PARALLEL := -n auto --dist loadscope
 
 .PHONY: demo test test-slow test-cuda speed-cuda test-saebench tutorials docs browser lint format clean
 
@@ -11,10 +11,10 @@ demo: $(READY)
 	$(BIN)/sae-nfm demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 # on a machine with a GPU: the Triton kernels as a GPU runs them
 test-cuda: $(READY)

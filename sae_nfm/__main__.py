@@ -2,6 +2,6 @@
 
 import sys
 
-from sae_nfm.cli import main
+from sae_nfm_cli import main
 
 sys.exit(main())

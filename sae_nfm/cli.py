@@ -1,4 +1,4 @@
-"""The command line: `sae-nfm COMMAND`. Options are the fields of configuration classes; their docstrings are the help."""
+"""Runs one command of `sae-nfm`. Options are the fields of configuration classes; their docstrings are the help."""
 
 import shlex
 import sys
@@ -11,27 +11,20 @@ import numpy as np
 from pydantic_core import to_json
 from sae_lens.training._interruption import InterruptedException
 
-from sae_nfm.broken_pipe import quiet_on_broken_pipe
-from sae_nfm.command import Result
-from sae_nfm.commands import COMMANDS
-from sae_nfm.overview import answer
+from sae_nfm_cli.command import Result
+from sae_nfm_cli.commands import COMMANDS
 
 UNEXPECTED, MISTAKE, INTERRUPTED = 1, 2, 130
 """Exit statuses; the last is 128 and the signal's number, as a shell has it."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status. Any error is one line on stderr."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+def run(name: str, argv: Sequence[str]) -> int:
+    """Run a command; returns the exit status. Any error is one line on stderr.
 
-    def answered() -> int:
-        status = answer(argv)
-        return _run(argv[0], argv[1:]) if status is None else status
-
-    return quiet_on_broken_pipe(answered)
-
-
-def _run(name: str, argv: Sequence[str]) -> int:
+    Args:
+        name: the command, one of `COMMANDS`.
+        argv: the arguments that follow it.
+    """
     given = argv[: argv.index("--")] if "--" in argv else argv
     told = trace = ""
     status = 0

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import shtab
 import simple_parsing
 
-from sae_nfm.commands import COMMANDS
 from sae_nfm.flags import CommandParser
+from sae_nfm_cli.commands import COMMANDS
 
 Shell = Literal["bash", "zsh", "tcsh"]
 

@@ -18,7 +18,7 @@ from simple_parsing.helpers.custom_actions import BooleanOptionalAction
 from simple_parsing.wrappers.dataclass_wrapper import DataclassWrapper
 from typing_extensions import override
 
-from sae_nfm.command import WIDTH
+from sae_nfm_cli.command import WIDTH
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -21,11 +21,11 @@ from sae_nfm.benchmark import (
     sae_configs,
     train_saes,
 )
-from sae_nfm.cli import main
 from sae_nfm.config import parameter_count
 from sae_nfm.models import Site, find_site
 from sae_nfm.results import BenchmarkResult
 from sae_nfm.training import read_training_record
+from sae_nfm_cli import main
 
 TINY = {
     "training_tokens": 4096, "validation_tokens": 512, "context_size": 64, "d_sae": 96, "k": 8, "nfm_dim": 4,

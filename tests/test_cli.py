@@ -7,10 +7,10 @@ import pytest
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from sae_nfm.cli import main
 from sae_nfm.evals import EvaluateConfig
 from sae_nfm.flags import dashed, underscored
 from sae_nfm.train_flags import EMBEDDED, EMBEDDED_SAE, HIDDEN, parse
+from sae_nfm_cli import main
 
 ALL = sorted(SAE_TRAINING_CLASS_REGISTRY)
 OURS = {"record_every", "held_out", "evaluate_every", "warm_start", "primary", "adapter", "json", "debug"}

@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 
 from sae_nfm.attribute import AttributeConfig, attribute
 from sae_nfm.benchmark import BenchmarkResult
-from sae_nfm.cli import as_json, main
-from sae_nfm.command import Command
-from sae_nfm.commands import COMMANDS
+from sae_nfm.cli import as_json
 from sae_nfm.demo_command import Demo
+from sae_nfm_cli import main
+from sae_nfm_cli.command import Command
+from sae_nfm_cli.commands import COMMANDS
 
 Kind = Literal["nothing", "ValueError", "missing", "silent", "KeyError", "RuntimeError", "ctrl-c", "sigterm"]
 ERRORS: dict[Kind, BaseException] = {

@@ -9,10 +9,10 @@ import pytest
 from sae_lens import TopKSAE, TopKSAEConfig
 
 from sae_nfm import __version__
-from sae_nfm.cli import main
-from sae_nfm.command import Command, imported
-from sae_nfm.commands import COMMANDS, GROUPS
-from sae_nfm.overview import answer, overview
+from sae_nfm_cli import main
+from sae_nfm_cli.command import Command, imported
+from sae_nfm_cli.commands import COMMANDS, GROUPS
+from sae_nfm_cli.overview import answer, overview
 
 EXAMPLES = [pytest.param(*example, id=example[1]) for command in COMMANDS.values() for example in command.examples]
 

@@ -16,7 +16,6 @@ from sae_nfm.baselines import ALL_ARMS, DEFAULT_ARMS, JOINT, ArmSizes, training_
 from sae_nfm.behaviour import Arm, evaluate
 from sae_nfm.benchmark import BenchmarkConfig, sae_configs, train_saes
 from sae_nfm.claims import CLAIMS, answers
-from sae_nfm.commands import COMMANDS
 from sae_nfm.compare import CompareConfig, run_compare
 from sae_nfm.compare_results import CompareResult
 from sae_nfm.compare_rows import _interpolated
@@ -26,6 +25,7 @@ from sae_nfm.matched_training import StreamConfig, train_arms
 from sae_nfm.models import find_site
 from sae_nfm.sweep import SweepRow, chosen_rates
 from sae_nfm.training import read_training_record
+from sae_nfm_cli.commands import COMMANDS
 
 TINY = {
     "training_tokens": 4096, "validation_tokens": 768, "context_size": 64, "d_sae": 96, "k": (8,), "nfm_dim": 4,

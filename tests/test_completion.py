@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sae_nfm.cli import main
-from sae_nfm.commands import COMMANDS
 from sae_nfm.completion import CompletionConfig, completion
+from sae_nfm_cli import main
+from sae_nfm_cli.commands import COMMANDS
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from sae_nfm.commands import COMMANDS
 from sae_nfm.convert import detected
 from sae_nfm.sparsify_checkpoint import sparsify_loader
+from sae_nfm_cli.commands import COMMANDS
 from tests.builders import inference_sae, training_config
 from tests.checkpoint_writers import (
     convert_one,

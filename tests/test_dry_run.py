@@ -16,7 +16,6 @@ from sae_lens.training.mixing_buffer import mixing_buffer
 from tiny_models import new_model, write_checkpoint
 
 from sae_nfm import JointNFMTrainingSAEConfig
-from sae_nfm.cli import main
 from sae_nfm.dry_run import _kernel as chosen_kernel
 from sae_nfm.dry_run import dry_run
 from sae_nfm.experiment import Device, Experiment, load_experiment
@@ -26,6 +25,7 @@ from sae_nfm.simulated_run import LiveBytes, activation_buffer, model_forward, s
 from sae_nfm.speed_arms import Sizes, joint_config
 from sae_nfm.train_flags import parse
 from sae_nfm.training_sae import JointNFMTrainingSAE
+from sae_nfm_cli import main
 
 LOADERS = {
     "HookedTransformer": "blocks.0.hook_resid_post",

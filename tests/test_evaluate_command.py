@@ -15,12 +15,12 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.training.activation_scaler import ActivationScaler
 from tiny_models import write_checkpoint
 
-from sae_nfm.cli import main
 from sae_nfm.data import quiet_saelens
 from sae_nfm.evals import EvaluateConfig, evaluate_saved
 from sae_nfm.evaluation import Evaluation
 from sae_nfm.models import load_model
 from sae_nfm.sources import local_dataset
+from sae_nfm_cli import main
 
 ROWS = 12
 FEW = ["--batch_size_prompts", "2", "--n_eval_reconstruction_batches", "3", "--n_eval_sparsity_variance_batches", "3"]

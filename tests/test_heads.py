@@ -26,7 +26,6 @@ from sae_lens.saes.sae import TrainStepInput
 
 from sae_nfm import JointNFMSAEConfig, JointNFMTrainingSAEConfig, config, heads, interaction
 from sae_nfm.baselines import training_flops
-from sae_nfm.cli import main
 from sae_nfm.edits import PairEdit, ReadEdit
 from sae_nfm.factorial_features import pair_candidates
 from sae_nfm.flags import description
@@ -34,6 +33,7 @@ from sae_nfm.functional import feature_energies, token_paths
 from sae_nfm.hooks import Splice
 from sae_nfm.interaction import SparseActs
 from sae_nfm.token_reads import attributable
+from sae_nfm_cli import main
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
 (EXAMPLE,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -10,9 +10,9 @@ from sae_lens import SAE
 from safetensors.torch import load_file
 from test_train_command import SIZES, shared  # noqa: F401  (a fixture)
 
-from sae_nfm.cli import main
 from sae_nfm.secondary import attach_secondary, primary_digest
 from sae_nfm.training import read_training_record
+from sae_nfm_cli import main
 
 BASE = str(saved_base(d_in=D_MODEL, d_sae=D_SAE, k=4))
 

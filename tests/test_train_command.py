@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from tiny_models import write_checkpoint
 
 from sae_nfm import read_training_record
-from sae_nfm.cli import main
 from sae_nfm.models import load_model
 from sae_nfm.sources import local_dataset
 from sae_nfm.train import how_to_go_on
 from sae_nfm.train_flags import parse
+from sae_nfm_cli import main
 
 HOOK = "blocks.0.hook_resid_post"
 SIZES = [

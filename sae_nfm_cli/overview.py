@@ -10,8 +10,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from sae_nfm.command import WIDTH
-from sae_nfm.commands import COMMANDS, GROUPS
+from sae_nfm_cli.command import WIDTH
+from sae_nfm_cli.commands import COMMANDS, GROUPS
 
 FIRST_STEPS = """\
 first steps:

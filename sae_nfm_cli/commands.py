@@ -1,6 +1,6 @@
 """The commands of `sae-nfm`, by what one wants. Nothing is imported before a command is called."""
 
-from sae_nfm.command import Command
+from sae_nfm_cli.command import Command
 
 RELEASED = "sae-nfm-demo:blocks.2.hook_resid_post"
 GROUPS: dict[str, dict[str, Command]] = {
