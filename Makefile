@@ -5,52 +5,55 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PARALLEL := -n auto --dist loadscope
 
-.PHONY: demo test test-slow test-cuda speed-cuda test-saebench tutorials docs browser lint format clean
+.PHONY: help demo test test-slow test-cuda speed-cuda test-saebench tutorials times docs browser lint format clean
 
-demo: $(READY)
+help: ## this list; seconds are wall seconds of docs/times.md, measured on the machine named there
+	@awk -F '[|`]' 'FNR == NR { if ($$3 ~ /^make /) seconds[substr($$3, 6)] = $$6; next } \
+	  match($$0, /^[a-z-]+:.*## /) { name = $$0; sub(/:.*/, "", name); told = substr($$0, RSTART + RLENGTH); \
+	    printf "make %-14s %s%s\n", name, told, name in seconds ? " (" seconds[name] + 0 " s)" : "" }' docs/times.md Makefile
+
+demo: $(READY) ## install, train four SAEs on the embedded language model, print the table, write a page
 	$(BIN)/sae-nfm demo
 
-test: $(READY)
+test: $(READY) ## install, run the tests, in as many processes as there are cores (at most 4)
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-slow: $(READY)
+test-slow: $(READY) ## the heavier checks, which `make test` leaves out
 	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
-# on a machine with a GPU: the Triton kernels as a GPU runs them
-test-cuda: $(READY)
+test-cuda: $(READY) ## on a machine with a GPU: the Triton kernels as a GPU runs them
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m cuda
 
-# on a machine with a GPU: the figures of docs/speed.md for one
-speed-cuda: $(READY)
+speed-cuda: $(READY) ## on a machine with a GPU: the figures of docs/speed.md for one
 	$(BIN)/sae-nfm speed --device cuda --d_in 768 --d_sae 24576 --batch 4096 --repeats 15 --output runs/speed-cuda/k32.json
 	$(BIN)/sae-nfm speed --device cuda --d_in 3200 --d_sae 50000 --k 1024 --nfm_dim 300 --nfm_top_k 512 --batch 4096 \
 	  --autocast true --arms "joint_nfm auto" "joint_nfm no Triton" topk --output runs/speed-cuda/paper.json
 	$(BIN)/sae-nfm speed --device cuda --d_in 768 --d_sae 8192 --batch 4096 --scan d_sae --scan_to 65536 \
 	  --output runs/speed-cuda/scan.json
 
-# in the environment that docs/saebench.md sets up, or that of another python named by SAE_NFM_SAEBENCH_PYTHON
-test-saebench: $(READY)
+# the environment is the one that docs/saebench.md sets up, or that of another python named by SAE_NFM_SAEBENCH_PYTHON
+test-saebench: $(READY) ## in SAEBench's own environment: the adapter (docs/saebench.md)
 	$(BIN)/python -m pytest -m saebench
 
-# execute the notebooks in place
-tutorials: $(READY)
+tutorials: $(READY) ## execute the seven notebooks in place
 	$(BIN)/python tutorials/execute.py
 
-# the documentation as a site, in build/site; warnings are errors
-docs: $(READY)
+times: $(READY) ## measure docs/times.md anew, on a machine that does nothing else
+	$(BIN)/python docs/measure_times.py
+
+docs: $(READY) ## the documentation as a site in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# the browser for the tests of pages, where they would be skipped for want of one (Debian; needs root)
-browser:
+browser: ## install Chromium for the tests of pages, which are skipped without one (Debian; needs root)
 	apt-get update --quiet=2
 	apt-get install --quiet=2 --yes --no-install-recommends chromium
 
-lint: $(READY)
+lint: $(READY) ## ruff, ruff format, pyright strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-format: $(READY)
+format: $(READY) ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -62,5 +65,5 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis
+clean: ## remove .venv, runs and caches
+	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache

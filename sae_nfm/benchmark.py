@@ -99,6 +99,29 @@ class BenchmarkConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What a benchmark reads: the language model and both texts."""
+
+    model: HookedSAETransformer
+    """The language model."""
+    train: Any
+    """The data set that is trained on, in the order of the seed."""
+    validation: Any
+    """The held-out data set."""
+
+    @classmethod
+    def of(cls, cfg: BenchmarkConfig) -> "Sources":
+        """Load them.
+
+        Raises:
+            ValueError, FileNotFoundError: for a model or data set that does not work.
+        """
+        model = load_model(cfg.model_name, cfg.device)
+        train, validation = data.load_splits(cfg.dataset, cfg.validation, cfg.model_name, cfg.seed)
+        return cls(model=model, train=train, validation=validation)
+
+
 def sae_configs(cfg: BenchmarkConfig, site: Site) -> dict[str, TrainingSAEConfig]:
     """The four SAEs by name, configured for one hook point."""
     shared: dict[str, Any] = {
@@ -133,23 +156,26 @@ def sae_configs(cfg: BenchmarkConfig, site: Site) -> dict[str, TrainingSAEConfig
     }
 
 
-def run_benchmark(cfg: BenchmarkConfig, *, command: str | None = None) -> BenchmarkResult:
+def run_benchmark(
+    cfg: BenchmarkConfig, *, command: str | None = None, sources: Sources | None = None
+) -> BenchmarkResult:
     """Train the SAEs, evaluate them and their ablations, write `results.json` and the SAEs to `cfg.output`.
 
     Args:
         cfg: what to do.
         command: how to repeat it, for the provenance.
+        sources: those of the configuration, where they are loaded already.
 
     Raises:
         ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work; nothing is written.
     """
-    model = load_model(cfg.model_name, cfg.device)
+    sources = sources or Sources.of(cfg)
+    model = sources.model
     site = find_site(model, cfg.hook_name)
     cfg = replace(cfg, hook_name=site.hook_name)
-    train, validation = data.load_splits(cfg.dataset, cfg.validation, cfg.model_name, cfg.seed)
     context_size = min(cfg.context_size, model.cfg.n_ctx)
-    held_out = data.held_out_tokens(model, validation, context_size, cfg.validation_tokens)
-    saes, record = train_saes(cfg, sae_configs(cfg, site), model, train, context_size)
+    held_out = data.held_out_tokens(model, sources.validation, context_size, cfg.validation_tokens)
+    saes, record = train_saes(cfg, sae_configs(cfg, site), model, sources.train, context_size)
     rows = evaluate_saes(model, saes, held_out, record)
     joint = [name for name, sae in saes.items() if sae.cfg.architecture() == ARCHITECTURE]
     result = BenchmarkResult(

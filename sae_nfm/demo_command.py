@@ -5,13 +5,11 @@ from pathlib import Path
 
 from sae_lens import SAE
 
-from sae_nfm import data
 from sae_nfm.baselines import JOINT
-from sae_nfm.benchmark import BenchmarkConfig, run_benchmark
+from sae_nfm.benchmark import BenchmarkConfig, Sources, run_benchmark
 from sae_nfm.documents import held_out_rows
 from sae_nfm.explore import explore
 from sae_nfm.explorer_file import FILENAME
-from sae_nfm.models import load_model
 from sae_nfm.report.command import ReportConfig, write_run_report
 from sae_nfm.results import BenchmarkResult
 from sae_nfm.saved import RESULTS_FILENAME
@@ -48,18 +46,17 @@ def run_demo(cfg: BenchmarkConfig, *, command: str | None = None) -> Demo:
     Raises:
         ValueError, FileNotFoundError: as `run_benchmark`.
     """
-    found = run_benchmark(cfg, command=command)
-    _explore(cfg)
+    sources = Sources.of(cfg)
+    found = run_benchmark(cfg, command=command, sources=sources)
+    _explore(cfg, sources)
     report = write_run_report(ReportConfig(run=cfg.output)).path
     return Demo(benchmark=found, results=Path(cfg.output) / RESULTS_FILENAME, report=report)
 
 
-def _explore(cfg: BenchmarkConfig) -> None:
+def _explore(cfg: BenchmarkConfig, sources: Sources) -> None:
     """Look into the joint NFM-SAE."""
-    folder = Path(cfg.output) / "saes" / JOINT
-    model = load_model(cfg.model_name, cfg.device)
-    _, validation = data.load_splits(cfg.dataset, cfg.validation, cfg.model_name, cfg.seed)
+    folder, model = Path(cfg.output) / "saes" / JOINT, sources.model
     n_tokens = min(EXPLORED_TOKENS, cfg.validation_tokens)
-    rows = held_out_rows(model, validation, min(cfg.context_size, model.cfg.n_ctx), n_tokens)
+    rows = held_out_rows(model, sources.validation, min(cfg.context_size, model.cfg.n_ctx), n_tokens)
     sae = SAE.load_from_disk(folder, device=cfg.device).eval()
     explore(model, sae, rows.tokens, rows.documents, name=JOINT).save(Path(cfg.output) / FILENAME)

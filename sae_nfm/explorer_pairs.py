@@ -71,7 +71,7 @@ def shown_pairs(
     batch_rows: int = 16,
     show_progress: bool = True,
 ) -> ShownPairs:
-    """Choose pairs and find their contexts: two passes of the language model, three where more pairs fire than fit.
+    """Choose pairs and find their contexts: two passes over the tokens, three where more pairs fire than fit.
 
     Args:
         model: the language model.

@@ -18,6 +18,8 @@ from sae_nfm.token_reads import TokenReads, attributable, reads_of
 
 PAIRS_AT_ONCE = 2**19
 """Pairs of a batch at most, times tokens: some 100 MB in all tensors and tables of them."""
+REMEMBERED = 2**28
+"""Bytes of what the paths read and wrote that a corpus remembers between two passes: here 100,000 tokens at d_in 256."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,13 @@ class TokenBatch:
     directions: Float[Tensor, "#tokens d_in"] | None = None
     """Along which effects are measured, in the space of what the path writes; None for none."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of what the paths read and wrote."""
+        reads = self.reads
+        parts = (*reads.read, reads.gates, reads.interaction, *(() if reads.linear is None else (reads.linear,)))
+        return sum(part.nbytes for part in parts)
+
     def split(self, n_pairs: int) -> Iterator["TokenBatch"]:
         """In pieces of at most about `n_pairs` pairs."""
         n = self.reads.read.indices.shape[-1]
@@ -45,7 +54,9 @@ class TokenBatch:
 
 
 class Corpus:
-    """Rows of tokens that can be gone through several times, a batch in memory at a time.
+    """Rows of tokens that can be gone through several times.
+
+    What the first batches read is remembered, up to `REMEMBERED` bytes; for the others the language model runs in every pass.
 
     Args:
         model: the language model.
@@ -72,6 +83,7 @@ class Corpus:
         self.sae = attributable(sae)
         self._model, self.tokens, self._target = model, tokens, target
         self._batch_rows, self._show_progress = batch_rows, show_progress
+        self._remembered, self._left = dict[int, TokenBatch](), REMEMBERED
         self._direct = DirectPath(model, sae) if isinstance(target, Target) else None
         if not counted_tokens(model, tokens).any():
             raise ValueError(f"no token to read: {tokens.numel()} tokens, all special or in position 0; give more text")
@@ -95,8 +107,17 @@ class Corpus:
                     yield from self._batch(rows, counted, first).split(PAIRS_AT_ONCE)
                 progress.update(len(rows))
 
-    @torch.no_grad()
     def _batch(self, rows: Tensor, counted: Tensor, first: int) -> TokenBatch:
+        if first in self._remembered:
+            return self._remembered[first]
+        batch = self._read(rows, counted, first)
+        if batch.size <= self._left:
+            self._remembered[first] = batch
+            self._left -= batch.size
+        return batch
+
+    @torch.no_grad()
+    def _read(self, rows: Tensor, counted: Tensor, first: int) -> TokenBatch:
         seen = dict[str, Any]()
         with observed(self._model, self.sae, seen):
             self._model(rows)

@@ -10,13 +10,13 @@ GROUPS: dict[str, dict[str, Command]] = {
             description="Train joint_nfm and its baselines on one activation stream, evaluate them spliced into the model, "
             "print the table and write results.json and report.html. Without options: the embedded model, offline.",
             examples=(
-                ("the embedded model and tokens of its own, offline; 5 minutes on 2 cores", "sae-nfm demo"),
+                ("the embedded model and tokens of its own, offline", "sae-nfm demo"),
                 (
                     "your text: parquet, jsonl or txt",
                     "sae-nfm demo --dataset train.parquet --validation held_out.parquet",
                 ),
                 (
-                    "a model of the hub, on its data; hours",
+                    "a model of the hub, on its data",
                     "sae-nfm demo --model-name gpt2 --dataset NeelNanda/pile-10k",
                 ),
             ),
@@ -30,7 +30,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             description="Write one self-contained HTML page of every result found anywhere under a folder: figures, tables, "
             "the explorer where there is one. It says which commands would fill what it lacks.",
             examples=(
-                ("of everything under runs: runs/report.html; seconds", "sae-nfm report runs"),
+                ("of everything under runs: runs/report.html", "sae-nfm report runs"),
                 ("of one run, under another name", "sae-nfm report runs/demo --output demo.html"),
             ),
             config="sae_nfm.report.command:ReportConfig",
@@ -43,7 +43,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "train": Command(
             summary="train one SAE of any architecture, with SAELens's flags",
             examples=(
-                ("joint_nfm on the embedded model, offline; a minute", "sae-nfm train --output_path runs/mine"),
+                ("joint_nfm on the embedded model, offline", "sae-nfm train --output_path runs/mine"),
                 (
                     "an NFM on an SAE of any kind, which stays as it is (after `sae-nfm demo`)",
                     "sae-nfm train --architecture sequential_nfm --base runs/demo/saes/topk",
@@ -60,7 +60,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "folder, every tensor checked.",
             examples=(
                 (
-                    "a TopK SAE becomes a joint_nfm whose NFM writes zero; seconds",
+                    "a TopK SAE becomes a joint_nfm whose NFM writes zero",
                     "sae-nfm convert runs/demo/saes/topk runs/silent",
                 ),
                 (
@@ -77,7 +77,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             description="Shapes, parameters, memory and time of a training run: a .yaml file, or an experiment that comes with "
             "the package (paper: the set-up of arXiv 2507.00269).",
             examples=(
-                ("the published run; seconds", "sae-nfm dry-run paper"),
+                ("the published run", "sae-nfm dry-run paper"),
                 ("the same on a smaller device", "sae-nfm dry-run paper --memory_gib 24"),
                 ("a run of yours, at rates measured here", "sae-nfm dry-run mine.yaml --measure_rates"),
             ),
@@ -90,7 +90,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "evaluate": Command(
             summary="SAELens's metrics of a saved or released SAE, on held-out text",
             examples=(
-                ("the packaged SAE, offline; half a minute", f"sae-nfm evaluate {RELEASED}"),
+                ("the packaged SAE, offline", f"sae-nfm evaluate {RELEASED}"),
                 (
                     "a saved one on your text, every figure to a file",
                     "sae-nfm evaluate runs/mine --dataset_path held_out.parquet --output mine.json",
@@ -107,9 +107,9 @@ GROUPS: dict[str, dict[str, Command]] = {
             "seeds, each at its own learning rate, and judge every claim over seeds and documents. Interrupted, it goes on when "
             "called again.",
             examples=(
-                ("the embedded model, offline; less than an hour on 2 cores", "sae-nfm compare"),
+                ("the embedded model, offline", "sae-nfm compare"),
                 (
-                    "a first look without verdicts: two arms, one seed, no sweep; minutes",
+                    "a first look without verdicts: two arms, one seed, no sweep",
                     "sae-nfm compare --arms joint_nfm topk --seeds 0 --learning-rates 5e-3",
                 ),
             ),
@@ -123,7 +123,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             description="Measure what arXiv 2507.00269 reports, and the same under the controls that it lacks, on SAEs trained "
             "for one seed or on those of a finished comparison.",
             examples=(
-                ("the embedded model, offline; minutes on 2 cores", "sae-nfm reproduce"),
+                ("the embedded model, offline", "sae-nfm reproduce"),
                 ("the SAEs and verdicts of a finished comparison", "sae-nfm reproduce --compare runs/compare"),
             ),
             config="sae_nfm.reproduce:ReproduceConfig",
@@ -136,9 +136,9 @@ GROUPS: dict[str, dict[str, Command]] = {
             description="Time a training step of joint_nfm, beside SAELens's TopK and beside the least that its products and "
             "memory traffic must take at rates measured in the same run.",
             examples=(
-                ("all arms; minutes", "sae-nfm speed"),
+                ("all arms", "sae-nfm speed"),
                 (
-                    "two arms of the embedded model's size; half a minute",
+                    "two arms of the embedded model's size",
                     'sae-nfm speed --arms "joint_nfm auto" topk --d_in 256 --d_sae 2048',
                 ),
                 ("how the cost grows, to a file", "sae-nfm speed --scan d_sae --scan_to 65536 --output speed.json"),
@@ -153,7 +153,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             description="Collect contexts, histograms, logits and pairs of one SAE's features over held-out text, for the "
             "explorer of `sae-nfm report`.",
             examples=(
-                ("the packaged SAE, offline; half a minute", "sae-nfm explore"),
+                ("the packaged SAE, offline", "sae-nfm explore"),
                 ("one of a demo, beside its results", "sae-nfm explore runs/demo/saes/joint_nfm --output runs/demo"),
             ),
             config="sae_nfm.explore:ExploreConfig",
@@ -169,7 +169,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "weight-only view and the co-occurrence control.",
             examples=(
                 (
-                    "the last token, with the packaged SAE, offline; seconds",
+                    "the last token, with the packaged SAE, offline",
                     'sae-nfm attribute "The film was not good"',
                 ),
                 (
@@ -177,7 +177,7 @@ GROUPS: dict[str, dict[str, Command]] = {
                     'sae-nfm attribute "The film was not" --logit " good" --against " bad"',
                 ),
                 (
-                    "over held-out text, with a graph; a minute",
+                    "over held-out text, with a graph",
                     "sae-nfm attribute --corpus --graph runs/attribution/pairs.graphml",
                 ),
             ),
@@ -192,7 +192,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             description="Select features by main effects and pairs by the interaction on one half of the stimuli, clamp them on "
             "the other, and test what that does to target words, with controls. Stimuli are the units.",
             examples=(
-                ("the packaged SAE, offline; minutes", "sae-nfm factorial"),
+                ("the packaged SAE, offline", "sae-nfm factorial"),
                 (
                     "other stimuli and clamps",
                     "sae-nfm factorial --stimuli formality-emotion --clamps 0 4 --output runs/2x2",
@@ -209,7 +209,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "path's output and on the residual; put each reconstruction in place and measure error, KL and cross-entropy. "
             "Interrupted, it goes on when called again.",
             examples=(
-                ("the packaged SAE, offline; minutes on 2 cores", "sae-nfm secondary"),
+                ("the packaged SAE, offline", "sae-nfm secondary"),
                 ("one of a demo, at two sparsities", "sae-nfm secondary runs/demo/saes/joint_nfm --k 8 16"),
             ),
             config="sae_nfm.secondary_command:SecondaryConfig",
@@ -224,8 +224,8 @@ GROUPS: dict[str, dict[str, Command]] = {
             "integration to identity while it is trained? Beside it stand shuffled identities of features, the canonical gauge, "
             "and a topk run.",
             examples=(
-                ("first a run with checkpoints; a minute", "sae-nfm train --n_checkpoints 6 --wandb_id mine"),
-                ("then what moved in it; a minute", "sae-nfm dynamics checkpoints/mine"),
+                ("first a run with checkpoints", "sae-nfm train --n_checkpoints 6 --wandb_id mine"),
+                ("then what moved in it", "sae-nfm dynamics checkpoints/mine"),
                 ("the same beside a topk run", "sae-nfm dynamics checkpoints/mine --reference checkpoints/topk"),
             ),
             config="sae_nfm.learning_dynamics:DynamicsConfig",
@@ -261,7 +261,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             description="Write the features of an explorer.json.gz, as `sae-nfm explore` leaves it, as JSON lines in the style "
             "of Neuronpedia.",
             examples=(
-                ("after `sae-nfm explore`; seconds", "sae-nfm export runs/explorer features.jsonl"),
+                ("after `sae-nfm explore`", "sae-nfm export runs/explorer features.jsonl"),
                 ("compressed, and the pairs beside it", "sae-nfm export runs/explorer features.jsonl.gz --pairs"),
             ),
             config="sae_nfm.neuronpedia:ExportConfig",

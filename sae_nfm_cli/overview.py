@@ -15,13 +15,13 @@ from sae_nfm_cli.commands import COMMANDS, GROUPS
 
 FIRST_STEPS = """\
 first steps:
-  sae-nfm demo                               # 5 minutes: four SAEs, one table
-  sae-nfm attribute "The film was not good"  # seconds: pairs on a token
+  sae-nfm demo                               # four SAEs, one table
+  sae-nfm attribute "The film was not good"  # pairs on a token
   sae-nfm report runs                        # every result, in one offline page
 
-`sae-nfm COMMAND --help` has examples and options. Every command takes --json
-and --debug. Exit status: 0 done, 1 unexpected error, 2 a mistake in the command
-or its files, 130 interrupted.
+`sae-nfm COMMAND --help` has examples and options, docs/times.md how long each
+takes. Every command takes --json and --debug. Exit status: 0 done, 1 unexpected
+error, 2 a mistake in the command or its files, 130 interrupted.
 """
 
 

@@ -1,6 +1,7 @@
 """A real browser for the tests of pages: Chromium through playwright, offline; errors and requests of a page are failures.
 
-The fixture lives as long as a module: an open playwright occupies the thread's event loop, which notebooks' tests need.
+One browser serves all tests of a process. An open playwright occupies the thread's event loop: what needs one of its own
+(notebooks) takes another thread.
 """
 
 import os
@@ -36,7 +37,7 @@ def chromium_path() -> str:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
     path = chromium_path()
     with sync_playwright() as playwright:

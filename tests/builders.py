@@ -6,11 +6,14 @@ import functools
 import itertools
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from allpairspy import AllPairs
 from datasets import Dataset
 from sae_lens import (
     SAE,
@@ -43,6 +46,26 @@ HOOK, HOOK_Z = "blocks.0.hook_resid_post", "blocks.0.attn.hook_z"
 D_MODEL, D_SAE, D_VOCAB, CONTEXT = 16, 32, 50, 16
 NFM_HOOKS = ("hook_nfm_linear", "hook_nfm_square", "hook_nfm_pooled", "hook_nfm_hidden_pre", "hook_nfm_interaction")
 """The hook points of an SAE made from `training_config`, where every path is switched on."""
+
+
+def covering_pairs(**axes: Sequence[Any]) -> list[Any]:
+    """Rows for `pytest.mark.parametrize`: any two values of two axes meet in one of them. Always the same rows.
+
+    `@pytest.mark.parametrize(("k", "scaled"), covering_pairs(k=(1, 4, 9), scaled=(True, False)))`
+    """
+
+    def label(name: str, value: Any) -> str:
+        if isinstance(value, (str, torch.dtype)):
+            return str(value).removeprefix("torch.")
+        return f"{name}={getattr(value, '__name__', value)}".replace(" ", "")
+
+    values = [list(axis) for axis in axes.values()]
+    # positions are what AllPairs compares: values may be equal (True and 1) or have no order
+    rows = list(AllPairs([list(range(len(axis))) for axis in values]))
+    for (i, first), (j, second) in itertools.combinations(enumerate(values), 2):
+        assert len({(row[i], row[j]) for row in rows}) == len(first) * len(second)
+    chosen = [[axis[at] for axis, at in zip(values, row, strict=True)] for row in rows]
+    return [pytest.param(*row, id="-".join(map(label, axes, row))) for row in chosen]
 
 
 def training_config(architecture: str, hook_name: str = HOOK, **overrides: Any) -> TrainingSAEConfig:

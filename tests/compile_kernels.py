@@ -1,13 +1,16 @@
-"""Compile every Triton kernel for GPUs, without one: `python tests/compile_kernels.py` prints JSON, a list of kernels.
+"""Compile every Triton kernel for GPUs, without one: `python tests/compile_kernels.py few` prints JSON, a list of kernels.
 
 Triton's compiler needs a target, not a device. Arguments are those of some widths, as a launch would specialise them: pointers
-and sizes that 16 divides, strides of 1.
+and sizes that 16 divides, strides of 1. `few` compiles each kernel for each type of numbers and capability, `all` for each of
+these with more widths.
 """
 
+import importlib.util
 import inspect
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,10 +20,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sae_nfm import triton_pairs, triton_sums
+# the package as it is before its __init__, which would import SAELens: three times as long as the compiler
+sys.modules["sae_nfm"] = importlib.util.module_from_spec(importlib.util.find_spec("sae_nfm"))
 
-TARGETS = ((80, "fp32", (768,)), (90, "fp32", (768, 300, 64, 1)), (90, "bf16", (768, 64)))
-"""Compute capability, type of the numbers, widths."""
+from sae_nfm import triton_pairs, triton_sums  # noqa: E402
+
+TARGETS = {
+    "few": ((80, "fp32", (300,)), (90, "fp32", (768, 1)), (90, "bf16", (768,))),
+    "all": ((80, "fp32", (768,)), (90, "fp32", (768, 300, 64, 1)), (90, "bf16", (768, 64))),
+}
+"""Compute capability, type of the numbers, widths. Of `few`, width 1 is that of `active_sums.sum_values` alone."""
 INTEGERS = {
     "k": 32,
     "n_tokens": 4096,
@@ -77,19 +86,27 @@ def compiled(kernel: JITFunction, dtype: str, capability: int, width: int) -> di
     }
 
 
+def widths_of(kernel: JITFunction, widths: tuple[int, ...], which: str) -> tuple[int, ...]:
+    """Of those of a target; a kernel whose programs are no chunks of a width is compiled once."""
+    if "CHUNK" not in kernel.arg_names:
+        return widths[:1]
+    return tuple(width for width in widths if width > 1 or which == "all" or kernel is triton_sums._sum_by_feature)
+
+
 def kernels() -> list[JITFunction]:
     modules = (triton_sums, triton_pairs)
     return [value for module in modules for _, value in inspect.getmembers(module) if isinstance(value, JITFunction)]
 
 
 if __name__ == "__main__":
+    (which,) = sys.argv[1:]
     print(
         json.dumps(
             [
                 compiled(kernel, dtype, capability, width)
-                for capability, dtype, widths in TARGETS
+                for capability, dtype, widths in TARGETS[which]
                 for kernel in kernels()
-                for width in (widths if "CHUNK" in kernel.arg_names else widths[:1])
+                for width in widths_of(kernel, widths, which)
             ]
         )
     )

@@ -17,6 +17,7 @@ MOST_PROCESSES = 4
 """Each holds torch, SAELens and a few small models: 1 to 1.5 GB."""
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """A process for each core that this one may use, within reason (`-n auto`)."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -24,10 +25,12 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], object]], Path]:
+def once(request, tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
     """`once(name, make)`: a folder that `make` fills, made by the first process that asks and read by all."""
     base = tmp_path_factory.getbasetemp()
-    shared = base if worker_id == "master" else base.parent
+    shared = (
+        base.parent if hasattr(request.config, "workerinput") else base
+    )  # a process of pytest-xdist's has a folder in it
 
     def folder(name: str, make: Callable[[Path], object]) -> Path:
         with FileLock(shared / f"{name}.lock"):

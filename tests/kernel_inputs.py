@@ -21,9 +21,9 @@ def randoms(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def encoder(batch: tuple[int, ...] = (7,), scaled: bool = True, **settings) -> list[Tensor | None]:
+def encoder(batch: tuple[int, ...] = (7,), scaled: bool = True, d_sae: int = D_SAE, **settings) -> list[Tensor | None]:
     """sae_in, W_enc, b_enc, scale."""
-    x, W_enc, b_enc, scale = randoms((*batch, D_IN), (D_IN, D_SAE), (D_SAE,), (D_SAE,), **settings)
+    x, W_enc, b_enc, scale = randoms((*batch, D_IN), (D_IN, d_sae), (d_sae,), (d_sae,), **settings)
     return [x, W_enc, b_enc, (scale.detach().abs() + 0.1).requires_grad_() if scaled else None]
 
 

@@ -1,5 +1,6 @@
 """Small results by hand, and runs that hold them, for the sections of a report."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,10 @@ UNITS = (
 )
 
 
-def factorial_experiment(seed: int = 0) -> tuple[FactorialResult, pd.DataFrame]:
-    """Four arms of simulated changes without an interaction, as `factorial` writes them."""
-    rng = np.random.default_rng(seed)
+@functools.cache
+def factorial_experiment() -> tuple[FactorialResult, pd.DataFrame]:
+    """Four arms of simulated changes without an interaction, as `factorial` writes them; made once, to be read only."""
+    rng = np.random.default_rng(0)
     arms, frames = list[ArmResult](), list[pd.DataFrame]()
     for one, times in UNITS:
         changes = {scale: changes_of_words(rng, CELLS, WORD_CELLS) for scale in SCALES}

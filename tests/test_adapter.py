@@ -2,6 +2,7 @@
 
 import json
 import pickle  # noqa: TID251 (what must not be executed)
+import re
 import shutil
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_an_adapter_of_a_training_sae_has_its_scale_folded_in(base, tmp_path):
 def test_an_adapter_whose_base_is_elsewhere(sae, base, tmp_path):
     folder, x = save_adapter(sae, tmp_path / "adapter"), random_activations()
     base.rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"saved without its base '.*', which is not found .*load_adapter"):
+    with pytest.raises(FileNotFoundError, match=rf"\bbase '{re.escape(str(base))}'.*\bload_adapter\b"):
         SAE.load_from_disk(folder)
     assert torch.equal(load_adapter(folder, str(tmp_path / "moved"))(x), sae(x))
     assert torch.equal(load_adapter(folder, SAE.load_from_disk(tmp_path / "moved"))(x), sae(x))
@@ -63,7 +64,7 @@ def test_an_adapter_whose_base_is_elsewhere(sae, base, tmp_path):
 def test_an_adapter_of_an_object_needs_a_name(base, tmp_path):
     x = random_activations()
     wrapped = SequentialNFMTrainingSAE.wrap(SAE.load_from_disk(base), nfm_dim=8)
-    with pytest.raises(ValueError, match="given as an object, so an adapter cannot name it; give base"):
+    with pytest.raises(ValueError, match=r"\bobject\b.*\bgive base\b"):
         save_adapter(wrapped, tmp_path / "adapter")
     folder = save_adapter(wrapped, tmp_path / "adapter", base=str(base))
     assert torch.equal(SAE.load_from_disk(folder).encode(x), wrapped.encode(x))
@@ -82,7 +83,7 @@ def test_a_base_and_its_adapter_by_the_name_of_a_release(base, tmp_path):
 def test_an_adapter_of_another_base_is_not_written(sae, base, tmp_path):
     with torch.no_grad():
         sae.base.b_dec += 1
-    with pytest.raises(ValueError, match="is not the one that this NFM was trained on, or it is damaged: the sha256"):
+    with pytest.raises(ValueError, match=r"\bbase\b.*\bnot the one\b.*\bsha256\b"):
         save_adapter(sae, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
@@ -90,18 +91,16 @@ def test_an_adapter_of_another_base_is_not_written(sae, base, tmp_path):
 def test_a_base_changed_by_one_bit(sae, base, tmp_path):
     folder = save_adapter(sae, tmp_path / "adapter")
     other_weights(base, lambda weights: weights["W_dec"].view(torch.int32)[0, 0].bitwise_xor_(1))
-    with pytest.raises(
-        ValueError, match=r"the base '.*' is not the one that this NFM was trained on.*restore the base"
-    ):
+    with pytest.raises(ValueError, match=rf"\bbase '{re.escape(str(base))}' is not the one\b.*\brestore\b"):
         SAE.load_from_disk(folder)
-    with pytest.raises(ValueError, match="restore the base, or train a new NFM on it"):
+    with pytest.raises(ValueError, match=r"\bbase\b.*\bnot the one\b.*\brestore\b"):
         load_adapter(folder, SAE.load_from_disk(base))
 
 
 def test_a_self_contained_sae_changed_by_one_bit(sae, tmp_path):
     sae.save_model(tmp_path / "sae")
     other_weights(tmp_path / "sae", lambda weights: weights["base.W_dec"].view(torch.int32)[0, 0].bitwise_xor_(1))
-    with pytest.raises(ValueError, match="is not the one that this NFM was trained on"):
+    with pytest.raises(ValueError, match=r"\bbase\b.*\bnot the one\b"):
         SAE.load_from_disk(tmp_path / "sae")
 
 
@@ -115,7 +114,7 @@ def test_a_self_contained_sae_needs_no_base(sae, base, tmp_path):
 def test_a_base_without_some_of_its_tensors(sae, tmp_path):
     sae.save_model(tmp_path / "sae")
     other_weights(tmp_path / "sae", lambda weights: weights.pop("base.W_enc"))
-    with pytest.raises(ValueError, match=r"tensor 'base.W_enc' is missing"):
+    with pytest.raises(ValueError, match=r"'base\.W_enc' is missing"):
         SAE.load_from_disk(tmp_path / "sae")
 
 
@@ -129,7 +128,7 @@ def test_a_base_without_one_of_its_files(base, name):
 def test_a_truncated_base(base):
     weights = base / SAE_WEIGHTS_FILENAME
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"the base '.*' is damaged \(.*\); restore it"):
+    with pytest.raises(ValueError, match=rf"\bbase '{re.escape(str(base))}' is damaged\b.*\brestore\b"):
         SequentialNFMTrainingSAEConfig(base=str(base))
 
 
@@ -152,7 +151,7 @@ def test_a_pickle_is_not_executed(base, where, tmp_path):
     else:
         source = tmp_path / "base.pt"
         source.write_bytes(harmful)
-    with pytest.raises((ValueError, FileNotFoundError), match=r"is damaged|is no folder"):
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"'{re.escape(str(source))}' is (damaged|no folder)"):
         SequentialNFMTrainingSAEConfig(base=str(source))
     assert not made.exists()
     pickle.loads(harmful)  # it would have
@@ -166,5 +165,5 @@ def test_a_base_that_changed_since_the_config_was_made(base):
     assert sae.cfg.base_sha256  # the same base at another place
     other_weights(base, lambda weights: weights["b_dec"].add_(1))
     other = json.loads(json.dumps(config.to_dict()))
-    with pytest.raises(ValueError, match="is not the one that this NFM was trained on"):
+    with pytest.raises(ValueError, match=r"\bbase\b.*\bnot the one\b"):
         random_sae(SequentialNFMTrainingSAEConfig.from_dict(other))

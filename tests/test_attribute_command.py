@@ -19,6 +19,12 @@ SAE = "sae-nfm-demo:blocks.2.hook_resid_post"
 
 
 @pytest.fixture(scope="module")
+def loaded():
+    """The embedded model and the packaged SAE on it."""
+    return demo.load_model(), load_sae(SAE)
+
+
+@pytest.fixture(scope="module")
 def config(tmp_path_factory) -> AttributeConfig:
     return AttributeConfig(
         prompt=PROMPT, token=("-1", " good"), logit=" as", top=3, output=str(tmp_path_factory.mktemp("a") / "a.json")
@@ -30,15 +36,16 @@ def found(config) -> Attribution:
     return attribute(config, command="sae-nfm attribute")
 
 
-def test_the_strongest_pairs_of_a_token_are_those_of_largest_norm(found):
-    model, sae = demo.load_model(), load_sae(SAE)
+def test_the_strongest_pairs_of_a_token_are_those_of_largest_norm(loaded, found):
+    model, sae = loaded
     run = run_prompt(model, sae, model.to_tokens(PROMPT)[0])
     last, good = found.tokens
     assert (last.position, last.token, good.token) == (9, " book", " good")
     reads = run.reads.of(torch.tensor([9]))
     pairs = TokenPairs.of(reads.read)
     values, places = norms(pairs, reads.gates, PathWeights.of(sae))[0].topk(3)
-    assert [pair.written.norm for pair in last.pairs] == pytest.approx(values.tolist())
+    # float32: sums in another order
+    assert [pair.written.norm for pair in last.pairs] == pytest.approx(values.tolist(), rel=1e-5)
     assert [(pair.first, pair.second) for pair in last.pairs] == [
         (int(pairs.first[0, i]), int(pairs.second[0, i])) for i in places
     ]
@@ -76,22 +83,22 @@ def test_ranked_by_effect_the_first_pair_has_the_largest(config, found):
         assert token.target == "the logit of ' as' less that of ' a'"
 
 
-def test_without_a_logit_the_likeliest_next_token_is_the_target():
+def test_without_a_logit_the_likeliest_next_token_is_the_target(loaded):
     tokens = attribute(AttributeConfig(prompt="The film", token=("all",), top=1)).tokens
     assert [token.position for token in tokens] == [1, 2]
-    model, sae = demo.load_model(), load_sae(SAE)
+    model, sae = loaded
     run = run_prompt(model, sae, model.to_tokens("The film")[0])
     assert repr(model.tokenizer.decode([int(run.logits[2].argmax())])) in tokens[1].target
 
 
 def test_a_corpus(tmp_path):
     config = AttributeConfig(
-        corpus=True, n_tokens=768, control_tokens=500, n_permutations=1, top=2, graph_pairs=20, logit=" film",
-        capacity=50_000, graph=str(tmp_path / "g.graphml"), output=str(tmp_path / "c.json"),
+        corpus=True, n_tokens=512, control_tokens=200, n_permutations=1, top=2, graph_pairs=20, logit=" film",
+        capacity=30_000, graph=str(tmp_path / "g.graphml"), output=str(tmp_path / "c.json"),
     )  # fmt: skip
     found = attribute(config).corpus
-    # 3 rows of 255 counted tokens, one of them a BOS within its row
-    assert (found.tokens, found.firings, len(found.contexts)) == (764, 764 * 496, 2)
+    # 2 rows of 255 counted tokens, one of them a BOS within its row
+    assert (found.tokens, found.firings, len(found.contexts)) == (509, 509 * 496, 2)
     assert not found.complete
     assert InteractionGraph.load(config.graph) == found.graph
     edge = found.graph.edges[0]
@@ -106,12 +113,12 @@ def test_a_corpus(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give a prompt, or --corpus for held-out text; one of the two"),
-        ({"prompt": "a", "corpus": True}, "one of the two"),
-        ({"prompt": "a", "against": " b"}, "against is ' b', but there is no --logit to compare with it; give both"),
-        ({"prompt": "a", "graph": "g.json"}, "a graph is made of a corpus; give --corpus, or leave --graph out"),
-        ({"corpus": True, "graph": "g.gml"}, r"the graph 'g\.gml' is neither \.graphml nor \.json"),
-        ({"prompt": "a", "top": 0}, "top is 0; give a positive whole number"),
+        ({}, r"\bprompt\b.*--corpus"),
+        ({"prompt": "a", "corpus": True}, r"\bprompt\b.*--corpus"),
+        ({"prompt": "a", "against": " b"}, r"\bagainst\b.*' b'.*--logit"),
+        ({"prompt": "a", "graph": "g.json"}, r"\bgraph\b.*--corpus"),
+        ({"corpus": True, "graph": "g.gml"}, r"\bgraph\b.*'g\.gml'.*\.graphml.*\.json"),
+        ({"prompt": "a", "top": 0}, r"\btop\b.*\b0\b"),
     ],
 )
 def test_options_that_cannot_work_are_refused_at_once(options, message):
@@ -122,15 +129,12 @@ def test_options_that_cannot_work_are_refused_at_once(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"token": ("12",)}, "there is no token 12: the prompt has 10 tokens; give one from 0 to 9"),
-        (
-            {"token": (" bad",)},
-            "there is no token ' bad' in the prompt; its tokens are '<|endoftext|>', 'The', ' film'",
-        ),
-        ({"token": ("0",)}, "the SAE is not in place at token 0 of 10"),
-        ({"logit": "goodness me"}, "'goodness me' is . tokens .*; give a text that is one, mind the space before it"),
-        ({"prompt": ""}, "the prompt is empty; give a text"),
-        ({"sae": "nowhere"}, "'nowhere' is no folder"),
+        ({"token": ("12",)}, r"\btoken 12\b.*\b10 tokens\b.*\b9\b"),
+        ({"token": (" bad",)}, r"\btoken ' bad'.*'<\|endoftext\|>', 'The', ' film'"),
+        ({"token": ("0",)}, r"\btoken 0 of 10\b"),
+        ({"logit": "goodness me"}, r"'goodness me'.* \d tokens\b"),
+        ({"prompt": ""}, r"\bprompt\b.*\bempty\b"),
+        ({"sae": "nowhere"}, r"'nowhere'"),
     ],
 )
 def test_what_the_prompt_does_not_have_is_said(config, options, message):

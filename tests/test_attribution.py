@@ -1,13 +1,10 @@
 """Pairs by hand and by loop; their sum is the path; relabelling, gauges and scales change no pair; what is refused."""
 
-import re
 from dataclasses import replace
 
 import pytest
 import torch
 from builders import ARCHITECTURES, D_SAE, HOOK_Z, random_sae, training_config
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pair_inputs import pair_sae, pairs_by_loop, x
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 
@@ -118,8 +115,7 @@ def test_folding_decoder_norms_leaves_every_pair_as_it_is():
     assert_same_pairs(by_pair(sae), by_pair(before))
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10**6))
+@pytest.mark.parametrize("seed", range(5))
 def test_scales_and_orders_that_cancel_leave_every_pair_as_it_is(seed):
     """v_i / c_i with f_i c_i; pooled s with W_1 / s^2, in another order; hidden t > 0 with W_2 / t, in another order."""
     generator = torch.Generator().manual_seed(seed)
@@ -198,37 +194,26 @@ def test_joined_parts_are_the_whole():
     assert TokenPairs.of(joined.read).fires.sum(1)[:3].tolist() == [1, 1, 6]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (
-            {"head": "mlp"},
-            "an SAE with head 'mlp' pools features, not products of pairs; pairs are attributed with head \"fm\"",
-        ),
-        ({"head": "none"}, "an SAE with head 'none' has no interaction path; pairs are attributed with head \"fm\""),
-    ],
-)
-def test_heads_without_pairs_are_refused(overrides, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        token_reads(pair_sae(**overrides), x())
+@pytest.mark.parametrize("head", ["mlp", "none"])
+def test_heads_without_pairs_are_refused(head):
+    with pytest.raises(ValueError, match=rf"\bhead '{head}'.*\bfm\b"):
+        token_reads(pair_sae(head=head), x())
 
 
 def test_dropout_a_secondary_and_plain_saes_are_refused():
-    with pytest.raises(
-        ValueError, match=r"in training with nfm_dropout 0\.5, under which its pairs are not what it will use"
-    ):
+    with pytest.raises(ValueError, match=r"\bnfm_dropout 0\.5\b"):
         token_reads(random_sae(training_config("joint_nfm", nfm_dropout=0.5, dtype="float64")), x())
     plain = TopKSAE(TopKSAEConfig(d_in=16, d_sae=32, k=4))
-    with pytest.raises(ValueError, match="architecture 'topk' has no interaction path to attribute; give a joint_nfm"):
+    with pytest.raises(ValueError, match=r"'topk'.*\bjoint_nfm\b"):
         token_reads(plain, x())
     sae = pair_sae()
     sae.secondary = object()
-    with pytest.raises(ValueError, match="a secondary SAE stands in place of the hidden code"):
+    with pytest.raises(ValueError, match=r"\bsecondary SAE\b"):
         token_reads(sae, x())
 
 
 def test_a_linear_path_that_is_off_has_no_single_features():
     reads, weights, _ = read_weights(pair_sae(use_linear_path=False))
     assert reads.linear is None
-    with pytest.raises(ValueError, match="the linear path is off"):
+    with pytest.raises(ValueError, match=r"\blinear path\b"):
         single_features(reads.read, weights)

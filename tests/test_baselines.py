@@ -97,7 +97,7 @@ def test_flops_by_hand():
 
 
 def test_flops_of_unknown_l0_are_refused():
-    with pytest.raises(ValueError, match="no k sets the L0 of a jumprelu SAE; give the measured one"):
+    with pytest.raises(ValueError, match=r"\bL0\b.*\bjumprelu\b"):
         training_flops(arms("jumprelu")["jumprelu 1"].sae)
 
 
@@ -122,7 +122,7 @@ def test_matching_holds_for_counted_parameters_and_flops(d_in, nfm_dim):
 
 
 def test_folding_needs_a_foldable_path():
-    with pytest.raises(ValueError, match="only a linear path that reads all features folds into W_dec"):
+    with pytest.raises(ValueError, match=r"\blinear path\b.*\bW_dec\b"):
         folded_parameter_count(arms("joint_nfm half")["joint_nfm half"].sae)
 
 
@@ -155,21 +155,17 @@ def test_arms_with_a_coefficient_are_one_sae_for_each():
 
 
 def test_unknown_arms_and_missing_coefficients():
-    with pytest.raises(
-        ValueError, match=r"no arm 'topq', 'relu'; give names from 'joint_nfm', 'joint_nfm half', .*, in q"
-    ):
+    with pytest.raises(ValueError, match=r"'topq', 'relu'.*'joint_nfm', 'joint_nfm half', "):
         arms("topk", "topq", "relu")
-    with pytest.raises(
-        ValueError, match="gated has no coefficients; give at least two, one on each side of the wanted L0"
-    ):
+    with pytest.raises(ValueError, match=r"\bgated\b.*\bcoefficients\b"):
         training_arms(["gated"], SIZES, {})
 
 
 def test_interpolation_in_log_l0_by_hand():
     # log 20 lies half way between log 10 and log 40
     assert interpolation_weights([40.0, 10.0, 90.0], 20.0) == pytest.approx([0.5, 0.5, 0.0])
-    assert interpolation_weights([10.0, 40.0], 10.0) == [1.0, 0.0]
-    assert interpolation_weights([10.0, 40.0], 40.0) == [0.0, 1.0]
+    assert interpolation_weights([10.0, 40.0], 10.0) == pytest.approx([1.0, 0.0])
+    assert interpolation_weights([10.0, 40.0], 40.0) == pytest.approx([0.0, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -256,9 +252,9 @@ def test_finished_arms_are_left_alone_and_a_folder_says_what_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rate": 1e-3}, r"learning_rate of 'topk' is 0.001, and was 0.01 when .*topk was trained; give it as it was"),
-        ({"sizes": replace(SIZES, d_sae=40)}, r"d_sae of 'topk' is 40, and was 48 when"),
-        ({"stream": replace(STREAM, training_tokens=1280)}, r"training_tokens of 'topk' is 1280, and was 640 when"),
+        ({"rate": 1e-3}, r"learning_rate of 'topk' is 0\.001\b.*\b0\.01\b"),
+        ({"sizes": replace(SIZES, d_sae=40)}, r"d_sae of 'topk' is 40\b.*\b48\b"),
+        ({"stream": replace(STREAM, training_tokens=1280)}, r"training_tokens of 'topk' is 1280\b.*\b640\b"),
     ],
 )
 def test_an_arm_trained_otherwise_is_an_error(changes, message, tmp_path):

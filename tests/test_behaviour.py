@@ -20,11 +20,16 @@ def sae():
     return inference_sae(training_config("joint_nfm"))
 
 
+@pytest.fixture(scope="module")
+def naive(model, sae):
+    return by_hand(model, random_tokens(), sae, lambda x: sae(x[None])[0])
+
+
 @pytest.mark.parametrize("batch_rows", [1, 2, 16])
-def test_figures_equal_a_naive_loop(model, sae, batch_rows):
+def test_figures_equal_a_naive_loop(model, sae, naive, batch_rows):
     tokens = random_tokens()
     found = evaluate(model, tokens, [Arm(name="sae", sae=sae)], batch_rows=batch_rows, show_progress=False)["sae"]
-    for name, value in by_hand(model, tokens, sae, lambda x: sae(x[None])[0]).items():
+    for name, value in naive.items():
         assert getattr(found, name) == pytest.approx(value, **CLOSE), name
     assert found.kl_nats > 1e-3  # the figures compared above are not all zero
 
@@ -56,6 +61,19 @@ def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "gpt2", "gpt2")
 
 
+@pytest.fixture(scope="module")
+def naive_of_checkpoint(checkpoint, sae):
+    """Of the whole SAE and of two of its paths, with special tokens within a row."""
+
+    def two_paths(x):
+        paths = sae.decode_paths(sae.encode(x[None]))
+        return (paths.direct + paths.interaction)[0]
+
+    reference = load_model(checkpoint)
+    arms = {"whole": lambda x: sae(x[None])[0], "part": two_paths}
+    return {arm: by_hand(reference, random_tokens(), sae, replace) for arm, replace in arms.items()}
+
+
 @pytest.mark.parametrize(
     ("model_class_name", "hook_name"),
     [
@@ -65,20 +83,15 @@ def checkpoint(tmp_path_factory):
         ("AutoModelForCausalLM", "transformer.h.0"),
     ],
 )
-def test_figures_are_the_same_on_every_kind_of_model(model_class_name, hook_name, checkpoint):
+def test_figures_are_the_same_on_every_kind_of_model(model_class_name, hook_name, checkpoint, naive_of_checkpoint):
     """Also with a special token within a row, which must bypass the SAE."""
-    reference, tokens = load_model(checkpoint), random_tokens()
+    tokens = random_tokens()
     sae = inference_sae(training_config("joint_nfm", hook_name))
     arms = [Arm(name="whole", sae=sae), Arm(name="part", sae=sae, off=("hook_nfm_linear", "hook_nfm_square"))]
     model = load_model(checkpoint, model_class_name=model_class_name)
     found = evaluate(model, tokens, arms, batch_rows=2, show_progress=False)
-
-    def without(x):
-        paths = sae.decode_paths(sae.encode(x[None]))
-        return (paths.direct + paths.interaction)[0]
-
-    for arm, replace in {"whole": lambda x: sae(x[None])[0], "part": without}.items():
-        for name, value in by_hand(reference, tokens, sae, replace).items():
+    for arm, naive in naive_of_checkpoint.items():
+        for name, value in naive.items():
             assert getattr(found[arm], name) == pytest.approx(value, rel=1e-5, abs=2e-6), (arm, name)  # float32 logits
     assert found["whole"].kl_nats != pytest.approx(found["part"].kl_nats, rel=1e-2)
     assert sae.cfg.metadata.hook_name == hook_name
@@ -123,12 +136,12 @@ def test_the_splice_is_removed_even_after_an_error(model, sae):
 def test_errors_say_what_is_wrong(model, sae):
     tokens = random_tokens()
     arm = Arm(name="sae", sae=sae)
-    with pytest.raises(ValueError, match=r"arm names .* repeat; give every arm a name of its own"):
+    with pytest.raises(ValueError, match=r"\barm names .*\bsae\b"):
         evaluate(model, tokens, [arm, arm], show_progress=False)
-    with pytest.raises(ValueError, match="no token to evaluate on: 32 tokens, all special or in position 0"):
+    with pytest.raises(ValueError, match=r"\bno token\b.*\b32 tokens\b"):
         evaluate(model, torch.zeros(2, 16, dtype=torch.long), [arm], show_progress=False)
-    with pytest.raises(ValueError, match="the SAE of 'sae' has no hook_nfm_cubic; it has hook_sae_input"):
+    with pytest.raises(ValueError, match=r"'sae'.*\bhook_nfm_cubic\b.*\bhook_sae_input\b"):
         evaluate(model, tokens, [Arm(name="sae", sae=sae, off=("hook_nfm_cubic",))], show_progress=False)
     elsewhere = inference_sae(training_config("joint_nfm", hook_name="blocks.9.hook_resid_post"))
-    with pytest.raises(ValueError, match=r"the model has no hook point 'blocks.9.hook_resid_post'"):
+    with pytest.raises(ValueError, match=r"'blocks\.9\.hook_resid_post'"):
         evaluate(model, tokens, [Arm(name="far", sae=elsewhere)], show_progress=False)

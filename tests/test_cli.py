@@ -12,7 +12,11 @@ from sae_nfm.flags import dashed, underscored
 from sae_nfm.train_flags import EMBEDDED, EMBEDDED_SAE, HIDDEN, parse
 from sae_nfm_cli import main
 
-ALL = sorted(SAE_TRAINING_CLASS_REGISTRY)
+TRIED = ("joint_nfm", "sequential_nfm", "matryoshka_batchtopk", "gated")
+"""With our fields, standing on another SAE, with a field that has no default, and without k."""
+ALL = [
+    pytest.param(name, marks=[] if name in TRIED else pytest.mark.slow) for name in sorted(SAE_TRAINING_CLASS_REGISTRY)
+]
 OURS = {"record_every", "held_out", "evaluate_every", "warm_start", "primary", "adapter", "json", "debug"}
 
 
@@ -120,32 +124,34 @@ def test_dashes_and_underscores_in_names_only():
     assert dashed(["--hook_name", "a_b", "--x_y=a_b"]) == ["--hook-name", "a_b", "--x-y=a_b"]
 
 
-def test_push_says_what_is_wrong_with_its_source(capsys):
-    assert main(["push", "nowhere", "user/repository"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("sae-nfm: 'nowhere' is neither a saved SAE")
+def told_of_a_mistake(capsys, *argv: str) -> str:
+    """The one line on stderr."""
+    assert main(argv) == 2
+    out, told = capsys.readouterr()
+    assert out == ""
+    assert told.startswith("sae-nfm: ")
     assert told.count("\n") == 1
+    assert told.endswith("\n")
+    return told
+
+
+def test_push_says_what_is_wrong_with_its_source(capsys):
+    assert "'nowhere'" in told_of_a_mistake(capsys, "push", "nowhere", "user/repository")
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("argv", "told"),
     [
-        (["train", "--foo", "1"], "unrecognized arguments: --foo 1; `sae-nfm train --help` has every option"),
-        (["train", "--lr", "x"], "argument --lr: invalid float value: 'x'; `sae-nfm train --help` has every option"),
-        (
-            ["train", "--architecture", "tok"],
-            f"SAELens can train no architecture 'tok'; give one of {', '.join(SAE_TRAINING_CLASS_REGISTRY)}",
-        ),
-        (
-            ["train", "--k", "99", "--d_sae", "9"],
-            "k is 99, more than the d_sae = 9 features there are; lower k or raise d_sae",
-        ),
-        (["train", "--record_every", "0"], "record_every is 0; give a positive number of steps"),
-        (["evaluate"], "the following arguments are required: SAE; `sae-nfm evaluate --help` has every option"),
-        (["demo", "--k", "0"], "k is 0; give a positive whole number"),
-        (["demo", "--foo"], "unrecognized arguments: --foo; `sae-nfm demo --help` has every option"),
+        (["train", "--foo", "1"], "--foo 1; .*`sae-nfm train --help`"),
+        (["train", "--lr", "x"], "--lr: .*'x'.*`sae-nfm train --help`"),
+        (["train", "--architecture", "tok"], f"'tok'.*{', '.join(SAE_TRAINING_CLASS_REGISTRY)}"),
+        (["train", "--k", "99", "--d_sae", "9"], r"\bk\b.*\b99\b.*\bd_sae\b.*\b9\b"),
+        (["train", "--record_every", "0"], r"\brecord_every\b.*\b0\b"),
+        (["evaluate"], r"\bSAE\b.*`sae-nfm evaluate --help`"),
+        (["demo", "--k", "0"], r"\bk\b.*\b0\b"),
+        (["demo", "--foo"], "--foo; .*`sae-nfm demo --help`"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_line(argv, message, capsys):
-    assert main(argv) == 2
-    assert capsys.readouterr().err == f"sae-nfm: {message}\n"
+def test_a_mistake_is_one_line(argv, told, capsys):
+    assert re.search(told, told_of_a_mistake(capsys, *argv))

@@ -1,6 +1,7 @@
 """The command `convert`: what it is told and says, damaged files, and that a folder is whole or not there."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, form: str) -> None:
     write_all(tmp_path)
     path = tmp_path / form / FORMATS[form][0]
     evil(path)
-    message = (
-        f"'{path}' holds more than tensors: reading it would run posix.mkdir, so nothing of it was read or run. Have whoever "
-        "made it save the tensors alone, as torch.save(model.state_dict(), path)"
-    )
-    with refused(message):
+    with refused(rf"'{re.escape(str(path))}'.*\b\w+\.mkdir\b.*\bstate_dict\b"):
         convert_one(tmp_path, form)
     assert not path.with_name("run").exists()
     torch.load(path, weights_only=False)  # the file does run code where it is allowed to
@@ -122,15 +119,15 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors, name: tensors.pop(name), "tensor '{name}' is missing"),
-        (lambda tensors, name: tensors.update(more=torch.ones(1)), "tensor 'more' is unknown"),
+        (lambda tensors, name: tensors.pop(name), r"'{name}' is missing"),
+        (lambda tensors, name: tensors.update(more=torch.ones(1)), r"'more' is unknown"),
         (
             lambda tensors, name: tensors.update({name: torch.ones(4, 4)}),
-            "tensor '{name}' has shape (4, 4), the config makes it",
+            r"'{name}' .*\(4, 4\)",
         ),
         (
             lambda tensors, name: tensors[name].view(-1)[3:4].fill_(torch.nan),
-            "'{name}' holds values that are not finite",
+            r"'{name}' .*not finite",
         ),
     ],
 )
@@ -138,7 +135,7 @@ def test_another_tensor_is_an_error(tmp_path: Path, form: str, change: Any, mess
     write_all(tmp_path)
     filename, name = FORMATS[form]
     rewrite(tmp_path / form / filename, lambda tensors: change(tensors, name))
-    with refused(message.format(name=name)) as error:
+    with refused(message.format(name=re.escape(name))) as error:
         convert_one(tmp_path, form)
     assert filename in str(error.value)
     assert not list(tmp_path.glob("out*"))
@@ -151,7 +148,7 @@ def test_a_truncated_file_is_an_error(tmp_path: Path, form: str, kept: float) ->
     path = tmp_path / form / FORMATS[form][0]
     data = path.read_bytes()
     path.write_bytes(data[: int(kept if kept > 1 else kept * len(data))])
-    with pytest.raises(ValueError, match=f"{path}' is damaged "):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}' is damaged"):
         convert_one(tmp_path, form)
     assert not list(tmp_path.glob("out*"))
 
@@ -161,7 +158,7 @@ def test_a_failure_leaves_the_earlier_sae(tmp_path: Path, form: str) -> None:
     write_all(tmp_path)
     inference_sae(training_config("joint_nfm")).save_model(tmp_path / "out")
     (tmp_path / form / FORMATS[form][0]).write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match=rf"{re.escape(FORMATS[form][0])}' is damaged"):
         convert_one(tmp_path, form)
     assert SAE.load_from_disk(tmp_path / "out").cfg.d_in == 16
     assert not list(tmp_path.glob("out.*"))

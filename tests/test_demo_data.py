@@ -1,5 +1,5 @@
+import hashlib
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,12 @@ from sae_nfm.demo.verbatim import LIMIT, longest_runs
 
 SPLITS = ("train", "validation")
 CORPUS = Path(__file__).parents[2] / "shared" / "data" / "corpus-train.parquet"
+SEARCHED = {
+    TOKENS_DIR / "train.parquet": "abccc6faa47b520eabdede3674090279d9ad87b1bc6d0055a9c4fc4f88038498",
+    TOKENS_DIR / "validation.parquet": "3e391b41d9b3a6e13fe2d1eea4bd12a2e1436760b70ee472d5d6cda066fed7bc",
+    MODEL_DIR / "tokenizer.json": "cf672951220671e728a567447686e72d848d05d6b114317537a6f832c6ca725b",
+}
+"""sha256 of the packaged tokens that were looked for in the corpus, and of the tokenizer that the corpus was read with."""
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +72,21 @@ def test_files_are_small():
 
 
 def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match=r"^split='test' does not exist; give one of 'train', 'validation'$"):
+    with pytest.raises(ValueError, match=r"\bsplit\b.*'test'.*'train', 'validation'"):
         load_tokens("test")
 
 
 def test_tokens_are_samples_of_the_model(rows):
     """Over samples, -log p of the token has the mean of its distribution's entropy; also late in a row."""
-    tokens = torch.tensor(rows["validation"][:48])
+    tokens = torch.tensor(rows["validation"][:16])
     with torch.no_grad():
         log_p = load_model()(tokens)[:, :-1].log_softmax(dim=-1)
     ce = -log_p.gather(-1, tokens[:, 1:, None]).squeeze(-1)
     entropy = -(log_p.exp() * log_p).sum(dim=-1)
     for part in (slice(None), slice(128, None)):
         difference = (ce - entropy)[:, part].mean(dim=-1)  # one number a row: rows are the independent units
-        assert abs(difference.mean()) < 4 * difference.std() / len(difference) ** 0.5
+        bound = 4 * difference.std() / len(difference) ** 0.5
+        assert abs(difference.mean()) < bound < 0.3  # samples of temperature 0.9 would be 0.5 nats below
 
 
 def test_saelens_reads_the_tokens_as_they_are(rows):
@@ -121,13 +128,16 @@ def tiny_config(text, output, **changes):
 
 
 def test_sampling_with_the_cache_follows_the_whole_forward_pass(tiny):
-    """Nearly at temperature 0 each token is the argmax of the uncached, hooked model."""
+    """Nearly at temperature 0 each token has the largest logit of the uncached, hooked model."""
     gpt2, tokenizer = load_gpt2(tiny[0].output), load_tokenizer(tiny[0].output)
     tokens = sample_rows(gpt2, 1, torch.Generator().manual_seed(0), temperature=1e-5)
     with torch.no_grad():
-        argmax = hooked_gpt2(gpt2, tokenizer, name="tiny")(tokens).argmax(dim=-1)
+        logits = hooked_gpt2(gpt2, tokenizer, name="tiny")(tokens)[0, :-1]
     assert tokens[0, 0] == 0
-    assert torch.equal(tokens[0, 1:], argmax[0, :-1])
+    taken = logits.gather(-1, tokens[0, 1:, None]).squeeze(-1)
+    # a draw may take what is a few temperatures below, and the cache adds in another order
+    torch.testing.assert_close(taken, logits.amax(dim=-1), atol=1e-3, rtol=0)
+    assert (logits.topk(2).values.diff().abs() > 1e-2).float().mean() > 0.5  # else this says nothing
 
 
 def test_sampling_is_a_function_of_the_seed(tiny, tmp_path):
@@ -154,9 +164,9 @@ def test_long_passages_are_replaced_until_none_is_left():
 
 @pytest.mark.parametrize("field", ["n_train", "n_validation", "batch_size", "limit"])
 def test_bad_sampling_config(field):
-    with pytest.raises(ValueError, match=f"{field} is 0; give a positive whole number"):
+    with pytest.raises(ValueError, match=rf"\b{field}\b.*\b0\b"):
         SampleConfig(**{field: 0})
-    with pytest.raises(ValueError, match=r"temperature is 0\.0; give a positive number"):
+    with pytest.raises(ValueError, match=r"\btemperature\b.*\b0\.0\b"):
         SampleConfig(temperature=0.0)
 
 
@@ -208,6 +218,17 @@ def test_command_line_of_the_check(tmp_path, capsys):
     assert "1 rows with a run of 10 tokens or more" in capsys.readouterr().out
 
 
+def test_the_tokens_are_those_that_were_searched_for_passages_of_the_corpus():
+    """The search itself is slow: `test_no_long_passage_of_the_corpus_is_in_the_tokens`."""
+    for path, digest in SEARCHED.items():
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert found == digest, (
+            f"{path.name} has changed: run `python -m pytest -m slow tests/test_demo_data.py`, and when that passes put "
+            f"{found} in SEARCHED"
+        )
+
+
+@pytest.mark.slow  # 13 s of tokenizing and searching
 @pytest.mark.skipif(not CORPUS.is_file(), reason="needs the corpus that the model was trained on")
 def test_no_long_passage_of_the_corpus_is_in_the_tokens(rows):
     longest, _ = longest_runs(np.concatenate(list(rows.values())), verbatim.corpus_tokens(CORPUS))
@@ -228,10 +249,10 @@ def test_documents_of_each_kind_of_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", " \n", "has no text; give a file with at least one document"),
-        ("a.jsonl", '{"text": "x"}\n{"txt": "y"}', 'line 2 of .* has no "text" string'),
-        ("a.jsonl", '{"text": ', "line 1 of .* is not JSON"),
-        ("a.csv", "text", re.escape("ends in '.csv'; expected .parquet, .jsonl or .txt")),
+        ("a.txt", " \n", r"a\.txt.*no text"),
+        ("a.jsonl", '{"text": "x"}\n{"txt": "y"}', r'line 2\b.*a\.jsonl.*"text"'),
+        ("a.jsonl", '{"text": ', r"line 1\b.*a\.jsonl.*JSON"),
+        ("a.csv", "text", r"'\.csv'.*\.parquet, \.jsonl or \.txt"),
     ],
 )
 def test_bad_corpus_files(tmp_path, name, content, message):
@@ -241,10 +262,10 @@ def test_bad_corpus_files(tmp_path, name, content, message):
 
 
 def test_missing_corpus_files_and_columns(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no corpus file .*none\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
         read_documents(tmp_path / "none.txt")
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "c.parquet")
-    with pytest.raises(ValueError, match=r"has columns \['body'\]; expected one named 'text'"):
+    with pytest.raises(ValueError, match=r"c\.parquet.*\['body'\].*'text'"):
         read_documents(tmp_path / "c.parquet")
 
 
@@ -292,7 +313,7 @@ def test_training_is_a_function_of_the_seed_and_leaves_the_global_one_alone(tiny
 
 def test_a_text_shorter_than_a_window_is_refused(tmp_path):
     (tmp_path / "short.txt").write_text("the the")
-    with pytest.raises(ValueError, match=r"has \d+ tokens; expected n_ctx = 16 or more"):
+    with pytest.raises(ValueError, match=r"short\.txt.*\bn_ctx\b.*\b16\b"):
         train_lm(tiny_config(tmp_path / "short.txt", tmp_path / "model"))
     assert not (tmp_path / "model").exists()
 
@@ -300,9 +321,9 @@ def test_a_text_shorter_than_a_window_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_steps": 0}, "n_steps is 0; give a positive whole number"),
-        ({"n_heads": 3}, "d_model is 32; give a multiple of n_heads = 3"),
-        ({"d_vocab": 256}, "d_vocab is 256; give at least 257"),
+        ({"n_steps": 0}, r"\bn_steps\b.*\b0\b"),
+        ({"n_heads": 3}, r"\bd_model\b.*\b32\b.*\bn_heads\b.*\b3\b"),
+        ({"d_vocab": 256}, r"\bd_vocab\b.*\b256\b.*\b257\b"),
     ],
 )
 def test_bad_training_config(change, message):

@@ -1,4 +1,5 @@
 import json
+import re
 import socket
 from pathlib import Path
 
@@ -89,11 +90,13 @@ def test_loads_and_generates_without_a_network(no_network):
     model = load_model()
     prompt = model.to_tokens("The film was")
     generated = model.generate(prompt, max_new_tokens=8, do_sample=False, stop_at_eos=False, verbose=False)
-    with torch.no_grad():
-        greedy = model(generated).argmax(dim=-1)
     n_prompt = prompt.shape[1]
     assert generated.shape == (1, n_prompt + 8)
-    assert torch.equal(generated[0, n_prompt:], greedy[0, n_prompt - 1 : -1])
+    with torch.no_grad():
+        logits = model(generated)[0, n_prompt - 1 : -1]
+    taken = logits.gather(-1, generated[0, n_prompt:, None]).squeeze(-1)
+    torch.testing.assert_close(taken, logits.amax(dim=-1), atol=1e-3, rtol=0)  # the cache adds in another order
+    assert logits.topk(2).values.diff().abs().median() > 1e-2  # else this says nothing
     assert model.generate("The film was", max_new_tokens=3, verbose=False).startswith("The film was")
 
 
@@ -113,7 +116,7 @@ def test_loading_is_strict(tmp_path):
 
 @pytest.mark.parametrize(("load", "name"), [(load_gpt2, "config.json"), (load_tokenizer, "tokenizer.json")])
 def test_a_missing_file_is_named(tmp_path, load, name):
-    with pytest.raises(FileNotFoundError, match=f"no file .*{name}; expected a Hugging Face folder"):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / name))):
         load(tmp_path)
 
 
@@ -131,6 +134,6 @@ def test_convert_refuses_what_half_precision_cannot_hold(tmp_path):
     gpt2 = load_gpt2(MODEL_DIR)
     gpt2.transformer.ln_f.bias.data[0] = 1e6
     gpt2.save_pretrained(tmp_path / "large")
-    with pytest.raises(ValueError, match=r"transformer\.ln_f\.bias is not finite in half precision"):
+    with pytest.raises(ValueError, match=r"transformer\.ln_f\.bias.*half precision"):
         convert(ConvertConfig(source=tmp_path / "large", output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Permutation nulls, dips and mixtures: by hand, against scipy, and on data with a known truth."""
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def test_spearman_is_scipy_s_with_ties():
     # Quantiles of the null: normal with variance 1 / (n - 1); 0.03 is 4 standard errors of one from 999 draws.
     assert (found.null_low, found.null_high) == pytest.approx((-1.96 / 7, 1.96 / 7), abs=0.05)
     assert found.p_value == pytest.approx(oracle.pvalue, abs=0.01)
-    assert found == permuted_spearman(x, lambda order: y[order], seed=0, n_permutations=999)
+    by_order = permuted_spearman(x, lambda order: y[order], seed=0, n_permutations=999)
+    assert asdict(by_order) == pytest.approx(asdict(found), rel=1e-12)  # sums of ranks
 
 
 def test_a_share_correlates_with_its_own_part_and_the_null_says_so():
@@ -59,7 +61,7 @@ def test_a_correlation_beyond_construction_is_found():
 
 def test_permuted_spearman_rejects_as_often_as_announced():
     rng = np.random.default_rng(3)
-    trials, rejected = 300, 0
+    trials, rejected = 200, 0
     for trial in range(trials):
         a, b = rng.gamma(2, size=(2, 40))
         found = permuted_spearman(a, lambda order, a=a, b=b: b[order] / (a + b[order]), seed=trial, n_permutations=199)
@@ -125,25 +127,21 @@ def test_bic_difference_is_to_the_next_best():
 
 
 def test_error_messages():
-    with pytest.raises(ValueError, match=r"^a has 3 values and b 4; give both"):
+    with pytest.raises(ValueError, match=r"\ba\b.*\b3\b.*\bb\b.*\b4\b"):
         permuted_spearman([1, 2, 3], [1, 2, 3, 4], seed=0)
-    with pytest.raises(ValueError, match=r"^a has 3 values and b 2; give both"):
+    with pytest.raises(ValueError, match=r"\ba\b.*\b3\b.*\bb\b.*\b2\b"):
         permuted_spearman([1, 2, 3], lambda order: order[:2], seed=0)
-    with pytest.raises(ValueError, match=r"^b has 1 NaN or infinite value\(s\) of 3, the first inf at 2"):
+    with pytest.raises(ValueError, match=r"\bb\b.*\b1\b.*\bof 3\b.*\binf at 2\b"):
         permuted_spearman([1, 2, 3], [1, 2, np.inf], seed=0)
-    with pytest.raises(
-        ValueError, match=r"^y has one value throughout, so it has no ranks to correlate; leave it out$"
-    ):
+    with pytest.raises(ValueError, match=r"\by\b.*\bone value\b"):
         permuted_spearman([1, 2, 3], [1, 1, 1], seed=0)
-    with pytest.raises(ValueError, match=r"^x has 2 value\(s\); a correlation needs at least 3 pairs$"):
+    with pytest.raises(ValueError, match=r"\bx\b.*\b2\b.*\b3\b"):
         permuted_spearman([1, 2], [1, 2], seed=0)
-    with pytest.raises(ValueError, match=r"^there are 3 value\(s\); a statement about their shape needs at least 4$"):
+    with pytest.raises(ValueError, match=r"\b3 value.*\b4\b"):
         dip_test([1, 2, 3])
-    with pytest.raises(ValueError, match=r"^all 10 values are 2: they have no shape to test$"):
+    with pytest.raises(ValueError, match=r"\b10 values\b.*\b2\b"):
         compare_mixtures([2.0] * 10)
-    with pytest.raises(ValueError, match=r"^values has 1 NaN"):
+    with pytest.raises(ValueError, match=r"\bvalues\b.*\b1 NaN\b"):
         compare_mixtures([np.nan] + [2.0] * 10)
-    with pytest.raises(
-        ValueError, match=r"^max_components is 1; give at least 2: there is nothing to compare with one$"
-    ):
+    with pytest.raises(ValueError, match=r"\bmax_components\b.*\b1\b.*\b2\b"):
         compare_mixtures(range(20), max_components=1)

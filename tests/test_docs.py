@@ -13,9 +13,6 @@ import nbformat
 import pytest
 import yaml
 
-from sae_nfm.dry_run import dry_run
-from sae_nfm.experiment import CONFIGS, load_experiment
-
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md"))
@@ -135,22 +132,6 @@ def test_formulae_become_mathml(caplog):
     assert not caplog.records
     formulae.on_page_content('<div class="arithmatex">\\[\\nosuchcommand x\\]</div>', page=page)
     assert "is not understood" in caplog.text
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-def test_recipes_are_what_the_experiments_say(name):
-    """Parameters and memory in docs/recipes.md are those of `sae-nfm dry-run NAME`, and the run fits its device."""
-    found = dry_run(load_experiment(name))
-    rows = [
-        row.strip("| ").split(" | ") for row in (DOCS / "recipes.md").read_text().splitlines() if f"| `{name}`" in row
-    ]
-    (_, d_in, hook_name, d_sae, *_), (_, parameters, more, _, gib, hours, _) = rows
-    assert (d_in, d_sae) == tuple(f"{size:,}" for size in found.shapes["W_enc"])
-    assert hook_name == found.hook_name
-    assert parameters == f"{found.parameters / 1e6:.1f}M"
-    assert more == f"{found.more_than_topk:.0%}".replace("%", " %")
-    assert gib == f"{found.needed_gib:.1f}"
-    assert hours == f"{found.model_seconds / 3600:.2f} + {found.sae_seconds / 3600:.2f}"
 
 
 @pytest.mark.slow

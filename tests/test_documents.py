@@ -87,18 +87,15 @@ def test_without_a_tokenizer_no_token_is_special():
     model.tokenizer = None
     found = held_out_rows(model, token_dataset(2), context_size=16, n_tokens=32)
     assert found.documents.tolist() == [[0] * 16, [1] * 16]
-    with pytest.raises(ValueError, match="the model has no tokenizer, and the data set has text"):
+    with pytest.raises(ValueError, match=r"tokenizer.*text"):
         held_out_rows(model, random_text(), context_size=16, n_tokens=32)
 
 
 def test_errors_say_what_is_wrong(models):
     model = models["HookedTransformer"]
-    with pytest.raises(ValueError, match=r"^the held-out text does not fill one row of 16 tokens; give more$"):
+    with pytest.raises(ValueError, match=r"held-out text.*\b16 tokens"):
         held_out_rows(model, text([1, 2, 3]), 16, 100)
-    message = r"^the held-out text does not fill one row of 4 tokens after the 2 rows that skip_tokens=8 leaves out; give more$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"held-out text.*\b4 tokens\b.*\b2 rows\b.*\bskip_tokens\b.*\b8\b"):
         held_out_rows(model, text([1, 2, 3, 4, 5, 6, 7]), 4, 100, skip_tokens=8)
-    with pytest.raises(
-        ValueError, match=r"tokens have shape \(2, 3\), documents \(2,\); give one number of a document"
-    ):
+    with pytest.raises(ValueError, match=r"\btokens\b.*\(2, 3\).*\bdocuments\b.*\(2,\)"):
         TokenRows(tokens=torch.zeros(2, 3, dtype=torch.long), documents=torch.zeros(2, dtype=torch.long))

@@ -166,7 +166,7 @@ def test_an_sae_that_the_user_attached(models, tokens, kind, use_error_term):
 @pytest.mark.parametrize("where", [None, (-1, 2, 7), (-2,), "mask"])
 def test_generating_is_running_again_and_again(models, tokens, kind, where):
     """Greedy generation under edits, with and without a cache, against full runs of the sequence so far."""
-    model, sae, prompt, n = models[kind], sae_at(kind), tokens[2:, :5], 5
+    model, sae, prompt, n = models[kind], sae_at(kind), tokens[2:, :5], 4
     if where == "mask":
         where = torch.tensor([[False, True, False, True, True]])
     strong = {"where": where, "mode": "clamp", "value": 6.0}
@@ -180,21 +180,19 @@ def test_generating_is_running_again_and_again(models, tokens, kind, where):
         inner = {"max_new_tokens": n, "do_sample": False, "stop_at_eos": False, "verbose": False}
         generate = {c: lambda c=c: model.generate(prompt, use_past_kv_cache=c, **inner) for c in (True, False)}
     plain = generate[True]().tolist()
+    sequence, steps = prompt, []
+    with Splice(sae=sae, edits=edits).on(model) as trace:
+        for _ in range(n):
+            logits = model(sequence)[:, -1]
+            logits[:, 0] = -torch.inf if kind == "AutoModelForCausalLM" else logits[:, 0]  # min_new_tokens forbids EOS
+            sequence = torch.cat([sequence, logits.argmax(-1, keepdim=True)], dim=1)
+            steps.append((trace.acts[0, :, 1] == 6).tolist())
     for make in generate.values():
         with Splice(sae=sae, edits=edits).on(model):
             found = make()
-        sequence, steps = prompt, []
-        with Splice(sae=sae, edits=edits).on(model) as trace:
-            for _ in range(n):
-                logits = model(sequence)[:, -1]
-                logits[:, 0] = (
-                    -torch.inf if kind == "AutoModelForCausalLM" else logits[:, 0]
-                )  # min_new_tokens forbids EOS
-                sequence = torch.cat([sequence, logits.argmax(-1, keepdim=True)], dim=1)
-                steps.append((trace.acts[0, :, 1] == 6).tolist())
         assert found.tolist() == sequence.tolist()
     edited = [position for position, hit in enumerate(steps[-1]) if hit]
-    known = {None: list(range(9)), (-1, 2, 7): [2, 4, 7], (-2,): [3]}
+    known = {None: list(range(8)), (-1, 2, 7): [2, 4, 7], (-2,): [3]}
     assert edited == (known[where] if where is None or isinstance(where, tuple) else [1, 3, 4])
     assert where is not None or found.tolist() != plain
     assert is_clean(model, sae)
@@ -231,7 +229,7 @@ def test_nothing_is_left_after_an_error(models, tokens, kind):
     assert is_clean(model, sae)
     run = model.model.generate if kind == "AutoModelForCausalLM" else model.generate
     late = Edit(at=FEATURES, mode="add", value=1.0, where=(-99,))
-    with pytest.raises(ValueError, match="where has position -99"), Splice(sae=sae, edits=[*ALL, late]).on(model):
+    with pytest.raises(ValueError, match=r"\bwhere\b.*-99\b"), Splice(sae=sae, edits=[*ALL, late]).on(model):
         run(tokens[:1], max_new_tokens=2)
     assert torch.equal(model(tokens), clean)
     assert is_clean(model, sae)
@@ -243,7 +241,7 @@ def test_secondary_features(models, tokens, kind):
     model, sae, small = models[kind], sae_at(kind), small_sae()
     edit = Edit(at="hook_secondary_acts_post", index=(4,), mode="clamp", value=2.0)
     arm = Splice(sae=sae, edits=[edit])
-    with pytest.raises(ValueError, match="no secondary SAE is attached; attach one first"), arm.on(model):
+    with pytest.raises(ValueError, match="no secondary SAE"), arm.on(model):
         pass
     plain, identities = Splice(sae=sae), [arm.identity]
     for error_term in (False, True):
@@ -268,12 +266,10 @@ def test_secondary_features(models, tokens, kind):
     with attach_secondary(sae, small_sae(seed=4)):
         identities.append(arm.identity)
         beyond = Edit(at="hook_secondary_acts_post", index=(12,), mode="clamp", value=2.0)
-        with pytest.raises(ValueError, match=r"^index has entry 12, and what passes hook_secondary_acts_post has 12"):
+        with pytest.raises(ValueError, match=r"\bindex has entry 12\b.*\bhook_secondary_acts_post has 12\b"):
             beyond.check(sae)
         error = Edit(at="hook_secondary_error", mode="clamp", value=2.0)
-        with pytest.raises(
-            ValueError, match=r"^nothing passes hook_secondary_error: the secondary SAE is attached without"
-        ):
+        with pytest.raises(ValueError, match=r"\bhook_secondary_error\b.*\bwithout\b"):
             error.check(sae)
     assert len(set(identities)) == 4
     assert Splice(sae=sae, edits=[edit]).identity == identities[0]
@@ -291,19 +287,17 @@ def test_identity_of_an_arm(models):
 def test_an_sae_that_is_not_at_work(models, tokens):
     kind = "AutoModelForCausalLM"
     model, sae = models[kind], sae_at(kind)
-    message = "^the SAE for 'transformer.h.0' is not at work in this model; put it there first, with hooks.Splice"
+    message = r"'transformer\.h\.0'.*\bhooks\.Splice\b"
     with pytest.raises(ValueError, match=message), editing(model, sae, [CLAMP]):
         pass
     with pytest.raises(ValueError, match=message), Splice(sae=sae_at(kind, 1)).on(model), editing(model, sae, [CLAMP]):
         pass
-    message = r"^activations \(1, 3, 32\) are not those of the tokens \(3, 16\) that the model read last"
+    message = r"\(1, 3, 32\).*\(3, 16\)"
     with Splice(sae=sae, edits=[CLAMP]).on(model):
         model(tokens)
         with pytest.raises(ValueError, match=message):
             sae(torch.zeros(1, 3, D_MODEL))
-    with pytest.raises(
-        ValueError, match=r"^where has position -17, and the prompt has 16 tokens; give positions from -16$"
-    ):
+    with pytest.raises(ValueError, match=r"\bwhere\b.*-17\b.*\b16\b.*-16\b"):
         Splice(sae=sae, edits=[Edit(at=FEATURES, mode="add", value=1.0, where=(-17,))]).reconstruct(
             torch.zeros(1, 16, 16)
         )

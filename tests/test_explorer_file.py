@@ -122,8 +122,11 @@ def test_what_is_written_is_read_to_four_digits_and_gives_the_same_bytes(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json.gz", "two.json.gz"]
 
 
-def test_four_thousand_features_stay_under_four_megabytes(tmp_path):
-    assert of_realistic_shape(4_096).save(tmp_path / FILENAME) < 4 * 10**6
+@pytest.mark.parametrize(
+    ("d_sae", "pairs", "megabytes"), [(1_024, 3_000, 1.3), pytest.param(4_096, 12_000, 4, marks=pytest.mark.slow)]
+)
+def test_a_quarter_of_four_thousand_features_and_all_stay_small(tmp_path, d_sae, pairs, megabytes):
+    assert of_realistic_shape(d_sae, pairs=pairs).save(tmp_path / FILENAME) < megabytes * 10**6
 
 
 def test_a_file_made_by_hand_is_read(tmp_path):
@@ -153,16 +156,16 @@ def damaged(path: tuple[str, ...], value: Any) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no gzip", r"explorer\.json\.gz is damaged, or no explorer\.json\.gz \(Not a gzipped file"),
-        (gzip.compress(b"{}")[:-6], "is damaged, or no explorer.json.gz"),
-        (gzip.compress(b"{no json"), "is damaged, or no explorer.json.gz"),
-        (gzip.compress(b"[]"), "is of the format None, this version reads 'sae-nfm explorer 1'; make it anew with"),
-        (damaged(("format",), "sae-nfm explorer 9"), "is of the format 'sae-nfm explorer 9', this version reads"),
-        (damaged(("features", "max"), [1.0]), r"column of shape \(1,\) where 8 numbers are expected\); make it anew"),
-        (damaged(("stream", "ids"), [10**6]), "is damaged .*starts that do not divide 1 entries"),
-        (damaged(("logits", "token", 0), 999), "an index outside 0 to"),
-        (damaged(("contexts", "mark_starts"), [0]), "numbers are expected"),
-        (damaged(("window",), [3]), r"the window is \[3\], two numbers are expected"),
+        (b"no gzip", r"explorer\.json\.gz.*Not a gzipped file"),
+        (gzip.compress(b"{}")[:-6], r"explorer\.json\.gz.*damaged"),
+        (gzip.compress(b"{no json"), r"explorer\.json\.gz.*damaged"),
+        (gzip.compress(b"[]"), r"\bNone\b.*'sae-nfm explorer 1'.*`sae-nfm explore`"),
+        (damaged(("format",), "sae-nfm explorer 9"), r"'sae-nfm explorer 9'.*'sae-nfm explorer 1'"),
+        (damaged(("features", "max"), [1.0]), r"\(1,\).*\b8 numbers\b.*`sae-nfm explore`"),
+        (damaged(("stream", "ids"), [10**6]), r"damaged.*\bstarts\b.*\b1 entries\b"),
+        (damaged(("logits", "token", 0), 999), r"\bindex outside 0\b"),
+        (damaged(("contexts", "mark_starts"), [0]), r"\(1,\).*\bnumbers\b"),
+        (damaged(("window",), [3]), r"\bwindow\b.*\[3\].*\btwo\b"),
     ],
 )
 def test_damage_is_said_with_what_to_do(tmp_path, content, message):
@@ -175,11 +178,9 @@ def test_a_missing_column_and_a_missing_file_are_said(tmp_path):
     content = invented_explorer.content()
     del content["quantile_marks"]
     (tmp_path / FILENAME).write_bytes(invented_explorer.packed(content))
-    with pytest.raises(
-        ValueError, match=r"is damaged .KeyError: 'quantile_marks'.; make it anew with `sae-nfm explore`"
-    ):
+    with pytest.raises(ValueError, match=r"damaged.*'quantile_marks'.*`sae-nfm explore`"):
         Explorer.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere; give an explorer\.json\.gz, or make one with"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*explorer\.json\.gz"):
         Explorer.load(tmp_path / "nowhere")
 
 

@@ -141,11 +141,11 @@ def test_a_topk_sae_has_its_direct_path_only():
 
 def test_what_cannot_be_looked_at_is_refused():
     standard = StandardSAE(StandardSAEConfig(d_in=D_MODEL, d_sae=D_SAE))
-    with pytest.raises(ValueError, match="an SAE of architecture 'standard' has no k; give a joint_nfm or a TopK SAE"):
+    with pytest.raises(ValueError, match=r"'standard'.*\bk\b.*joint_nfm"):
         token_paths(standard, random_activations())
-    with pytest.raises(ValueError, match="3 documents for 24 tokens; give one for each token"):
+    with pytest.raises(ValueError, match=r"\b3 documents\b.*\b24 tokens"):
         token_paths(joint(), activations(), torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match="intervals are over documents: give token_paths the document of each token"):
+    with pytest.raises(ValueError, match=r"documents.*token_paths"):
         functional_figures(joint(), token_paths(joint(), activations()), seed=0)
 
 
@@ -173,5 +173,5 @@ def test_activations_are_the_models_at_counted_tokens(hook_name, model):
     assert sae.hook_z_reshaping_mode == heads
     alone = torch.cat([sae(cache[hook_name][place][None]).reshape(1, -1) for place in places])
     torch.testing.assert_close(paths.total(), alone, rtol=1e-4, atol=1e-5)  # float32, one row at a time
-    with pytest.raises(ValueError, match="no token to read: 32 tokens, all special or in position 0"):
+    with pytest.raises(ValueError, match=r"\b32 tokens\b.*special"):
         read_activations(model, sae, torch.zeros(2, 16, dtype=torch.long))

@@ -56,7 +56,7 @@ def test_rows_times_a_factor_by_hand():
 
 def test_a_path_that_is_not_there_has_no_share():
     shares = PathRows(direct=torch.tensor([[3.0, 4.0], [0.0, 0.0]])).norms().shares()
-    assert shares.direct.tolist() == [1.0, 0.0]  # a row of zeros has no share of anything
+    assert shares.direct.tolist() == pytest.approx([1.0, 0.0])  # a row of zeros has no share of anything
     assert shares.integration.tolist() == [0.0, 0.0]
 
 
@@ -88,7 +88,7 @@ def test_share_correlations_are_spearmans_against_recomputed_shares():
     assert found["integration"].observed < -0.5
     assert found["integration"].null_mean == pytest.approx(found["integration"].observed, abs=0.15)
     assert found["integration"].p_value > 0.05
-    assert found["direct"].observed == -found["integration"].observed
+    assert found["direct"].observed == pytest.approx(-found["integration"].observed)
 
 
 def test_a_real_dependence_beats_the_null():
@@ -205,7 +205,7 @@ def test_the_canonical_copy_is_the_same_function_and_the_original_is_left_alone(
 
 
 def test_where_there_is_no_canonical_gauge_the_reason_is_given():
-    with pytest.raises(ValueError, match=r"nfm_top_k is 3: .* train with nfm_top_k=None"):
+    with pytest.raises(ValueError, match=r"nfm_top_k.*\b3\b.*\bNone\b"):
         gauge.canonical(joint(nfm_top_k=3))
 
 
@@ -269,19 +269,17 @@ def test_drift_by_hand():
     before = {"W_dec": torch.zeros(2, 2), "W_lin": torch.zeros(2, 2)}
     after = {"W_dec": torch.tensor([[3.0, 1.0], [0.0, 0.0]]), "W_lin": torch.tensor([[-1.0, 1.0], [0.0, 0.0]])}
     drift = gauge.gauge_drift(before, after)
-    assert (drift.drift, drift.largest_drift, drift.travel) == (2.0, 4.0, pytest.approx(math.sqrt(2)))
+    assert (drift.drift, drift.largest_drift, drift.travel) == pytest.approx((2.0, 4.0, math.sqrt(2)))
     assert math.isnan(gauge.gauge_drift(before, before).ratio)
 
 
 def test_drift_refuses_what_it_cannot_compare(tmp_path):
     state = joint().state_dict()
-    with pytest.raises(
-        ValueError, match="the state after has no W_lin; give the state of a joint_nfm SAE with a linear"
-    ):
+    with pytest.raises(ValueError, match=r"after.*\bW_lin\b.*\bjoint_nfm\b"):
         gauge.gauge_drift(state, topk().state_dict())
-    with pytest.raises(ValueError, match="decoder norms are folded out of W_dec in the state before; give a training"):
+    with pytest.raises(ValueError, match=r"\bW_dec\b.*before.*training"):
         gauge.gauge_drift(state | {"folded_W_dec_norm": 2 * torch.ones(D_SAE)}, state)
-    with pytest.raises(ValueError, match=r"W_dec is \(32, 16\) before and \(5, 16\) after; give two states of one SAE"):
+    with pytest.raises(ValueError, match=r"W_dec.*\(32, 16\).*\(5, 16\)"):
         gauge.gauge_drift(state, state | {"W_dec": torch.zeros(5, D_MODEL), "W_lin": torch.zeros(5, D_MODEL)})
 
 
@@ -310,7 +308,7 @@ def test_a_saved_sae_remembers_how_it_was_initialised(tmp_path):
     torch.testing.assert_close(norms, torch.full((D_SAE,), 0.3))
     forgotten = joint(inference=True)
     forgotten.cfg.metadata.training_architecture_details = None
-    with pytest.raises(ValueError, match="the SAE's metadata does not say how it was trained"):
+    with pytest.raises(ValueError, match=r"metadata.*training_architecture"):
         gauge.training_config(forgotten)
 
 
@@ -323,9 +321,18 @@ def report(sae: SAE, **overrides):
     return gauge_report(sae, x, documents, **({"seed": 0, "n_permutations": 99, "initial": None} | overrides))
 
 
-def test_a_report_has_each_figure_with_its_control():
-    sae = joint(rescale_acts_by_decoder_norm=False, inference=True)
-    found = report(sae, initial=training_config("joint_nfm"))
+@pytest.fixture(scope="module")
+def plain() -> SAE:
+    return joint(rescale_acts_by_decoder_norm=False, inference=True)
+
+
+@pytest.fixture(scope="module")
+def plain_report(plain):
+    return report(plain, initial=training_config("joint_nfm"))
+
+
+def test_a_report_has_each_figure_with_its_control(plain, plain_report):
+    sae, found = plain, plain_report
     rows = figure_rows(found)
     assert all(isinstance(row, FigureRow) and row.name and row.control for row in rows)
     assert len({(row.name, row.control) for row in rows}) == len(rows)
@@ -361,7 +368,7 @@ def test_a_topk_sae_is_reported_by_the_same_functions():
     sae = topk(rescaled=False)
     found = report(sae, initial="from metadata")
     assert set(found.weights.as_trained.share_correlations.values()) == {None}
-    assert found.weights.as_trained.shares.direct.tolist() == [1.0] * D_SAE
+    assert found.weights.as_trained.shares.direct.tolist() == pytest.approx([1.0] * D_SAE)
     assert (found.paths.gains, found.paths.residual, found.paths.inhibition, found.paths.pairs) == (None,) * 4
     assert found.paths.magnitude_shares == {}
     absent = {row.name.split(",")[0] for row in figure_rows(found) if row.published is None}
@@ -369,9 +376,8 @@ def test_a_topk_sae_is_reported_by_the_same_functions():
     assert absent <= {"Spearman of squared norm and share", "share of weight norm"}
 
 
-def test_paths_in_the_canonical_gauge_do_not_depend_on_where_one_started():
-    sae = joint(rescale_acts_by_decoder_norm=False)
-    one, two = report(sae), report(shifted(sae, 0))
+def test_paths_in_the_canonical_gauge_do_not_depend_on_where_one_started(plain, plain_report):
+    one, two = plain_report, report(shifted(plain, 0))
     assert one.paths.inhibition.mean.estimate != pytest.approx(two.paths.inhibition.mean.estimate, rel=0.1)
     first, second = one.canonical_paths, two.canonical_paths
     assert first.pairs.fraction_negative.estimate == pytest.approx(second.pairs.fraction_negative.estimate)

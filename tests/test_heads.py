@@ -2,8 +2,6 @@
 
 import itertools
 import re
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from sae_lens import SAE
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.saes.sae import TrainStepInput
 
-from sae_nfm import JointNFMSAEConfig, JointNFMTrainingSAEConfig, config, heads, interaction
+from sae_nfm import JointNFMSAEConfig, JointNFMTrainingSAEConfig, config, heads, interaction, kernels
 from sae_nfm.baselines import training_flops
 from sae_nfm.edits import PairEdit, ReadEdit
 from sae_nfm.factorial_features import pair_candidates
@@ -39,10 +37,7 @@ PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
 (EXAMPLE,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 DEFINITION = EXAMPLE.partition("\nmodel")[0]
 HEAD = "third_order"
-NOT_KNOWN = (
-    "head is 'third_order'; give one of 'fm', 'mlp', 'none', or first import the module that registers it "
-    "(sae_nfm.heads.register_head)"
-)
+NOT_KNOWN = r"head\b.*'third_order'.*'fm', 'mlp', 'none'.*register_head"
 for_every_architecture = pytest.mark.parametrize("architecture", ["joint_nfm", "sequential_nfm"])
 
 
@@ -80,7 +75,7 @@ def sparse_and_dense():
 def test_third_order_by_hand(third_order):
     """Of three features there is one triple: 1 * 2 * 3 times v_1 * v_2 * v_3 = 2 * -1 * 5."""
     V = torch.tensor([[2.0], [-1.0], [5.0]])
-    assert third_order(torch.tensor([[1.0, 2.0, 3.0]]), V).tolist() == [[-60.0]]
+    assert third_order(torch.tensor([[1.0, 2.0, 3.0]]), V).item() == pytest.approx(-60.0)
 
 
 def test_third_order_is_the_sum_over_triples(third_order):
@@ -136,15 +131,17 @@ def test_a_sparse_step_is_the_dense_one(third_order, rescale, nfm_top_k):
 
 @pytest.mark.parametrize("kernel", ["sparse", "dense"])
 def test_two_threads_give_the_same_bits_every_time(third_order, kernel):
-    cfg = training_config("joint_nfm", d_sae=256, k=32, nfm_top_k=16, head=HEAD, kernel=kernel)
-    sae, x, threads = random_sae(cfg), random_activations(rows=2048), torch.get_num_threads()
+    """The gradients of a pooling that autograd differentiates; `test_sparse_step` has the rest of a step."""
+    generator, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    top = torch.rand(1024, 256, generator=generator).topk(16)
+    acts = SparseActs(top.indices, top.values.requires_grad_())
+    V = torch.randn(256, 8, generator=generator).requires_grad_()
     torch.set_num_threads(2)
     found = []
     try:
-        for _ in range(4):
-            sae.zero_grad()
-            step(sae, x).loss.backward()
-            found.append(sae.V.grad.clone())
+        for _ in range(3):
+            z = kernels.pooled(HEAD, acts, V, kernel=kernel)
+            found.append(torch.autograd.grad(z.square().sum(), [acts.values, V]))
     finally:
         torch.set_num_threads(threads)
     for again in found[1:]:
@@ -217,12 +214,12 @@ def test_a_read_edit_acts_on_the_pooling(third_order):
 
 def test_what_needs_pairs_refuses(third_order):
     sae, model = inference_sae(training_config("joint_nfm", head=HEAD)), tiny_model()
-    with pytest.raises(ValueError, match=r"^an SAE with head 'third_order' .*; pairs are attributed with head \"fm\"$"):
+    with pytest.raises(ValueError, match=r"head 'third_order'.*\bfm\b"):
         attributable(sae)
-    with pytest.raises(ValueError, match=r"^the SAE's head is 'third_order', .*; give head 'fm'$"):
+    with pytest.raises(ValueError, match=r"head.*'third_order'.*'fm'"):
         Splice(sae=sae, edits=[PairEdit(pair=(1, 2), mode="scale", value=0.0)])
     assert pair_candidates(model, sae, [(0, 1, 2)], "mean") is None
-    with pytest.raises(ValueError, match=r"^what one feature writes through the head 'third_order' is not known; "):
+    with pytest.raises(ValueError, match=r"head 'third_order'"):
         feature_energies(sae, token_paths(sae, random_activations()))
 
 
@@ -242,16 +239,15 @@ def test_saelens_command_line_takes_it_and_help_names_the_others(third_order):
 
 
 def test_a_head_that_is_not_known(third_order, unregistered, tmp_path, capsys):
-    """In a process that has not registered it: built, given on the command line, loaded."""
+    """Where nothing has registered it: loaded, built, given on the command line."""
     random_sae(training_config("joint_nfm", head=HEAD)).save_inference_model(tmp_path)
-    code = f"import sae_nfm, sae_lens; sae_lens.SAE.load_from_disk({str(tmp_path)!r})"
-    loading = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
-    assert loading.stderr.strip().splitlines()[-1] == f"ValueError: {NOT_KNOWN}"
     del heads.POOLS[HEAD]
-    with pytest.raises(ValueError, match=f"^{re.escape(NOT_KNOWN)}$"):
+    with pytest.raises(ValueError, match=NOT_KNOWN):
+        SAE.load_from_disk(tmp_path)
+    with pytest.raises(ValueError, match=NOT_KNOWN):
         JointNFMSAEConfig(d_in=3, d_sae=8, k=4, head=HEAD)
     assert main(["train", "--head", HEAD, "--output_path", str(tmp_path / "none")]) == 2
-    assert NOT_KNOWN in " ".join(capsys.readouterr().err.split())
+    assert re.search(NOT_KNOWN, " ".join(capsys.readouterr().err.split()))
 
 
 def only_dense(acts, V):
@@ -259,27 +255,25 @@ def only_dense(acts, V):
 
 
 @pytest.mark.parametrize(
-    ("name", "pool", "message"),
+    ("name", "pool", "told"),
     [
-        ("fm", interaction.weighted_rows, "there is a head 'fm' already; choose another name than 'fm', 'mlp', 'none'"),
-        ("none", interaction.weighted_rows, "there is a head 'none' already; choose another name than"),
-        ("third-order", interaction.weighted_rows, "the head's name is 'third-order'; give letters, digits and underscores"),
-        ("short", lambda acts, V: interaction.weighted_rows(acts, V)[..., :2],
-         "the head 'short' makes z of shape (2, 3, 2) of dense activations [2, 3, 8] and V [8, 12]; return [2, 3, 12]"),
-        ("two_forms", only_dense, "the head 'two_forms' makes another z of `SparseActs` than of the same activations as a"),
-        ("units", lambda acts, V: interaction.weighted_rows(interaction.squared(acts), V),
-         "the head 'units' makes another z of 2 f and V than of f and 2 V, so that the scale of activations would not fold"),
+        ("fm", interaction.weighted_rows, "already.*'fm', 'mlp', 'none'"),
+        ("none", interaction.weighted_rows, "already"),
+        ("third-order", interaction.weighted_rows, "letters"),
+        ("short", lambda acts, V: interaction.weighted_rows(acts, V)[..., :2], r"\(2, 3, 2\).*\[2, 3, 12\]"),
+        ("two_forms", only_dense, "SparseActs"),
+        ("units", lambda acts, V: interaction.weighted_rows(interaction.squared(acts), V), "2 f.*2 V"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_a_head(unregistered, name, pool, message):
+)
+def test_what_cannot_be_a_head(unregistered, name, pool, told):
     before = dict(heads.POOLS)
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+    with pytest.raises(ValueError, match=f"head.*'{name}'.*{told}"):
         heads.register_head(name, pool)
     assert before == heads.POOLS
 
 
 def test_a_name_is_given_once(third_order):
-    with pytest.raises(ValueError, match=r"^there is a head 'third_order' already; choose another name than"):
+    with pytest.raises(ValueError, match="'third_order' already"):
         heads.register_head(HEAD, third_order)
 
 

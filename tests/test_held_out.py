@@ -34,8 +34,7 @@ def train(cfg, path, held_out):
             return runner.run(), read_training_record(path.with_name(path.name + ".partial"))
 
 
-@for_every_architecture
-@pytest.mark.parametrize("prefetch", [False, 2])
+@pytest.mark.parametrize(("architecture", "prefetch"), [("joint_nfm", 2), ("sequential_nfm", False)])
 def test_weights_are_the_same_bits_with_and_without(tmp_path, architecture, prefetch):
     sae_cfg = training_config(architecture, nfm_dropout=0.2, normalize_activations="expected_average_only_in")
     cfg = runner_config(sae_cfg, tmp_path / "out", steps=10, prefetch_llm_batches=prefetch)
@@ -105,5 +104,5 @@ def test_several_saes_have_figures_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("field", ["every", "n_batches"])
 def test_bad_settings(field):
-    with pytest.raises(ValueError, match=f"^{field} is 0; give a positive number$"):
+    with pytest.raises(ValueError, match=rf"\b{field} is 0\b"):
         HeldOut(**({"dataset": HELD_OUT} | {field: 0}))

@@ -1,10 +1,8 @@
 """Push and pull through the real hub client, against a hub on a loopback socket: what arrives is what was sent, or an error."""
 
+import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +11,14 @@ import pytest
 import torch
 import yaml
 from builders import inference_sae, random_activations, training_config
+from fresh_process import seen, through_the_hub
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from sae_lens import SAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file
-from test_results import ROWS, result
+from test_results import result
 
 from sae_nfm import JointNFMSAE
 from sae_nfm.hub import PullConfig, PushConfig, pull, push
@@ -113,7 +112,10 @@ def test_demo_output_goes_with_its_table_and_report(hub, demo_output, tmp_path):
     }  # fmt: skip
     assert (folder / "report.html").read_text() == "<p>report</p>"
     listed = yaml.safe_load((folder / "pretrained.yaml").read_text())[REPO]["saes"]
-    assert [(sae["id"], sae["variance_explained"]) for sae in listed] == [("joint", 0.9), ("topk", 0.92)]  # 1 - FVU
+    assert [(sae["id"], sae["variance_explained"]) for sae in listed] == [
+        ("joint", pytest.approx(0.9)),
+        ("topk", pytest.approx(0.92)),
+    ]  # 1 - FVU
     card = (folder / "README.md").read_text()
     assert "| joint: direct only | 150 | 32.0 | 0.4000 |" in card
     assert "against topk (1.50 x its parameters): FVU +25.0%, KL -20.0% (mixed)" in card
@@ -137,7 +139,7 @@ def test_a_second_push_keeps_what_is_there(hub, demo_output, saved):
 def test_nothing_is_overwritten_unasked(hub, saved):
     config = PushConfig(source=saved, repo_id=REPO)
     push(config)
-    with pytest.raises(ValueError, match=rf"^'{REPO}' has {ID}/cfg.json, .* already; .* give overwrite to replace"):
+    with pytest.raises(ValueError, match=rf"'{REPO}'.*{re.escape(ID)}/cfg\.json.*\boverwrite\b"):
         push(config)
     inference_sae(training_config("joint_nfm"), seed=5).save_model(saved)
     push(replace(config, overwrite=True))
@@ -148,7 +150,7 @@ def test_a_push_beside_another_one_is_refused(hub, saved):
     """Else the list of SAEs would be written without those of the other push."""
     push(PushConfig(source=saved, repo_id=REPO))
     hub.meanwhile = {"their-sae/cfg.json": b"{}"}
-    with pytest.raises(ValueError, match=r"answers 412; somebody else changed the repository meanwhile: do it again"):
+    with pytest.raises(ValueError, match=r"\b412\b.*somebody else"):
         push(PushConfig(source=saved, repo_id=REPO, sae_id="mine"))
     assert not [path for path in hub.repositories[REPO].commits[hub.repositories[REPO].head] if path.startswith("mine")]
 
@@ -156,7 +158,7 @@ def test_a_push_beside_another_one_is_refused(hub, saved):
 def test_a_readme_of_somebody_else_is_not_overwritten_unasked(hub, saved):
     push(PushConfig(source=saved, repo_id=REPO))
     hub.repositories[REPO].commits[hub.repositories[REPO].head] = {"README.md": b"theirs"}
-    with pytest.raises(ValueError, match=rf"^'{REPO}' has README.md already"):
+    with pytest.raises(ValueError, match=rf"'{REPO}'.*README\.md"):
         push(PushConfig(source=saved, repo_id=REPO))
 
 
@@ -165,14 +167,13 @@ def test_altered_file_is_refused_by_its_sha256(hub, saved, tmp_path):
     path = f"{ID}/sae_weights.safetensors"
     original = (saved / "sae_weights.safetensors").read_bytes()
     hub.altered[path] = original[:-1] + bytes([original[-1] ^ 1])  # one bit of one weight: it loads, and is another SAE
-    with pytest.raises(
-        ValueError, match=rf"^{re.escape(path)} of '{REPO}' at commit \w+ has sha256 \w+, the release says"
-    ):
+    sent, arrived = (hashlib.sha256(content).hexdigest() for content in (original, hub.altered[path]))
+    with pytest.raises(ValueError, match=rf"{re.escape(path)}.*'{REPO}'.*{arrived}.*{sent}"):
         pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
     assert not (tmp_path / "pulled").exists()
 
     hub.altered.clear()
-    with pytest.raises(ValueError, match="has sha256"):  # the cache has the damaged file
+    with pytest.raises(ValueError, match=arrived):  # the cache has the damaged file
         pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
     pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled", force_download=True))
 
@@ -187,7 +188,7 @@ def test_registered_hub_release_is_verified(hub, saved, tmp_path):
 
     inference_sae(training_config("joint_nfm"), seed=5).save_model(saved)
     push(PushConfig(source=saved, repo_id=repo, overwrite=True))  # main moves on: no longer what was registered
-    with pytest.raises(ValueError, match=rf"release '{repo}' .* has sha256 .* the release says"):
+    with pytest.raises(ValueError, match=rf"'{repo}'.*\bsha256\b"):
         SAE.from_pretrained(repo, ID)
     before = HubSource(repo_id=repo, revision=list(hub.repositories[repo].commits)[1])
     register_release(repo, model="tiny", source=before, saes=release.saes, replace=True)
@@ -204,15 +205,15 @@ def test_truncated_file_from_a_plain_repository_is_refused(hub, saved):
     push(PushConfig(source=saved, repo_id=REPO))
     files = hub.repositories[REPO].commits[hub.repositories[REPO].head]
     files[f"{ID}/sae_weights.safetensors"] = files[f"{ID}/sae_weights.safetensors"][:-7]
-    with pytest.raises(ValueError, match=rf"^a weight file of '{ID}' in '{REPO}' is damaged .* force_download=True"):
+    with pytest.raises(ValueError, match=rf"'{ID}'.*'{REPO}'.*damaged.*force_download=True"):
         SAE.from_pretrained(REPO, ID)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("square_scale", None, "cfg.json of 'user/saes' lacks 'square_scale'"),
-        ("nfm_topk", 3, "^unknown key 'nfm_topk'"),
+        ("square_scale", None, r"cfg\.json.*'user/saes'.*lacks.*'square_scale'"),
+        ("nfm_topk", 3, "unknown.*'nfm_topk'"),
     ],
 )
 def test_config_of_a_plain_repository_is_read_strictly(hub, saved, key, value, message):
@@ -228,49 +229,39 @@ def test_config_of_a_plain_repository_is_read_strictly(hub, saved, key, value, m
 
 def test_damaged_upload_is_noticed(hub, saved):
     hub.garbled.add(f"{ID}/sae_weights.safetensors")
-    with pytest.raises(
-        ValueError, match=rf"^the hub stored something else than was sent \({ID}/sae_weights.safetensors\)"
-    ):
+    with pytest.raises(ValueError, match=rf"\bstored\b.*{re.escape(ID)}/sae_weights\.safetensors"):
         push(PushConfig(source=saved, repo_id=REPO))
     hub.garbled = {"README.md"}
-    with pytest.raises(ValueError, match=r"^the hub stored something else than was sent \(README.md\)"):
+    with pytest.raises(ValueError, match=r"\bstored\b.*\bREADME\.md\b"):
         push(PushConfig(source=saved, repo_id=REPO, overwrite=True))
 
 
 def test_pushing_without_a_login_or_rights(hub, saved, monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"^pushing to 'somebody-else/saes': the hub at .* answers 403; the login may not do"
-    ):
+    with pytest.raises(ValueError, match=rf"pushing.*'somebody-else/saes'.*{hub.url}.*\b403\b"):
         push(PushConfig(source=saved, repo_id="somebody-else/saes"))
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
-    with pytest.raises(
-        ValueError, match=r"^pushing to 'user/saes': the hub at .* answers 401; log in with `hf auth login`"
-    ):
+    with pytest.raises(ValueError, match=rf"pushing.*'user/saes'.*{hub.url}.*\b401\b.*`hf auth login`"):
         push(PushConfig(source=saved, repo_id=REPO))
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(
-        ValueError, match=r"^nobody is logged in to the hub, and pushing needs it; log in with `hf auth"
-    ):
+    with pytest.raises(ValueError, match=r"nobody is logged in.*`hf auth login`"):
         push(PushConfig(source=saved, repo_id=REPO))
     assert hub.repositories == {}
 
 
 def test_what_the_hub_does_not_have(hub, saved, tmp_path):
     push(PushConfig(source=saved, repo_id=REPO))
-    with pytest.raises(
-        FileNotFoundError, match=r"^pretrained.yaml of 'user/none' .* has no such repository, or keeps it"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"pretrained\.yaml.*'user/none'.*\brepository\b.*private"):
         pull(PullConfig(repo_id="user/none", output=tmp_path / "pulled"))
-    with pytest.raises(FileNotFoundError, match=r"at revision 'v9': the repository has no such revision"):
+    with pytest.raises(FileNotFoundError, match=r"\brevision\b.*'v9'"):
         pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled", revision="v9"))
-    with pytest.raises(ValueError, match=rf"^'{REPO}' has no SAE layer 9; it has {ID}$"):
+    with pytest.raises(ValueError, match=rf"'{REPO}'.*\blayer 9\b.*{re.escape(ID)}"):
         pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled", saes=("layer 9",)))
     (release,) = register_releases(
         pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled")).folder / "pretrained.yaml"
     )
-    with pytest.raises(ValueError, match=rf"^ID layer 9 not found in release {release.name}. Valid IDs are \['{ID}'\]"):
+    with pytest.raises(ValueError, match=rf"layer 9 .*{release.name}.*\['{ID}'\]"):
         SAE.from_pretrained(release.name, "layer 9")  # SAELens's own words
-    with pytest.raises(ValueError, match=r"pulled' exists already; give a folder that does not$"):
+    with pytest.raises(ValueError, match=r"pulled'.*exists"):
         pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
 
 
@@ -280,16 +271,14 @@ def test_hub_that_cannot_be_reached(hub, saved, tmp_path, monkeypatch):
     first = pull(PullConfig(repo_id=REPO, output=tmp_path / "first"))
     register_release("cached-hub-release", model="tiny", source=HubSource(repo_id=REPO), saes=first.release.saes)
     hub.stop()
-    unreachable = rf"the hub at {hub.url} cannot be reached and the cache does not have it; check the connection"
+    unreachable = rf"{hub.url}.*\bcache\b.*HF_HUB_OFFLINE"
     assert same_weights(SAE.from_pretrained("cached-hub-release", ID), saved)  # from the cache
     pull(PullConfig(repo_id=REPO, output=tmp_path / "second"))
     with pytest.raises(FileNotFoundError, match=unreachable):
         SAE.from_pretrained("cached-hub-release", ID, force_download=True)
     with pytest.raises(FileNotFoundError, match=unreachable):
         pull(PullConfig(repo_id="user/never-fetched", output=tmp_path / "third"))
-    with pytest.raises(
-        FileNotFoundError, match=rf"^pushing to '{REPO}': the hub at {hub.url} cannot be reached; check"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"pushing.*'{REPO}'.*{hub.url}.*HF_HUB_OFFLINE"):
         push(PushConfig(source=saved, repo_id=REPO))
     assert not (tmp_path / "third").exists()
 
@@ -298,58 +287,28 @@ def test_a_release_may_not_write_outside_its_folder(hub, saved, tmp_path):
     push(PushConfig(source=saved, repo_id=REPO))
     files = hub.repositories[REPO].commits[hub.repositories[REPO].head]
     files["pretrained.yaml"] = files["pretrained.yaml"].replace(f"path: {ID}".encode(), b"path: ../elsewhere")
-    with pytest.raises(ValueError, match=r"has path '../elsewhere'; give a folder within the source"):
+    with pytest.raises(ValueError, match=r"\bpath\b.*'\.\./elsewhere'"):
         pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
 
 
 def test_sources_that_are_nothing_to_push(hub, saved, demo_output, tmp_path):
     for arguments, message in (
-        ({"source": tmp_path / "empty"}, "empty' is neither a saved SAE .* nor the output of `sae-nfm demo`"),
-        ({"source": demo_output, "saes": ("none",)}, "has no SAE none; it has joint, topk$"),
-        ({"source": demo_output, "sae_id": "x"}, "whose names are their ids; leave sae_id out$"),
-        ({"source": saved, "saes": ("x",)}, "is one saved SAE: choosing x is for a demo's output$"),
+        ({"source": tmp_path / "empty"}, r"empty'.*`sae-nfm demo`"),
+        ({"source": demo_output, "saes": ("none",)}, r"\bnone\b.*\bjoint, topk\b"),
+        ({"source": demo_output, "sae_id": "x"}, r"\bsae_id\b"),
+        ({"source": saved, "saes": ("x",)}, r"\bx\b.*demo's"),
     ):
         with pytest.raises(ValueError, match=message):
             push(PushConfig(repo_id=REPO, **arguments))
-    with pytest.raises(ValueError, match=r"^repo_id is 'saes'; give owner and name"):
+    with pytest.raises(ValueError, match=r"\brepo_id\b.*'saes'"):
         PushConfig(source=saved, repo_id="saes")
     weights = saved / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(saved))}'.*damaged"):
         push(PushConfig(source=saved, repo_id=REPO))
     assert not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
 
 
-END_TO_END = """
-import sys, torch
-import sae_nfm
-from pathlib import Path
-from sae_lens import SAE
-from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
-from sae_nfm.hub import PullConfig, PushConfig, pull, push
-folder = Path(sys.argv[1])
-push(PushConfig(source=folder / "saved", repo_id="user/pushed", sae_id="mine"))
-upload_saes_to_huggingface({"mine": folder / "saved"}, "user/uploaded", show_progress=False)
-pulled = pull(PullConfig(repo_id="user/pushed", output=folder / "pulled"))
-saes = [
-    SAE.load_from_disk(folder / "saved"), SAE.load_from_disk(pulled.folder / "mine"),
-    SAE.from_pretrained("user/pushed", "mine"), SAE.from_pretrained("user/uploaded", "mine"),
-]
-assert all(torch.equal(v, saes[0].state_dict()[k]) for sae in saes for k, v in sae.state_dict().items())
-print("all equal")
-"""
-
-
-def test_fresh_process_configured_by_its_environment(saved, tmp_path):
+def test_fresh_process_configured_by_its_environment(once):
     """As a user has it: HF_ENDPOINT and HF_TOKEN; what SAELens's own uploader writes loads, too."""
-    with HubServer() as hub:
-        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
-        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
-        done = subprocess.run(
-            [sys.executable, "-c", END_TO_END, str(tmp_path)],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-        )
-    assert done.stdout.strip() == "all equal", done.stderr
-    assert ROWS  # the invented table of the demo's output
+    assert seen(once, through_the_hub) == {"pulled": True, "pushed": True, "SAELens's own uploader": True}

@@ -4,9 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import (
-    D_SAE,
-)
+from builders import D_SAE
 from path_inputs import activations, joint
 
 from sae_nfm import gauge
@@ -84,7 +82,7 @@ def test_a_constant_moved_between_paths_changes_zero_ablation_only():
     kept, other = (squared_error_gains(x, one, keep_means=True) for one in (paths, moved))
     np.testing.assert_allclose(kept.overlap, other.overlap)
     np.testing.assert_allclose(kept.nonlinear, other.nonlinear)
-    with pytest.raises(ValueError, match="gains of two paths need both: this SAE has no linear or no interaction path"):
+    with pytest.raises(ValueError, match=r"\bno linear\b.*\binteraction path\b"):
         squared_error_gains(x, paths._replace(linear=None))
 
 
@@ -112,17 +110,13 @@ def test_gains_of_arms_by_hand():
 
 def test_rows_that_are_not_those_of_four_arms_are_refused():
     rows = tidy_rows()
-    with pytest.raises(
-        ValueError, match="arms are given for both; name one for each of direct, linear, nonlinear, both"
-    ):
+    with pytest.raises(ValueError, match=r"\barms\b.*\bfor both\b.*\bdirect, linear, nonlinear, both\b"):
         gains_of_arms(rows, {"both": "all"})
-    with pytest.raises(ValueError, match="no rows of arm every path; there are "):
+    with pytest.raises(ValueError, match=r"\barm every path\b.*\bdirect only\b"):
         gains_of_arms(rows, ARMS | {"both": "every path"})
-    with pytest.raises(
-        ValueError, match="the rows have no column ce_nats; they have document, row, position, arm, kl_nats"
-    ):
+    with pytest.raises(ValueError, match=r"\bno column ce_nats\b.*\bdocument, row, position, arm, kl_nats\b"):
         gains_of_arms(rows, ARMS, "ce_nats")
-    with pytest.raises(ValueError, match="a token stands more than once in an arm"):
+    with pytest.raises(ValueError, match=r"\bmore than once\b"):
         gains_of_arms(pd.concat([rows, rows]), ARMS)
-    with pytest.raises(ValueError, match="kl_nats is missing for some tokens of some arms"):
+    with pytest.raises(ValueError, match=r"\bkl_nats is missing\b"):
         gains_of_arms(rows.iloc[1:], ARMS)

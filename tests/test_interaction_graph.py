@@ -69,11 +69,11 @@ def test_an_empty_graph_is_one(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     graph = InteractionGraph(nodes=(), edges=())
-    with pytest.raises(ValueError, match=r"the graph 'graph\.gml' ends in '\.gml'; give a name in \.graphml or \.json"):
+    with pytest.raises(ValueError, match=r"'graph\.gml'.*\.graphml.*\.json"):
         graph.save("graph.gml")
     for name, text in (("a.json", "{}"), ("b.json", "[1"), ("c.graphml", "<graph/>"), ("d.graphml", "<a>")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=f"{name} is not an interaction graph"):
+        with pytest.raises(ValueError, match=rf"\b{name}\b.*\binteraction graph\b"):
             InteractionGraph.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         InteractionGraph.load(tmp_path / "none.json")

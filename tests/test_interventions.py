@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import CONTEXT, D_MODEL, inference_sae, rows_of_tokens, training_config
+from builders import CONTEXT, D_MODEL, covering_pairs, inference_sae, rows_of_tokens, training_config
 from sae_lens.saes.sae import SAEMetadata
 from tiny_models import write_checkpoint
 
@@ -98,9 +98,10 @@ def test_identity_has_kl_zero_exactly(models, tokens, kind):
     assert not found.columns()["error_energy"].any()
 
 
-@for_kinds
-@pytest.mark.parametrize("special_tokens", ["kept", "changed"])
-@pytest.mark.parametrize("by", ["nothing", "zero", "mean"])
+@pytest.mark.parametrize(
+    ("kind", "by", "special_tokens"),
+    covering_pairs(kind=PLACES, by=("nothing", "zero", "mean"), special_tokens=("kept", "changed")),
+)
 def test_splice_with_paths_ablated(models, tokens, kind, by, special_tokens):
     model, place = models[kind], PLACES[kind][0]
     sae, x = sae_at(place), activations(models[kind], place, tokens)
@@ -132,7 +133,7 @@ def test_path_means_are_over_counted_tokens(models, tokens, kind):
     found = path_means(model, sae, tokens, PATHS, batch_rows=2)
     torch.testing.assert_close(found["hook_nfm_linear"], paths.linear.mean(0), **ROUNDING)
     torch.testing.assert_close(found["hook_nfm_interaction"], paths.interaction.mean(0), **ROUNDING)
-    with pytest.raises(ValueError, match="no token to average over: 4 tokens, all special or in position 0; give more"):
+    with pytest.raises(ValueError, match=r"\baverage\b.*\b4 tokens\b"):
         path_means(model, sae, torch.zeros(2, 2, dtype=torch.long), PATHS)
 
 
@@ -215,7 +216,7 @@ def test_refused_at_a_hook_point_that_is_taken(models, tokens, kind):
             with outer.on(model) as trace:
                 before = model(tokens)
                 with (
-                    pytest.raises(ValueError, match=f"an intervention is at work at '{place}' already"),
+                    pytest.raises(ValueError, match=f"'{place}' already"),
                     inner.on(model),
                 ):
                     pass
@@ -266,27 +267,24 @@ def test_identity_tells_arms_apart(models):
 def test_errors_say_what_is_wrong(models, tokens):
     model, place = models["HookedTransformer"], PLACES["HookedTransformer"][0]
     sae = sae_at(place)
-    with pytest.raises(ValueError, match=r"^the SAE has no hook_nfm_cubic; it has hook_sae_input"):
+    with pytest.raises(ValueError, match=r"\bhook_nfm_cubic\b.*\bhook_sae_input\b"):
         Splice(sae=sae, ablated={"hook_nfm_cubic": None})
-    with pytest.raises(ValueError, match=r"^the mean for hook_nfm_linear has shape \(2, 16\); give one vector"):
+    with pytest.raises(ValueError, match=r"\bhook_nfm_linear has shape \(2, 16\)"):
         Splice(sae=sae, ablated={"hook_nfm_linear": torch.zeros(2, 16)})
     short = Splice(sae=sae, ablated={"hook_nfm_linear": torch.zeros(3)})
-    with pytest.raises(ValueError, match=r"^the mean for hook_nfm_linear has 3 entries, but what passes there has 16$"):
+    with pytest.raises(ValueError, match=r"\bhook_nfm_linear has 3\b.*\b16\b"):
         short.reconstruct(torch.zeros(1, 1, 16))
     far = Substitution(at="blocks.9.hook_out", function=push, description="push")
-    with pytest.raises(ValueError, match=r"the model has no hook point 'blocks.9.hook_out'"), far.on(model):
+    with pytest.raises(ValueError, match=r"'blocks\.9\.hook_out'"), far.on(model):
         pass
     halved = Substitution(at=place, function=lambda x, context: x[..., :8], description="half")
-    message = r"^'half' made \(3, 16, 8\) of activations \(3, 16, 16\); return that shape$"
-    with pytest.raises(ValueError, match=message), halved.on(model):
+    with pytest.raises(ValueError, match=r"'half'.*\(3, 16, 8\).*\(3, 16, 16\)"), halved.on(model):
         model(tokens)
     nowhere = sae_at(place)
     nowhere.cfg.metadata.hook_name = None
-    with pytest.raises(ValueError, match="the SAE's metadata has no hook_name"), Splice(sae=nowhere).on(model):
+    with pytest.raises(ValueError, match=r"\bno hook_name\b"), Splice(sae=nowhere).on(model):
         pass
     between = sae_at(place)
     between.cfg.metadata = SAEMetadata(hook_name=place, hook_name_out="blocks.0.hook_mlp_out")
-    with pytest.raises(
-        ValueError, match=r"the SAE reads 'blocks.0.hook_resid_post' and writes 'blocks.0.hook_mlp_out'"
-    ):
+    with pytest.raises(ValueError, match=r"'blocks\.0\.hook_resid_post'.*'blocks\.0\.hook_mlp_out'"):
         Splice(sae=between)

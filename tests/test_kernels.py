@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from builders import covering_pairs
 from kernel_inputs import (
     D_IN,
     D_SAE,
@@ -37,9 +38,10 @@ def test_encode_by_hand():
         assert kernels.to_dense(everything, 3).tolist() == [[9.0, 2.0, 0.0]]
 
 
-@pytest.mark.parametrize("k", [1, 2, 6, D_SAE])
-@pytest.mark.parametrize("batch", [(), (7,), (2, 3), (0,)])
-@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(
+    ("k", "batch", "scaled"),
+    covering_pairs(k=[1, 2, 6, D_SAE], batch=[(), (7,), (2, 3), (0,)], scaled=[True, False]),
+)
 def test_encode_equals_its_dense_form(k, batch, scaled):
     inputs = encoder(batch, scaled)
     assert_same(lambda kernel: kernels.to_dense(kernels.encode(*inputs, k, kernel=kernel), D_SAE), inputs, **TIGHT)
@@ -47,7 +49,7 @@ def test_encode_equals_its_dense_form(k, batch, scaled):
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_encode_has_the_gradient_of_its_values(k):
-    inputs = encoder((3,))
+    inputs = encoder((3,), d_sae=11)
     assert torch.autograd.gradcheck(lambda *args: kernels.encode(*args, k).values, inputs)
 
 
@@ -112,10 +114,10 @@ def test_only_the_gradients_asked_for():
 READERS = (kernels.weighted_rows, kernels.bi_interaction, decoded)
 
 
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("batch", [(), (6,), (2, 3), (0,)])
-@pytest.mark.parametrize("k", [1, 4, 11])
-@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize(
+    ("reader", "batch", "k", "routed"),
+    covering_pairs(reader=READERS, batch=[(), (6,), (2, 3), (0,)], k=[1, 4, 11], routed=[True, False]),
+)
 def test_reading_equals_its_dense_form(reader, batch, k, routed):
     acts, (weight,) = random_acts(batch, k=k), randoms((11, 3), seed=1)
     routing = kernels.route(acts.indices, 11) if routed else None

@@ -13,6 +13,7 @@ from sae_lens import SAE, LanguageModelSAETrainingRunner, TopKTrainingSAE, TopKT
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import temporary_seed
 from scipy import stats
+from simulated_evidence import counts_by_chance
 
 from sae_nfm import demo
 from sae_nfm.config import JointNFMTrainingSAEConfig
@@ -122,9 +123,11 @@ def test_equal_checkpoints_do_not_move(found):
     for counted in (still.transitions["raw"], still.reordered["raw"]):
         assert counted.to_identity.observed == counted.to_integration.observed == 0
         assert counted.stayed.observed == still.features > counted.stayed.high
-    assert still.change["raw"].estimate == 0
-    assert still.change["raw"].p_value == 1
-    assert still.spearman["integration share, raw"] == still.spearman["frequency"] == pytest.approx(1)
+    # shares of the same weights on the same tokens; correlations of ranks are sums, rounded as the machine adds
+    assert still.change["raw"].estimate == pytest.approx(0, abs=1e-12)
+    assert still.change["raw"].p_value == pytest.approx(1)
+    assert still.spearman["integration share, raw"] == pytest.approx(1)
+    assert still.spearman["frequency"] == pytest.approx(1)
     assert still.spearman["integration share, canonical"] is None  # 0 throughout
 
 
@@ -193,13 +196,14 @@ def test_the_null_is_the_exact_one():
 def test_size_of_the_test():
     """Identities that mean nothing are found to mean something in 5 % of the draws, or fewer, as counts are whole numbers."""
     rng = np.random.default_rng(0)
-    p = [transitions(*rng.random((2, 90)), seed=i, n_permutations=199).stayed.p_value for i in range(300)]
-    assert np.mean(np.array(p) < 0.05) < 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
+    p = [transitions(*rng.random((2, 90)), seed=i, n_permutations=199).stayed.p_value for i in range(200)]
+    _, most = counts_by_chance(200)
+    assert (np.array(p) < 0.05).sum() <= most
 
 
 @pytest.mark.parametrize("after", [np.ones(2), np.array([0.1, np.nan, 0.2])])
 def test_shares_that_cannot_be_paired(after):
-    with pytest.raises(ValueError, match="give one of each for every feature that is active in both"):
+    with pytest.raises(ValueError, match=r"\bactive in both\b"):
         transitions(np.ones(3), after, (0.3, 0.6), seed=0)
 
 
@@ -230,7 +234,7 @@ def test_mean_shares_leave_documents_out():
 
 
 def test_one_document():
-    with pytest.raises(ValueError, match="need at least 2"):
+    with pytest.raises(ValueError, match=r"\bat least 2\b"):
         GroupedTokens.of(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long))
 
 
@@ -265,30 +269,30 @@ def test_checkpoints_of_a_training(tmp_path):
 
 
 def test_no_checkpoints(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has 0 checkpoints of an SAE, and at least 2 are needed; train with"):
+    with pytest.raises(FileNotFoundError, match=r"\b0 checkpoints\b.*\b2\b"):
         checkpoints_of_run(tmp_path)
     save(tmp_path, [joint([0.5] * 8)])
-    with pytest.raises(FileNotFoundError, match="has 1 checkpoints"):
+    with pytest.raises(FileNotFoundError, match=r"\b1 checkpoints\b"):
         checkpoints_of_run(tmp_path)
 
 
 def test_checkpoints_of_two_runs(tmp_path):
     for name in ("one", "two"):
         save(tmp_path / name, [joint([0.5] * 8)] * 2)
-    with pytest.raises(ValueError, match=r"has the checkpoints of 2 runs; give one of .*/one, .*/two"):
+    with pytest.raises(ValueError, match=r"\b2 runs\b.*/one, .*/two"):
         checkpoints_of_run(tmp_path)
 
 
 def test_a_checkpoint_without_its_normalisation(tmp_path):
     folder = save(tmp_path, [joint([0.5] * 8)] * 2, scale=None)
-    with pytest.raises(ValueError, match=r"activation_scaler.json with the statistics is not beside it"):
+    with pytest.raises(ValueError, match=r"activation_scaler\.json"):
         load_checkpoint(checkpoints_of_run(folder)[0])
 
 
 def test_a_damaged_checkpoint(tmp_path):
     folder = save(tmp_path, [joint([0.5] * 8)] * 2)
     (folder / "1000" / "sae_weights.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match=r"1000\b.*\bdamaged\b"):
         load_checkpoint(Checkpoint(tokens=1_000, folder=folder / "1000"))
 
 
@@ -297,35 +301,35 @@ def test_a_damaged_checkpoint(tmp_path):
     [
         (
             lambda path: {"checkpoints": str(save(path, [topk()] * 2))},
-            "is a checkpoint of a topk SAE; give those of a joint_nfm",
+            r"\ba topk SAE\b.*\bjoint_nfm\b",
         ),
         (
             lambda path: {"reference": str(save(path, [joint([0.5] * 8)] * 2))},
-            "of a joint_nfm SAE; give those of a topk one",
+            r"\ba joint_nfm SAE\b.*\btopk\b",
         ),
         (
             lambda path: {
                 "reference": str(save(path, [topk(metadata=metadata(hook_name="blocks.1.hook_resid_post"))] * 2))
             },
-            r"hook_name is 'blocks.1.hook_resid_post' in .* and 'blocks.2.hook_resid_post' in the first checkpoint",
+            r"\bhook_name\b.*'blocks\.1\.hook_resid_post'.*'blocks\.2\.hook_resid_post'",
         ),
         (
             lambda path: {"checkpoints": str(save(path, [joint([0.5] * 8), joint([0.5] * 9)]))},
-            r"d_sae is 9 in .*, and 8 in the first checkpoint",
+            r"\bd_sae\b.*\b9\b.*\b8\b",
         ),
         (
             lambda path: {"checkpoints": str(save(path, [joint([0.5] * 8, metadata=metadata(model_name=None))] * 2))},
-            "no model_name",
+            r"\bmodel_name\b.*--model-name",
         ),
         (
             lambda path: {"checkpoints": str(save(path, [joint([0.5] * 8, metadata=metadata(model_name="gpt2"))] * 2))},
-            "suit the embedded model only; give --validation",
+            r"--validation.*'gpt2'",
         ),
     ],
     ids=["a topk run", "a joint reference", "another hook point", "another size", "no model", "no text"],
 )
 def test_runs_that_do_not_go_together(found, tmp_path, wrong, message):
-    cfg = replace(found[0], output=str(tmp_path / "out"), **wrong(tmp_path / "wrong"))
+    cfg = replace(found[0], validation_tokens=512, output=str(tmp_path / "out"), **wrong(tmp_path / "wrong"))
     with pytest.raises(ValueError, match=message):
         run_dynamics(cfg)
     assert not (tmp_path / "out").exists()
@@ -333,7 +337,8 @@ def test_runs_that_do_not_go_together(found, tmp_path, wrong, message):
 
 def test_no_canonical_gauge(found, tmp_path):
     saes = [joint([0.3, 0.6] * 8, head="fm", nfm_top_k=3)] * 2
-    cfg = replace(found[0], checkpoints=str(save(tmp_path / "run", saes)), reference=None, output=str(tmp_path / "out"))
+    changed = {"checkpoints": str(save(tmp_path / "run", saes)), "reference": None, "validation_tokens": 512}
+    cfg = replace(found[0], **changed, output=str(tmp_path / "out"))
     result = run_dynamics(cfg)
     assert result.not_canonical is not None
     assert set(result.edges) == set(result.checkpoints[0].shares) == {"raw"}
@@ -341,7 +346,7 @@ def test_no_canonical_gauge(found, tmp_path):
 
 
 def test_refused_before_anything_is_read():
-    with pytest.raises(ValueError, match="validation_tokens is 0; give a positive whole number"):
+    with pytest.raises(ValueError, match=r"\bvalidation_tokens\b.*\b0\b"):
         DynamicsConfig(checkpoints="nowhere", validation_tokens=0)
-    with pytest.raises(ValueError, match="context_size is 1; give at least 2: position 0 is left out"):
+    with pytest.raises(ValueError, match=r"\bcontext_size\b.*\b1\b.*\b2\b"):
         DynamicsConfig(checkpoints="nowhere", context_size=1)

@@ -5,12 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from builders import (
-    D_SAE,
-    inference_sae,
-    tiny_model,
-    training_config,
-)
+from builders import D_SAE, inference_sae, tiny_model, training_config
 from path_inputs import activations, joint, random_tokens
 from sklearn.linear_model import Ridge
 
@@ -107,9 +102,7 @@ def test_no_document_is_in_two_parts():
     assert set.union(*found) == set(range(30))
     assert sorted(np.concatenate([parts.fit, parts.validation, parts.test])) == list(range(len(documents)))
     assert not np.array_equal(divided(documents, 1).test, parts.test)
-    with pytest.raises(
-        ValueError, match="4 documents cannot be divided into three parts of 60, 20 and 20 %; give at least 5"
-    ):
+    with pytest.raises(ValueError, match=r"\b4 documents\b.*\b5\b"):
         divided(np.arange(4), 0)
 
 
@@ -122,9 +115,9 @@ def test_only_the_strongest_features_are_read_when_asked():
 
 def test_a_regression_that_cannot_be_is_refused():
     acts = planted(n=10)
-    with pytest.raises(ValueError, match="10 tokens with features, 9 outputs; give one of each for every token"):
+    with pytest.raises(ValueError, match=r"\b10 tokens\b.*\b9 outputs\b"):
         linear_part(acts, torch.zeros(9, 3), 12, seed=0)
-    with pytest.raises(ValueError, match=r"penalties are \(0.0,\); give at least one, all positive"):
+    with pytest.raises(ValueError, match=r"\bpenalties\b.*\(0\.0,\)"):
         linear_part(acts, torch.zeros(10, 3), 12, seed=0, penalties=[0.0])
 
 
@@ -176,5 +169,5 @@ def test_parts_are_interventions_in_the_model(model, fitted):
 
 
 def test_an_sae_without_the_path_has_no_part_of_it(fitted):
-    with pytest.raises(ValueError, match="an SAE without an interaction path has no linear part of it"):
+    with pytest.raises(ValueError, match=r"\binteraction path\b"):
         fitted[3].reconstruct(joint(head="none"), "linear")

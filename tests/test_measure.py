@@ -231,28 +231,27 @@ def test_a_changed_measurement_says_what_changed(model, sae, tmp_path):
         other_model = tiny_model()
         other_model.W_U.data += 0.1
     for changed, message in {
-        (model, fewer, 0, "whole"): "tokens (",
-        (model, other_document, 0, "whole"): "documents (",
-        (model, rows, 0, "ablated"): "the arms (sae)",
-        (model, rows, 1, "whole"): "seed (0 there, 1 now)",
-        (other_model, rows, 0, "whole"): "model ('HookedSAETransformer ",
+        (model, fewer, 0, "whole"): r"settings: tokens\b",
+        (model, other_document, 0, "whole"): r"settings: documents\b",
+        (model, rows, 0, "ablated"): r"settings: .*\barms \(sae\)",
+        (model, rows, 1, "whole"): r"settings: seed\b.*\b0\b.*\b1\b",
+        (other_model, rows, 0, "whole"): r"settings: model\b.*HookedSAETransformer",
     }.items():
         which, given, seed, kind = changed
-        with pytest.raises(ValueError, match="was measured with other settings") as error:
+        with pytest.raises(ValueError, match=message):
             measure(which, given, arms if kind == "whole" else ablated, folder, seed=seed, show_progress=False)
-        assert f"other settings: {message}" in str(error.value)
     measure(model, rows, arms, folder, show_progress=False)
 
 
 def test_what_measure_refuses(model, sae, tmp_path):
     rows, folder = token_rows(random_tokens()), tmp_path / "rows"
-    with pytest.raises(ValueError, match=r"^there are no arms to measure; give at least one intervention with a name$"):
+    with pytest.raises(ValueError, match=r"\bno arms\b"):
         measure(model, rows, {}, folder)
-    with pytest.raises(ValueError, match="no token to evaluate on: 32 tokens, all special or in position 0"):
+    with pytest.raises(ValueError, match=r"\bno token\b.*\b32 tokens\b"):
         measure(model, token_rows(torch.zeros(2, 16, dtype=torch.long)), {"sae": Splice(sae=sae)}, folder)
-    with pytest.raises(ValueError, match=r"^rows have 32769 tokens; give at most 32768$"):
+    with pytest.raises(ValueError, match=r"\b32769 tokens\b.*\b32768\b"):
         measure(model, token_rows(torch.zeros(1, 32769, dtype=torch.long)), {"sae": Splice(sae=sae)}, folder)
     assert not folder.exists()
     broken = Substitution(at=HOOK, function=lambda x, context: x * torch.nan, description="broken")
-    with pytest.raises(ValueError, match=r"^under 'broken' the model's logits are not finite numbers"):
+    with pytest.raises(ValueError, match=r"'broken'.*\blogits\b.*\bfinite\b"):
         measure(model, rows, {"broken": broken}, folder, show_progress=False)

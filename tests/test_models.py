@@ -44,6 +44,19 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def loaded(checkpoints):
+    """Models by family and class, each loaded when first asked for, and not changed by any test."""
+    models = {}
+
+    def get(family, model_class_name="HookedTransformer"):
+        if (family, model_class_name) not in models:
+            models[family, model_class_name] = load_model(checkpoints[family], model_class_name=model_class_name)
+        return models[family, model_class_name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
 def tokens():
     return torch.tensor(token_dataset(4, N_CTX)["tokens"])
 
@@ -51,10 +64,8 @@ def tokens():
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("model_class_name", CLASSES)
-def test_logits_are_those_of_the_hugging_face_model(family, model_class_name, checkpoints, tokens):
-    state = torch.get_rng_state()
-    model = load_model(checkpoints[family], model_class_name=model_class_name)
-    assert torch.equal(torch.get_rng_state(), state)
+def test_logits_are_those_of_the_hugging_face_model(family, model_class_name, checkpoints, loaded, tokens):
+    model = loaded(family, model_class_name)
     assert isinstance(model, CLASSES[model_class_name])
     assert not model.training
     reference = AutoModelForCausalLM.from_pretrained(checkpoints[family])(tokens).logits
@@ -63,11 +74,17 @@ def test_logits_are_those_of_the_hugging_face_model(family, model_class_name, ch
     assert model.tokenizer.convert_tokens_to_ids(["t3", "t49"]) == [3, 49]
 
 
+@pytest.mark.parametrize(("family", "model_class_name"), zip(FAMILIES, (*CLASSES, *CLASSES), strict=False))
+def test_loading_leaves_the_random_state(family, model_class_name, checkpoints):
+    state = torch.get_rng_state()
+    load_model(checkpoints[family], model_class_name=model_class_name)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_names_of_both_kinds_are_one_place(family, checkpoints, tokens):
-    hooked = load_model(checkpoints[family])
-    bridge = load_model(checkpoints[family], model_class_name="TransformerBridge")
+def test_names_of_both_kinds_are_one_place(family, loaded, tokens):
+    hooked, bridge = loaded(family), loaded(family, "TransformerBridge")
     _, on_hooked = hooked.run_with_cache(tokens)
     _, on_bridge = bridge.run_with_cache(tokens)
     for place, canonical in PLACES.items():
@@ -83,13 +100,13 @@ def test_names_of_both_kinds_are_one_place(family, checkpoints, tokens):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hugging_face_names(family, checkpoints, tokens):
-    proxy = load_model(checkpoints[family], model_class_name="AutoModelForCausalLM")
+def test_hugging_face_names(family, loaded, tokens):
+    proxy = loaded(family, "AutoModelForCausalLM")
     assert find_site(proxy, HF_BLOCK[family]) == Site(
         hook_name=HF_BLOCK[family], d_in=D_MODEL, reshape_activations="none"
     )
     _, cache = proxy.run_with_cache(tokens, names_filter=[HF_BLOCK[family]])
-    _, hooked = load_model(checkpoints[family]).run_with_cache(tokens, names_filter="blocks.0.hook_resid_post")
+    _, hooked = loaded(family).run_with_cache(tokens, names_filter="blocks.0.hook_resid_post")
     torch.testing.assert_close(cache[HF_BLOCK[family]], hooked["blocks.0.hook_resid_post"], **ROUNDING)
 
 
@@ -103,7 +120,7 @@ def test_hook_points_of_a_spliced_sae_follow(checkpoints):
                 assert resolve_hook_name(model, name) == own
                 assert find_site(model, name) == Site(hook_name=own, d_in=8, reshape_activations="none")
             for name in ("blocks.0.hook_resid_post", "blocks.0.hook_out"):
-                with pytest.raises(ValueError, match=f"an SAE is attached at '{name}' already; take it off first"):
+                with pytest.raises(ValueError, match=f"attached at '{name}'"):
                     resolve_hook_name(model, name)
 
 
@@ -116,22 +133,20 @@ def test_hook_points_of_a_spliced_sae_follow(checkpoints):
         ("AutoModelForCausalLM", "transformer.h.0.mpl", "transformer.h.0.mlp"),
     ],
 )
-def test_near_names_are_listed(model_class_name, wrong, near, checkpoints):
-    model = load_model(checkpoints["gpt2"], model_class_name=model_class_name)
-    with pytest.raises(ValueError, match=rf"no hook point '{wrong}'; did you mean one of .*\b{near}\b"):
-        find_site(model, wrong)
+def test_near_names_are_listed(model_class_name, wrong, near, loaded):
+    with pytest.raises(ValueError, match=rf"'{wrong}'.*\b{near}\b"):
+        find_site(loaded("gpt2", model_class_name), wrong)
 
 
-def test_places_without_one_vector_a_token_are_refused(checkpoints):
-    with pytest.raises(ValueError, match=r"hook_pattern' have shape \(1, 2, 2, 2\); an SAE needs \[batch, pos, d_in\]"):
-        find_site(load_model(checkpoints["gpt2"]), "blocks.0.attn.hook_pattern")
-    proxy = load_model(checkpoints["gpt2"], model_class_name="AutoModelForCausalLM")
-    with pytest.raises(ValueError, match=r"nothing passes through 'transformer\.h' as one tensor"):
-        find_site(proxy, "transformer.h")
+def test_places_without_one_vector_a_token_are_refused(loaded):
+    with pytest.raises(ValueError, match=r"hook_pattern'.*\(1, 2, 2, 2\).*\[batch, pos, d_in\]"):
+        find_site(loaded("gpt2"), "blocks.0.attn.hook_pattern")
+    with pytest.raises(ValueError, match=r"'transformer\.h'.*\bone tensor"):
+        find_site(loaded("gpt2", "AutoModelForCausalLM"), "transformer.h")
 
 
-def test_weights_are_raw_unless_processing_is_asked_for(checkpoints, tokens):
-    raw, reference = load_model(checkpoints["gpt2"]), AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"])
+def test_weights_are_raw_unless_processing_is_asked_for(checkpoints, loaded, tokens):
+    raw, reference = loaded("gpt2"), AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"])
     assert torch.equal(raw.W_pos, reference.transformer.wpe.weight)
     assert torch.equal(raw.blocks[1].ln1.w, reference.transformer.h[1].ln_1.weight)
     folded = load_model(checkpoints["gpt2"], fold_ln=True, center_writing_weights=True)
@@ -139,14 +154,14 @@ def test_weights_are_raw_unless_processing_is_asked_for(checkpoints, tokens):
     torch.testing.assert_close(folded(tokens), raw(tokens), **ROUNDING)
 
 
-def test_options_of_loading(checkpoints):
+def test_options_of_loading(checkpoints, loaded):
     model = load_model(checkpoints["neox"], dtype="bfloat16", n_ctx=16, default_prepend_bos=True)
     assert (model.cfg.dtype, model.cfg.n_ctx) == (torch.bfloat16, 16)
     assert model.to_tokens("t3 t4").tolist() == [[0, 3, 4]]
-    assert load_model(checkpoints["neox"]).to_tokens("t3 t4").tolist() == [[3, 4]]  # GPT-NeoX was trained without BOS
+    assert loaded("neox").to_tokens("t3 t4").tolist() == [[3, 4]]  # GPT-NeoX was trained without BOS
     bridge = load_model(checkpoints["neox"], model_class_name="TransformerBridge", dtype="bfloat16")
     assert bridge(torch.tensor([[1, 2]])).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match=r"first_n_layers cannot be given for .*: .* unexpected keyword argument"):
+    with pytest.raises(ValueError, match=r"\bfirst_n_layers\b.*unexpected keyword"):
         load_model(checkpoints["neox"], first_n_layers=1)
 
 
@@ -169,28 +184,23 @@ def test_a_folder_without_tokenizer_reads_token_ids(tmp_path):
     assert model.tokenizer is None
     assert held_out_tokens(model, token_dataset(2, 8), 8, 16).shape == (2, 8)
     text = Dataset.from_dict({"text": ["t1 t2"]})
-    with pytest.raises(
-        ValueError, match=r"has no tokenizer, and the data set has text; give one of token ids, in a co"
-    ):
+    with pytest.raises(ValueError, match=r"no tokenizer.*\btext\b.*\btoken ids\b"):
         held_out_tokens(model, text, 8, 16)
     for name in ("TransformerBridge", "AutoModelForCausalLM"):
-        with pytest.raises(FileNotFoundError, match=f"has no tokenizer, without which {name} cannot be loaded; add"):
+        with pytest.raises(FileNotFoundError, match=rf"no tokenizer.*\b{name}\b"):
             load_model(folder, model_class_name=name)
 
 
 @pytest.mark.parametrize("model_class_name", CLASSES)
-def test_held_out_text_is_cut_alike(model_class_name, checkpoints):
-    model = load_model(checkpoints["llama"], model_class_name=model_class_name)
+def test_held_out_text_is_cut_alike(model_class_name, loaded):
     text = Dataset.from_dict({"text": ["t1 t2 t3", "t4 t5"]})
-    assert held_out_tokens(model, text, 4, 4).tolist() == [[0, 1, 2, 3]]
+    assert held_out_tokens(loaded("llama", model_class_name), text, 4, 4).tolist() == [[0, 1, 2, 3]]
 
 
 def test_a_conversion_that_predicts_otherwise_is_refused(tmp_path):
     """TransformerLens leaves out the biases of a Llama model's attention, without a word."""
     folder = write_checkpoint(tmp_path / "biased", LlamaForCausalLM(LlamaConfig(attention_bias=True, **SHAPE)))
-    with pytest.raises(
-        ValueError, match=r"LlamaForCausalLM in .*biased' does not predict what .* load it with model_cl"
-    ):
+    with pytest.raises(ValueError, match=r"\bLlamaForCausalLM in .*biased'.*\bmodel_class_name='TransformerBridge'"):
         load_model(folder)
     assert isinstance(load_model(folder, model_class_name="TransformerBridge"), SAETransformerBridge)
 
@@ -198,9 +208,7 @@ def test_a_conversion_that_predicts_otherwise_is_refused(tmp_path):
 def test_an_architecture_without_conversion_is_refused(tmp_path):
     model = Gemma3ForCausalLM(Gemma3TextConfig(num_key_value_heads=1, head_dim=8, **SHAPE))
     folder = write_checkpoint(tmp_path / "gemma3", model)
-    with pytest.raises(
-        ValueError, match=r"cannot convert the Gemma3ForCausalLM in .* with model_class_name='TransformerB"
-    ):
+    with pytest.raises(ValueError, match=r"\bGemma3ForCausalLM in .*gemma3.*\bmodel_class_name='TransformerBridge'"):
         load_model(folder)
     assert isinstance(load_model(folder, model_class_name="TransformerBridge"), SAETransformerBridge)
 
@@ -215,8 +223,9 @@ def test_an_architecture_without_conversion_is_refused(tmp_path):
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_however_transformer_lens_refuses_it_is_one_clear_error(config, change, cause, tmp_path):
-    folder = write_checkpoint(tmp_path / "folder", AutoModelForCausalLM.from_config(config))
-    with pytest.raises(ValueError, match=r"(?s)cannot convert the \w+ in .* with model_class_name=") as refused:
+    model = AutoModelForCausalLM.from_config(config)
+    folder = write_checkpoint(tmp_path / "folder", model)
+    with pytest.raises(ValueError, match=rf"(?s)\b{type(model).__name__} in .*folder'.*\bmodel_class_name=") as refused:
         load_model(folder, **change)
     assert type(refused.value.__cause__) is cause
 
@@ -226,35 +235,29 @@ def test_incomplete_folders(tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["transformer.h.1.mlp.c_fc.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"gpt2' lack transformer\.h\.1\.mlp\.c_fc\.weight, which config\.json asks for"
-    ):
+    with pytest.raises(ValueError, match=r"gpt2'.*\btransformer\.h\.1\.mlp\.c_fc\.weight\b"):
         load_model(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"gpt2' is not a complete Hugging Face folder"):
+    with pytest.raises(FileNotFoundError, match=r"gpt2'.*\bcomplete\b"):
         load_model(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"gpt2' is not a Hugging Face folder: it has no config\.json; give one"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"gpt2'.*\bno config\.json\b"):
         load_model(folder)
-    with pytest.raises(FileNotFoundError, match=r"'\./nowhere' is not a Hugging Face folder"):
+    with pytest.raises(FileNotFoundError, match=r"'\./nowhere'"):
         load_model("./nowhere")
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="TransformerLens knows no model 'no-such-model'; check the spelling"):
+    with pytest.raises(ValueError, match="'no-such-model'"):
         load_model("no-such-model")
-    with pytest.raises(
-        ValueError, match="model_class_name is 'GPT'; give one of 'HookedTransformer', 'TransformerBridge'"
-    ):
+    with pytest.raises(ValueError, match=r"model_class_name is 'GPT'.*'HookedTransformer', 'TransformerBridge'"):
         load_model(demo.MODEL_NAME, model_class_name="GPT")
 
 
 @pytest.mark.parametrize("model_class_name", CLASSES)
 def test_unreachable_hub(model_class_name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="model 'gpt-neox-20b' could not be fetched from the hub; check"):
+    with pytest.raises(FileNotFoundError, match=r"'gpt-neox-20b'.*\bhub\b"):
         load_model("gpt-neox-20b", model_class_name=model_class_name)
 
 

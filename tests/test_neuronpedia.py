@@ -75,7 +75,7 @@ def test_pairs_go_to_a_file_of_their_own(folder):
         norms = invented.PAIRS[pair]
         assert (line["modelId"], line["layer"], line["tokens"]) == ("m", "2-res", len(norms))
         assert (line["share"], line["max_norm"]) == (invented.SHARES[pair], max(norms.values()))
-        assert line["norm"] == sum(norms.values()) / len(norms)
+        assert line["norm"] == pytest.approx(sum(norms.values()) / len(norms))
         for one, place in zip(line["activations"], sorted(norms, key=norms.__getitem__, reverse=True), strict=True):
             assert one["norm"] == norms[place]
             assert one["tokens"][one["qualifyingTokenIndex"]] == invented.POSITIONS[place]
@@ -90,9 +90,9 @@ def test_two_exports_give_the_same_bytes(folder):
 
 
 def test_what_cannot_be_exported_is_said(folder):
-    with pytest.raises(ValueError, match=r"the output 'f\.json' ends in neither \.jsonl nor \.jsonl\.gz"):
+    with pytest.raises(ValueError, match=r"\boutput\b.*'f\.json'.*\.jsonl\b.*\.jsonl\.gz"):
         ExportConfig(explorer=str(folder), output="f.json")
-    with pytest.raises(FileNotFoundError, match=r"there is no nowhere; give an explorer\.json\.gz"):
+    with pytest.raises(FileNotFoundError, match=r"\bnowhere\b.*explorer\.json\.gz"):
         export(ExportConfig(explorer="nowhere", output=str(folder / "f.jsonl")))
     content = invented.content() | {"architecture": "topk", "logit_count": 0}
     content["pairs"] = {name: [0] if name == "context_starts" else [] for name in content["pairs"]}
@@ -100,7 +100,7 @@ def test_what_cannot_be_exported_is_said(folder):
     content["pair_logits"] = {"starts": [0], "token": [], "value": []}
     content["logits"] = {"starts": [0] * 9, "token": [], "value": []}
     (folder / FILENAME).write_bytes(invented.packed(content))
-    with pytest.raises(ValueError, match=r"runs/invented \(topk\) has no pairs of features; leave --pairs out"):
+    with pytest.raises(ValueError, match=r"runs/invented.*\btopk\b.*--pairs\b"):
         export(ExportConfig(explorer=str(folder), output=str(folder / "f.jsonl"), pairs=True))
     assert not (folder / "f.jsonl").exists()
     words = export(ExportConfig(explorer=str(folder), output=str(folder / "f.jsonl"))).words()

@@ -1,6 +1,7 @@
 """`sae-nfm train` from or on other SAEs: a base, an adapter, a warm start, a primary."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -77,23 +78,23 @@ def test_a_secondary_sae_is_trained_on_a_primary_and_knows_it(shared):  # noqa: 
 @pytest.mark.parametrize(
     ("more", "architecture", "told"),
     [
-        ((), "sequential_nfm", "a sequential_nfm needs a base; name it with --base"),
-        (("--base", "nowhere"), "sequential_nfm", "'nowhere' is no folder; give the folder of a saved SAE"),
-        (("--base", BASE, "--d_sae", "31"), "sequential_nfm", "d_sae is 31, but the base's is 32"),
-        (("--warm_start", BASE), "topk", "--warm_start is for --architecture joint_nfm, this is topk; leave it out"),
-        (("--warm_start", BASE, "--k", "5"), "joint_nfm", "k is 5, but the SAE to start from has 4; leave it out"),
-        (("--adapter", "true"), "joint_nfm", "--adapter is for a sequential_nfm with a --base, this is joint_nfm"),
-        (("--primary", BASE), "topk", "an SAE with architecture 'topk' has no interaction path"),
-        (("--primary", BASE, "--warm_start", BASE), "joint_nfm", "--warm_start and --primary were both given"),
-        (("--primary", "p", "--model_class_name", "TransformerBridge"), "topk", "--primary needs --model_class_name"),
-        (("--primary", "elsewhere"), "topk", "the model has no hook point 'blocks.7.hook_mlp_out'"),
+        ((), "sequential_nfm", r"sequential_nfm\b.*--base\b"),
+        (("--base", "nowhere"), "sequential_nfm", "'nowhere'.*folder"),
+        (("--base", BASE, "--d_sae", "31"), "sequential_nfm", r"d_sae is 31\b.*\b32\b"),
+        (("--warm_start", BASE), "topk", r"--warm_start\b.*\bjoint_nfm\b.*\btopk\b"),
+        (("--warm_start", BASE, "--k", "5"), "joint_nfm", r"\bk is 5\b.*\b4\b"),
+        (("--adapter", "true"), "joint_nfm", r"--adapter\b.*\bsequential_nfm\b.*--base\b.*\bjoint_nfm\b"),
+        (("--primary", BASE), "topk", "'topk'.*interaction path"),
+        (("--primary", BASE, "--warm_start", BASE), "joint_nfm", r"--warm_start and --primary\b"),
+        (("--primary", "p", "--model_class_name", "TransformerBridge"), "topk", "--primary.*--model_class_name"),
+        (("--primary", "elsewhere"), "topk", r"'blocks\.7\.hook_mlp_out'"),
     ],
 )
 def test_what_does_not_go_together_is_said_before_anything_is_written(more, architecture, told, shared, capsys):  # noqa: F811
     inference_sae(training_config("joint_nfm")).save_model("p")
     inference_sae(training_config("joint_nfm", hook_name="blocks.7.hook_mlp_out")).save_model("elsewhere")
     assert train(shared, *more, architecture=architecture) == 2
-    assert told in capsys.readouterr().err
+    assert re.search(told, capsys.readouterr().err)
     assert not Path("output").exists()
     assert not Path("output.partial").exists()
 

@@ -32,7 +32,7 @@ def test_a_target_by_hand():
     logits = torch.tensor([1.0, 2.0, 6.0])
     assert Target.logit(2, 3, "").of(logits).item() == pytest.approx(3.0)  # less the mean, 3
     assert Target.logit(2, 3, "", against=0).of(logits).item() == pytest.approx(5.0)
-    with pytest.raises(ValueError, match="token id 3 is not in the vocabulary; give one from 0 to 2"):
+    with pytest.raises(ValueError, match=r"\btoken id 3\b.*\b0 to 2\b"):
         Target.logit(3, 3, "")
 
 
@@ -125,7 +125,7 @@ def test_what_is_written_grows_with_the_input_where_the_sae_normalises_it(normal
 
 
 def test_there_is_no_direct_path_from_within_a_head():
-    with pytest.raises(ValueError, match=r"there is no direct path from 'blocks\.0\.attn\.hook_z' to the logits"):
+    with pytest.raises(ValueError, match=r"\bdirect path\b.*'blocks\.0\.attn\.hook_z'"):
         DirectPath(tiny_model(torch.float64), pair_sae(hook_name="blocks.0.attn.hook_z"))
 
 
@@ -184,7 +184,8 @@ def test_a_clamp_of_the_planted_pair_moves_exactly_its_logit():
     assert after[0, position, token].item() == pytest.approx(before[0, position, token].item() + 3 * product)
     others = torch.ones_like(before, dtype=torch.bool)
     others[0, position, token] = False
-    assert torch.equal(after[others], before[others])
+    # x in the other dimensions is the same, and the last one's weights are 0
+    torch.testing.assert_close(after[others], before[others], rtol=0, atol=1e-12)
 
 
 def test_without_the_planted_pair_nothing_is_found():
@@ -193,15 +194,17 @@ def test_without_the_planted_pair_nothing_is_found():
     sae = planted_pair_sae(model, 11, planted=False)
     run = run_prompt(model, sae, tokens)
     found = attribute_token(model, sae, run, position, TARGET, top=3)
-    assert all((pair.written.norm, pair.frozen, pair.free, pair.flipped) == (0, 0, 0, 0) for pair in found.pairs)
-    assert (found.all_pairs.norm, found.sum_error) == (0.0, 0.0)
+    for pair in found.pairs:
+        assert (pair.written.norm, pair.flipped) == (0, 0)
+        # logits of float64 from batches of other sizes
+        assert (pair.frozen, pair.free) == pytest.approx((0, 0), abs=1e-10)
+    assert found.all_pairs.norm == 0
+    assert found.sum_error == pytest.approx(0, abs=1e-10)
     assert norms(TokenPairs.of(run.reads.read), run.reads.gates, PathWeights.of(sae)).max() == 0
 
 
 def test_special_tokens_are_refused():
     model, sae = tiny_model(torch.float64), pair_sae(hook_name=HOOK)
     run = run_prompt(model, sae, some_tokens()[0][:4])
-    with pytest.raises(
-        ValueError, match=r"not in place at token 0 of 4: special tokens .* pass it by; give one of 1, 2, 3"
-    ):
+    with pytest.raises(ValueError, match=r"\btoken 0 of 4\b.*\b1, 2, 3\b"):
         attribute_token(model, sae, run, 0, TARGET)

@@ -141,7 +141,5 @@ def test_what_cannot_be_correlated_is_none_or_refused():
     assert correlated(("a", constant), ("b", values)) == Correlation(
         measure="a", against="b", pearson=None, spearman=None
     )
-    with pytest.raises(
-        ValueError, match="0 pairs fire on at least 5 of 3 tokens; give more tokens, or a lower min_tokens"
-    ):
+    with pytest.raises(ValueError, match=r"\b0 pairs\b.*\b5 of 3 tokens\b.*\bmin_tokens\b"):
         pair_controls(random_reads(3), WEIGHTS, seed=0)

@@ -58,17 +58,13 @@ def test_error_messages_of_tokens():
     def pair(rows: pd.DataFrame, measure: str = "kl_nats", against: str = "topk") -> None:
         paired_by_token(rows, measure, arm="joint", against=against)
 
-    with pytest.raises(
-        ValueError, match=r"^the rows have no column row, kl; they have document, position, arm, kl_nats"
-    ):
+    with pytest.raises(ValueError, match=r"\bno column row, kl\b.*\bdocument, position, arm, kl_nats\b"):
         pair(TOKENS.drop(columns="row"), "kl")
-    with pytest.raises(ValueError, match=r"^there is no arm 'dense'; there are 'joint', 'topk'$"):
+    with pytest.raises(ValueError, match=r"'dense'.*'joint', 'topk'"):
         pair(TOKENS, against="dense")
-    with pytest.raises(ValueError, match=r"^arm 'joint' has 1 token\(s\) more than once; give each once$"):
+    with pytest.raises(ValueError, match=r"'joint'.*\b1 token.*\bonce\b"):
         pair(pd.concat([TOKENS, TOKENS[:1]]))
-    different = (
-        r"^'joint' and 'topk' have kl_nats on different tokens \({}\); measure both arms on the same held-out rows$"
-    )
+    different = r"'joint'.*'topk'.*\bkl_nats\b.*\b{}\b"
     with pytest.raises(ValueError, match=different.format("2 and 3")):
         pair(TOKENS[1:])
     with pytest.raises(ValueError, match=different.format("3 and 3")):
@@ -81,22 +77,13 @@ def test_error_messages_of_seeds():
     def pair(rows: pd.DataFrame) -> None:
         paired_by_seed(rows, "kl_nats", arm="joint", against="topk", weight="tokens")
 
-    with pytest.raises(ValueError, match=r"^the rows have no column tokens; they have seed, arm, document, kl_nats$"):
+    with pytest.raises(ValueError, match=r"\bno column tokens\b.*\bseed, arm, document, kl_nats\b"):
         pair(CELLS.drop(columns="tokens"))
-    with pytest.raises(ValueError, match=r"^arm 'joint' has a document twice for one seed; give one row per seed, arm"):
+    with pytest.raises(ValueError, match=r"'joint'.*\btwice\b.*\bone seed\b"):
         pair(pd.concat([CELLS, CELLS[:1]]))
-    with pytest.raises(
-        ValueError,
-        match=r"^arm 'topk' has no kl_nats for 1 pair\(s\) of seed and document, the first seed 1, document 7; "
-        r"measure every seed on the same text$",
-    ):
+    with pytest.raises(ValueError, match=r"'topk'.*\bno kl_nats\b.*\b1 pair.*\bseed 1, document 7\b"):
         pair(CELLS[:-1])
-    with pytest.raises(
-        ValueError,
-        match=r"^'joint' has seeds \[0, 1\] and 2 documents, 'topk' seeds \[1\] and 2, or other documents; train",
-    ):
+    with pytest.raises(ValueError, match=r"'joint'.*\[0, 1\].*\b2 documents\b.*'topk'.*\[1\].*\b2\b"):
         pair(CELLS.drop(index=[4, 5]))
-    with pytest.raises(
-        ValueError, match=r"^the weight 'tokens' of a document differs between seeds or arms; give the same"
-    ):
+    with pytest.raises(ValueError, match=r"'tokens'.*\bdiffers\b"):
         pair(CELLS.assign(tokens=[5, 6, 5, 6, 5, 6, 5, 7]))

@@ -3,14 +3,13 @@
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from builders import inference_sae, random_activations, training_config
+from fresh_process import as_the_note_says, directory_of_releases, seen
 from huggingface_hub import constants
 from sae_lens import SAE, TopKSAEConfig
 from sae_lens.loading import pretrained_saes_directory
@@ -98,9 +97,9 @@ def test_packaged_release_says_what_it_is():
 
 def test_packaged_sae_explains_what_its_release_says():
     model = demo.load_model()
-    tokens = held_out_tokens(model, demo.load_tokens("validation"), 256, 4_096)
+    tokens = held_out_tokens(model, demo.load_tokens("validation"), 256, 2_048)
     fidelity = evaluate(model, tokens, [Arm(name="sae", sae=SAE.from_pretrained(DEMO, ID).eval())])["sae"]
-    # 16 of 400 rows: the FVU of single rows varies by about a tenth of its size
+    # 8 of 400 rows: the FVU of single rows varies by about a tenth of its size
     assert 1 - fidelity.fvu == pytest.approx(directory()[DEMO].expected_var_explained[ID], abs=0.02)
 
 
@@ -112,25 +111,13 @@ def test_packaged_files_are_small_and_name_no_folders():
         assert not re.search(r"(?<![\w:/.])[/~]\w+/|\w:\\|/home/|/tmp/", path.read_text()), path
 
 
-def test_importing_reads_nothing_and_early_importers_see_the_release():
-    code = """
-from sae_lens.evals import all_loadable_saes
-from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory as early
-import sae_nfm
-assert early.cache_info().currsize == 0, "the directory was read by importing"
-names = [(release, sae_id) for release, sae_id, _, _ in all_loadable_saes()]
-assert names.count(("sae-nfm-demo", "blocks.2.hook_resid_post")) == 1
-assert "sae-nfm-demo" in early() and "gpt2-small-res-jb" in early()
-from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory as late
-late.cache_clear()
-assert "sae-nfm-demo" in late()
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+def test_importing_reads_nothing_and_early_importers_see_the_release(once):
+    assert seen(once, as_the_note_says)["releases read by then"] == 0
+    found = seen(once, directory_of_releases)
+    assert found["loadable"] == [ID]
+    for releases in (found["early"], found["late"]):
+        assert releases.count(DEMO) == 1
+        assert "gpt2-small-res-jb" in releases
 
 
 def test_registering_twice_is_harmless(registered, saved):
@@ -173,21 +160,24 @@ def test_altered_file_is_named_with_both_digests(registered, saved, name):
     released = hashlib.sha256(path.read_bytes()).hexdigest()
     path.write_bytes(path.read_bytes()[:-2] + b" " + path.read_bytes()[-1:])
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    message = (
-        f"{name} of SAE 'mine' in release '{registered}' (folder:{saved.parent}) has sha256 {found}, the release says "
-        f"{released}: the file is damaged or was replaced. Fetch it anew (force_download=True, or install again); if the new "
-        "file is meant, correct the release (release_entry)"
+    told = (
+        name,
+        "'mine'",
+        f"'{registered}'",
+        str(saved.parent),
+        found,
+        released,
+        "force_download=True",
+        "release_entry",
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, told))):
         SAE.from_pretrained(registered, "mine")
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_missing_file(registered, saved, name):
     (saved / name).unlink()
-    with pytest.raises(
-        FileNotFoundError, match=rf"^no file '{saved / name}': restore it, or register the release anew$"
-    ):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(saved / name))):
         SAE.from_pretrained(registered, "mine")
 
 
@@ -196,9 +186,9 @@ def test_release_loads_strictly(registered, saved):
     path = saved / "cfg.json"
     sound = json.loads(path.read_text())
     for config, message in (
-        (sound | {"nfm_topk": 3}, "^unknown key 'nfm_topk' in a joint_nfm config"),
-        ({key: value for key, value in sound.items() if key != "square_scale"}, "lacks 'square_scale', which a saved"),
-        (sound | {"use_square_path": False}, "tensor 'U' is unknown"),
+        (sound | {"nfm_topk": 3}, r"unknown.*'nfm_topk'.*\bjoint_nfm\b"),
+        ({key: value for key, value in sound.items() if key != "square_scale"}, "lacks.*'square_scale'"),
+        (sound | {"use_square_path": False}, r"'U'.*unknown"),
     ):
         path.write_text(json.dumps(config))
         digests = {name: hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in FILES}
@@ -226,18 +216,14 @@ def test_unknown_names_are_answered_by_saelens(registered):
 
 def test_names_that_are_taken(registered, saved, monkeypatch):
     entry, source = release_entry(saved), FolderSource(folder=saved.parent)
-    with pytest.raises(ValueError, match=r"^release name 'gpt2-small-res-jb' is taken in SAELens's directory"):
+    with pytest.raises(ValueError, match=r"'gpt2-small-res-jb'.*SAELens"):
         register_release("gpt2-small-res-jb", model="tiny", source=source, saes=[entry])
     for name in (registered, DEMO):
-        with pytest.raises(
-            ValueError, match=rf"^release '{name}' is registered already, with other content; choose another"
-        ):
+        with pytest.raises(ValueError, match=rf"'{re.escape(name)}'.*\bregistered\b"):
             register_release(name, model="tiny", source=source, saes=[entry])
     theirs = PretrainedSAELookup(DEMO, "them/saes", "gpt2", None, {}, {}, {}, {}, {}, None)
     monkeypatch.setitem(directory(), DEMO, theirs)
-    with pytest.raises(
-        ValueError, match=r"^release name 'sae-nfm-demo' is taken in SAELens's directory \(by 'them/saes'\)"
-    ):
+    with pytest.raises(ValueError, match=r"'sae-nfm-demo'.*SAELens.*'them/saes'"):
         SAE.from_pretrained(DEMO, ID)
 
 
@@ -247,9 +233,9 @@ def test_entry_has_the_digests_of_the_files(saved):
     assert release_entry(saved, path="a/b").path == "a/b"
     assert dict(entry.sha256) == {name: hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in FILES}
     (saved / "sae_weights.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(saved))}'.*damaged"):
         release_entry(saved)
-    with pytest.raises(FileNotFoundError, match=r"^no folder"):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(saved / "none"))):
         release_entry(saved / "none")
 
 
@@ -257,13 +243,13 @@ def test_entries_that_cannot_be_verified_are_refused(saved):
     entry = release_entry(saved)
     digests = dict(entry.sha256)
     for wrong in ({}, {"cfg.json": digests["cfg.json"]}, digests | {"trainer_state.pt": "0"}):
-        with pytest.raises(ValueError, match=r"give one for each of \['cfg.json', 'sae_weights.safetensors'\]"):
+        with pytest.raises(ValueError, match=r"\bsha256\b.*'cfg\.json', 'sae_weights\.safetensors'"):
             ReleasedSAE(id="mine", path="mine", sha256=wrong)
     for path in ("../mine", "/mine", "a/../../b", "", "a\\b"):
-        with pytest.raises(ValueError, match="give a folder within the source"):
+        with pytest.raises(ValueError, match=rf"\bpath\b.*{re.escape(repr(path))}"):
             ReleasedSAE(id="mine", path=path, sha256=digests)
     twins = (entry, ReleasedSAE(id="other", path=entry.path, sha256=digests))
-    with pytest.raises(ValueError, match=r"has SAEs of path .* each its own"):
+    with pytest.raises(ValueError, match=r"'twins'.*\bpath\b.*\bmine\b"):
         Release(name="twins", model="tiny", source=FolderSource(folder=saved), saes=twins)
 
 
@@ -293,18 +279,16 @@ def test_yaml_round_trip(saved, tmp_path):
 )  # fmt: skip
 def test_yaml_that_is_no_release(tmp_path, text):
     (tmp_path / "releases.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"releases.yaml is no list of releases .* the format is in the docstring of"):
+    with pytest.raises(ValueError, match=r"(?s)releases\.yaml.*list of releases"):
         read_releases(tmp_path / "releases.yaml")
-    with pytest.raises(FileNotFoundError, match=r"none.yaml': give the YAML file of a release"):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
         read_releases(tmp_path / "none.yaml")
 
 
 def test_package_without_its_data(saved):
     source = PackageSource(package="sae_nfm", folder="no/such/folder")
     register_release("a-package-release", model="tiny", source=source, saes=[release_entry(saved, sae_id="mine")])
-    with pytest.raises(
-        FileNotFoundError, match=r"no/such/folder/mine/cfg.json': install sae_nfm again, with its data$"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no/such/folder/mine/cfg\.json.*\binstall sae_nfm\b"):
         SAE.from_pretrained("a-package-release", "mine")
 
 
@@ -324,6 +308,6 @@ def test_packaging_rounds_and_leaves_folders_out(saved, tmp_path):
 
     weights = load_file(saved / "sae_weights.safetensors")
     save_file(weights | {"b_lin": torch.full((16,), 1e5)}, run / "joint_nfm" / "sae_weights.safetensors")
-    with pytest.raises(ValueError, match=r"^a weight is not finite in half precision"):
+    with pytest.raises(ValueError, match="half precision"):
         package(run, tmp_path / "never")
     assert not (tmp_path / "never").exists()

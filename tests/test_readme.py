@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there, but for the number of tokens."""
+"""The README's Python runs as it stands there, but for the numbers of tokens."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert "training_tokens=200_000" in code
     names: dict = {}
-    exec(code.replace("training_tokens=200_000", "training_tokens=8_192"), names)
+    exec(code.replace("training_tokens=200_000", "training_tokens=2_048, train_batch_size_tokens=512"), names)
     tokens, model = names["tokens"], names["model"]
     assert not names["logits"].allclose(model(tokens), atol=1e-3)  # the clamp did something
     assert {path.name for path in (tmp_path / "runs" / "mine").iterdir()} >= {

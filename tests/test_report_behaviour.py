@@ -36,6 +36,21 @@ def measured(folder, means=MEANS, parts=1):
     return folder
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return measured(tmp_path_factory.mktemp("run") / "rows")
+
+
+@pytest.fixture(scope="module")
+def by_arm(folder):
+    return kl_by_arm(folder)
+
+
+@pytest.fixture(scope="module")
+def there(folder):
+    return section(run_of(folder.parent, measurements=[folder]))
+
+
 def test_nothing_without_a_measurement_beside_controls(tmp_path):
     assert section(run_of(tmp_path)) is None
     folder = measured(tmp_path / "rows", {"primary as it is": 0.1, "hidden code: zero": 0.2})
@@ -43,8 +58,8 @@ def test_nothing_without_a_measurement_beside_controls(tmp_path):
     assert section(run_of(tmp_path, measurements=[folder])) is None
 
 
-def test_arms_have_their_roles(tmp_path):
-    found = {arm.arm: (arm.of, arm.name, arm.role, arm.scale) for arm in kl_by_arm(measured(tmp_path / "rows")).arms}
+def test_arms_have_their_roles(by_arm):
+    found = {arm.arm: (arm.of, arm.name, arm.role, arm.scale) for arm in by_arm.arms}
     assert found == {
         "sae": ("sae", "sae", "SAE", 1.0),
         "isotropic": ("sae", "isotropic", "control", None),
@@ -64,17 +79,16 @@ def test_arms_have_their_roles(tmp_path):
     }
 
 
-def test_means_and_intervals_by_hand(tmp_path):
-    sae = kl_by_arm(measured(tmp_path / "rows")).arms[0].kl
+def test_means_and_intervals_by_hand(by_arm):
+    sae = by_arm.arms[0].kl
     assert (sae.n, sae.n_clusters) == (4, 2)
     assert sae.estimate == pytest.approx(0.2, abs=1e-7)  # the rows are float32
     # document means 0.18 and 0.22: jackknife error 0.02, one degree of freedom
     assert sae.high - sae.estimate == pytest.approx(0.02 * 12.7062047, abs=1e-6)
 
 
-def test_ratios_are_those_of_error_ratios(tmp_path):
-    folder = measured(tmp_path / "rows")
-    ratios = kl_by_arm(folder).ratios
+def test_ratios_are_those_of_error_ratios(folder, by_arm):
+    ratios = by_arm.ratios
     assert {sae: list(own) for sae, own in ratios.items()} == {
         "sae": ["isotropic", "covariance", "flipped error"], "sequential": ["isotropic"],
     }  # fmt: skip
@@ -82,8 +96,8 @@ def test_ratios_are_those_of_error_ratios(tmp_path):
     assert ratios["sequential"]["isotropic"].estimate == pytest.approx(1.5, abs=1e-6)
 
 
-def test_every_arm_is_a_mark_under_its_role(tmp_path):
-    arms, scales, ratios, sequential, _ = figures(section(run_of(tmp_path, measurements=[measured(tmp_path / "rows")])))
+def test_every_arm_is_a_mark_under_its_role(there):
+    arms, scales, ratios, sequential, _ = figures(there)
     assert labels(arms.plot) == [
         "Whole", "all paths", "Its parts", "direct only", "direct only, means kept", "Controls at its distance", "isotropic",
         "covariance", "flipped error", "Other SAEs", "topk", "Ablations of the hook point", "zero",
@@ -116,8 +130,8 @@ def test_every_arm_is_a_mark_under_its_role(tmp_path):
     assert len(ratios.data) == 3 + 2
 
 
-def test_published_ratios_stand_beside_isotropic_only(tmp_path):
-    ratios = figures(section(run_of(tmp_path, measurements=[measured(tmp_path / "rows")])))[2]
+def test_published_ratios_stand_beside_isotropic_only(there):
+    ratios = figures(there)[2]
     shown = {(row, group): x for row, group, x, *_ in marks(ratios)}
     first = "isotropic: a random direction"
     assert shown[first, "this SAE"] == pytest.approx(2.0, abs=1e-6)
@@ -126,9 +140,8 @@ def test_published_ratios_stand_beside_isotropic_only(tmp_path):
     assert {row for row, group in shown if group.startswith("published")} == {first}
 
 
-def test_verdicts_have_every_control(tmp_path):
-    folder = measured(tmp_path / "rows")
-    said = section(run_of(tmp_path, measurements=[folder])).verdicts
+def test_verdicts_have_every_control(there):
+    said = there.verdicts
     assert [line.partition(":")[0] for line in said] == [
         "KL of the SAE over that of a change of equal distance", "KL of sequential over that of a change of equal distance",
     ]  # fmt: skip
@@ -143,9 +156,8 @@ def test_an_unfinished_measurement_is_named_and_left_out(tmp_path):
     assert str(tmp_path) not in prose.lines[0]
 
 
-def test_the_same_twice_and_numbers_that_json_has(tmp_path):
-    run = run_of(tmp_path, measurements=[measured(tmp_path / "rows")])
-    assert plots(section(run)) == plots(section(run))
-    for figure in figures(section(run)):
+def test_the_same_twice_and_numbers_that_json_has(folder, there):
+    assert plots(section(run_of(folder.parent, measurements=[folder]))) == plots(there)
+    for figure in figures(there):
         json.loads(figure.data.to_json(), parse_constant=lambda name: pytest.fail(name))
         assert not any(isinstance(v, float) and math.isinf(v) for v in figure.data.to_numpy().ravel())

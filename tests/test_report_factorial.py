@@ -30,7 +30,7 @@ def test_cell_means_are_those_of_the_result(run):
             told.cell_means,
             rel=1e-12,  # the same sums, of rows that went through a file
         )
-        assert one.contrast.estimate == told.contrast
+        assert one.contrast.estimate == told.contrast  # that of the test itself
 
 
 def test_an_interval_by_hand():
@@ -106,14 +106,13 @@ def test_without_the_changes_there_are_means_alone(run):
 
 def test_changes_of_another_experiment(run):
     (found,) = run.results
-    _, other = factorial_experiment(seed=1)
+    _, changes = factorial_experiment()
+    other = changes.assign(log_prob_change=1.5 * changes["log_prob_change"])
     other.to_parquet(run.folder / "0" / "changes.parquet")
-    with pytest.raises(
-        ValueError, match=r"the cell means of 'mood \(main effect\): feature 3 at -4 x typical' in .*changes"
-    ):
+    with pytest.raises(ValueError, match=r"cell means.*'mood \(main effect\): feature 3 at -4 x typical'.*changes"):
         arm_cells(found.result, found.path.parent)
     other[other["arm"] != other["arm"][0]].to_parquet(run.folder / "0" / "changes.parquet")
-    with pytest.raises(ValueError, match="has no arm 'mood"):
+    with pytest.raises(ValueError, match="no arm 'mood"):
         arm_cells(found.result, found.path.parent)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from invented_comparison import ROWS as COMPARED
 from invented_comparison import compare_row, compared
+from report_inputs import RUN
 from report_runs import figures, labels, marks, plots, run_of
 from test_results import ROWS, result
 
@@ -16,12 +17,17 @@ from sae_nfm.summary import COLUMNS
 FVU, KL = "FVU, fraction of variance unexplained", "KL, nats per token"
 
 
+@pytest.fixture(scope="module")
+def one_run():
+    return section(run_of(RUN, result()))
+
+
 def test_nothing_without_a_result(tmp_path):
     assert section(run_of(tmp_path)) is None
 
 
-def test_claims_are_the_comparisons_the_papers_first(tmp_path):
-    claims = figures(section(run_of(tmp_path, result())))[0]
+def test_claims_are_the_comparisons_the_papers_first(one_run):
+    claims = figures(one_run)[0]
     rows = [
         "The paper's comparison: with a part of itself",
         "joint against its own part, direct only",
@@ -39,9 +45,8 @@ def test_claims_are_the_comparisons_the_papers_first(tmp_path):
     assert "not measured here" in claims.caption
 
 
-def test_every_row_of_the_table_is_a_mark(tmp_path):
-    there = section(run_of(tmp_path, result()))
-    rows = figures(there)[1]
+def test_every_row_of_the_table_is_a_mark(one_run):
+    rows = figures(one_run)[1]
     kind = {"all paths": "whole SAE"}
     expected = {(r.name, kind.get(r.paths, "with paths switched off")): r.fidelity for r in ROWS}
     assert marks(rows) == {(*key, f.fvu) for key, f in expected.items()} | {
@@ -50,14 +55,14 @@ def test_every_row_of_the_table_is_a_mark(tmp_path):
     assert {(r.measure, r.row, r.kind): r.value for r in rows.data.itertuples()} == (
         {(FVU, *key): f.fvu for key, f in expected.items()} | {(KL, *key): f.kl_nats for key, f in expected.items()}
     )
-    table = next(block for block in there.blocks if isinstance(block, Table))
+    table = next(block for block in one_run.blocks if isinstance(block, Table))
     assert (tuple(table.columns), [line[0] for line in table.rows]) == (COLUMNS, [r.name for r in ROWS])
     assert list(table.strong) == [True, False, False, True, True]
-    assert "One seed (7)" in next(block for block in there.blocks if isinstance(block, Prose)).lines[0]
+    assert "One seed (7)" in next(block for block in one_run.blocks if isinstance(block, Prose)).lines[0]
 
 
-def test_a_loss_is_a_verdict_like_a_win(tmp_path):
-    said = section(run_of(tmp_path, result())).verdicts
+def test_a_loss_is_a_verdict_like_a_win(one_run):
+    said = one_run.verdicts
     assert said[0] == "joint, the paper's figure: all paths against the direct path alone: FVU -75.0%, KL -20.0%."
     assert said[2].endswith("FVU +100.0%, KL +100.0% (no better on either).")
 

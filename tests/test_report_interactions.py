@@ -107,6 +107,11 @@ def attribution(**changes):
     return Attribution(**({"sae": "s", "hook_name": "h", "tokens": (), "corpus": None, "provenance": {}} | changes))
 
 
+@pytest.fixture(scope="module")
+def of_corpus():
+    return interactions_section.section(run_of(RUN, attribution(corpus=corpus())))
+
+
 def test_the_layout_repeats_and_lies_in_the_unit_square():
     places = graph_layout(EDGES)
     assert places == graph_layout(EDGES)
@@ -138,8 +143,8 @@ def test_one_pair_is_laid_out():
     assert set(graph_layout([edge(3, 9)])) == {3, 9}
 
 
-def test_edges_are_lines_between_their_features():
-    drawn = figures_by_name(interactions_section.section(run_of(RUN, attribution(corpus=corpus()))))["graph-0"]
+def test_edges_are_lines_between_their_features(of_corpus):
+    drawn = figures_by_name(of_corpus)["graph-0"]
     places = graph_layout(EDGES)
     lines = {(trace.name, tuple(trace.x), tuple(trace.y)): trace for trace in drawn.plot.data if trace.mode == "lines"}
     assert len(lines) == 4
@@ -151,21 +156,20 @@ def test_edges_are_lines_between_their_features():
     assert drawn.data["energy_share"].tolist() == [0.4, 0.2, 0.1, 0.05]
 
 
-def test_correlations_stand_before_what_dealt_out_embeddings_give():
-    drawn = figures_by_name(interactions_section.section(run_of(RUN, attribution(corpus=corpus()))))["controls-0"]
+def test_correlations_stand_before_what_dealt_out_embeddings_give(of_corpus):
+    drawn = figures_by_name(of_corpus)["controls-0"]
     assert list(traces(drawn)["this SAE"].x) == [0.45]
     assert list(traces(drawn)["by chance"].x) == [0.5, 0.53, None]
     assert drawn.data[["chance_low", "chance_high"]].to_numpy().tolist() == [[0.5, 0.53]]
 
 
-def test_what_is_said_of_a_corpus():
-    section = interactions_section.section(run_of(RUN, attribution(corpus=corpus())))
-    assert section is not None
-    assert section.verdicts == [
+def test_what_is_said_of_a_corpus(of_corpus):
+    assert of_corpus is not None
+    assert of_corpus.verdicts == [
         "50 pairs fire on 100 tokens; the strongest, 1 x 2, has 40.0% of their energy.",
         "Energy of pairs correlates at +0.45 with co-activation frequency; with embeddings dealt out anew at +0.50 to +0.53.",
     ]
-    (table,) = (block for block in section.blocks if isinstance(block, Table))
+    (table,) = (block for block in of_corpus.blocks if isinstance(block, Table))
     assert [row[0] for row in table.rows] == ["1 x 2", "2 x 3"]
     assert table.rows[0][-1] == "one[[ two]] three"
 

@@ -139,14 +139,12 @@ def test_a_result_is_of_one_class_only():
 
 
 def test_folders_without_results_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no folder '.*nowhere'; give the output folder of a run"):
+    with pytest.raises(FileNotFoundError, match=r"\bfolder\b.*nowhere'"):
         read_run(tmp_path / "nowhere")
-    with pytest.raises(
-        ValueError, match=r"there is nothing to report in .*: no result, training record, SAE or explorer"
-    ):
+    with pytest.raises(ValueError, match=r"nothing to report.*\bresult\b.*\brecord\b.*\bSAE\b.*\bexplorer\b"):
         read_run(tmp_path)
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ValueError, match=r"results.json is damaged \(.*\); make it anew, or take it out"):
+    with pytest.raises(ValueError, match=r"results\.json.*damaged"):
         read_run(tmp_path)
 
 

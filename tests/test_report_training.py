@@ -109,9 +109,7 @@ def test_thinned_evenly_with_both_ends(tmp_path, n):
 def test_a_damaged_record_is_an_error_that_names_it(tmp_path):
     path = record(tmp_path / "training.jsonl", TOPK)
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(
-        ValueError, match=r"training\.jsonl is not a training record \(.+\); train again, or take it out"
-    ):
+    with pytest.raises(ValueError, match=r"training\.jsonl.*training record"):
         training_curves(path)
 
 

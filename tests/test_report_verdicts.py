@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 from invented_comparison import ANSWERS, SWEEP, answer, compared
+from report_inputs import RUN
 from report_runs import figures, labels, marks, plots, run_of
 
 from sae_nfm.report.blocks import Prose
@@ -12,12 +13,17 @@ from sae_nfm.report.verdicts_section import section
 PART, TOPK = "joint_nfm against joint_nfm: direct only", "joint_nfm against topk"
 
 
+@pytest.fixture(scope="module")
+def whole():
+    return section(run_of(RUN, compared()))
+
+
 def test_nothing_without_a_comparison(tmp_path):
     assert section(run_of(tmp_path)) is None
 
 
-def test_the_papers_comparison_and_the_fair_ones_share_a_scale(tmp_path):
-    scale = figures(section(run_of(tmp_path, compared())))[0]
+def test_the_papers_comparison_and_the_fair_ones_share_a_scale(whole):
+    scale = figures(whole)[0]
     assert labels(scale.plot) == [
         "The paper's comparison: with a part of itself", PART, "Fair: with SAEs trained on their own", TOPK,
     ]  # fmt: skip
@@ -30,16 +36,16 @@ def test_the_papers_comparison_and_the_fair_ones_share_a_scale(tmp_path):
     assert scale.data["verdict"].tolist() == ["better", "better", "better", "no difference shown"]
 
 
-def test_fair_claims_carry_their_words(tmp_path):
-    fair = figures(section(run_of(tmp_path, compared())))[1]
+def test_fair_claims_carry_their_words(whole):
+    fair = figures(whole)[1]
     assert marks(fair) == {(TOPK, "better", -0.05, -0.06, -0.04), (TOPK, "no difference shown", 0.02, 0.01, 0.03)}
     assert [a.text for a in fair.plot.layout.annotations] == ["<b>FVU</b>", "<b>KL</b>"]
     assert [trace.xaxis for trace in fair.plot.data] == ["x", "x2"]
     assert len(fair.data) == 2
 
 
-def test_the_paper_is_named_and_null_results_are_counted(tmp_path):
-    said = section(run_of(tmp_path, compared())).verdicts
+def test_the_paper_is_named_and_null_results_are_counted(whole):
+    said = whole.verdicts
     assert [line.startswith("The paper's figure, an ablation: ") for line in said] == [True, True, False, False]
     assert said[2] == f"{ANSWERS[2].verdict.sentence}."
     assert said[3] == "No difference shown in 1 of 2 fair tests: joint_nfm against topk (kl_nats)."
@@ -60,8 +66,8 @@ def test_too_few_seeds_are_no_claim(tmp_path):
     assert {m[1] for m in marks(figures(there)[1])} == {"too few seeds: no claim"}
 
 
-def test_rates_tried_and_chosen(tmp_path):
-    rates = figures(section(run_of(tmp_path, compared())))[2]
+def test_rates_tried_and_chosen(whole):
+    rates = figures(whole)[2]
     assert marks(rates) == {
         ("joint_nfm", "0.001", 0.3), ("joint_nfm", "0.002", 0.2), ("joint_nfm", "chosen", 0.2),
         ("topk", "0.001", 0.35), ("topk", "0.002", 0.25), ("topk", "0.004", 0.15),
@@ -91,5 +97,5 @@ def test_an_interval_without_bounds_is_in_no_plot_and_no_data(tmp_path):
     assert fair.data["low"].isna().all()
 
 
-def test_the_same_twice(tmp_path):
-    assert plots(section(run_of(tmp_path, compared()))) == plots(section(run_of(tmp_path, compared())))
+def test_the_same_twice(whole):
+    assert plots(section(run_of(RUN, compared()))) == plots(whole)

@@ -1,9 +1,12 @@
 """An interrupted run, resumed, ends with the same bits as one that was not."""
 
 import copy
+import functools
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_lens.util import temporary_seed
 from safetensors.torch import load_file
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from sae_nfm import record_training
 from sae_nfm.resume import STREAM_STATE_FILENAME, checkpoint_folder, exact_resume
@@ -33,6 +37,20 @@ STEPS, STOP_AFTER = 10, 4
 for_every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
+@functools.cache
+def shared_model():
+    """Reads texts word by word."""
+    model = tiny_model()
+    model.tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    return model
+
+
+def language_model(cfg):
+    """A thread that prefetches can be at work with its model a little longer than the run: that one is its own."""
+    return shared_model.__wrapped__() if cfg.prefetch_llm_batches else shared_model()
+
+
+@functools.cache
 def documents() -> Dataset:
     """Texts of very unequal length: sequences begin within documents, and the data lasts for less than a run."""
     generator = torch.Generator().manual_seed(3)
@@ -44,7 +62,7 @@ def documents() -> Dataset:
 def make_runner(cfg, dataset=None, seed=0):
     with temporary_seed(seed):
         return LanguageModelSAETrainingRunner(
-            copy.deepcopy(cfg), override_dataset=dataset or documents(), override_model=tiny_model()
+            copy.deepcopy(cfg), override_dataset=dataset or documents(), override_model=language_model(cfg)
         )
 
 
@@ -79,6 +97,13 @@ def assert_same_bits(one, other):
     assert torch.equal(*(load_file(Path(f) / "sparsity.safetensors")["sparsity"] for f in (one, other)))
 
 
+def test_texts_are_read_word_by_word_and_run_out():
+    """Else the tests with texts say little."""
+    lengths = [shared_model().to_tokens(text).shape[1] for text in documents()["text"]]
+    assert len(set(lengths)) > 4
+    assert sum(lengths) < STEPS * 64
+
+
 def interrupted_and_resumed(tmp_path, sae_cfg, dataset=None, **settings):
     """Folders of a run left alone and of one stopped and resumed, which begins anew in another random state."""
     settings |= {"checkpoint_path": str(tmp_path / "checkpoints")}
@@ -109,17 +134,23 @@ def test_same_bits_after_sigterm(tmp_path, architecture, settings):
     assert_same_bits(*interrupted_and_resumed(tmp_path, training_config(architecture, **settings)))
 
 
-@for_every_architecture
 @pytest.mark.parametrize(
-    "settings",
+    ("architecture", "settings"),
     [
-        {"prefetch_llm_batches": 2},
-        {"autocast": True},
-        {"lr_scheduler_name": "cosineannealing", "lr_warm_up_steps": 3, "lr_decay_steps": 3},
-        {"seqpos_slice": (1, None), "exclude_special_tokens": True, "activations_mixing_fraction": 0.9},
-        {"dead_feature_window": 2, "feature_sampling_window": 4, "train_batch_size_tokens": 64},
+        ("joint_nfm", {"prefetch_llm_batches": 2}),
+        ("joint_nfm", {"autocast": True}),
+        ("sequential_nfm", {"autocast": True}),
+        (
+            "sequential_nfm",
+            {"lr_scheduler_name": "cosineannealing", "lr_warm_up_steps": 3, "lr_decay_steps": 3},
+        ),
+        (
+            "joint_nfm",
+            {"seqpos_slice": (1, None), "exclude_special_tokens": True, "activations_mixing_fraction": 0.9},
+        ),
+        ("joint_nfm", {"dead_feature_window": 2, "feature_sampling_window": 4, "train_batch_size_tokens": 64}),
     ],
-    ids=lambda settings: next(iter(settings)),
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_same_bits_whatever_the_runner_does(tmp_path, architecture, settings):
     sae_cfg = training_config(architecture, normalize_activations="expected_average_only_in", nfm_dropout=0.2)
@@ -215,7 +246,7 @@ def multi_config(tmp_path, name, **overrides):
 def test_several_saes_on_one_stream(tmp_path, prefetch):
     def train(cfg, seed):
         with temporary_seed(seed):
-            MultiSAETrainingRunner(cfg, override_dataset=documents(), override_model=tiny_model()).run()
+            MultiSAETrainingRunner(cfg, override_dataset=documents(), override_model=language_model(cfg)).run()
 
     whole = multi_config(tmp_path, "whole", prefetch_llm_batches=prefetch)
     train(whole, seed=0)
@@ -280,57 +311,62 @@ def test_record_goes_on_where_the_checkpoint_was_made(tmp_path):
     assert seconds == sorted(seconds)
 
 
-def checkpoint_of_a_run(tmp_path, normalize_activations="none", **settings):
+def finished_run(folder, normalize_activations="none", **settings):
     cfg = runner_config(
         training_config("joint_nfm", normalize_activations=normalize_activations),
-        tmp_path / "out",
+        folder / "out",
         steps=STEPS,
         n_checkpoints=1,
-        checkpoint_path=str(tmp_path / "checkpoints"),
+        checkpoint_path=str(folder / "checkpoints"),
         **settings,
     )
     run(make_runner(cfg))
-    return cfg, checkpoint_folder(cfg.checkpoint_path)
+    return cfg
 
 
-def resume(cfg, folder, **changes):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The config of a run with a checkpoint on the way."""
+    return finished_run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def checkpoint(finished, tmp_path):
+    """A copy of the run's checkpoint, to be damaged."""
+    return Path(shutil.copytree(checkpoint_folder(finished.checkpoint_path), tmp_path / "checkpoint"))
+
+
+def resume(cfg, folder, tmp_path, dataset=None):
     again = copy.deepcopy(cfg)
-    again.resume_from_checkpoint = str(folder)
-    for name, value in changes.items():
-        setattr(again, name, value)
-    return run(make_runner(again))
+    again.resume_from_checkpoint, again.output_path = str(folder), str(tmp_path / "resumed")
+    again.checkpoint_path = str(tmp_path / "later")
+    return run(make_runner(again, dataset))
 
 
-def test_a_checkpoint_of_saelens_alone_resumes_with_a_warning(tmp_path):
-    cfg, folder = checkpoint_of_a_run(tmp_path)
-    (folder / STREAM_STATE_FILENAME).unlink()
-    with pytest.warns(UserWarning, match="not exactly the run that was interrupted"):
-        resume(cfg, folder, output_path=str(tmp_path / "resumed"))
+def test_a_checkpoint_of_saelens_alone_resumes_with_a_warning(finished, checkpoint, tmp_path):
+    (checkpoint / STREAM_STATE_FILENAME).unlink()
+    with pytest.warns(UserWarning, match=rf"{re.escape(str(checkpoint))}.*{STREAM_STATE_FILENAME}.*not exactly"):
+        resume(finished, checkpoint, tmp_path)
     # what the other tests compare is no constant: another buffer, other weights
-    assert not torch.equal(weights(tmp_path / "out")["V"], weights(tmp_path / "resumed")["V"])
+    assert not torch.equal(weights(finished.output_path)["V"], weights(tmp_path / "resumed")["V"])
 
 
-def test_no_checkpoint_there(tmp_path):
-    cfg, _ = checkpoint_of_a_run(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no checkpoint and holds none"):
-        resume(cfg, tmp_path / "nowhere")
+def test_no_checkpoint_there(finished, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere'.*\bcheckpoint\b"):
+        resume(finished, tmp_path / "nowhere", tmp_path)
 
 
-def test_damaged_state(tmp_path):
-    cfg, folder = checkpoint_of_a_run(tmp_path)
-    path = folder / STREAM_STATE_FILENAME
+def test_damaged_state(finished, checkpoint, tmp_path):
+    path = checkpoint / STREAM_STATE_FILENAME
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"is damaged .* resume from another checkpoint"):
-        resume(cfg, folder)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is damaged .*another checkpoint"):
+        resume(finished, checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize("dataset", [token_dataset(20), documents().select([0])], ids=["other", "shorter"])
-def test_another_data_set(tmp_path, dataset):
-    cfg, folder = checkpoint_of_a_run(tmp_path)
-    again = copy.deepcopy(cfg)
-    again.resume_from_checkpoint = str(folder)
-    with pytest.raises(ValueError, match="of the data set is not the one the checkpoint was made after"):
-        run(make_runner(again, dataset))
+def test_another_data_set(finished, checkpoint, tmp_path, dataset):
+    with pytest.raises(ValueError, match=r"sequence \d+ of the data set"):
+        resume(finished, checkpoint, tmp_path, dataset)
 
 
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, InterruptedException])
@@ -351,17 +387,17 @@ def test_an_interrupt_from_within_a_step_keeps_what_saelens_keeps(tmp_path, exce
         run(runner)
     folder = checkpoint_folder(cfg.checkpoint_path)
     assert not (folder / STREAM_STATE_FILENAME).exists()  # the step was begun: there is no exact place to resume from
-    with pytest.warns(UserWarning, match="not exactly the run that was interrupted"):
-        resume(cfg, folder)
+    with pytest.warns(UserWarning, match=rf"{re.escape(str(folder))}.*{STREAM_STATE_FILENAME}.*not exactly"):
+        resume(cfg, folder, tmp_path)
 
 
 @pytest.mark.parametrize("normalisation", ["none", "expected_average_only_in", "covariance_whitening"])
 def test_a_finished_run_resumed_is_the_finished_run(tmp_path, normalisation):
-    cfg, _ = checkpoint_of_a_run(tmp_path, normalize_activations=normalisation, save_final_checkpoint=True)
+    cfg = finished_run(tmp_path, normalize_activations=normalisation, save_final_checkpoint=True)
     final = checkpoint_folder(cfg.checkpoint_path)
     assert final.name == f"final_{STEPS * 64}"
-    resume(cfg, final, output_path=str(tmp_path / "again"))
-    assert_same_bits(tmp_path / "out", tmp_path / "again")
+    resume(cfg, final, tmp_path)
+    assert_same_bits(tmp_path / "out", tmp_path / "resumed")
 
 
 def test_a_run_without_checkpoints_stops_and_leaves_nothing(tmp_path):

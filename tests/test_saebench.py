@@ -6,7 +6,6 @@ The environment of `sae_nfm.saebench.INSTALL` is named by SAE_NFM_SAEBENCH_PYTHO
 import copy
 import json
 import os
-import re
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -73,16 +72,13 @@ def test_a_sequential_sae_is_taken_as_its_base_is():
 
 
 def test_an_sae_in_training_is_refused():
-    with pytest.raises(
-        ValueError, match=r"^'mine' is an SAE in training; save it with save_inference_model and load that$"
-    ):
+    with pytest.raises(ValueError, match=r"'mine'.*\bsave_inference_model\b"):
         selected_saes({"mine": random_sae(training_config("joint_nfm"))})
 
 
 def test_an_sae_that_belongs_nowhere_is_refused():
     sae = inference_sae(training_config("joint_nfm", metadata=SAEMetadata()))
-    message = "the metadata of 'mine' has no model_name and no hook_name; set it, as sae.cfg.metadata"
-    with pytest.raises(ValueError, match=f"^{message}$"):
+    with pytest.raises(ValueError, match=r"'mine'.*\bmodel_name\b.*\bhook_name\b.*\bsae\.cfg\.metadata\b"):
         selected_saes({"mine": sae})
 
 
@@ -100,17 +96,14 @@ def test_probes_are_of_these_weights_and_settings():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"evaluation": "scr"}, "evaluation is 'scr'; give one of 'core', 'sparse_probing', 'mdl'"),
-        ({"batches": 0}, "batches is 0; give a positive whole number"),
-        ({"ks": (0,)}, "ks is (0,); give one or more positive numbers of features"),
-        (
-            {"evaluation": "mdl"},
-            "device is 'cpu', but SAEBench 0.6's mdl calls .cuda() whatever its device; give --device cuda",
-        ),
+        ({"evaluation": "scr"}, r"\bevaluation\b.*'scr'.*'core', 'sparse_probing', 'mdl'"),
+        ({"batches": 0}, r"\bbatches\b.*\b0\b"),
+        ({"ks": (0,)}, r"\bks\b.*\(0,\)"),
+        ({"evaluation": "mdl"}, r"\bdevice\b.*'cpu'.*\bmdl\b.*--device cuda\b"),
     ],
 )
 def test_mistakes(settings, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=message):
         SAEBenchConfig(**settings)
 
 
@@ -120,9 +113,7 @@ def test_words():
 
 
 def test_without_saebench_it_says_how_to_get_it(capsys):
-    with pytest.raises(
-        ImportError, match=r"^sae_bench and sae_probes cannot be imported here: .*environment of its own"
-    ) as told:
+    with pytest.raises(ImportError, match=r"\bsae_bench\b.*\bsae_probes\b") as told:
         require()
     assert str(told.value).endswith(INSTALL)
     with pytest.raises(ImportError):

@@ -24,6 +24,7 @@ from builders import (
     token_dataset,
     training_config,
 )
+from fresh_process import FRESH, as_the_note_says, make, seen, without_the_import
 from sae_lens import (
     SAE,
     LanguageModelSAETrainingRunner,
@@ -166,21 +167,20 @@ def test_wandb_gets_what_it_gets_of_a_topk_and_the_paths(architecture, tmp_path,
     assert {"metrics/fvu_direct", "weights/V_norms"} <= keys["ours"] - keys["topk"]
 
 
-def in_a_process(script, folder):
-    return subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False)
-
-
 @for_every_architecture
-def test_a_folder_met_without_the_import_says_what_to_do(architecture, tmp_path):
-    random_sae(training_config(architecture)).save_inference_model(tmp_path)
-    without = in_a_process("import sys; from sae_lens import SAE; SAE.load_from_disk(sys.argv[1])", tmp_path)
-    assert f"KeyError: '{architecture}'" in without.stderr  # SAELens's own words, before any of ours can be heard
-    note = (tmp_path / "README.md").read_text()
-    assert f"KeyError: '{architecture}'" in note
-    advice = note[note.index("import sae_nfm") :].replace('"this folder"', "__import__('sys').argv[1]")
-    script = "\n".join(line.strip() for line in advice.splitlines()) + "\nprint(type(sae).__name__)"
-    followed = in_a_process(script, tmp_path)
-    assert followed.stdout.strip() == type(SAE.load_from_disk(tmp_path)).__name__, followed.stderr
+def test_a_folder_met_without_the_import_says_what_to_do(architecture, once):
+    without = seen(once, without_the_import)
+    assert without["imported"] == []
+    # SAELens's own words, before any of ours can be heard
+    assert without[architecture].splitlines()[-1] == f"KeyError: '{architecture}'"
+    folder = once(FRESH, make) / architecture
+    assert f"KeyError: '{architecture}'" in (folder / "README.md").read_text()
+    followed, sae = seen(once, as_the_note_says)[architecture], SAE.load_from_disk(folder)
+    assert followed["type"] == type(sae).__name__
+    x = random_activations()
+    # perhaps with another number of threads: sums of up to 32 products of float32
+    torch.testing.assert_close(torch.tensor(followed["acts"]), sae.encode(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.tensor(followed["out"]), sae(x), atol=1e-4, rtol=1e-5)
 
 
 @for_every_architecture

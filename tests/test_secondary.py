@@ -212,34 +212,27 @@ def test_it_keeps_its_type_and_follows_to_the_device(primary, secondary):
 
 def test_refused_primaries(secondary):
     topk = inference_sae(TopKTrainingSAEConfig(d_in=D_MODEL, d_sae=32, k=4))
-    with pytest.raises(
-        ValueError,
-        match=r"^an SAE with architecture 'topk' has no interaction path, hence no hidden code; give a primary",
-    ):
+    with pytest.raises(ValueError, match=r"'topk'.*\binteraction path\b.*\bprimary\b"):
         attach_secondary(topk, secondary)
-    with pytest.raises(ValueError, match="an SAE with head 'none' has no interaction path"):
+    with pytest.raises(ValueError, match=r"head 'none'.*interaction path"):
         attach_secondary(inference_sae(training_config("joint_nfm", head="none")), secondary)
-    with pytest.raises(
-        ValueError, match="the primary is in training, and its training steps would pass the secondary SAE by"
-    ):
+    with pytest.raises(ValueError, match=r"\bprimary is in training\b"):
         attach_secondary(random_sae(training_config("joint_nfm")), secondary)
 
 
 def test_refused_secondaries(primary, secondary):
-    with pytest.raises(ValueError, match="the secondary SAE has d_in 6, and the primary's hidden code has nfm_dim 8"):
+    with pytest.raises(ValueError, match=r"\bd_in 6\b.*\bnfm_dim 8\b"):
         attach_secondary(primary, secondary_sae(d_in=6))
-    with pytest.raises(
-        ValueError, match=rf"was trained at '{HOOK}', and a hidden code is at a hook point that ends in"
-    ):
+    with pytest.raises(ValueError, match=rf"trained at '{HOOK}'.*\bhook_nfm_hidden_pre\b"):
         attach_secondary(primary, secondary_sae(hook_name=HOOK))
     transcoder = Transcoder(TranscoderConfig(d_in=NFM_DIM, d_out=NFM_DIM, d_sae=24, apply_b_dec_to_input=False))
-    with pytest.raises(ValueError, match=r"the secondary is a transcoder \(architecture 'transcoder'\); give an SAE"):
+    with pytest.raises(ValueError, match="'transcoder'"):
         attach_secondary(primary, transcoder)
     attach_secondary(primary, secondary_sae(hook_name=None))
-    with pytest.raises(ValueError, match="attached already; take it off first, with detach_secondary"):
+    with pytest.raises(ValueError, match=r"\battached already\b.*\bdetach_secondary\b"):
         attach_secondary(primary, secondary)
     detach_secondary(primary)
-    with pytest.raises(ValueError, match="no secondary SAE is attached, so there is none to detach"):
+    with pytest.raises(ValueError, match=r"\bno secondary SAE\b.*\bdetach\b"):
         detach_secondary(primary)
     assert primary.secondary is None
 
@@ -249,9 +242,7 @@ def test_a_secondary_knows_its_primary(primary, secondary):
     with attach_secondary(primary, secondary):
         pass
     primary.W_1[0, 0] += 1
-    with pytest.raises(
-        ValueError, match=rf"trained on another primary .*{primary_digest(primary)}.*primary_digest = None"
-    ):
+    with pytest.raises(ValueError, match=rf"another primary .*{primary_digest(primary)}.*primary_digest = None"):
         attach_secondary(primary, secondary)
     secondary.cfg.metadata[PRIMARY_DIGEST] = None
     with attach_secondary(primary, secondary):

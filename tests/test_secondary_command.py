@@ -192,7 +192,7 @@ def test_saved_and_loaded(config, result):
     result.save(path)
     assert SecondaryResult.load(path).rows == result.rows
     path.with_name("other.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"is not what `sae-nfm secondary` writes \(content: "):
+    with pytest.raises(ValueError, match=r"other\.json.*`sae-nfm secondary`.*\bcontent\b"):
         SecondaryResult.load(path.with_name("other.json"))
 
 
@@ -247,32 +247,26 @@ def test_without_a_linear_path_and_other_k(config, tmp_path):
 def test_another_primary_is_refused(config, result, tmp_path):
     model = SAE.load_from_disk(config.primary).cfg.metadata.model_name
     other = save_primary(tmp_path / "primary", model, seed=1)
-    with pytest.raises(
-        ValueError, match=r"hidden-code/k1' was trained on another primary .*give another output folder"
-    ):
+    with pytest.raises(ValueError, match=r"hidden-code/k1'.*another primary .*\boutput\b"):
         run_secondary(replace(config, primary=other))
 
 
 def test_refused(config, tmp_path):
-    with pytest.raises(ValueError, match="expansion is 0; give a positive whole number"):
+    with pytest.raises(ValueError, match=r"\bexpansion is 0\b"):
         replace(config, expansion=0)
-    with pytest.raises(ValueError, match="training_tokens is 32, less than one batch of 64; raise it"):
+    with pytest.raises(ValueError, match=r"\btraining_tokens is 32\b.*\b64\b"):
         replace(config, training_tokens=32)
     cfg = replace(config, output=str(tmp_path / "out"))
-    with pytest.raises(
-        ValueError, match="k is 25, and 3 features for each of 8 dimensions are 24; give a k up to that"
-    ):
+    with pytest.raises(ValueError, match=r"\bk is 25\b.*\b24\b"):
         run_secondary(replace(cfg, k=(25,)))
     topk = TopKTrainingSAEConfig(d_in=16, d_sae=32, k=4)
     random_sae(topk).save_inference_model(tmp_path / "topk")
-    with pytest.raises(ValueError, match="architecture 'topk' has no interaction path, hence no hidden code"):
+    with pytest.raises(ValueError, match=r"'topk'.*interaction path"):
         run_secondary(replace(cfg, primary=str(tmp_path / "topk")))
     nameless = inference_sae(training_config("joint_nfm"))
     nameless.cfg.metadata.model_name = None
     nameless.save_model(tmp_path / "nameless")
-    with pytest.raises(
-        ValueError, match="nameless' has no model_name or no hook_name, so it is not known what it reads"
-    ):
+    with pytest.raises(ValueError, match=r"nameless'.*\bmodel_name\b.*\bhook_name\b"):
         run_secondary(replace(cfg, primary=str(tmp_path / "nameless")))
     assert not (tmp_path / "out").exists()
 

@@ -165,7 +165,7 @@ def test_a_frozen_base_has_no_gradient_no_optimizer_state_and_the_same_bits(arch
 def test_training_lowers_the_error_below_the_bases(architecture):
     base = base_of(architecture)
     sae, x = SequentialNFMTrainingSAE.wrap(base, nfm_dim=6), random_activations()
-    fit(sae, steps=200)
+    fit(sae, steps=80)
     assert (x - sae(x)).square().sum() < 0.9 * (x - base(x)).square().sum()
 
 
@@ -202,10 +202,10 @@ def test_the_penalty_by_hand():
 @pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu"])
 def test_unfreezing_asks_what_holds_the_sparsity(architecture):
     sae = wrapped(base_of(architecture))
-    with pytest.raises(ValueError, match=f"nothing holds the sparsity of a '{architecture}' base.*give l1_coefficient"):
+    with pytest.raises(ValueError, match=f"'{architecture}' base.*\\bl1_coefficient\\b"):
         sae.unfreeze()
     assert not sae.cfg.train_base
-    with pytest.raises(ValueError, match="give l1_coefficient"):
+    with pytest.raises(ValueError, match="l1_coefficient"):
         wrapped(base_of(architecture), train_base=True)
 
 
@@ -317,9 +317,9 @@ def test_a_scale_that_is_not_folded_is_folded_into_the_base():
     sae = SequentialNFMTrainingSAE.wrap(base, norm_scaling_factor=2.5)
     torch.testing.assert_close(sae.base(x), base(2.5 * x) / 2.5)
     assert base.cfg.normalize_activations == "expected_average_only_in"  # the caller's is as it was
-    with pytest.raises(ValueError, match=r"'expected_average_only_in' is not folded .* give the norm_scaling_factor"):
+    with pytest.raises(ValueError, match=r"'expected_average_only_in'.*\bnorm_scaling_factor\b"):
         SequentialNFMTrainingSAE.wrap(base)
-    with pytest.raises(ValueError, match="this SAE has 'layer_norm'; leave it out"):
+    with pytest.raises(ValueError, match=r"norm_scaling_factor.*'layer_norm'"):
         SequentialNFMTrainingSAE.wrap(base_of("topk", normalize_activations="layer_norm"), norm_scaling_factor=2.5)
 
 
@@ -331,8 +331,7 @@ def test_refused_architectures_say_why(architecture):
         sae_class, config_class = get_sae_class(architecture)
         extra = {"d_out": D_MODEL, "apply_b_dec_to_input": False} if "transcoder" in architecture else {}
         sae = sae_class(config_class(d_in=D_MODEL, d_sae=512, **extra))
-    expected = f"an SAE of the architecture {architecture!r} cannot be a base: {REFUSED[architecture]}; give one of"
-    with pytest.raises(ValueError, match=re.escape(expected)):
+    with pytest.raises(ValueError, match=rf"{architecture!r}.*{re.escape(REFUSED[architecture])}.*'topk'"):
         SequentialNFMTrainingSAE.wrap(sae)
 
 
@@ -343,9 +342,7 @@ def test_folds_are_refused():
         lambda: sae.fold_activation_whitening(torch.zeros(16), torch.eye(16), torch.eye(16)),
         sae.fold_W_dec_norm,
     ):
-        with pytest.raises(
-            NotImplementedError, match="the base's features are not to change; fold it before it is wrapped"
-        ):
+        with pytest.raises(NotImplementedError, match=r"\bfold\b"):
             fold()
 
 
@@ -353,19 +350,19 @@ def test_what_the_config_refuses():
     base = str(saved_base(d_in=D_MODEL, d_sae=D_SAE, k=4))
     config = SequentialNFMTrainingSAEConfig(base=base)
     assert (config.d_in, config.d_sae, config.metadata.hook_name) == (D_MODEL, D_SAE, HOOK)
-    with pytest.raises(ValueError, match="d_in is 17, but the base's is 16; choose the hook point it was trained at"):
+    with pytest.raises(ValueError, match=r"\bd_in is 17\b.*\b16\b"):
         SequentialNFMTrainingSAEConfig(base=base, d_in=17)
-    with pytest.raises(ValueError, match=r"normalize_activations is 'layer_norm': the base normalises .* give 'none'"):
+    with pytest.raises(ValueError, match=r"normalize_activations is 'layer_norm'.*'none'"):
         SequentialNFMTrainingSAEConfig(base=base, normalize_activations="layer_norm")
-    with pytest.raises(ValueError, match="dtype is 'float32', but the base's is 'float64'; give both the same"):
+    with pytest.raises(ValueError, match=r"dtype is 'float32'.*'float64'"):
         SequentialNFMTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, base_config=config.base_config | {"dtype": "float64"})
     centred = saved_base(d_in=D_MODEL, d_sae=D_SAE, k=4, apply_b_dec_to_input=False)
     assert SequentialNFMTrainingSAEConfig(base=str(centred)).apply_b_dec_to_input is False
-    with pytest.raises(ValueError, match="no base: name one in the field `base`"):
+    with pytest.raises(ValueError, match=r"\bno base\b.*`base`"):
         TrainingSAE.from_dict(SequentialNFMTrainingSAEConfig(d_in=4, d_sae=4).to_dict())
-    with pytest.raises(FileNotFoundError, match="'nowhere' is no folder; give the folder of a saved SAE"):
+    with pytest.raises(FileNotFoundError, match=r"'nowhere'.*folder"):
         SequentialNFMTrainingSAEConfig(base="nowhere")
-    with pytest.raises(ValueError, match="17 dimensions a token, this SAE has d_in = 16"):
+    with pytest.raises(ValueError, match=r"\b17\b.*\bd_in = 16\b"):
         wrapped(base_of("topk")).encode(torch.zeros(3, 17))
 
 
@@ -374,5 +371,5 @@ def test_a_base_that_was_never_loaded_is_not_trained_on():
     config = wrapped(base_of("topk")).cfg
     sae = TrainingSAE.from_dict(config.to_dict())
     assert isinstance(sae, SequentialNFM)
-    with pytest.raises(ValueError, match="the base is not the one that this NFM was trained on"):
+    with pytest.raises(ValueError, match="base is not the one"):
         sae.training_forward_pass(step_input(random_activations()))

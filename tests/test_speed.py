@@ -1,16 +1,17 @@
 """`sae-nfm speed`: its arms do what they are called, its arithmetic is right; how fast anything was is not asserted."""
 
 import copy
+import itertools
 import json
-import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from builders import random_activations
 from sae_lens.saes.sae import TrainStepInput
 
-from sae_nfm import devices
+from sae_nfm import devices, speed_arms
 from sae_nfm.config import parameter_count
 from sae_nfm.peak_memory import peak_of_steps
 from sae_nfm.speed import SpeedConfig, floor_seconds, measure_speed
@@ -27,11 +28,21 @@ from sae_nfm.speed_arms import (
     activations,
     joint_config,
     reason_against,
+    time_cases,
 )
 from sae_nfm.speed_result import SpeedResult
 from sae_nfm.training_sae import JointNFMTrainingSAE
 
 TINY = {"d_in": 16, "d_sae": 64, "k": 4, "nfm_dim": 8, "batch": 32, "repeats": 3, "warm_up": 1, "memory": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_rate():
+    """The machine's rates by a small product and a small copy: a figure here is no finding."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(speed_arms.RATE_SIZE, "cpu", 64)
+        patch.setattr(speed_arms, "COPIED_BYTES", 2**16)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +165,17 @@ def test_steps_train():
     assert not torch.equal(step.trainer.sae.W_enc, before)
 
 
+def test_rates_by_hand(result, monkeypatch):
+    """As many operations as a square product has, as many bytes as a copy reads and writes, in the least of all rounds."""
+    ticks = itertools.chain.from_iterable((now, now + seconds) for now, seconds in enumerate((0.5, 0.25, 0.125, 0.5)))
+    monkeypatch.setattr(speed_arms, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    _, rates = time_cases([], Sizes(**sizes_of(TINY)), repeats=1, warm_up=1, limit_gib=0, with_inference=False)
+    assert rates.flop_per_second == pytest.approx(2 * 64**3 / 0.125)
+    assert rates.bytes_per_second == pytest.approx(2 * 2**16 / 0.25)
+    assert result.rates.flop_per_second > 0
+    assert result.rates.bytes_per_second > 0
+
+
 def test_floor_by_hand():
     sizes = Sizes(d_in=4, d_sae=10, k=3, nfm_dim=2, batch=5)
     rates = Rates(flop_per_second=100.0, bytes_per_second=1000.0)
@@ -236,7 +258,7 @@ def test_what_reason_against_says_so():
     published, topk = result.rows
     assert published.reason == "does not fit: 0.0 GiB"
     assert published.step_seconds is published.step_over_topk is None
-    assert topk.step_over_topk == 1.0
+    assert topk.step_over_topk == pytest.approx(1.0)
     assert "does not fit: 0.0 GiB" in result.words()
 
 
@@ -259,32 +281,30 @@ def test_peak_memory_comes_from_a_process_of_its_own():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k": 65}, "k is 65, more than the d_sae = 64 features there are; lower k or raise d_sae"),
-        ({"nfm_top_k": 5}, "nfm_top_k is 5; give a number from 1 to k = 4, or None for all k active features"),
-        ({"batch": 0}, "batch is 0; give a positive whole number"),
-        ({"repeats": 0}, "repeats is 0; give a positive whole number"),
-        ({"threads": 0}, "threads is 0; give a positive whole number, or leave it out"),
-        ({"dtype": "float16"}, "dtype is 'float16'; give 'float32' or 'bfloat16'"),
-        ({"scan": "k"}, "scan is 'k'; give 'd_sae' or 'nfm_dim'"),
-        ({"scan_to": 128}, "scan_to is 128 without a scan; give --scan d_sae or --scan nfm_dim too"),
-        (
-            {"scan": "d_sae", "scan_to": 100},
-            "scan_to is 100, less than twice the d_sae = 64 the scan begins with; raise it",
-        ),
-        ({"arms": ("topk", "relu")}, f"arms has 'relu'; give some of {', '.join(map(repr, ARMS))}"),
+        ({"k": 65}, r"\bk\b.*\b65\b.*\bd_sae\b.*\b64\b"),
+        ({"nfm_top_k": 5}, r"\bnfm_top_k\b.*\b5\b.*\bk\b.*\b4\b"),
+        ({"batch": 0}, r"\bbatch\b.*\b0\b"),
+        ({"repeats": 0}, r"\brepeats\b.*\b0\b"),
+        ({"warm_up": 0}, r"\bwarm_up\b.*\b0\b"),
+        ({"threads": 0}, r"\bthreads\b.*\b0\b"),
+        ({"dtype": "float16"}, r"\bdtype\b.*'float16'.*'float32'.*'bfloat16'"),
+        ({"scan": "k"}, r"\bscan\b.*'k'.*'d_sae'.*'nfm_dim'"),
+        ({"scan_to": 128}, r"\bscan_to\b.*\b128\b.*--scan\b"),
+        ({"scan": "d_sae", "scan_to": 100}, r"\bscan_to\b.*\b100\b.*\bd_sae\b.*\b64\b"),
+        ({"arms": ("topk", "relu")}, r"\barms\b.*'relu'.*" + ", ".join(map(repr, ARMS))),
     ],
 )
 def test_mistakes(settings, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=message):
         SpeedConfig(**TINY | settings)
 
 
 def test_a_device_that_is_not_there():
-    with pytest.raises(ValueError, match="device 'abacus' cannot be used here"):
+    with pytest.raises(ValueError, match=r"\bdevice\b.*'abacus'"):
         measure_speed(SpeedConfig(**TINY, device="abacus"))
 
 
 def test_something_else_is_no_result(tmp_path):
     (tmp_path / "other.json").write_text('{"rows": []}')
-    with pytest.raises(ValueError, match=r"other.json is not what `sae-nfm speed --output FILE` writes \(rates: "):
+    with pytest.raises(ValueError, match=r"other\.json.*\brates\b"):
         SpeedResult.load(tmp_path / "other.json")

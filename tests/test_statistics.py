@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import statsmodels.api as sm
 from scipy import stats
-from simulated_evidence import clustered_values, counts_by_chance, kl_of_two_arms
+from simulated_evidence import clustered_values, counts_by_chance, kl_of_two_arms, quick_collection
 
 from sae_nfm.resampling import Bootstrap, BootstrapT, fieller
 from sae_nfm.statistics import (
@@ -25,6 +25,12 @@ from sae_nfm.statistics import (
 )
 
 EXACT = 1e-12  # relative; float64 sums of a few thousand numbers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collections_are_quick():
+    with quick_collection():
+        yield
 
 
 def ends(estimate: Estimate) -> tuple[float, float, float]:
@@ -193,7 +199,7 @@ def test_paired_t_is_scipy_s():
     low, high = oracle.confidence_interval(0.9)
     assert (*ends(found), found.p_value) == pytest.approx(((a - b).mean(), low, high, oracle.pvalue), rel=EXACT)
     assert (found.n, found.n_clusters, found.test) == (5, None, "paired t-test over 5 seeds")
-    assert replace(paired_t(a - b, confidence=0.9), test=found.test) == found
+    assert replace(paired_t(a - b, confidence=0.9), test=found.test) == found  # the same differences
     assert (*ends(paired_t(a, a)), paired_t(a, a).p_value) == (0, 0, 0, 1)
     assert (*ends(paired_t([2.0, 2.0])), paired_t([2.0, 2.0]).p_value) == (2, 2, 2, 0)
 
@@ -220,71 +226,54 @@ def test_corrected_estimates_keep_their_intervals():
 
 def test_error_messages():
     a, b, documents = arms()
-    with pytest.raises(
-        ValueError,
-        match=r"^values has 2 NaN or infinite value\(s\) of 3, the first nan at 0; "
-        r"leave out tokens without a value, in all arms alike$",
-    ):
+    with pytest.raises(ValueError, match=r"\bvalues\b.*\b2\b.*\bof 3\b.*\bnan at 0\b"):
         clustered_mean([np.nan, 1, np.inf], [0, 1, 2])
-    with pytest.raises(ValueError, match=r"^values has shape \(0,\); give one row of at least one value$"):
+    with pytest.raises(ValueError, match=r"\bvalues\b.*\(0,\)"):
         clustered_mean([], [])
-    with pytest.raises(ValueError, match=r"^a has shape \(0,\)"):
+    with pytest.raises(ValueError, match=r"\ba\b.*\(0,\)"):
         effect_size([], [], [])
-    with pytest.raises(
-        ValueError,
-        match=r"^all 2 values are from one document; an interval over documents needs at least 2, better 20$",
-    ):
+    with pytest.raises(ValueError, match=r"\b2 values\b.*\bone document\b"):
         clustered_mean([1.0, 2.0], [4, 4])
-    with pytest.raises(
-        ValueError, match=r"^documents has shape \(3,\) and the values \(2,\); give one document per value$"
-    ):
+    with pytest.raises(ValueError, match=r"\bdocuments\b.*\(3,\).*\bvalues\b.*\(2,\)"):
         clustered_mean([1.0, 2.0], [4, 4, 5])
-    with pytest.raises(
-        ValueError, match=r"^1 value\(s\) have no document \(missing, or -1: a separator\); leave them out$"
-    ):
+    with pytest.raises(ValueError, match=r"\b1 value.*\bno document\b.*-1"):
         clustered_mean([1.0, 2.0, 3.0], [-1, 0, 1])
-    with pytest.raises(ValueError, match=r"^1 value\(s\) have no document"):
+    with pytest.raises(ValueError, match=r"\b1 value.*\bno document\b"):
         clustered_mean([1.0, 2.0, 3.0], [np.nan, 0.0, 1.0])
     for statistic in (mean_difference, ratio_of_means, relative_change, effect_size):
-        with pytest.raises(
-            ValueError, match=rf"^a has 3 values and b {len(b)}; give both on the same tokens, in the same order$"
-        ):
+        with pytest.raises(ValueError, match=rf"\ba\b.*\b3\b.*\bb\b.*\b{len(b)}\b"):
             statistic(a[:3], b, documents)
-    with pytest.raises(
-        ValueError, match=r"^the mean of b is 0, so there is no ratio; give an arm that changes something"
-    ):
+    with pytest.raises(ValueError, match=r"\bmean of b is 0\b"):
         ratio_of_means(a, 0 * b, documents)
-    with pytest.raises(ValueError, match=r"^the differences are all equal, so they have no standardised size"):
+    with pytest.raises(ValueError, match=r"\bdifferences\b.*\bequal\b"):
         effect_size(a, a, documents)
-    with pytest.raises(ValueError, match=r"^confidence is 95; give a share between 0 and 1, such as 0.95$"):
+    with pytest.raises(ValueError, match=r"\bconfidence\b.*\b95\b"):
         clustered_mean(a, documents, confidence=95)
-    with pytest.raises(ValueError, match=r"^1 seed\(s\): a spread over seeds needs at least 2; train more seeds$"):
+    with pytest.raises(ValueError, match=r"\b1 seed\b.*\b2\b"):
         paired_t([1.0], [2.0])
-    with pytest.raises(ValueError, match=r"^n_resamples is 10; give at least 99"):
+    with pytest.raises(ValueError, match=r"\bn_resamples\b.*\b10\b.*\b99\b"):
         Bootstrap(seed=0, n_resamples=10)
 
 
 def test_error_messages_of_corrections():
     a, b, documents = arms()
     tested, untested = mean_difference(a, b, documents), effect_size(a, b, documents)
-    with pytest.raises(ValueError, match=r"^estimate 1 \(d_z of .*\) has no p-value to adjust; leave it out$"):
+    with pytest.raises(ValueError, match=r"\bestimate 1\b.*\bd_z\b.*\bp-value\b"):
         corrected([tested, untested], "holm")
-    with pytest.raises(
-        ValueError, match=r"^estimate 0 is adjusted already \(Holm over 1 test\); give the original ones$"
-    ):
+    with pytest.raises(ValueError, match=r"\bestimate 0\b.*\bHolm over 1 test\b"):
         corrected(corrected([tested], "holm"), "holm")
-    with pytest.raises(ValueError, match=r"^p_values has shape \(0,\)"):
+    with pytest.raises(ValueError, match=r"\bp_values\b.*\(0,\)"):
         corrected([], "holm")
-    with pytest.raises(ValueError, match=r"^the p-values run from 0.5 to 1.5; give probabilities between 0 and 1$"):
+    with pytest.raises(ValueError, match=r"\bp-values\b.*\b0\.5\b.*\b1\.5\b"):
         corrected_p_values([0.5, 1.5], "holm")
-    with pytest.raises(ValueError, match=r"^the correction is 'bonferroni'; choose one of holm, benjamini-hochberg$"):
+    with pytest.raises(ValueError, match=r"\bcorrection\b.*'bonferroni'.*\bholm, benjamini-hochberg\b"):
         corrected_p_values([0.5], "bonferroni")  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("bootstrap", [None, Bootstrap(seed=0, n_resamples=399)])
+@pytest.mark.parametrize("bootstrap", [None, Bootstrap(seed=0, n_resamples=199)])
 def test_chance_is_found_as_often_as_announced_and_by_a_token_level_test_far_more_often(bootstrap: Bootstrap | None):
     rng = np.random.default_rng(8)
-    trials, rejected, naive = 300, 0, 0
+    trials, rejected, naive = 200, 0, 0
     for _ in range(trials):
         values, documents = clustered_values(rng)
         found = clustered_mean(values, documents, bootstrap=bootstrap)
@@ -299,7 +288,7 @@ def test_chance_is_found_as_often_as_announced_and_by_a_token_level_test_far_mor
 
 def test_the_interval_of_a_relative_change_covers_the_truth():
     rng = np.random.default_rng(9)
-    trials, missed = 300, 0
+    trials, missed = 200, 0
     for _ in range(trials):
         found = relative_change(*kl_of_two_arms(rng, 0.5))
         missed += not found.low <= -0.5 <= found.high

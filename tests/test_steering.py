@@ -7,12 +7,19 @@ import pytest
 import torch
 from builders import CONTEXT, D_MODEL, D_VOCAB, HOOK, inference_sae, tiny_model, training_config
 from planted import linear_model
+from simulated_evidence import quick_collection
 
 from sae_nfm.hooks import counted_tokens, splice
 from sae_nfm.splicing import keeping
 from sae_nfm.steering import compare_steering, directions, feature_direction, mean_gates, pair_direction, steering
 
 ROUNDING = {"atol": 1e-5, "rtol": 1e-5}  # float32 logits of size 1 to 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collections_are_quick():
+    with quick_collection():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +148,7 @@ def test_a_pair_that_writes_what_its_features_write(model, tokens):
     sae.W_2.copy_(((feature_direction(sae, 0) + feature_direction(sae, 1)) / (sae.V[0] * sae.V[1] * sae.W_1))[None, 0])
     found = compare_steering(model, sae, (0, 1), tokens, alphas=[1.0], show_progress=False)
     assert found.cosines["sum"] == pytest.approx(1, abs=1e-6)
-    assert found.open_gates == 1
+    assert found.open_gates == pytest.approx(1)
     means = found.means("kl_nats").loc[1.0]
     assert means["pair"] == pytest.approx(means["sum"], rel=1e-4)
     assert means["pair"] > 1e-3
@@ -177,34 +184,29 @@ def test_errors_say_what_is_wrong(model, sae, pair, tokens):
     def compare(sae=sae, pair=pair, tokens=tokens, alphas=(1.0,), **settings):
         return compare_steering(model, sae, pair, tokens, alphas=alphas, show_progress=False, **settings)
 
-    with pytest.raises(ValueError, match=r"^alphas are \[1.0, 0.0\]; give different finite distances, none of them 0$"):
+    with pytest.raises(ValueError, match=r"\balphas\b.*\[1\.0, 0\.0\]"):
         compare(alphas=(1.0, 0.0))
-    with pytest.raises(ValueError, match=r"^n_random is 0; give at least 1, there is no control without it$"):
+    with pytest.raises(ValueError, match=r"\bn_random\b.*\b0\b.*\b1\b"):
         compare(n_random=0)
-    with pytest.raises(ValueError, match=r"^target is 50; give a token id from 0 to 49$"):
+    with pytest.raises(ValueError, match=r"\btarget\b.*\b50\b.*\b49\b"):
         compare(target=50)
-    with pytest.raises(
-        ValueError, match=r"^no token to steer: 4 tokens, all special or in position 0; give more text$"
-    ):
+    with pytest.raises(ValueError, match=r"\bno token\b.*\b4 tokens\b"):
         compare(tokens=torch.zeros(2, 2, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"^pair is \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"\bpair\b.*\(3, 3\)"):
         compare(pair=(3, 3))
-    with pytest.raises(ValueError, match=r"^the SAE's head is 'mlp', which pools features, not pairs"):
+    with pytest.raises(ValueError, match=r"\bhead\b.*'mlp'"):
         compare(sae=inference_sae(training_config("joint_nfm", head="mlp")))
-    with pytest.raises(ValueError, match=r"^the SAE's normalize_activations is 'layer_norm'"):
+    with pytest.raises(ValueError, match=r"\bnormalize_activations\b.*'layer_norm'"):
         compare(
             sae=inference_sae(training_config("joint_nfm", k=16, nfm_top_k=12, normalize_activations="layer_norm")),
             pair=(0, 1),
         )
     silent = inference_sae(training_config("joint_nfm", k=1, nfm_top_k=None))
-    message = (
-        r"^the interaction path reads features 0 and 1 together on none of 80 tokens, so their gates are not known"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"\bfeatures 0 and 1\b.*\bnone of 80 tokens\b.*\bgates\b"):
         compare(sae=silent, pair=(0, 1))
     shut = inference_sae(training_config("joint_nfm", k=32, nfm_top_k=None)).requires_grad_(False)
     shut.b_1.fill_(-1e4)
-    with pytest.raises(ValueError, match=r"^the direction of 'pair' is zero for features 0 and 1; give another pair$"):
+    with pytest.raises(ValueError, match=r"'pair' is zero\b.*\bfeatures 0 and 1\b"):
         compare(sae=shut, pair=(0, 1))
 
 

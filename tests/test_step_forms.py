@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from builders import D_SAE, random_activations, random_sae, training_config
+from builders import D_SAE, covering_pairs, random_activations, random_sae, training_config
 from step_forms import HOOK, both_kernels, for_every_architecture, step
 
 from sae_nfm import kernels
@@ -13,12 +13,15 @@ from sae_nfm.training_sae import Forms
 
 
 @for_every_architecture
-@pytest.mark.parametrize("nfm_top_k", [None, 3])
-@pytest.mark.parametrize("head", ["fm", "mlp"])
 @pytest.mark.parametrize(
-    "forms", [forms for forms in itertools.product(("sparse", "dense"), repeat=3) if "sparse" in forms]
+    ("forms", "nfm_top_k", "head"),
+    covering_pairs(
+        forms=[forms for forms in itertools.product(("sparse", "dense"), repeat=3) if "sparse" in forms],
+        nfm_top_k=[None, 3],
+        head=["fm", "mlp"],
+    ),
 )
-def test_each_product_may_have_its_own_form(monkeypatch, architecture, nfm_top_k, head, forms):
+def test_each_product_may_have_its_own_form(monkeypatch, architecture, forms, nfm_top_k, head):
     sae, saelens = both_kernels(architecture, nfm_top_k=nfm_top_k, head=head)
     monkeypatch.setattr(type(sae), "_forms", lambda self: Forms(*forms))
     x, dead = random_activations().double(), torch.arange(D_SAE) < 5

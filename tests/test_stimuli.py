@@ -1,3 +1,4 @@
+import re
 import textwrap
 from pathlib import Path
 
@@ -60,38 +61,36 @@ def test_packaged_sets_are_large_enough_and_vary(name: str):
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ('"true"', "true", "cell 4, words, entry 1 is True, which YAML does not read as text; put it in quotes"),
-        ("[g, h, i]", "[g]", "cell 3, words: there are 1; give at least 2"),
-        ("[g, h, i]", "g", "cell 3, words is 'g'; give a list"),
-        ("u four", "u three", "the sentence 'u three' is there more than once; give each sentence once, in one cell"),
-        ("[c, d]", "[c, a]", "the word 'a' is there more than once; give each word once, in one cell"),
-        (", u four", "", "cell 4, sentences: there are 3; give at least 4"),
-        ("[cold, new]", "[cool, new]", "cell 1 has the tone 'cool'; give one of warm, cold"),
-        ("[cold, new]", "[cold]", "cell 1 has the levels ['cold']; give one of each factor"),
-        ("[cold, new]", "[cold, old]", "the cells are cold-old, warm-new, warm-old, cold-old; give each of "
-         "warm-new, warm-old, cold-new, cold-old once"),
-        ("[new, old]", "[new, new]", "factor age has the levels ['new', 'new']; give two different ones"),
-        ("  age: [new, old]\n", "", "factors is {'tone': ['warm', 'cold']}; give two, each as `name: [level, level]`"),
-        ("words: [c, d]", "targets: [c, d]", "cell 1 has levels, targets, sentences; it takes exactly levels, words, "
-         "sentences"),
-        ("[e one,", '[" e one",', "cell 1, sentences, entry 1 is ' e one'; give text without spaces at its ends"),
+        ('"true"', "true", r"cell 4, words, entry 1\b.*\bTrue\b.*\bquotes\b"),
+        ("[g, h, i]", "[g]", r"cell 3, words\b.*\b1\b.*\b2\b"),
+        ("[g, h, i]", "g", r"cell 3, words\b.*'g'.*\blist\b"),
+        ("u four", "u three", r"\bsentence 'u three'.*\bonce\b"),
+        ("[c, d]", "[c, a]", r"\bword 'a'.*\bonce\b"),
+        (", u four", "", r"cell 4, sentences\b.*\b3\b.*\b4\b"),
+        ("[cold, new]", "[cool, new]", r"cell 1\b.*\btone\b.*'cool'.*\bwarm, cold\b"),
+        ("[cold, new]", "[cold]", r"cell 1\b.*\blevels\b.*\['cold'\]"),
+        (
+            "[cold, new]",
+            "[cold, old]",
+            "cells .*cold-old, warm-new, warm-old, cold-old.*warm-new, warm-old, cold-new, cold-old",
+        ),
+        ("[new, old]", "[new, new]", r"\bage\b.*\['new', 'new'\]"),
+        ("  age: [new, old]\n", "", r"\bfactors\b.*\{'tone': \['warm', 'cold'\]\}"),
+        ("words: [c, d]", "targets: [c, d]", r"cell 1\b.*\blevels, targets, sentences\b.*\blevels, words, sentences\b"),
+        ("[e one,", '[" e one",', r"cell 1, sentences, entry 1\b.*' e one'"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_told_where_they_are(tmp_path, old: str, new: str, told: str):
     assert old in MINIMAL
     path = written(tmp_path, MINIMAL.replace(old, new))
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  (the whole message is compared)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .*{told}"):
         load_stimuli(path)
-    assert str(caught.value) == f"{path}: {told}"
 
 
 def test_what_is_no_yaml_or_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"mine\.yaml is no YAML: "):
+    with pytest.raises(ValueError, match=r"mine\.yaml\b.*\bYAML\b"):
         load_stimuli(written(tmp_path, "factors: ["))
-    with pytest.raises(ValueError, match=r"the file has 'text'; it takes exactly factors, cells$"):
+    with pytest.raises(ValueError, match=r"'text'.*\bfactors, cells\b"):
         load_stimuli(written(tmp_path, "text"))
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"^there are no stimuli 'other'; give a \.yaml file, or one of formality-emotion, sentiment-register$",
-    ):
+    with pytest.raises(FileNotFoundError, match=r"'other'.*\.yaml\b.*\bformality-emotion, sentiment-register\b"):
         load_stimuli("other")

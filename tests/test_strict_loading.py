@@ -26,7 +26,6 @@ from sae_nfm import JointNFMSAE, JointNFMTrainingSAE
 
 for_every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 DOORS = pytest.mark.parametrize("door", [SAE, JointNFMSAE], ids=["SAE", "JointNFMSAE"])
-SAVE_AGAIN = "save the SAE again (sae.save_model, or save_inference_model of a training SAE) or fetch it anew"
 
 
 @pytest.fixture
@@ -48,8 +47,9 @@ def change_weights(folder, **changes):
     save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, path)
 
 
-def weights_message(problem):
-    return f"^{re.escape(f'these are not the weights of this SAE: {problem}; {SAVE_AGAIN}')}$"
+def weights_message(*problems):
+    """All of them, and how to get a sound SAE."""
+    return "".join(f"{problem}.*" for problem in problems) + r"\bsave_model\b.*\bsave_inference_model\b"
 
 
 @for_every_architecture
@@ -141,7 +141,7 @@ def test_sound_folder_is_accepted(door, saved):
 @DOORS
 def test_unknown_key(door, saved):
     change_config(saved, nfm_topk=3)
-    with pytest.raises(ValueError, match=r"^unknown key 'nfm_topk' in a joint_nfm config; JointNFMSAEConfig has"):
+    with pytest.raises(ValueError, match=r"\bkey 'nfm_topk'.*\bjoint_nfm\b.*\bJointNFMSAEConfig\b"):
         door.load_from_disk(saved)
 
 
@@ -151,7 +151,7 @@ def test_missing_key_that_decoding_needs(door, saved):
     config = json.loads(path.read_text())
     del config["square_scale"]  # the default, 1.0, would be another function
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"cfg.json lacks 'square_scale', which a saved joint_nfm config always has"):
+    with pytest.raises(ValueError, match=r"cfg\.json lacks 'square_scale'.*\bjoint_nfm\b"):
         door.load_from_disk(saved)
 
 
@@ -159,28 +159,28 @@ def test_missing_key_that_decoding_needs(door, saved):
 def test_truncated_config(door, saved):
     path = saved / SAE_CFG_FILENAME
     path.write_text(path.read_text()[:40])
-    with pytest.raises(ValueError, match=r"cfg.json is not JSON .* save the SAE again"):
+    with pytest.raises(ValueError, match=r"cfg\.json is not JSON\b.*\bsave\b"):
         door.load_from_disk(saved)
 
 
 @DOORS
 def test_missing_tensor(door, saved):
     change_weights(saved, V=None, b_lin=None)
-    with pytest.raises(ValueError, match=weights_message("tensor 'V' is missing; tensor 'b_lin' is missing")):
+    with pytest.raises(ValueError, match=weights_message("'V' is missing", "'b_lin' is missing")):
         door.load_from_disk(saved)
 
 
 @DOORS
 def test_extra_tensor(door, saved):
     change_weights(saved, W_3=torch.zeros(2))
-    with pytest.raises(ValueError, match=weights_message("tensor 'W_3' is unknown")):
+    with pytest.raises(ValueError, match=weights_message("'W_3' is unknown")):
         door.load_from_disk(saved)
 
 
 @DOORS
 def test_tensor_of_a_path_that_the_config_switches_off(door, saved):
     change_config(saved, use_square_path=False)
-    with pytest.raises(ValueError, match=weights_message("tensor 'U' is unknown")):
+    with pytest.raises(ValueError, match=weights_message("'U' is unknown")):
         door.load_from_disk(saved)
 
 
@@ -190,16 +190,14 @@ def test_value_that_is_not_finite(door, value, saved):
     b_2 = torch.zeros(16)
     b_2[3] = value
     change_weights(saved, b_2=b_2)
-    problem = "tensor 'b_2' holds values that are not finite (NaN or infinity)"
-    with pytest.raises(ValueError, match=weights_message(problem)):
+    with pytest.raises(ValueError, match=weights_message("'b_2' .*not finite")):
         door.load_from_disk(saved)
 
 
 @DOORS
 def test_wrong_shape(door, saved):
     change_weights(saved, V=torch.zeros(D_SAE, 9))
-    problem = f"tensor 'V' has shape ({D_SAE}, 9), the config makes it ({D_SAE}, 8)"
-    with pytest.raises(ValueError, match=weights_message(problem)):
+    with pytest.raises(ValueError, match=weights_message(rf"'V' .*\({D_SAE}, 9\).*\({D_SAE}, 8\)")):
         door.load_from_disk(saved)
 
 
@@ -209,7 +207,7 @@ def test_truncated_weight_file(door, kept, saved):
     path = saved / SAE_WEIGHTS_FILENAME
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    with pytest.raises(ValueError, match=f"^the weight file in {re.escape(repr(str(saved)))} is damaged"):
+    with pytest.raises(ValueError, match=rf"{re.escape(repr(str(saved)))}.*\bdamaged\b"):
         door.load_from_disk(saved)
 
 
@@ -229,9 +227,9 @@ def test_missing_folder(door, tmp_path):
 
 def test_checkpoint_weights_are_checked_too(saved):
     change_weights(saved, W_1=None)
-    with pytest.raises(ValueError, match=weights_message("tensor 'W_1' is missing")):
+    with pytest.raises(ValueError, match=weights_message("'W_1' is missing")):
         random_sae(training_config("joint_nfm")).load_weights_from_checkpoint(saved)
-    with pytest.raises(ValueError, match=weights_message("tensor 'W_1' is missing")):
+    with pytest.raises(ValueError, match=weights_message("'W_1' is missing")):
         JointNFMTrainingSAE.load_from_disk(saved)
 
 

@@ -92,9 +92,9 @@ def test_some_columns_and_arms(tmp_path):
     assert list(found.columns) == ["kl_nats", "document"]
     assert np.array_equal(found["kl_nats"], expected[expected["arm"] == "b"]["kl_nats"].astype(np.float32))
     assert len(read_rows(folder, arms=["a", "elsewhere"])) == 2 * 14
-    with pytest.raises(ValueError, match=r"^there is no arm 'c'; there are a, b, elsewhere$"):
+    with pytest.raises(ValueError, match=r"\barm 'c'.*\ba, b, elsewhere\b"):
         read_rows(folder, arms=["a", "c"])
-    with pytest.raises(ValueError, match=r"^there is no column 'kl'; there are document, row, position, arm, kl_nats"):
+    with pytest.raises(ValueError, match=r"\bcolumn 'kl'.*\bdocument, row, position, arm, kl_nats\b"):
         read_rows(folder, ["kl"])
 
 
@@ -135,39 +135,40 @@ def test_an_unfinished_measurement_is_not_read(tmp_path):
     (folder / "part-00001.parquet").rename(folder / "part-00001.parquet.partial")
     assert [is_finished(folder, number) for number in range(3)] == [True, False, True]
     for read in (read_rows, document_sums):
-        with pytest.raises(ValueError, match=r"is not finished: 2 of 3 parts are there; run `measure` again"):
+        with pytest.raises(ValueError, match=r"\b2 of 3 parts\b.*`measure`"):
             read(folder)
-    with pytest.raises(FileNotFoundError, match=r"has no manifest.json, so nothing was measured there"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\b.*\bmanifest\.json\b"):
         read_rows(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 1}, "seed (0 there, 1 now)"),
-        ({"tokens": "u"}, "tokens ('t' there, 'u' now)"),
-        ({"arms": {"a": "arm a", "b": "another", "c": "new"}}, "the arms (b, elsewhere, c)"),
-        ({"batch_rows": 4, "documents": "e"}, "documents ('d' there, 'e' now); batch_rows (2 there, 4 now)"),
+        ({"seed": 1}, r"settings: seed\b.*\b0\b.*\b1\b"),
+        ({"tokens": "u"}, r"settings: tokens\b.*'t'.*'u'"),
+        ({"arms": {"a": "arm a", "b": "another", "c": "new"}}, r"settings: .*\barms \(b, elsewhere, c\)"),
+        (
+            {"batch_rows": 4, "documents": "e"},
+            r"settings: documents\b.*'d'.*'e'.*\bbatch_rows\b.*\b2\b.*\b4\b",
+        ),
     ],
 )
 def test_another_measurement_is_refused(tmp_path, changes, message):
     begin(tmp_path / "rows", manifest())
     begin(tmp_path / "rows", manifest())
-    with pytest.raises(ValueError) as error:  # noqa: PT011
+    with pytest.raises(ValueError, match=message) as error:
         begin(tmp_path / "rows", manifest(**changes))
-    assert str(error.value) == (
-        f"'{tmp_path / 'rows'}' was measured with other settings: {message}; give a new folder, or the old settings"
-    )
+    assert str(tmp_path / "rows") in str(error.value)
+    others = {field.name for field in dataclasses.fields(Manifest)} - changes.keys()
+    assert not [name for name in others if f"{name} (" in str(error.value)]
 
 
 def test_other_things_are_not_overwritten(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds other things and no manifest.json; give a new folder"):
+    with pytest.raises(ValueError, match=r"\bother things\b.*\bmanifest\.json\b"):
         begin(tmp_path, manifest())
     (tmp_path / "manifest.json").write_text('{"mine": 1}')
-    with pytest.raises(
-        ValueError, match=r"manifest.json is not the manifest of a measurement \(.*'mine'\); give another"
-    ):
+    with pytest.raises(ValueError, match=r"\bmanifest\.json is not\b.*'mine'"):
         begin(tmp_path, manifest())
 
 

@@ -1,11 +1,10 @@
 """`sae-nfm train`: SAELens's training, from flags, seeded, resumable to the same bits, its result whole."""
 
 import json
-import os
+import re
 import shlex
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +58,19 @@ def shared(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def model(shared):
+    return load_model(shared / "model")
+
+
+@pytest.fixture(scope="module")
+def trained(shared, tmp_path_factory) -> Path:
+    """The joint_nfm SAE of `flags`, with the seed that is used unless one is given."""
+    folder = tmp_path_factory.mktemp("trained") / "sae"
+    assert main([*flags(shared), "--output_path", str(folder)]) == 0
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -105,7 +117,7 @@ def test_the_embedded_model_needs_no_flags_but_sizes(capsys):
 
 
 @pytest.mark.parametrize("architecture", ALL)
-def test_every_architecture_trains_as_saelens_trains_it(architecture, shared, tmp_path):
+def test_every_architecture_trains_as_saelens_trains_it(architecture, shared, model):
     """The same flags through SAELens's own parser and runner, with the seed set around them, give the same bits."""
     argv = flags(shared, "--log_to_wandb", "False", architecture=architecture)
     if architecture == "matryoshka_batchtopk":  # SAELens has no default
@@ -114,7 +126,7 @@ def test_every_architecture_trains_as_saelens_trains_it(architecture, shared, tm
     with temporary_seed(42):
         theirs = LanguageModelSAETrainingRunner(
             _parse_cfg_args([*argv[1:], "--d_in", "16", "--output_path", "theirs"]),
-            override_model=load_model(shared / "model"),
+            override_model=model,
             override_dataset=local_dataset(str(shared / "text.jsonl"), seed=42),
         )
         theirs.run()
@@ -150,16 +162,14 @@ def test_one_head(shared):
     assert (cfg.d_in, cfg.reshape_activations, cfg.metadata.hook_head_index) == (8, "none", 1)
 
 
-def test_the_seed_decides_everything_and_the_caller_s_random_state_stays(shared):
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    assert main(flags(shared, "--output_path", "a")) == 0
-    assert torch.equal(torch.get_rng_state(), before)
+def test_the_seed_decides_everything_and_the_caller_s_random_state_stays(shared, trained):
     torch.manual_seed(8)
-    assert main(flags(shared, "--output_path", "b", "--seed", "42")) == 0
-    assert same("a", "b")
-    assert main(flags(shared, "--output_path", "c", "--seed", "43")) == 0
-    assert not same("a", "c")
+    before = torch.get_rng_state()
+    assert main(flags(shared, "--output_path", "a", "--seed", "42")) == 0
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same(trained, "a")
+    assert main(flags(shared, "--output_path", "b", "--seed", "43")) == 0
+    assert not same("a", "b")
 
 
 @pytest.mark.parametrize("architecture", ["joint_nfm", "jumprelu"])
@@ -212,18 +222,19 @@ def test_how_to_go_on(tmp_path):
     )
 
 
-def test_an_earlier_sae_is_kept(shared, capsys):
-    for seed in ("1", "2", "3"):
+def test_an_earlier_sae_is_kept(shared, trained, capsys):
+    shutil.copytree(trained, "output")
+    for seed in ("2", "3"):
         assert main(flags(shared, "--seed", seed)) == 0
-    assert "The SAE that was there before: output.2\n" in capsys.readouterr().out
+    assert re.search(r"before: output\.2\n", capsys.readouterr().out)
+    assert same("output.1", trained)
     assert not same("output", "output.1")
     assert not same("output", "output.2")
-    assert main(flags(shared, "--seed", "1", "--output_path", "again")) == 0
-    assert same("again", "output.1")
+    assert not same("output.1", "output.2")
 
 
-def test_a_run_that_fails_leaves_the_earlier_sae_alone(shared, monkeypatch):
-    assert main(flags(shared)) == 0
+def test_a_run_that_fails_leaves_the_earlier_sae_alone(shared, trained, monkeypatch):
+    shutil.copytree(trained, "output")
     before = weights("output")
 
     def fails(self, *args, **kwargs):
@@ -250,48 +261,35 @@ def test_checkpoints_are_named(shared, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (
-            ["--hook_name", "blocks.0.hook_resid_pst"],
-            "the model has no hook point 'blocks.0.hook_resid_pst'; did you mean one of",
-        ),
-        (["--hook_name", "blocks.0.attn.hook_pattern"], "have shape (1, 2, 2, 2); an SAE needs [batch, pos, d_in]"),
-        (["--hook_head_index", "2"], "hook_head_index is 2; the model has heads 0 to 1"),
-        (["--model_name", "no-such-model"], "TransformerLens knows no model 'no-such-model'; check the spelling"),
-        (["--model_class_name", "GPT"], "model_class_name is 'GPT'; give one of 'HookedTransformer'"),
-        (["--dataset_path="], "the embedded tokens suit the embedded model only; give --dataset_path for"),
-        (["--dataset_path", "no.jsonl"], "no corpus file no.jsonl; give a .parquet or .jsonl"),
-        (
-            ["--dataset_path", "short.txt"],
-            "the text in 'short.txt' does not fill one row of 16 tokens; give more text or lower",
-        ),
-        (["--held_out", "short.txt"], "the held-out text does not fill one row of 16 tokens; give more"),
-        (["--held_out", "no.txt"], "no corpus file no.txt"),
-        (["--d_in", "7"], "d_in is 7, but 'blocks.0.hook_resid_post' of"),
-        (["--d_in", "7"], "has width 16; leave d_in out"),
-        (["--architecture", "topk", "--k", "99"], "k is 99; give a number from 1 to the d_sae = 32 features there are"),
-        (["--training_tokens", "10"], "training_tokens is 10, less than one batch of 64 tokens; raise it"),
-        (["--context_size", "33"], "context_size is 33, but the model reads at most 32 tokens; lower it"),
-        (["--store_batch_size_prompts", "0"], "store_batch_size_prompts is 0; give a positive whole number"),
-        (
-            ["--n_batches_in_buffer", "1"],
-            "the buffer holds n_batches_in_buffer x context = 16 tokens, fewer than a batch of 64",
-        ),
-        (["--device", "abacus"], "device 'abacus' cannot be used here ("),
-        (
-            ["--from_pretrained_path", "no"],
-            "from_pretrained_path is 'no', where no saved SAE is; give the folder of one",
-        ),
-        (["--resume_from_checkpoint", "no"], "'no' is no checkpoint and holds none; give the folder"),
-        (["--lr_scheduler_name", "x"], "Unsupported scheduler: x"),
-        (["--output_path", "short.txt"], "output_path is 'short.txt', which is a file; give a folder"),
-        (["--output_path", "."], "output_path is '.', which holds other things (short.txt); give a new folder"),
+        (["--hook_name", "blocks.0.hook_resid_pst"], r"'blocks\.0\.hook_resid_pst'.*\bblocks\.0\.hook_resid_post\b"),
+        (["--hook_name", "blocks.0.attn.hook_pattern"], r"shape \(1, 2, 2, 2\).*\[batch, pos, d_in\]"),
+        (["--hook_head_index", "2"], r"hook_head_index is 2\b.*\b0 to 1\b"),
+        (["--model_name", "no-such-model"], "model 'no-such-model'"),
+        (["--model_class_name", "GPT"], "model_class_name is 'GPT'.*'HookedTransformer'"),
+        (["--dataset_path="], "embedded tokens.*--dataset_path"),
+        (["--dataset_path", "no.jsonl"], r"\bno\.jsonl\b.*\.parquet"),
+        (["--dataset_path", "short.txt"], r"'short\.txt'.*\b16 tokens\b.*context_size"),
+        (["--held_out", "short.txt"], r"held-out.*\b16 tokens\b"),
+        (["--held_out", "no.txt"], r"\bno\.txt\b"),
+        (["--d_in", "7"], r"d_in is 7\b.*'blocks\.0\.hook_resid_post'.*\bwidth 16; leave d_in out"),
+        (["--architecture", "topk", "--k", "99"], r"\bk is 99\b.*\b1\b.*d_sae = 32\b"),
+        (["--training_tokens", "10"], r"training_tokens is 10\b.*\b64\b"),
+        (["--context_size", "33"], r"context_size is 33\b.*\b32\b"),
+        (["--store_batch_size_prompts", "0"], r"store_batch_size_prompts is 0\b"),
+        (["--n_batches_in_buffer", "1"], r"n_batches_in_buffer.* 16\b.* 64\b"),
+        (["--device", "abacus"], "device 'abacus'"),
+        (["--from_pretrained_path", "no"], "from_pretrained_path is 'no'.*folder"),
+        (["--resume_from_checkpoint", "no"], "'no'.*checkpoint.*folder"),
+        (["--lr_scheduler_name", "x"], "scheduler: x"),
+        (["--output_path", "short.txt"], r"output_path is 'short\.txt'.*file.*folder"),
+        (["--output_path", "."], r"output_path is '\.'.*\(short\.txt\).*folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(more, message, shared, capsys):
     Path("short.txt").write_text("t1 t2")
     assert main(flags(shared, *more)) == 2
     told = capsys.readouterr().err.rpartition("sae-nfm: ")[2]
-    assert message in told
+    assert re.search(message, told), told
     assert told.count("\n") == 1
     assert [path.name for path in Path().iterdir()] == ["short.txt"]
 
@@ -299,7 +297,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(more, message, shared, cap
 def test_a_hub_name_is_left_to_saelens(shared, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(flags(shared, "--dataset_path", "no/such")) == 2
-    assert "'no/such' is neither a file nor a data set the hub can give; check" in capsys.readouterr().err
+    assert re.search(r"'no/such'.*\bfile\b.*\bhub\b", capsys.readouterr().err)
     assert local_dataset("no/such") is None
 
 
@@ -307,7 +305,7 @@ def test_a_pretrained_sae_of_another_width_is_refused(shared, capsys):
     assert main(flags(shared, "--hook_name", "blocks.0.mlp.hook_post", "--save_final_checkpoint", "True")) == 0
     (final,) = Path("checkpoints").glob("*/final_512")
     assert main(flags(shared, "--from_pretrained_path", str(final), "--output_path", "b")) == 2
-    assert f"the SAE in '{final}' has d_in 40, the hook point 16; choose the hook point" in capsys.readouterr().err
+    assert re.search(rf"'{re.escape(str(final))}'.*d_in 40\b.*hook point 16\b", capsys.readouterr().err)
     argv = flags(shared, "--from_pretrained_path", str(final), "--hook_name", "blocks.0.mlp.hook_post", "--lr", "0")
     assert main([*argv, "--output_path", "b"]) == 0
     assert same("output", "b")  # at learning rate 0 it is what it was
@@ -334,15 +332,11 @@ def test_kinds_of_data(shared, tmp_path):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("./no", FileNotFoundError, "the data './no' does not exist; give a .parquet, .jsonl, .txt file, a folder"),
-        ("a.csv", FileNotFoundError, "the data 'a.csv' has another suffix; give"),
-        ("empty", ValueError, "the folder 'empty' has no .parquet, .jsonl, .txt file and is no data set on disk; give"),
-        (
-            "splits",
-            ValueError,
-            "the data set in 'splits' has the splits test and no 'train'; give the folder of one split",
-        ),
-        ("mixed", ValueError, "mixed/b.parquet have different columns (None, tokens); give text or tokens, not both"),
+        ("./no", FileNotFoundError, r"'\./no'.*\.parquet, \.jsonl, \.txt"),
+        ("a.csv", FileNotFoundError, r"'a\.csv'.*suffix"),
+        ("empty", ValueError, r"folder 'empty'.*\.parquet, \.jsonl, \.txt"),
+        ("splits", ValueError, "'splits'.*splits test .*'train'"),
+        ("mixed", ValueError, r"mixed/b\.parquet.*columns \(None, tokens\)"),
     ],
 )
 def test_data_that_cannot_be_read(source, error, message):
@@ -352,34 +346,5 @@ def test_data_that_cannot_be_read(source, error, message):
     Path("mixed").mkdir()
     Path("mixed/a.txt").write_text("x")
     token_dataset(2).to_parquet("mixed/b.parquet")
-    with pytest.raises(error) as raised:
+    with pytest.raises(error, match=message):
         local_dataset(source)
-    assert message in str(raised.value)
-
-
-def test_one_process_trains_another_loads_a_third_splices(shared, tmp_path):
-    """Trained by SAELens's own command line, loaded elsewhere, spliced in here: only `import sae_nfm` is asked for."""
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    (corpus / "train.jsonl").write_bytes((shared / "text.jsonl").read_bytes())  # as SAELens loads local text
-    argv = flags(shared, "--model_class_name", "AutoModelForCausalLM", "--hook_name", "transformer.h.0")[1:]
-    argv += ["--d_in", "16", "--log_to_wandb", "False", "--output_path", "sae", "--dataset_path", str(corpus)]
-    train = f"import sae_nfm; from sae_lens.llm_sae_training_runner import _run_cli; _run_cli({argv!r})"
-    load = (
-        "import sae_nfm; from sae_lens import SAE; sae = SAE.load_from_disk('sae'); print(type(sae).__name__, "
-        "sae.cfg.metadata.hook_name, sae.W_lin.double().sum().item())"
-    )
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    outputs = [
-        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
-        for code in (train, load)
-    ]
-    sae = SAE.load_from_disk("sae")
-    assert outputs[1].split() == ["JointNFMSAE", "transformer.h.0", str(sae.W_lin.double().sum().item())]
-    model = load_model(shared / "model")
-    sae.cfg.metadata.hook_name = HOOK
-    tokens = torch.tensor(token_dataset(2)["tokens"])
-    with torch.no_grad(), model.saes(sae):
-        _, cache = model.run_with_cache(tokens)
-    assert cache[f"{HOOK}.hook_sae_output"].shape == (2, 16, 16)
-    assert cache[f"{HOOK}.hook_nfm_interaction"].abs().sum() > 0

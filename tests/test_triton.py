@@ -1,12 +1,15 @@
 """The Triton kernels against their twins in torch, run by Triton's interpreter on CPU tensors.
 
-The interpreter runs the same source as a GPU, one program after the other, so sizes are small. `test_triton_compiled` has
-what it cannot tell: whether the source compiles for a GPU.
+The interpreter runs the same source as a GPU, one program after the other, some milliseconds each: so there are few tokens
+and features, and as many entries and columns as it takes for several steps of a loop and several programs. What the
+interpreter cannot tell, whether the source compiles for a GPU, is in `test_triton_compiled`.
 """
+
+from functools import partial
 
 import pytest
 import torch
-from builders import random_activations, random_sae, training_config
+from builders import covering_pairs, random_activations, random_sae, training_config
 from kernel_inputs import TIGHT, assert_largest, decoded, encoder, gradients, random_acts, randoms
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
@@ -26,10 +29,11 @@ TOLERANCES = {
 
 @pytest.fixture
 def small_programs(monkeypatch):
-    """Several programs for what otherwise one would do."""
+    """Several programs, and several steps of a loop, for what otherwise one would do."""
     from sae_nfm import triton_sums
 
     monkeypatch.setattr(triton_sums, "CHUNKS", (32, 16))
+    monkeypatch.setattr(triton_sums, "IN_FLIGHT", 1)  # 8 entries, the fewest
     monkeypatch.setattr(triton_sums, "BLOCKS", 16)
     monkeypatch.setattr(triton_sums, "TILE", 16)
 
@@ -57,8 +61,9 @@ def acts_and_rows(n_tokens, k, d_sae, d_out, dtype):
     return scores.topk(k, dim=-1, sorted=False).indices, values, rows, by_token
 
 
-SIZES = [(7, 5, 37, 5), (3, 1, 40, 130), (5, 17, 20, 40), (9, 8, 8, 16), (1, 1, 1, 1)]
-"""n_tokens, k, d_sae, d_out: entries that fill the last step of a loop or not, several chunks, features without a token."""
+SIZES = [(3, 5, 7, 5), (2, 1, 5, 34), (2, 9, 10, 50), (9, 8, 8, 16), (1, 1, 1, 1)]
+"""n_tokens, k, d_sae, d_out: entries that fill the last step of a loop or not, for tokens (5, 9 and 8 by 8) and for features
+(9 by 8); columns in one chunk, filled or not, in three of 16 and two of 32; features without a token."""
 
 
 @pytest.mark.usefixtures("small_programs")
@@ -103,22 +108,36 @@ def test_no_tokens():
 
 
 @pytest.mark.usefixtures("small_programs")
-@pytest.mark.parametrize(("d_sae", "k"), [(37, 1), (37, 3), (37, 37), (300, 2), (40, 20)])
-@pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_selection(d_sae, k, scaled, dtype):
-    x, W_enc, b_enc, scale = (t.detach() for t in randoms((9, 3), (3, d_sae), (d_sae,), (d_sae,), dtype=dtype))
+@pytest.mark.parametrize(
+    ("size", "shift", "scaled", "dtype"),
+    covering_pairs(
+        size=[(37, 1), (37, 3), (37, 37), (130, 3), (40, 20)],
+        shift=[0.0, -20.0],
+        scaled=[True, False],
+        dtype=[torch.float32, torch.float64],
+    ),
+)
+def test_selection(size, shift, scaled, dtype):
+    """Of d_sae features, k: blocks of one, of 4 and of 8, the last ones of fewer; one program and several; all scores
+    negative, so that a number made up for a missing member would be among the largest.
+    """
+    d_sae, k = size
+    x, W_enc, b_enc, scale = (t.detach() for t in randoms((4, 3), (3, d_sae), (d_sae,), (d_sae,), dtype=dtype))
+    b_enc += shift
     b_enc[: d_sae // 2] = b_enc[0]
     W_enc[:, : d_sae // 2] = W_enc[:, :1]  # ties
-    x[4:6] *= -1
+    x[2:3] *= -1
     scale = scale.abs() if scaled else None
     assert_largest(ranking.top_hidden_pre(x, W_enc, b_enc, scale, k), ranking.hidden_pre(x, W_enc, b_enc, scale), k)
 
 
 @pytest.mark.parametrize("k", [3, 4])
 def test_selection_among_scores_of_minus_infinity_stays_within_the_columns(k):
-    """One score is finite; the others are as large as those of members that a block has beyond the last column."""
-    for column in range(37):
+    """One score is finite; the others are as large as those of members that a block has beyond the last column.
+
+    Of ten blocks with column c in block c % 10, the last three lack their fourth member.
+    """
+    for column in (0, 6, 7, 8, 9, 17, 28, 29, 36):
         b_enc = torch.full((37,), -torch.inf)
         b_enc[column] = 0.0
         indices, _ = ranking.top_hidden_pre(torch.ones(1, 1), torch.ones(1, 37), b_enc, None, k)
@@ -127,11 +146,12 @@ def test_selection_among_scores_of_minus_infinity_stays_within_the_columns(k):
 
 
 @pytest.mark.usefixtures("small_programs")
-@pytest.mark.parametrize("k", [1, 2, 9, 11])
-@pytest.mark.parametrize("nfm_dim", [3, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bi_interaction(monkeypatch, k, nfm_dim, dtype):
-    acts, (V,) = random_acts((6,), k=k, dtype=dtype), randoms((11, nfm_dim), seed=1, dtype=dtype)
+@pytest.mark.parametrize(
+    ("k", "nfm_dim", "n_tokens", "dtype"),
+    covering_pairs(k=[1, 2, 9, 11], nfm_dim=[3, 18], n_tokens=[3, 9], dtype=[torch.float32, torch.float64]),
+)
+def test_bi_interaction(monkeypatch, k, nfm_dim, n_tokens, dtype):
+    acts, (V,) = random_acts((n_tokens,), k=k, dtype=dtype), randoms((11, nfm_dim), seed=1, dtype=dtype)
     routing = kernels.route(acts.indices, 11)
 
     def outcome() -> list[Tensor]:
@@ -143,7 +163,7 @@ def test_bi_interaction(monkeypatch, k, nfm_dim, dtype):
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_bi_interaction_and_its_gradients_keep_their_precision_when_one_feature_dominates(sign):
-    acts, (V,) = random_acts((10,), d_sae=40, k=8, dtype=torch.float32), randoms((40, 6), dtype=torch.float32)
+    acts, (V,) = random_acts((4,), d_sae=12, k=8, dtype=torch.float32), randoms((12, 6), dtype=torch.float32)
     with torch.no_grad():
         acts.values[:, 3] = sign * 1e4
     exact_acts = SparseActs(acts.indices, acts.values.detach().double().requires_grad_())
@@ -152,7 +172,7 @@ def test_bi_interaction_and_its_gradients_keep_their_precision_when_one_feature_
     found = [z, *gradients(z, [acts.values, V])]
     expected = [exact, *gradients(exact, [exact_acts.values, exact_V])]
     for ours, reference in zip(found, expected, strict=True):
-        # float32 has 6e-8, sums of 8 to 10 terms need a few of it; the plain formula is wrong in the fourth digit
+        # float32 has 6e-8, sums of 4 to 8 terms need a few of it; the plain formula is wrong in the fourth digit
         assert (ours.double() - reference).norm() / reference.norm() < 1e-6
     # the gradient of the strongest feature is a sum over the weak ones, and small beside the others'
     top, reference = found[1][:, 3].double(), expected[1][:, 3]
@@ -161,22 +181,24 @@ def test_bi_interaction_and_its_gradients_keep_their_precision_when_one_feature_
 
 @pytest.mark.usefixtures("small_programs")
 def test_numerical_gradients():
+    """Along one random direction: every number of the gradients is compared with the twin's, which `test_kernels` checks."""
+    gradcheck = partial(torch.autograd.gradcheck, fast_mode=True, check_undefined_grad=False)
     x, W_enc, b_enc, scale = randoms((2, 2), (2, 9), (9,), (9,))
     scale = scale.detach().abs().add(0.1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *args: kernels.encode(*args, 3).values, (x, W_enc, b_enc, scale))
+    assert gradcheck(lambda *args: kernels.encode(*args, 3).values, (x, W_enc, b_enc, scale))
     acts, (weight,) = random_acts((2,), d_sae=5, k=3), randoms((5, 2), seed=1)
     for reader in (kernels.weighted_rows, kernels.bi_interaction, decoded):
-        assert torch.autograd.gradcheck(
+        assert gradcheck(
             lambda values, rows, reader=reader: reader(SparseActs(acts.indices, values), rows), (acts.values, weight)
         )
     (per_feature,) = randoms((5,))
-    assert torch.autograd.gradcheck(lambda numbers: kernels.of_active(numbers, acts), per_feature)
+    assert gradcheck(lambda numbers: kernels.of_active(numbers, acts), per_feature)
 
 
-@pytest.mark.parametrize("batch", [(), (2, 3), (2, 1, 2)])
+@pytest.mark.parametrize("batch", [(), (3, 2), (2, 1, 2)])
 def test_any_batch(monkeypatch, batch):
     acts, (weight, per_feature) = random_acts(batch, d_sae=5, k=3), randoms((5, 2), (5,))
-    x, W_enc, b_enc, scale = encoder(batch)
+    x, W_enc, b_enc, scale = encoder(batch, d_sae=9)
 
     def outcome() -> list[Tensor]:
         found = []
@@ -193,7 +215,7 @@ def test_any_batch(monkeypatch, batch):
 
 @pytest.mark.parametrize("layout", [lambda t: t.mT.contiguous().mT, lambda t: torch.stack([t, t], dim=-1)[..., 0]])
 def test_layouts_do_not_matter(layout):
-    acts, (weight,) = random_acts((3,)), randoms((11, 3))
+    acts, (weight,) = random_acts((3,), d_sae=5, k=3), randoms((5, 3))
     other = SparseActs(layout(acts.indices), layout(acts.values.detach()).requires_grad_())
     moved = layout(weight.detach()).requires_grad_()
     for reader in (kernels.weighted_rows, kernels.bi_interaction, decoded):
@@ -202,7 +224,7 @@ def test_layouts_do_not_matter(layout):
         torch.testing.assert_close(
             gradients(found, [other.values, moved]), gradients(expected, [acts.values, weight]), **TIGHT
         )
-    x, W_enc, b_enc, scale = encoder((3,))
+    x, W_enc, b_enc, scale = encoder((3,), d_sae=9)
     expected = kernels.encode(x, W_enc, b_enc, scale, 3).values
     moved = [layout(tensor.detach()).requires_grad_() for tensor in (x, W_enc)]
     found = kernels.encode(*moved, b_enc, scale, 3).values
@@ -213,13 +235,13 @@ def test_layouts_do_not_matter(layout):
 @pytest.mark.parametrize("rescale", [True, False])
 def test_a_step_of_joint_nfm(monkeypatch, nfm_top_k, rescale):
     """Losses and gradients of all paths, dead features among them."""
-    settings = {"d_sae": 24, "nfm_top_k": nfm_top_k, "rescale_acts_by_decoder_norm": rescale, "dtype": "float64"}
-    sae, x = random_sae(training_config("joint_nfm", **settings, kernel="sparse")), random_activations().double()
+    settings = {"d_sae": 12, "nfm_top_k": nfm_top_k, "rescale_acts_by_decoder_norm": rescale, "dtype": "float64"}
+    sae, x = random_sae(training_config("joint_nfm", **settings, kernel="sparse")), random_activations(rows=4).double()
 
     def outcome() -> list[Tensor]:
         sae.zero_grad()
         step = TrainStepInput(
-            sae_in=x, coefficients={}, dead_neuron_mask=torch.arange(24) < 5, n_training_steps=0, is_logging_step=False
+            sae_in=x, coefficients={}, dead_neuron_mask=torch.arange(12) < 5, n_training_steps=0, is_logging_step=False
         )
         output = sae.training_forward_pass(step)
         output.loss.backward()

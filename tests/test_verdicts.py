@@ -1,17 +1,24 @@
 """Verdicts over seeds and documents: against the tests they contain, and on arms that do or do not differ."""
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from simulated_evidence import arms_by_seed, counts_by_chance
+from simulated_evidence import arms_by_seed, counts_by_chance, quick_collection
 
 from sae_nfm.statistics import Estimate, mean_difference, paired_t, ratio_of_means
 from sae_nfm.verdicts import Verdict, corrected_verdicts, verdict, verdict_from_rows
 
 NAMES = {"arm": "joint", "against": "topk", "measure": "kl_nats"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collections_are_quick():
+    with quick_collection():
+        yield
 
 
 def ends(estimate: Estimate, less: float = 0.0) -> tuple[float, float, float]:
@@ -144,7 +151,12 @@ def test_rows_give_what_arrays_give():
         for arm, values in (("joint", a), ("topk", b))
     ).sample(frac=1, random_state=0)
     found = verdict_from_rows(rows, "kl_nats", arm="joint", against="topk")
-    assert found == verdict(a, b, weights=weights, **NAMES)
+    expected = verdict(a, b, weights=weights, **NAMES)
+    assert (found.sentence, found.n_seeds, found.relabelled) == (expected.sentence, 5, expected.relabelled)
+    for one, other in ((found.difference, expected.difference), (found.relative, expected.relative)):
+        # arrays of another layout may be summed in another order
+        assert (*ends(one), one.p_value) == pytest.approx((*ends(other), other.p_value), rel=1e-9)
+        assert (one.n, one.n_clusters, one.test) == (other.n, other.n_clusters, other.test)
 
 
 def test_correction_changes_words_and_leaves_those_without_a_claim_alone():
@@ -162,39 +174,28 @@ def test_correction_changes_words_and_leaves_those_without_a_claim_alone():
 
 def test_error_messages():
     a, b, weights = arms_by_seed(np.random.default_rng(7), n_documents=4)
-    with pytest.raises(
-        ValueError,
-        match=r"^'joint' has \[seeds, documents\] \[4, 4\] and 'topk' \[5, 4\]; give both for the same seeds and doc",
-    ):
+    with pytest.raises(ValueError, match=r"'joint'.*\[4, 4\].*'topk'.*\[5, 4\]"):
         verdict(a[1:], b, **NAMES)
     for bad in (a[0], a[:0], a[:, :1]):
-        with pytest.raises(
-            ValueError, match=r"^'joint' has shape \(.*\); give \[seeds, documents\], at least 1 and 2 of them$"
-        ):
+        with pytest.raises(ValueError, match=rf"'joint'.*{re.escape(str(bad.shape))}.*\[seeds, documents\]"):
             verdict(bad, b, **NAMES)
     b_bad = b.copy()
     b_bad[2, 3] = np.nan
-    with pytest.raises(
-        ValueError,
-        match=r"^'topk' has 1 NaN or infinite value\(s\), the first at seed 2, document 3; leave the document out",
-    ):
+    with pytest.raises(ValueError, match=r"'topk'.*\b1 NaN\b.*\bseed 2, document 3\b"):
         verdict(a, b_bad, **NAMES)
-    with pytest.raises(
-        ValueError,
-        match=r"^weights has shape \(4,\) and smallest value 0; give one positive number for each of the 4 documents$",
-    ):
+    with pytest.raises(ValueError, match=r"\bweights\b.*\(4,\).*\b0\b.*\b4 documents\b"):
         verdict(a, b, weights=[1, 2, 0, 3], **NAMES)
-    with pytest.raises(ValueError, match=r"^weights has shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"\bweights\b.*\(3,\)"):
         verdict(a, b, weights=weights[:3], **NAMES)
-    with pytest.raises(ValueError, match=r"^the mean of 'topk' is 0, so there is no relative difference"):
+    with pytest.raises(ValueError, match=r"\bmean of 'topk' is 0\b"):
         verdict(a, 0 * b, **NAMES)
-    with pytest.raises(ValueError, match=r"^confidence is 5; give a share"):
+    with pytest.raises(ValueError, match=r"\bconfidence\b.*\b5\b"):
         verdict(a, b, confidence=5, **NAMES)
 
 
 def test_random_improvements_are_called_better_no_more_often_than_announced():
     rng = np.random.default_rng(8)
-    trials, words = 400, []
+    trials, words = 200, []
     for _ in range(trials):
         arms = arms_by_seed(rng, seed_sd=0.05)
         swapped = rng.permuted(np.stack(arms[:2], axis=-1), axis=-1)  # labels permuted in each cell on its own

@@ -114,9 +114,7 @@ def test_a_folders_checkpoint_is_folded(tmp_path: Path) -> None:
     sae = warm_started(tmp_path, nfm_weight_init_std=0.0)
     torch.testing.assert_close(sae(x), topk(0.25 * x) / 0.25, rtol=1e-5, atol=1e-5)  # the fold rounds each weight once
     assert sae.cfg.normalize_activations == "none"
-    with pytest.raises(
-        ValueError, match="has normalize_activations 'expected_average_only_in': its weights are for inputs that"
-    ):
+    with pytest.raises(ValueError, match="normalize_activations 'expected_average_only_in'"):
         warm_started(topk)
 
 
@@ -138,37 +136,24 @@ def test_saelens_trains_it_further_without_a_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "fields", "message"),
     [
-        (
-            lambda: random_sae(training_config("joint_nfm")),
-            {},
-            "is a joint_nfm SAE: it has an NFM already; train it further",
-        ),
-        (lambda: inference_sae(training_config("joint_nfm")), {}, "is a joint_nfm SAE: it has an NFM already"),
-        (topk_in_training, {"k": 2}, "k is 2, but the SAE to start from has 3; leave it out"),
-        (
-            topk_in_training,
-            {"apply_b_dec_to_input": False},
-            "apply_b_dec_to_input is False, but the SAE to start from has True",
-        ),
+        (lambda: random_sae(training_config("joint_nfm")), {}, r"\bjoint_nfm\b.*\bNFM already"),
+        (lambda: inference_sae(training_config("joint_nfm")), {}, r"\bjoint_nfm\b.*\bNFM already"),
+        (topk_in_training, {"k": 2}, r"\bk is 2\b.*\b3\b"),
+        (topk_in_training, {"apply_b_dec_to_input": False}, r"apply_b_dec_to_input is False\b.*\bTrue\b"),
         (
             topk_in_training,
             {"normalize_activations": "expected_average_only_in"},
-            "normalize_activations is 'expected_average_only_in': the trainer would estimate a scale and rescale the inputs",
+            r"normalize_activations is 'expected_average_only_in'.*\bscale\b",
         ),
-        (
-            topk_in_training,
-            {"normalize_activations": "layer_norm"},
-            "normalize_activations is 'layer_norm', but the SAE",
-        ),
-        (topk_in_training, {"nfm_dimm": 2}, "unknown key 'nfm_dimm' in a joint_nfm config"),
-        (topk_in_training, {"nfm_top_k": 4}, "nfm_top_k is 4; give a number from 1 to k = 3"),
-        (lambda: "nowhere", {}, "'nowhere' is no folder; give the folder of a saved SAE, or release:sae_id"),
+        (topk_in_training, {"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
+        (topk_in_training, {"nfm_dimm": 2}, r"\bkey 'nfm_dimm'"),
+        (topk_in_training, {"nfm_top_k": 4}, r"nfm_top_k is 4\b.*\bk = 3\b"),
+        (lambda: "nowhere", {}, "'nowhere'.*folder.*release:sae_id"),
     ],
 )
 def test_what_does_not_fit_is_an_error(make: Callable[[], Any], fields: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         warm_started(make(), **fields)
-    assert message in str(error.value)
 
 
 def test_heads_stay_heads(tmp_path: Path) -> None:

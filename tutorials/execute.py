@@ -18,8 +18,6 @@ from sae_nfm.whole_files import whole
 FOLDER = Path(__file__).parent
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
-SECONDS = 600
-"""A cell may take."""
 
 
 def execute(path: Path) -> float:
@@ -34,7 +32,7 @@ def execute(path: Path) -> float:
         client = NotebookClient(
             notebook,
             kernel_name=KERNEL["name"],
-            timeout=SECONDS,
+            timeout=None,  # a cell takes as long as the machine needs
             coalesce_streams=True,
             resources={"metadata": {"path": folder}},
         )
