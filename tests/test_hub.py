@@ -16,16 +16,29 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from sae_lens import SAE, TopKSAEConfig
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file
 from test_results import result
 
-from sae_nfm import JointNFMSAE
+from sae_nfm import JointNFMSAE, pretrained
 from sae_nfm.hub import PullConfig, PushConfig, pull, push
 from sae_nfm.pretrained import register_release, register_releases
 from sae_nfm.release import HubSource
 
 REPO, ID = "user/saes", "blocks.0.hook_resid_post"
+
+
+@pytest.fixture(autouse=True)
+def releases_end_with_their_test():
+    """A release registered under a repository's name would stand before the repository of a later test."""
+    before, directory = dict(pretrained._releases), get_pretrained_saes_directory()
+    names = set(directory)
+    yield
+    pretrained._releases.clear()
+    pretrained._releases.update(before)
+    for name in set(directory) - names:
+        del directory[name]
 
 
 @pytest.fixture
