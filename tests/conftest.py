@@ -1,7 +1,10 @@
-"""One torch thread a process, Triton kernels on CPU tensors, and what is trained once for the whole run."""
+"""One torch thread a process, caches of its own, Triton kernels on CPU tensors, and what is trained once for the whole run."""
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +13,12 @@ import pytest
 from filelock import FileLock
 from packaging.version import Version
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; the tests' processes share the cores
+# read when torch, datasets and huggingface_hub are imported: the tests' processes share the cores, threads that wait leave them
+# to others, and no home directory is written to or has what an earlier run left
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="sae-nfm-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before the first import of Triton
 
 MOST_PROCESSES = 4

@@ -157,9 +157,9 @@ def damaged(path: tuple[str, ...], value: Any) -> bytes:
     ("content", "message"),
     [
         (b"no gzip", r"explorer\.json\.gz.*Not a gzipped file"),
-        (gzip.compress(b"{}")[:-6], r"explorer\.json\.gz.*damaged"),
-        (gzip.compress(b"{no json"), r"explorer\.json\.gz.*damaged"),
-        (gzip.compress(b"[]"), r"\bNone\b.*'sae-nfm explorer 1'.*`sae-nfm explore`"),
+        (gzip.compress(b"{}", mtime=0)[:-6], r"explorer\.json\.gz.*damaged"),
+        (gzip.compress(b"{no json", mtime=0), r"explorer\.json\.gz.*damaged"),
+        (gzip.compress(b"[]", mtime=0), r"\bNone\b.*'sae-nfm explorer 1'.*`sae-nfm explore`"),
         (damaged(("format",), "sae-nfm explorer 9"), r"'sae-nfm explorer 9'.*'sae-nfm explorer 1'"),
         (damaged(("features", "max"), [1.0]), r"\(1,\).*\b8 numbers\b.*`sae-nfm explore`"),
         (damaged(("stream", "ids"), [10**6]), r"damaged.*\bstarts\b.*\b1 entries\b"),
