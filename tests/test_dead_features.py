@@ -1,7 +1,10 @@
 """The dead-feature loss from the kernels against SAELens's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from builders import random_activations, random_sae, training_config
 from kernel_inputs import D_IN, D_SAE, TIGHT, encoder, gradients, randoms
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
@@ -85,3 +88,15 @@ def test_every_gradient_of_a_training_step_equals_saelens(rescale, n_dead):
     loss.backward()
     for ours, theirs in zip((W_enc, b_enc, W_dec, b_dec), (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
+@pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("dead", [None, torch.zeros(32, dtype=torch.bool)], ids=["not counted yet", "none dead"])
+def test_without_a_dead_feature_there_is_no_dead_feature_loss(kernel, normalize, dead):
+    sae = random_sae(training_config("joint_nfm", kernel=kernel, normalize_activations=normalize))
+    x = random_activations()
+    step = TrainStepInput(x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False)
+    assert sae.training_forward_pass(step).losses["auxiliary_reconstruction_loss"] == 0
+    some = replace(step, dead_neuron_mask=torch.arange(32) < 20)
+    assert sae.training_forward_pass(some).losses["auxiliary_reconstruction_loss"] > 0

@@ -76,6 +76,10 @@ def test_null_of_the_selection_counts_all_candidates():
     assert low <= small <= high
     values[:, 5] += 3 * SIGNS["interaction"][cells]
     found = select(values, cells, "interaction", rng, n_permutations=39)
+    by_cell = [values[cells == cell, 5] for cell in range(4)]
+    contrast = sum(sign * part.mean() for sign, part in zip(SIGNS["interaction"], by_cell, strict=True)) / 4
+    error = np.mean([part.var(ddof=1) for part in by_cell]) / len(cells)
+    assert found.f == pytest.approx(contrast**2 / error)  # the contrast of cell means over its standard error, squared
     assert (found.index, found.candidates, found.p_value) == (5, 20, 1 / 40)
 
 

@@ -218,6 +218,20 @@ def test_a_crossing_interaction_is_not_removed_and_none_is_called_none():
     assert additive.words == "no interaction"
 
 
+@pytest.mark.parametrize(
+    ("means", "crosses"),
+    [
+        ((2, 1, 3, 0), True),  # the second factor's effect is the same way everywhere, the first's is not
+        ((2, 3, 1, 0), True),  # the other way round
+        ((0, 2, 1, 5), False),
+        ((0, 0, 1, 1), False),
+    ],
+)
+def test_effects_cross_where_one_changes_its_sign(means, crosses):
+    values = np.repeat(np.array(means, dtype=float), 4) + np.tile([-0.1, -0.05, 0.05, 0.1], 4)
+    assert removability(values, np.repeat(np.arange(4), 4)).crosses == crosses
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"\bcells\b.*\[2, 2, 2, 0\]"):
         factorial_test(np.ones(6), np.repeat(np.arange(3), 2))

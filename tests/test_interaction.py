@@ -77,6 +77,15 @@ def test_top_n_keeps_the_largest_in_either_form():
         torch.testing.assert_close(interaction.weighted_rows(interaction.top_n(acts, 2), W), expected)
 
 
+def test_sparse_acts_from_dense_refuses_what_they_cannot_hold():
+    acts = torch.tensor([[0.0, 0.25, 1.0], [0.5, 0.0, 0.0]])
+    found = interaction.sparse_acts_from_dense(acts, 2)
+    assert torch.equal(torch.zeros(2, 3).scatter(-1, found.indices, found.values), acts)
+    assert interaction.sparse_acts_from_dense(acts, 1) is None  # two active on the first token
+    assert interaction.sparse_acts_from_dense(acts - torch.tensor([0.125, 0.0, 0.0]), 3) is None  # a small negative one
+    assert interaction.sparse_acts_from_dense(acts[:0], 2) is None
+
+
 def test_gradients_of_every_output_in_both_forms():
     dense, sparse, generator = random_acts(batch=(2,), d_sae=6, k=3)
     V = torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True)

@@ -247,8 +247,9 @@ def test_error_messages():
         ratio_of_means(a, 0 * b, documents)
     with pytest.raises(ValueError, match=r"\bdifferences\b.*\bequal\b"):
         effect_size(a, a, documents)
-    with pytest.raises(ValueError, match=r"\bconfidence\b.*\b95\b"):
-        clustered_mean(a, documents, confidence=95)
+    for confidence in (95, 1, 0, -0.1):
+        with pytest.raises(ValueError, match=rf"\bconfidence\b.* {confidence}\b"):
+            clustered_mean(a, documents, confidence=confidence)
     with pytest.raises(ValueError, match=r"\b1 seed\b.*\b2\b"):
         paired_t([1.0], [2.0])
     with pytest.raises(ValueError, match=r"\bn_resamples\b.*\b10\b.*\b99\b"):
