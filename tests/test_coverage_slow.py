@@ -32,7 +32,7 @@ def misses(sample: Callable[[], Estimate], truth: float, trials: int = TRIALS) -
 
 def show(record_property: Callable[[str, object], None], **figures: object) -> None:
     for name, value in figures.items():
-        record_property(name, value)
+        record_property(name, float(value))  # pytest-xdist sends plain numbers
         print(f"{name} = {value}")
 
 
