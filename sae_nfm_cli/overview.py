@@ -19,8 +19,8 @@ first steps:
   sae-nfm attribute "The film was not good"  # pairs on a token
   sae-nfm report runs                        # every result, in one offline page
 
-`sae-nfm COMMAND --help` has examples and options, docs/times.md how long each
-takes. Every command takes --json and --debug. Exit status: 0 done, 1 unexpected
+`sae-nfm COMMAND --help` has examples and options, docs/times.md how long they
+take. Every command takes --json and --debug. Exit status: 0 done, 1 unexpected
 error, 2 a mistake in the command or its files, 130 interrupted.
 """
 
