@@ -3,14 +3,18 @@
 Importing the package registers the architectures `joint_nfm` and `sequential_nfm` with SAELens.
 """
 
-from sae_nfm.config import JointNFMSAEConfig, JointNFMTrainingSAEConfig
-from sae_nfm.registration import register
-from sae_nfm.sae import JointNFMSAE
-from sae_nfm.sequential import SequentialNFMSAE
-from sae_nfm.sequential_config import SequentialNFMSAEConfig, SequentialNFMTrainingSAEConfig
-from sae_nfm.sequential_training import SequentialNFMTrainingSAE
+from sae_nfm._registration import register
+from sae_nfm.architectures import (
+    JointNFMSAE,
+    JointNFMSAEConfig,
+    JointNFMTrainingSAE,
+    JointNFMTrainingSAEConfig,
+    SequentialNFMSAE,
+    SequentialNFMSAEConfig,
+    SequentialNFMTrainingSAE,
+    SequentialNFMTrainingSAEConfig,
+)
 from sae_nfm.training import HeldOut, read_training_record, record_training
-from sae_nfm.training_sae import JointNFMTrainingSAE
 
 __version__ = "0.1.0"
 __all__ = [

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status is not None:
             return status
         os.environ.setdefault(*WAITING)
-        from sae_nfm.cli import run
+        from sae_nfm.cli.main import run
 
         return run(argv[0], argv[1:])
 

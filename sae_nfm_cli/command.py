@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from sae_nfm.flags import CommandParser
+    from sae_nfm.cli.parser import CommandParser
 
 WIDTH = 100
 """Columns that a help text takes at most."""
@@ -47,7 +47,7 @@ class Command:
         """The parser of its arguments, those that follow its name."""
         from simple_parsing.wrappers.field_wrapper import DashVariant
 
-        from sae_nfm.flags import CommandParser
+        from sae_nfm.cli.parser import CommandParser
 
         if self.parser:
             return imported(self.parser)(examples=self.examples)
@@ -68,7 +68,7 @@ class Command:
         Raises:
             ValueError: for arguments that do not work, in one line.
         """
-        from sae_nfm.flags import dashed, underscored
+        from sae_nfm.cli.parser import dashed, underscored
 
         if self.parser:
             return imported(self.config)(argv, examples=self.examples)

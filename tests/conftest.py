@@ -54,7 +54,7 @@ def once(request, tmp_path_factory) -> Callable[[str, Callable[[Path], object]],
 @pytest.fixture
 def triton_on_cpu(monkeypatch):
     """What `devices.uses_triton` decides goes to the kernels, as it would on a GPU."""
-    from sae_nfm import devices
+    from sae_nfm.kernels import devices
 
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton has no package for this platform")

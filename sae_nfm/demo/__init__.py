@@ -3,10 +3,10 @@
 Everything that needs a language model can be tried offline on it: `load_model` and `load_tokens` read files
 that are installed with the package. How they were made stands in `data/README.md`; each step can be run:
 
-    python -m sae_nfm.demo.train_lm    text file        -> Hugging Face folder
-    python -m sae_nfm.demo.convert     that folder      -> data/model, half precision
-    python -m sae_nfm.demo.sample      data/model       -> data/train.parquet, data/validation.parquet
-    python -m sae_nfm.demo.verbatim    tokens, corpus   -> longest passage that they share
+    python docs/embedded_model/train_lm.py    text file        -> Hugging Face folder
+    python docs/embedded_model/convert_lm.py     that folder      -> data/model, half precision
+    python docs/embedded_model/sample.py      data/model       -> data/train.parquet, data/validation.parquet
+    python docs/embedded_model/verbatim.py    tokens, corpus   -> longest passage that they share
 
 Importing this package is cheap: torch and SAELens are imported when a loader is first asked for.
 """

@@ -108,5 +108,5 @@ def _require(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(
             f"no file {path}; expected a Hugging Face folder with config.json, model.safetensors and "
-            "tokenizer.json (the packaged one is written by `python -m sae_nfm.demo.convert --source FOLDER`)"
+            "tokenizer.json (the packaged one is written by `python docs/embedded_model/convert_lm.py --source FOLDER`)"
         )

@@ -43,7 +43,7 @@ def read_rows(path: Path) -> pa.Table:
         FileNotFoundError: there is no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no token file {path}; write one with `python -m sae_nfm.demo.sample`")
+        raise FileNotFoundError(f"no token file {path}; write one with `python docs/embedded_model/sample.py`")
     return pq.read_table(path, schema=_ON_DISK)
 
 

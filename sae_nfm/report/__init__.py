@@ -1,1 +1,1 @@
-"""Figures and pages: the only part of the package that imports plotly."""
+"""One offline page from saved results."""

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from sae_nfm.controls import UNDER_TEST
-from sae_nfm.kl_by_arm import ArmKL, MeasuredKL, Role
-from sae_nfm.published_numbers import GURNEE_RATIOS, PAPER_RATIO
+from sae_nfm.evaluation import ArmKL, MeasuredKL, Role
+from sae_nfm.experiments.reproduce import GURNEE_RATIOS, PAPER_RATIO
+from sae_nfm.interventions import UNDER_TEST
 from sae_nfm.report.blocks import Figure
 from sae_nfm.report.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot, drawn
 from sae_nfm.report.theme import PALETTE, SYMBOLS, styled
-from sae_nfm.statistics import Estimate
+from sae_nfm.stats import Estimate
 
 ROLES: Mapping[Role, tuple[str, Group]] = {
     "SAE": ("Whole", Group(name="the SAE", colour=PALETTE[0], symbol="circle", size=13)),

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from sae_nfm.controls import UNDER_TEST
-from sae_nfm.kl_by_arm import MeasuredKL, has_controls, kl_by_arm
+from sae_nfm.evaluation.kl_by_arm import MeasuredKL, has_controls, kl_by_arm
+from sae_nfm.interventions import UNDER_TEST
 from sae_nfm.report.behaviour_figures import arms_figure, ratios_figure, scales_figure
 from sae_nfm.report.blocks import Block, Heading, Prose, Section
 from sae_nfm.report.run_folder import Run
-from sae_nfm.statistics import Estimate
+from sae_nfm.stats import Estimate
 
 TITLE = "Behaviour: what the error does to the model"
 COMMAND = "sae-nfm reproduce --output RUN/reproduce"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sae_nfm.arm_means import ArmMean
+from sae_nfm.comparison import ArmMean
 from sae_nfm.report.blocks import Figure
 from sae_nfm.report.dot_plot import Axis, Group, Mark, Row, dot_plot, drawn
 from sae_nfm.report.fidelity_figures import PANELS

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
-from sae_nfm.figure_rows import Figure
+from sae_nfm.analysis import Figure
 from sae_nfm.report.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot
 from sae_nfm.report.theme import AXIS, PALETTE, SYMBOLS
-from sae_nfm.statistics import Estimate
+from sae_nfm.stats import Estimate
 
 WIDE, NARROW = 60, 26
 """Characters of a label in a line, on a wide and on a narrow screen."""

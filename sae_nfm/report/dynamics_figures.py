@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_nfm.learning_dynamics_result import CANONICAL, RAW, CheckpointRow, Movement
-from sae_nfm.learning_dynamics_transitions import LEVELS
+from sae_nfm.experiments.dynamics import LEVELS
+from sae_nfm.experiments.dynamics.results import CANONICAL, RAW, CheckpointRow, Movement
 from sae_nfm.report.theme import DASHES, PALETTE, SYMBOLS, styled
 
 SHARES = ("direct", "linear", "nonlinear", "square")

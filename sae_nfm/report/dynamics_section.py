@@ -5,8 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from sae_nfm.learning_dynamics_result import DynamicsResult, Movement, counted
-from sae_nfm.learning_dynamics_transitions import LEVELS
+from sae_nfm.experiments.dynamics import LEVELS
+from sae_nfm.experiments.dynamics.results import DynamicsResult, Movement, counted
 from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table
 from sae_nfm.report.dynamics_figures import GAUGES, norms_figure, shares_figure, transitions_figure
 from sae_nfm.report.run_folder import Found, Run

@@ -6,8 +6,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_nfm.factorial_cells import ArmCells
-from sae_nfm.factorial_result import ArmResult
+from sae_nfm.experiments.factorial import ArmCells
+from sae_nfm.experiments.factorial.results import ArmResult
 from sae_nfm.report.dot_rows import Dot, ends
 from sae_nfm.report.theme import DASHES, PALETTE, SYMBOLS, styled, wrapped
 

@@ -5,9 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from sae_nfm.factorial_cells import ArmCells, arm_cells, largest_clamps
-from sae_nfm.factorial_result import FactorialResult, SelectedUnit, who
-from sae_nfm.factorial_tests import PRIMARY_SCALE
+from sae_nfm.experiments.factorial import PRIMARY_SCALE, ArmCells, arm_cells, largest_clamps
+from sae_nfm.experiments.factorial.results import FactorialResult, SelectedUnit, who
 from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table
 from sae_nfm.report.dot_plot import Axis
 from sae_nfm.report.dot_rows import dot_data, dot_rows, ends

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
+from sae_nfm.comparison import ALL_PATHS, PUBLISHED, BenchmarkResult, Comparison
 from sae_nfm.report.blocks import Figure
 from sae_nfm.report.dot_plot import Axis, Group, Mark, Row, dot_plot, drawn
 from sae_nfm.report.theme import PALETTE, styled, wrapped
-from sae_nfm.results import ALL_PATHS, BenchmarkResult, Comparison
-from sae_nfm.summary import PUBLISHED
 
 PANELS = {"fvu": "FVU, fraction of variance unexplained", "kl_nats": "KL, nats per token"}
 CHANGES = (("FVU", "fvu_change", PALETTE[0], ""), ("KL", "kl_change", PALETTE[1], "/"))

@@ -2,16 +2,15 @@
 
 from collections.abc import Iterator
 
-from sae_nfm.arm_means import arm_means
-from sae_nfm.compare_results import COLUMNS as COMPARE_COLUMNS
-from sae_nfm.compare_results import CompareResult, cells
+from sae_nfm.comparison import ALL_PATHS, COLUMN_HELP, COLUMNS, BenchmarkResult, caveats, sentence
+from sae_nfm.comparison import cells as benchmark_cells
+from sae_nfm.comparison.arm_means import arm_means
+from sae_nfm.comparison.results import COLUMNS as COMPARE_COLUMNS
+from sae_nfm.comparison.results import CompareResult, cells
 from sae_nfm.report.blocks import Block, Heading, Prose, Section, Table
 from sae_nfm.report.compared_fidelity_figures import ablation_figure, whole_figure
 from sae_nfm.report.fidelity_figures import claims_figure, fidelity_figure
 from sae_nfm.report.run_folder import Found, Run
-from sae_nfm.results import ALL_PATHS, BenchmarkResult
-from sae_nfm.summary import COLUMN_HELP, COLUMNS, caveats, sentence
-from sae_nfm.summary import cells as benchmark_cells
 
 TITLE = "Fidelity: what each SAE keeps of the model"
 COMMAND = "sae-nfm demo --output RUN/demo, or sae-nfm compare --output RUN/compare"

@@ -4,10 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from sae_nfm.graph_layout import Point
-from sae_nfm.interaction_graph import InteractionGraph, PairEdge
-from sae_nfm.pair_weights import Correlation
-from sae_nfm.prompt_attribution import TokenAttribution
+from sae_nfm.attribution import Correlation, InteractionGraph, PairEdge, Point, TokenAttribution
 from sae_nfm.report.dot_rows import Dot
 from sae_nfm.report.theme import PALETTE, styled
 

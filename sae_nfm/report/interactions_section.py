@@ -4,11 +4,8 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from sae_nfm.attribute import LEGEND, Attribution
-from sae_nfm.corpus_attribution import CorpusAttribution
-from sae_nfm.graph_layout import graph_layout
-from sae_nfm.pair_corpus import Context
-from sae_nfm.prompt_attribution import TokenAttribution
+from sae_nfm.attribution import LEGEND, Attribution, Context, CorpusAttribution, TokenAttribution
+from sae_nfm.attribution.graph_layout import graph_layout
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, Table
 from sae_nfm.report.dot_plot import Axis
 from sae_nfm.report.dot_rows import dot_data, dot_rows

@@ -3,8 +3,7 @@
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_nfm.report.theme import AXIS, PALETTE, styled
-from sae_nfm.squared_norms import (
+from sae_nfm.analysis import (
     AS_TRAINED,
     CANONICAL,
     INITIAL,
@@ -14,6 +13,7 @@ from sae_nfm.squared_norms import (
     SquaredNorms,
     p_words,
 )
+from sae_nfm.report.theme import AXIS, PALETTE, styled
 
 COLOURS = {AS_TRAINED: PALETTE[0], CANONICAL: PALETTE[2], TOPK: PALETTE[1], INITIAL: PALETTE[7]}
 ROW = 96

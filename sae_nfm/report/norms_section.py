@@ -8,12 +8,12 @@ from typing import Any
 import pandas as pd
 from sae_lens.constants import SAE_CFG_FILENAME
 
-from sae_nfm.config import ARCHITECTURE
+from sae_nfm.analysis import SquaredNorms, squared_norms
+from sae_nfm.architectures.joint_config import ARCHITECTURE
+from sae_nfm.loading import load_sae
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
 from sae_nfm.report.norms_figures import norms_figure
 from sae_nfm.report.run_folder import Run
-from sae_nfm.sae_by_name import load_sae
-from sae_nfm.squared_norms import SquaredNorms, squared_norms
 
 TITLE = "Norms of the features"
 COMMAND = "sae-nfm demo --output RUN/demo"

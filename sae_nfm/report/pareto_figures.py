@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_nfm.arm_means import ArmMean
+from sae_nfm.comparison import ArmMean
 from sae_nfm.report.blocks import Figure
 from sae_nfm.report.fidelity_figures import PANELS
 from sae_nfm.report.theme import DASHES, PALETTE, SYMBOLS, styled

@@ -1,7 +1,7 @@
 """Error and KL against sparsity: whether an arm is better at every L0, or at one."""
 
-from sae_nfm.arm_means import arm_means, lines_over_l0
-from sae_nfm.compare_results import CompareResult
+from sae_nfm.comparison.arm_means import arm_means, lines_over_l0
+from sae_nfm.comparison.results import CompareResult
 from sae_nfm.report.blocks import Block, Heading, Section
 from sae_nfm.report.pareto_figures import pareto_figure
 from sae_nfm.report.run_folder import Run

@@ -5,10 +5,10 @@ from math import isfinite
 
 import pandas as pd
 
+from sae_nfm.comparison import SweepRow, chosen_rates
 from sae_nfm.report.blocks import Figure
 from sae_nfm.report.dot_plot import Axis, Group, Mark, Row, dot_plot
 from sae_nfm.report.theme import PALETTE, SYMBOLS
-from sae_nfm.sweep import SweepRow, chosen_rates
 
 INSIDE = Group(name="chosen", colour="#000000", symbol="circle-open", size=19)
 EDGE = Group(name="chosen, at an edge of the sweep", colour=PALETTE[4], symbol="square-open", size=19)

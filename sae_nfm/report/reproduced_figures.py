@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from sae_nfm.figure_rows import Figure as Value
-from sae_nfm.published_numbers import Published, published_share
+from sae_nfm.analysis import Figure as Value
+from sae_nfm.experiments.reproduce import Published, ReproducedRow, published_share
 from sae_nfm.report.blocks import Figure
 from sae_nfm.report.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot
 from sae_nfm.report.theme import PALETTE
-from sae_nfm.reproduced_rows import ReproducedRow
-from sae_nfm.statistics import Estimate
+from sae_nfm.stats import Estimate
 
 PUBLISHED = Group(
     name="published: OpenLLaMA-3B, not measured here", colour="#000000", symbol="star-open", size=13, offset=-0.13

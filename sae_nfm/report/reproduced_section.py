@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
+from sae_nfm.experiments.reproduce import NOT_MEASURED, SINGLE, ReproducedRow
+from sae_nfm.experiments.reproduce.results import ReproduceResult, written
 from sae_nfm.report.blocks import Block, Heading, Prose, Section, Table
 from sae_nfm.report.reproduced_figures import reproduced_figures
 from sae_nfm.report.run_folder import Run
 from sae_nfm.report.several import section_of
-from sae_nfm.reproduced_result import ReproduceResult, written
-from sae_nfm.reproduced_rows import NOT_MEASURED, SINGLE, ReproducedRow
 
 TITLE = "The published figures, and their controls"
 COMMAND = "sae-nfm reproduce --compare RUN/compare --output RUN/reproduce"

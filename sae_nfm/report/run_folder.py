@@ -8,16 +8,16 @@ from typing import Any, Generic, TypeVar
 
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from sae_nfm.attribute import Attribution
-from sae_nfm.compare_results import CompareResult
-from sae_nfm.factorial_result import FactorialResult
-from sae_nfm.learning_dynamics_result import DynamicsResult
-from sae_nfm.reproduced_result import ReproduceResult
-from sae_nfm.results import BenchmarkResult
-from sae_nfm.saved import RESULTS_FILENAME
-from sae_nfm.saved_results import as_result
-from sae_nfm.secondary_result import SecondaryResult
-from sae_nfm.speed_result import SpeedResult
+from sae_nfm.attribution import Attribution
+from sae_nfm.common.results import as_result
+from sae_nfm.comparison import BenchmarkResult
+from sae_nfm.comparison.results import CompareResult
+from sae_nfm.experiments.dynamics.results import DynamicsResult
+from sae_nfm.experiments.factorial.results import FactorialResult
+from sae_nfm.experiments.reproduce.results import ReproduceResult
+from sae_nfm.experiments.secondary.results import SecondaryResult
+from sae_nfm.hub import RESULTS_FILENAME
+from sae_nfm.profiling.results import SpeedResult
 
 RESULTS = (
     BenchmarkResult,

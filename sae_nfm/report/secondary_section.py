@@ -1,12 +1,21 @@
 """What do features of the interactions' hidden code explain, and does the model need it? Beside a code without structure."""
 
+from sae_nfm.experiments.secondary.results import (
+    COLUMNS,
+    LEGEND,
+    MEAN,
+    PRIMARY,
+    ZERO,
+    SecondaryResult,
+    SecondaryRow,
+    cells,
+)
 from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table
 from sae_nfm.report.dot_plot import Axis
 from sae_nfm.report.dot_rows import Dot, dot_data, dot_rows
 from sae_nfm.report.run_folder import Found, Run
 from sae_nfm.report.several import section_of
-from sae_nfm.secondary_result import COLUMNS, LEGEND, MEAN, PRIMARY, ZERO, SecondaryResult, SecondaryRow, cells
-from sae_nfm.statistics import Estimate
+from sae_nfm.stats import Estimate
 
 TITLE = "Secondary SAEs"
 COMMAND = "sae-nfm secondary SAE --output RUN/secondary"

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-from sae_nfm.figure_rows import Figure as Value
+from sae_nfm.analysis import Figure as Value
+from sae_nfm.experiments.reproduce import ReproducedRow
+from sae_nfm.experiments.reproduce.results import ReproduceResult
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
 from sae_nfm.report.dot_plot import Axis
 from sae_nfm.report.dot_rows import Dot, dot_data, dot_rows
 from sae_nfm.report.run_folder import Found, Run
-from sae_nfm.reproduced_result import ReproduceResult
-from sae_nfm.reproduced_rows import ReproducedRow
 
 TITLE = "Shares of the paths"
 COMMAND = "sae-nfm reproduce --output RUN/reproduce"

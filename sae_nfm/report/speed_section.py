@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
+from sae_nfm.profiling import TOPK
+from sae_nfm.profiling.results import Scan, SpeedResult, SpeedRow
 from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table
 from sae_nfm.report.dot_plot import Axis
 from sae_nfm.report.dot_rows import Dot, dot_data, dot_rows
 from sae_nfm.report.run_folder import Found, Run
 from sae_nfm.report.several import section_of
 from sae_nfm.report.theme import AXIS, DASHES, PALETTE, SYMBOLS, styled
-from sae_nfm.speed_arms import TOPK
-from sae_nfm.speed_result import Scan, SpeedResult, SpeedRow
-from sae_nfm.statistics import Estimate
+from sae_nfm.stats import Estimate
 
 TITLE = "Speed"
 COMMAND = "sae-nfm speed --json RUN/speed/speed.json"

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from sae_nfm.report.blocks import Figure
 from sae_nfm.report.theme import DASHES, PALETTE, SYMBOLS, styled
-from sae_nfm.training_curves import Curve, TrainingCurves
+from sae_nfm.training import Curve, TrainingCurves
 
 MOST = 6
 """SAEs in a figure."""

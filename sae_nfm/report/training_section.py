@@ -12,7 +12,7 @@ from sae_nfm.report.training_figures import (
     shares_figure,
     unexplained_figure,
 )
-from sae_nfm.training_curves import TrainingCurves, training_curves
+from sae_nfm.training import TrainingCurves, training_curves
 
 TITLE = "Training: how they got there"
 COMMAND = "sae-nfm demo --output RUN/demo, or any command that trains"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from sae_nfm.claims import Answer
+from sae_nfm.comparison import Answer
 from sae_nfm.report.blocks import Figure
 from sae_nfm.report.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot
 from sae_nfm.report.theme import PALETTE

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-from sae_nfm.claims import Answer
-from sae_nfm.compare_results import CompareResult
+from sae_nfm.comparison import Answer, SweepRow
+from sae_nfm.comparison.results import CompareResult
 from sae_nfm.report.blocks import Block, Heading, Prose, Section
 from sae_nfm.report.rates_figure import rates_figure
 from sae_nfm.report.run_folder import Run
 from sae_nfm.report.several import section_of
 from sae_nfm.report.verdicts_figures import fair_figure, one_scale_figure
-from sae_nfm.sweep import SweepRow
 
 TITLE = "Verdicts: which differences hold"
 COMMAND = "sae-nfm compare --output RUN/compare"

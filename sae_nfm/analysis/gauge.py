@@ -1,0 +1,153 @@
+"""A feature's rows in each path as published and in the canonical gauge, and how far training moves through the gauge.
+
+Where both decoders read the same f (nfm_top_k = None), (W_dec + D, W_lin - D) gives the same output for every D. Both then have
+the same gradient, and under Adam with one rate, no rescaling, no dead-feature loss and no dropout on the path, W_dec - W_lin
+stays at its initial value up to rounding: norms, shares and every figure of the direct path alone are set by initialisation.
+The canonical gauge is W_dec := W_dec + W_lin, W_lin := 0.
+
+Rows are compared in one of three units, all `norms.PathRows`:
+
+    as_trained    the parameters as they stand, folded decoder norms multiplied back: the published figures
+    as_read       what one unit of the activation hooked at `hook_sae_acts_post` writes or embeds
+    canonical     as read, in the canonical gauge
+
+Multiplied with `encoder_scale` the last two are in the unit of the trained encoder, in which the published squared norms are;
+multiplied with the root-mean-square activation on tokens they no longer depend on how encoder and decoder share the scale.
+The square path's rows are left out, since they multiply f^2; `functional` has its energy.
+
+Source: arXiv 2507.00269, analysis of decoder norms; the gauge and its controls are this package's.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from torch import Tensor
+
+from sae_nfm.analysis.weight_norms import PathRows
+from sae_nfm.architectures import NFMDecoder, NFMPaths
+
+
+@torch.no_grad()
+def as_trained(sae: SAE[Any]) -> PathRows:
+    """Rows of the parameters as trained, the published unit: direct rows have the norms of `trained_W_dec_norm`.
+
+    With `rescale_acts_by_decoder_norm` the three rows of a feature read activations of different size, so their published
+    shares depend on the parameterisation too. A plain TopK SAE that SAELens folded has lost its norms: all are 1.
+    """
+    if not isinstance(sae, NFMPaths):
+        return PathRows(direct=_wide(sae.W_dec))
+    direct = as_read(sae).direct * encoder_scale(sae)[:, None]
+    return PathRows(direct=direct, linear=_weight(sae, "W_lin"), nonlinear=_weight(sae, "V"))
+
+
+@torch.no_grad()
+def as_read(sae: SAE[Any]) -> PathRows:
+    """Rows that one unit of the hooked activation writes (direct, linear) or embeds (nonlinear)."""
+    direct = _wide(sae.W_dec)
+    if _rescales(sae):
+        direct = direct / direct.norm(dim=-1, keepdim=True)
+    return PathRows(direct=direct, linear=_weight(sae, "W_lin"), nonlinear=_weight(sae, "V"))
+
+
+@torch.no_grad()
+def encoder_scale(sae: SAE[Any]) -> Float[Tensor, " d_sae"]:
+    """The hooked activation per unit of the trained encoder's: the decoder norm with rescaling or after it was folded, else 1."""
+    norms = _wide(sae.W_dec).norm(dim=-1)
+    scale = norms if _rescales(sae) else torch.ones_like(norms)
+    return scale * sae.folded_W_dec_norm if isinstance(sae, NFMDecoder) else scale
+
+
+def has_canonical(sae: SAE[Any]) -> bool:
+    """Whether W_dec and W_lin are one decoder up to gauge: trained together, and reading the same features."""
+    return isinstance(sae, NFMDecoder) and sae.cfg.use_linear_path and sae.cfg.nfm_top_k is None
+
+
+def canonical(sae: SAE[Any]) -> SAE[Any]:
+    """A copy in the canonical gauge, with the same output.
+
+    An SAE without a linear path is there already; so is a sequential NFM, whose base's decoder is given and not trained along.
+
+    Raises:
+        ValueError: with `nfm_top_k`, where there is no exact canonical gauge (see `NFMDecoder.fold_linear_path`).
+    """
+    copied = deepcopy(sae)
+    if isinstance(copied, NFMDecoder) and copied.cfg.use_linear_path:
+        copied.fold_linear_path()
+    return copied
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaugeDrift:
+    """How far W_dec - W_lin moved between two states, beside how far W_dec + W_lin did; lengths per entry."""
+
+    drift: float
+    """Root-mean-square change of W_dec - W_lin, the direction in which the output does not change."""
+    largest_drift: float
+    """Largest absolute change of W_dec - W_lin."""
+    travel: float
+    """Root-mean-square change of W_dec + W_lin, the direction in which it does."""
+
+    @property
+    def ratio(self) -> float:
+        """`drift / travel`: rounding (about 1e-6) where training leaves the gauge at its initial value; nan without travel."""
+        return self.drift / self.travel if self.travel else float("nan")
+
+
+@torch.no_grad()
+def gauge_drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> GaugeDrift:
+    """Drift between two checkpoints, or from initialisation.
+
+    Args:
+        before: state of a training SAE, with W_dec and W_lin as trained (no fold): a `state_dict()`, or the tensors of a
+            checkpoint's sae_weights.safetensors.
+        after: a later state of the same SAE.
+
+    Raises:
+        ValueError: when a state lacks either matrix, has other shapes, or folded decoder norms.
+    """
+    one, other = _decoders(before, "before"), _decoders(after, "after")
+    if one[0].shape != other[0].shape:
+        raise ValueError(
+            f"W_dec is {tuple(one[0].shape)} before and {tuple(other[0].shape)} after; give two states of one SAE"
+        )
+    change_dec, change_lin = other[0] - one[0], other[1] - one[1]
+    difference = change_dec - change_lin
+    return GaugeDrift(
+        drift=float(difference.square().mean().sqrt()),
+        largest_drift=float(difference.abs().max()),
+        travel=float((change_dec + change_lin).square().mean().sqrt()),
+    )
+
+
+def _rescales(sae: SAE[Any]) -> bool:
+    config: dict[str, Any] = getattr(sae.cfg, "base_config", None) or vars(sae.cfg)
+    return bool(config.get("rescale_acts_by_decoder_norm", False))
+
+
+def _weight(sae: SAE[Any], name: str) -> Tensor | None:
+    return _wide(getattr(sae, name)) if hasattr(sae, name) else None
+
+
+def _wide(weight: Tensor) -> Tensor:
+    """In at least float32."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _decoders(state: Mapping[str, Tensor], which: str) -> tuple[Tensor, Tensor]:
+    missing = [name for name in ("W_dec", "W_lin") if name not in state]
+    if missing:
+        raise ValueError(
+            f"the state {which} has no {', '.join(missing)}; give the state of a joint_nfm SAE with a linear path"
+        )
+    folded = state.get("folded_W_dec_norm")
+    if folded is not None and not bool((folded == 1).all()):
+        raise ValueError(
+            f"decoder norms are folded out of W_dec in the state {which}; give a training checkpoint, not an SAE saved "
+            "for inference"
+        )
+    return state["W_dec"].double(), state["W_lin"].double()

@@ -1,0 +1,138 @@
+"""Squared norms of a feature's decoder row, as histograms: as trained, in the canonical gauge, of a TopK SAE, before training.
+
+    decoder            ||w_i||^2             in the unit of the trained encoder, the published one
+    encoder x decoder  ||e_i||^2 ||w_i||^2   e_i: the encoder's column
+
+SAELens folds the decoder norms of a TopK SAE into its encoder when it saves it (all ||w_i|| are 1 then), and a norm can be traded
+between the two without changing the SAE. The product does not depend on that, nor on how activations are normalised.
+
+Source: arXiv 2507.00269, analysis of decoder norms (SAE unimodal with mean 0.4; joint bimodal with means 0.05 and 0.37, not
+tested); the dip test, the canonical gauge and the product are this package's.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from torch import Tensor
+
+from sae_nfm.analysis import gauge
+from sae_nfm.analysis.weight_norms import MIN_FEATURES, varies
+from sae_nfm.architectures import initialisation
+from sae_nfm.stats import ALPHA, DipTest, dip_test
+
+Measure = Literal["decoder", "encoder x decoder"]
+PUBLISHED_MEANS = (0.05, 0.37)
+"""Means of the two modes that arXiv 2507.00269 reports of the joint model's squared decoder norms."""
+AS_TRAINED, CANONICAL, TOPK, INITIAL = "as trained", "canonical gauge", "TopK SAE", "random initialisation"
+BINS = 60
+"""Bins of a histogram."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormHistogram:
+    """A squared norm over the features of one SAE."""
+
+    name: str
+    """Which SAE, in which gauge."""
+    counts: tuple[int, ...]
+    """Features in each bin; the upper end of the last bin belongs to it."""
+    mean: float
+    """Mean over features."""
+    dip: DipTest | None
+    """One mode against several; None where all features have one norm, up to rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquaredNorms:
+    """One measure, for the SAE and what it is compared with."""
+
+    measure: Measure
+    """Which squared norm."""
+    edges: tuple[float, ...]
+    """Edges of the bins, the same for all."""
+    histograms: tuple[NormHistogram, ...]
+    """The SAE as trained, then what there is of canonical gauge, TopK SAE and random initialisation."""
+    not_canonical: str | None
+    """Why there is no canonical gauge; None where there is one."""
+
+    def findings(self) -> list[str]:
+        """Whether several modes are shown, and what fixing the gauge does to the mean."""
+        by_name = {histogram.name: histogram for histogram in self.histograms}
+        found = [_modes(self.measure, histogram) for histogram in self.histograms if histogram.name != INITIAL]
+        if CANONICAL in by_name:
+            before, after = by_name[AS_TRAINED].mean, by_name[CANONICAL].mean
+            found.append(
+                f"Fixing the gauge, which leaves the output as it is, takes the mean from {before:.3g} to {after:.3g}."
+            )
+        return found
+
+
+@torch.no_grad()
+def squared_norms(sae: SAE[Any], *, topk: SAE[Any] | None, seed: int, bins: int = BINS) -> tuple[SquaredNorms, ...]:
+    """Both measures.
+
+    Args:
+        sae: joint_nfm; it is not changed.
+        topk: a TopK SAE to compare with.
+        seed: of the random initialisation, which is left out where the metadata do not say how the SAE was trained.
+        bins: of the histograms.
+    """
+    saes, reason = {AS_TRAINED: sae}, None
+    try:
+        saes[CANONICAL] = gauge.canonical(sae)
+    except ValueError as error:
+        reason = str(error)
+    if topk is not None:
+        saes[TOPK] = topk
+    with suppress(ValueError):
+        saes[INITIAL] = initialisation.random_initialisation(initialisation.training_config(sae), seed)
+    values = {name: _values(one) for name, one in saes.items()}
+    return tuple(
+        _histograms(measure, {name: own[measure] for name, own in values.items()}, bins, reason)
+        for measure in get_args(Measure)
+    )
+
+
+def _values(sae: SAE[Any]) -> dict[Measure, Float[Tensor, " d_sae"]]:
+    rows = gauge.as_read(sae).times(gauge.encoder_scale(sae))
+    encoder, decoder = (weight.detach().float().square() for weight in (sae.W_enc, sae.W_dec))
+    return {"decoder": rows.direct.square().sum(-1), "encoder x decoder": encoder.sum(0) * decoder.sum(-1)}
+
+
+def _histograms(measure: Measure, values: Mapping[str, Tensor], bins: int, reason: str | None) -> SquaredNorms:
+    arrays = {name: one.double().cpu().numpy() for name, one in values.items()}
+    edges = np.linspace(0.0, max(float(array.max()) for array in arrays.values()), bins + 1)
+    return SquaredNorms(
+        measure=measure,
+        edges=tuple(edges.tolist()),
+        histograms=tuple(
+            NormHistogram(
+                name=name,
+                counts=tuple(np.histogram(array, edges)[0].tolist()),
+                mean=float(array.mean()),
+                dip=dip_test(array) if len(array) >= MIN_FEATURES and varies(values[name]) else None,
+            )
+            for name, array in arrays.items()
+        ),
+        not_canonical=reason,
+    )
+
+
+def _modes(measure: Measure, histogram: NormHistogram) -> str:
+    what = f"Squared norm, {measure}, {histogram.name}"
+    if histogram.dip is None:
+        return f"{what}: all features have one, {histogram.mean:.3g}."
+    p = histogram.dip.p_value
+    told = "more than one mode" if p < ALPHA else "one mode is not rejected"
+    return f"{what}: {told} (dip test, {p_words(p)}, {histogram.dip.n:,} features)."
+
+
+def p_words(p: float) -> str:
+    """A p-value in words."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"

@@ -1,0 +1,287 @@
+"""What the paths of an SAE write on tokens, feature by feature and as a whole.
+
+A feature's contribution to each path on a token where it is active, with f as hooked, f_n what the NFM reads, and the gates
+D = diag(h > 0) held at their values on that token:
+
+    direct      f_i w_i                   w_i as read: with rescaling, the row divided by its norm
+    linear      f_n,i l_i
+    nonlinear   1/2 sum_{j != i} f_n,i f_n,j ((v_i * v_j) W_1 D) W_2       half of each pair; head "mlp": f_n,i (v_i W_1 D) W_2
+    square      (f_i^2 / c) u_i
+
+Over the active features these sum to the paths' outputs, less b_dec, b_lin and (b_1 * D) W_2 + b_2. Removing feature i with the
+gates held takes its pairs away whole: twice its nonlinear contribution.
+
+`token_paths` runs the SAE; everything else is arithmetic on what it returns.
+
+Source: arXiv 2507.00269, component analysis (mean absolute value of path outputs). The contributions are the exact pairs of
+its pooling, shared equally.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from sae_lens import SAE
+from sae_lens.saes.topk_sae import act_times_W_dec
+from torch import Tensor
+
+from sae_nfm.analysis.gauge import as_read
+from sae_nfm.architectures import NFMDecoder, Paths
+from sae_nfm.interventions import counted_tokens, splice
+from sae_nfm.kernels import SparseActs, reference
+from sae_nfm.models import LanguageModel
+
+CELLS = 2**24
+"""Numbers in the largest tensor of a chunk of tokens: 64 MiB in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPaths:
+    """Features and path outputs on some tokens, in the SAE's normalised space."""
+
+    x: Float[Tensor, "tokens d_in"]
+    """What is reconstructed."""
+    acts: SparseActs
+    """Active features as hooked, [tokens, k]; where fewer than k are active, the rest have value 0."""
+    read: SparseActs
+    """Those that the linear and the interaction path read, [tokens, n]."""
+    gates: Bool[Tensor, "tokens nfm_dim"] | None
+    """h > 0; None without an interaction path."""
+    paths: Paths
+    """What each path writes, biases included."""
+    documents: Int[Tensor, " tokens"] | None = None
+    """The document of each token, where known."""
+
+
+@torch.no_grad()
+def read_activations(
+    model: LanguageModel,
+    sae: SAE[Any],
+    tokens: Int[Tensor, "rows pos"],
+    documents: Int[Tensor, "rows pos"] | None = None,
+    *,
+    batch_rows: int = 16,
+) -> tuple[Float[Tensor, "tokens d_in"], Int[Tensor, " tokens"] | None]:
+    """Activations at the SAE's hook point and their documents, counted tokens only (not special, not in position 0).
+
+    Raises:
+        ValueError: when the model has no such hook point, or no token is counted.
+    """
+    counted = counted_tokens(model, tokens)
+    if not counted.any():
+        raise ValueError(f"no token to read: {tokens.numel()} tokens, all special or in position 0; give more")
+    read: list[Tensor] = []
+
+    def keep(value: Tensor, hook: Any) -> None:  # noqa: ARG001
+        read.append(value.flatten(2))
+
+    with splice(model, sae) as found, found.hooks({"hook_sae_input": keep}):
+        for batch in tokens.split(batch_rows):
+            model(batch)
+    return torch.cat(read)[counted], None if documents is None else documents[counted.to(documents.device)]
+
+
+@torch.no_grad()
+def token_paths(
+    sae: SAE[Any], x: Float[Tensor, "tokens d_in"], documents: Int[Tensor, " labels"] | None = None
+) -> TokenPaths:
+    """Run an SAE on activations and keep x and what each path writes, [tokens, d_in] each.
+
+    Args:
+        sae: joint_nfm or TopK, training or inference class.
+        x: activations as the SAE takes them (one in training that normalises by a factor takes scaled ones), heads flattened.
+        documents: the document of each token.
+
+    Raises:
+        ValueError: for an SAE of another kind, or documents that are not one to a token.
+    """
+    if documents is not None and len(documents) != len(x):
+        raise ValueError(f"{len(documents)} documents for {len(x)} tokens; give one for each token")
+    if not isinstance(getattr(sae.cfg, "k", None), int):
+        raise ValueError(f"an SAE of architecture {sae.cfg.architecture()!r} has no k; give a joint_nfm or a TopK SAE")
+    heads = sae.hook_z_reshaping_mode
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        parts = [_run(sae, part) for part in x.split(max(1, CELLS // sae.cfg.d_sae))]
+    finally:
+        if heads:
+            sae.turn_on_forward_pass_hook_z_reshaping()
+    return TokenPaths(
+        x=torch.cat([part.x for part in parts]),
+        acts=_joined([part.acts for part in parts]),
+        read=_joined([part.read for part in parts]),
+        gates=_cat([part.gates for part in parts]),
+        paths=Paths(*map(_cat, zip(*(part.paths for part in parts), strict=True))),  # pyright: ignore[reportArgumentType]
+        documents=documents,
+    )
+
+
+def _run(sae: SAE[Any], x: Tensor) -> TokenPaths:
+    gates: list[Tensor] = []
+
+    def keep(hidden: Tensor, hook: Any) -> None:  # noqa: ARG001
+        gates.append(hidden > 0)
+
+    acts = sae.encode(x).to_dense()
+    normalised = sae.run_time_activation_norm_fn_in(x.to(sae.dtype))
+    if isinstance(sae, NFMDecoder):
+        with sae.hooks(fwd_hooks=[("hook_nfm_hidden_pre", keep)] if sae.cfg.head != "none" else []):
+            paths = sae.decode_paths(acts)
+    else:
+        rescales = bool(getattr(sae.cfg, "rescale_acts_by_decoder_norm", False))
+        paths = Paths(act_times_W_dec(acts, sae.W_dec, rescales) + sae.b_dec, None, None, None)
+    sae.run_time_activation_norm_fn_out(paths.direct)  # forgets what the normalisation remembers of this input
+    sparse = reference.sparse_acts_from_dense(acts, sae.cfg.k)
+    assert sparse is not None, "a TopK encoder gave a negative feature, or more than k"
+    n = getattr(sae.cfg, "nfm_top_k", None)
+    read = sparse if n is None else reference.top_n(sparse, n)
+    return TokenPaths(x=normalised, acts=sparse, read=read, gates=gates[0] if gates else None, paths=paths)
+
+
+def pair_contributions(
+    read: SparseActs,
+    V: Float[Tensor, "d_sae nfm_dim"],
+    W_1: Float[Tensor, "nfm_dim nfm_dim"],
+    W_2: Float[Tensor, "nfm_dim d_in"],
+    gates: Bool[Tensor, "tokens nfm_dim"],
+    head: str = "fm",
+) -> Float[Tensor, "tokens n d_in"]:
+    """Each read feature's part of the interaction path's output, gates held; half of each pair with head "fm".
+
+    Raises:
+        ValueError: for another head than "fm" and "mlp".
+    """
+    if head not in ("fm", "mlp"):
+        raise ValueError(
+            f"what one feature writes through the head {head!r} is not known; features are told apart with head 'fm' or 'mlp'"
+        )
+    rows = read.values[..., None] * V[read.indices]
+    if head == "fm":
+        rows = 0.5 * rows * (rows.sum(1, keepdim=True) - rows)
+    return ((rows @ W_1) * gates[:, None]) @ W_2
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureEnergies:
+    """What a feature adds to each path when it is active: mean squared norm of its contribution, [d_sae] each.
+
+    Means are over the tokens where the feature is active (where n < k it need not be read there); nan where it never is.
+    """
+
+    tokens: int
+    """Tokens looked at."""
+    active: Float[Tensor, " d_sae"]
+    """Tokens on which each feature is active."""
+    second_moment: Float[Tensor, " d_sae"]
+    """E[f_i^2] over all tokens."""
+    read_second_moment: Float[Tensor, " d_sae"]
+    """E[f_n,i^2] over all tokens: of the feature as the NFM reads it."""
+    direct: Float[Tensor, " d_sae"]
+    """Energy added to the direct path."""
+    linear: Float[Tensor, " d_sae"]
+    """Energy added to the linear path."""
+    nonlinear: Float[Tensor, " d_sae"]
+    """Energy added to the interaction path."""
+    square: Float[Tensor, " d_sae"]
+    """Energy added to the square path."""
+
+    @property
+    def frequency(self) -> Float[Tensor, " d_sae"]:
+        """Share of tokens on which each feature is active."""
+        return self.active / self.tokens
+
+    def shares(self) -> dict[str, Float[Tensor, " d_sae"]]:
+        """Each path's part of the sum of a feature's root-mean-square contributions: the published share, on tokens."""
+        size = {name: getattr(self, name).sqrt() for name in ("direct", "linear", "nonlinear", "square")}
+        total = torch.stack(list(size.values())).sum(0)
+        return {name: one / total for name, one in size.items()}
+
+
+@torch.no_grad()
+def feature_energies(sae: SAE[Any], tokens: TokenPaths) -> FeatureEnergies:
+    """Energies of every feature on tokens, for an SAE and what `token_paths` returned of it.
+
+    Raises:
+        ValueError: for another head than "fm", "mlp" and "none" (`pair_contributions`).
+    """
+    rows, acts, read, d_sae = as_read(sae), tokens.acts, tokens.read, sae.cfg.d_sae
+    norms, n_tokens = rows.norms(), len(tokens.x)
+    active = _by_feature(acts, (acts.values > 0).double(), d_sae)
+    second = _by_feature(acts, acts.values.double().square(), d_sae)
+    read_second = _by_feature(read, read.values.double().square(), d_sae)
+    square = torch.zeros_like(second)
+    if isinstance(sae, NFMDecoder) and sae.cfg.use_square_path:
+        written = (sae.U.double().norm(dim=-1) / sae.cfg.square_scale).square()
+        square = _by_feature(acts, acts.values.double().pow(4), d_sae) * written
+    return FeatureEnergies(
+        tokens=n_tokens,
+        active=active,
+        second_moment=second / n_tokens,
+        read_second_moment=read_second / n_tokens,
+        direct=second * norms.direct.double().square() / active,
+        linear=read_second * norms.linear.double().square() / active,
+        nonlinear=_by_feature(read, interaction_energies(sae, read, tokens.gates), d_sae) / active,
+        square=square / active,
+    )
+
+
+def interaction_energies(sae: SAE[Any], read: SparseActs, gates: Tensor | None) -> Float[Tensor, "tokens n"]:
+    """Squared norm of each read feature's `pair_contributions`, in chunks of tokens; 0 without an interaction path.
+
+    Args:
+        sae: any SAE; one without gates has no interaction path.
+        read: what the interaction path reads.
+        gates: h > 0, [tokens, nfm_dim].
+    """
+    if gates is None:
+        return torch.zeros_like(read.values, dtype=torch.float64)
+    sized: Any = sae
+    size = max(1, CELLS // (read.indices.shape[-1] * max(sized.cfg.d_in, sized.cfg.nfm_dim)))
+    energies: list[Tensor] = []
+    for indices, values, gate in zip(*(part.split(size) for part in (*read, gates)), strict=True):
+        few = SparseActs(indices, values)
+        parts = pair_contributions(few, sized.V, sized.W_1, sized.W_2, gate, sized.cfg.head)
+        energies.append(parts.double().square().sum(-1))
+    return torch.cat(energies)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathSizes:
+    """How much each path writes, by path, [tokens] each: `statistics` makes shares with intervals of them."""
+
+    magnitude: Mapping[str, Float[Tensor, " tokens"]]
+    """Mean absolute value over the model's dimensions, biases included: the published measure."""
+    energy: Mapping[str, Float[Tensor, " tokens"]]
+    """Squared norm about the path's mean over tokens: what is the same at every token, biases too, is left out."""
+
+    def share(self, measure: Mapping[str, Tensor], path: str) -> float:
+        """The path's part of a measure over the integration paths (all but the direct one)."""
+        total = sum(float(one.double().sum()) for name, one in measure.items() if name != "direct")
+        return float(measure[path].double().sum()) / total
+
+
+@torch.no_grad()
+def path_sizes(paths: Paths) -> PathSizes:
+    """Sizes of the paths that are switched on, "direct", "linear", "square", "interaction"."""
+    present = {name: path.float() for name, path in paths.present().items()}
+    return PathSizes(
+        magnitude={name: path.abs().mean(-1) for name, path in present.items()},
+        energy={name: (path - path.mean(0)).square().sum(-1) for name, path in present.items()},
+    )
+
+
+def _by_feature(acts: SparseActs, values: Tensor, d_sae: int) -> Float[Tensor, " d_sae"]:
+    """Sums over tokens, in float64."""
+    zeros = torch.zeros(d_sae, dtype=torch.float64, device=values.device)
+    return zeros.index_add(0, acts.indices.flatten(), values.double().flatten())
+
+
+def _joined(parts: list[SparseActs]) -> SparseActs:
+    return SparseActs(torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts]))
+
+
+def _cat(parts: Any) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None

@@ -1,0 +1,194 @@
+"""The `joint_nfm` architecture: a TopK SAE whose output also has the paths of a Neural Factorization Machine.
+
+    x_hat = sae + lin + sq + inter
+    sae   = f W_dec + b_dec            direct path
+    lin   = f_n W_lin + b_lin          linear integration path
+    sq    = (f^2 / c) U                square path
+    inter = ReLU(z W_1 + b_1) W_2 + b_2, z = sum_{i<j} f_i f_j v_i*v_j over f_n     interaction path
+
+ONE CONVENTION for what the NFM reads: `f` is the activation as hooked at `hook_sae_acts_post`. With
+`rescale_acts_by_decoder_norm` that is the pre-activation times its decoder norm, and the direct path divides the norm
+out again, as in SAELens's TopK. An edit at that hook therefore has one meaning for all paths, folding decoder norms
+leaves the NFM untouched, and top-n is selected on the same numbers before and after every fold.
+
+Parameters and hook points are direct attributes of the SAE (SAELens switches hooks off by attribute); the maths is in
+`interaction`. Training, inference, evaluation and intervention share one `decode`.
+
+Source: arXiv 2507.00269.
+"""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from sae_lens import TopKSAE
+from sae_lens.saes.topk_sae import act_times_W_dec
+from torch import Tensor, nn
+from typing_extensions import override
+
+from sae_nfm.architectures.joint_config import JointNFMConfig, JointNFMSAEConfig
+from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths
+from sae_nfm.kernels import dispatch, product_dtype, reference
+
+
+class NFMDecoder(NFMPaths):
+    """Decode and folds that the inference and the training class share; hook points: `NFMPaths`."""
+
+    cfg: JointNFMConfig
+    b_enc: nn.Parameter
+    folded_W_dec_norm: Tensor
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self._initialize_nfm_weights()
+        # Row norms that folds divided out of W_dec: analyses of decoder norms multiply them back.
+        self.register_buffer("folded_W_dec_norm", torch.ones(self.cfg.d_sae, dtype=self.dtype, device=self.device))
+
+    @override
+    def decode_paths(self, feature_acts: Tensor) -> Paths:
+        """What each path writes before the run-time normalisation is undone; pure in `feature_acts`."""
+        cfg = self.cfg
+        active = self._active(feature_acts)
+        acts = feature_acts.to_dense() if active is None else active
+        read = acts if cfg.nfm_top_k is None else reference.top_n(acts, cfg.nfm_top_k)
+        direct, linear = self._direct_and_linear(acts, read)
+        return Paths(direct, linear, self._square(acts), self._interaction(read))
+
+    def _active(self, feature_acts: Tensor) -> reference.SparseActs | None:
+        """The active features alone, where reading only these is possible, asked for, and loses no gradient."""
+        cfg = self.cfg
+        if feature_acts.is_sparse:
+            return reference.sparse_acts_from_coo(feature_acts, cfg.k)
+        wants_gradient = torch.is_grad_enabled() and feature_acts.requires_grad
+        if wants_gradient or torch.compiler.is_compiling() or not self.works_sparsely():
+            return None
+        return reference.sparse_acts_from_dense(feature_acts, cfg.k)
+
+    def works_sparsely(self) -> bool:
+        """Whether the direct path is read from the active features alone."""
+        return self.form_of(self.cfg.k) == "sparse"
+
+    def form_of(self, n_read: int, dtype: torch.dtype | None = None) -> dispatch.Kernel:
+        """The form of a product that reads so many features: `cfg.kernel`, or with "auto" the cost model's choice.
+
+        Args:
+            n_read: active features a token.
+            dtype: the type of a dense product; the decoder's, under autocast too, unless given.
+        """
+        cfg = self.cfg
+        if cfg.kernel != "auto":
+            return cfg.kernel
+        if cfg.d_sae < FEW_FEATURES:
+            return "dense"
+        return dispatch.choose(cfg.d_sae, n_read, self.device, dtype or product_dtype(self.W_dec))
+
+    def _direct_and_linear(self, acts: reference.Acts, read: reference.Acts) -> tuple[Tensor, Tensor | None]:
+        """What the two decoders write, biases included."""
+        if isinstance(acts, Tensor):
+            direct = act_times_W_dec(acts, self.W_dec, self.cfg.rescale_acts_by_decoder_norm)
+        else:
+            values = acts.values
+            if self.cfg.rescale_acts_by_decoder_norm:
+                values = values / dispatch.of_active(self.W_dec.norm(dim=-1), acts)
+            direct = reference.weighted_rows(reference.SparseActs(acts.indices, values), self.W_dec)
+        return direct + self.b_dec, self._linear(read)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Fold the factor s that inputs were multiplied with, so that the SAE takes and returns raw activations.
+
+        With rescaling the decoder norms shrink by s and with them the activations: V and U grow by s, W_lin stays. Without
+        it activations keep their size and W_lin, U shrink. What is added to the output (b_lin, W_2, b_2) shrinks either way.
+        """
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        shrink, grow = ["b_lin", "W_2", "b_2"], []
+        if self.cfg.rescale_acts_by_decoder_norm:
+            grow = ["V", "U"]
+        else:
+            shrink += ["W_lin", "U"]
+        for weight in self._nfm_weights(shrink):
+            weight.data /= scaling_factor
+        for weight in self._nfm_weights(grow):
+            weight.data *= scaling_factor
+
+    @override
+    @torch.no_grad()
+    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
+        """Fold z = (x - mean) M into the weights: all that is added to the output is multiplied by M^-1 on the right."""
+        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
+        for weight in self._nfm_weights(["W_lin", "b_lin", "W_2", "b_2", "U"]):
+            wide = torch.promote_types(weight.dtype, unwhitening_matrix.dtype)
+            weight.data.copy_(weight.data.to(wide) @ unwhitening_matrix.to(weight.device, wide))
+
+    @override
+    @torch.no_grad()
+    def fold_and_get_W_dec_norm(self) -> Tensor:
+        """Fold the decoder norms into the encoder; `folded_W_dec_norm` keeps them."""
+        norms = super().fold_and_get_W_dec_norm()
+        self.folded_W_dec_norm *= norms
+        return norms
+
+    @torch.no_grad()
+    def trained_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
+        """Norms of the decoder rows as if no decoder norm had been folded out of them.
+
+        After whitening with rescaling these are the norms in the whitened space the SAE was trained in.
+        """
+        if self.cfg.rescale_acts_by_decoder_norm or bool((self.folded_W_dec_norm == 1).all()):
+            return self.folded_W_dec_norm * self.W_dec.norm(dim=-1)
+        return self.folded_W_dec_norm.clone()
+
+    @torch.no_grad()
+    def fold_linear_path(self) -> None:
+        """Go to the canonical gauge: W_dec := W_dec + W_lin, W_lin := 0, same output.
+
+        Where both decoders read the same f, (W_dec + D, W_lin - D) gives the same output for every D, so the norms of
+        either and the direct path alone mean nothing before D is fixed. Decoder norms are folded first, since the
+        selection must not depend on what is added to W_dec; b_lin goes into b_dec, and out of the encoder's input again.
+
+        Raises:
+            ValueError: without a linear path, or with `nfm_top_k`, where the two decoders read different features.
+        """
+        cfg = self.cfg
+        self._refuse_inexact_fold()
+        if cfg.rescale_acts_by_decoder_norm:
+            self.fold_W_dec_norm()
+            cfg.rescale_acts_by_decoder_norm = False
+        self.W_dec.data += self.W_lin.data
+        self.b_dec.data += self.b_lin.data
+        if cfg.apply_b_dec_to_input:
+            self.b_enc.data += self.b_lin.data @ self.W_enc.data
+        self.W_lin.data.zero_()
+        self.b_lin.data.zero_()
+
+    def _refuse_inexact_fold(self) -> None:
+        cfg = self.cfg
+        if not cfg.use_linear_path:
+            raise ValueError("there is no linear path to fold (use_linear_path is False): W_dec is canonical already")
+        if cfg.nfm_top_k is not None:
+            raise ValueError(
+                f"nfm_top_k is {cfg.nfm_top_k}: the linear path reads only the strongest features and cannot be folded into "
+                "W_dec exactly; train with nfm_top_k=None for a canonical gauge"
+            )
+
+
+class JointNFMSAE(NFMDecoder, TopKSAE):
+    """Inference-only joint NFM-SAE; trained by `training_sae.JointNFMTrainingSAE`, same tensors in the saved file."""
+
+    cfg: JointNFMSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def folded(self) -> "JointNFMSAE":
+        """The same function with one decoder: the linear path folded into W_dec (`fold_linear_path`) and left out.
+
+        Raises:
+            ValueError: as `fold_linear_path`.
+        """
+        canonical = deepcopy(self)
+        canonical.fold_linear_path()
+        sae = JointNFMSAE(replace(canonical.cfg, use_linear_path=False))
+        left_out = ("W_lin", "b_lin")
+        sae.load_state_dict({name: value for name, value in canonical.state_dict().items() if name not in left_out})
+        return sae

@@ -1,0 +1,226 @@
+"""`joint_nfm` in training: SAELens's TopK losses on the output of all paths, in one of two forms of the same step.
+
+    dense     SAELens's: features as a matrix [batch, d_sae], hooks on every hook point
+    sparse    `kernels`: the k active features of each token alone, forward and backward, dead-feature loss included
+
+They give the same losses and gradients up to rounding; `cfg.kernel` chooses. With "auto" each product of a step has the form
+that is faster, and a step whose products are all dense is SAELens's. Where both decoders read the same features they are one
+operation (`dispatch.both_decoders`), and the dense step multiplies with their sum. The sparse step keeps no pre-activations and
+hands SAELens's trainer its statistics as a COO tensor.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from sae_lens import TopKTrainingSAE
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
+from torch import Tensor
+from typing_extensions import override
+
+from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig
+from sae_nfm.architectures.joint_sae import JointNFMSAE, NFMDecoder
+from sae_nfm.architectures.nfm_paths import Paths
+from sae_nfm.architectures.path_metrics import TrainedPaths
+from sae_nfm.kernels import Acts, Kernel, SparseActs, dispatch, reference
+from sae_nfm.loading import write_note
+
+
+class Forms(NamedTuple):
+    """The form of the products of each path in a step; None for a path that is switched off."""
+
+    direct: Kernel
+    """Of the encoder's gradient, the direct and the square path."""
+    linear: Kernel | None
+    pooled: Kernel | None
+
+
+class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
+    """Joint NFM-SAE in training: SAELens's TopK losses on the output of all paths."""
+
+    cfg: JointNFMTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    _sums_decoders = False
+
+    @override
+    def _direct_and_linear(self, acts: Acts, read: Acts) -> tuple[Tensor, Tensor | None]:
+        if not self._sums_decoders:
+            return super()._direct_and_linear(acts, read)
+        W_dec = self.W_dec / self.W_dec.norm(dim=-1)[:, None] if self.cfg.rescale_acts_by_decoder_norm else self.W_dec
+        return reference.weighted_rows(acts, W_dec + self.W_lin) + (self.b_dec + self.b_lin), None
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        with self._training_step():
+            if self._steps_sparsely():
+                return self._sparse_step(step_input)
+            summed = self._sums_decoders = self._may_sum_decoders()
+            try:
+                output = super().training_forward_pass(step_input)
+            finally:
+                self._sums_decoders = False
+            paths = self._taken_paths()
+        if summed and self._shows_paths(step_input):
+            paths = self._divided(paths, output.feature_acts.to_dense(), "dense")
+        self._add_metrics(output, step_input, paths)
+        return output
+
+    @torch.no_grad()
+    def _divided(self, paths: Paths, acts: Acts, kernel: Kernel) -> Paths:
+        """The direct and the linear path of a step that made their sum: a look at them does not change the step by a bit."""
+        linear = dispatch.weighted_rows(acts, self.W_lin, kernel=kernel) + self.b_lin
+        return paths._replace(direct=paths.direct - linear, linear=linear)
+
+    def _steps_sparsely(self) -> bool:
+        """Hooks want the dense tensors, and torch.compile does better with them."""
+        return not torch.compiler.is_compiling() and not self._has_hooks() and "sparse" in self._forms()
+
+    def _forms(self) -> Forms:
+        cfg, read = self.cfg, self.cfg.k if self.cfg.nfm_top_k is None else min(self.cfg.nfm_top_k, self.cfg.k)
+        return Forms(
+            direct=self.form_of(cfg.k),
+            linear=self.form_of(read) if cfg.use_linear_path else None,
+            pooled=self.form_of(read, torch.promote_types(self.dtype, torch.float32)) if cfg.head != "none" else None,
+        )
+
+    def _may_sum_decoders(self) -> bool:
+        return self._reads_all() and not torch.compiler.is_compiling() and not self._has_hooks()
+
+    def _reads_all(self) -> bool:
+        """Whether both decoders read the same features."""
+        return self.cfg.use_linear_path and self.cfg.nfm_top_k in (None, self.cfg.k)
+
+    def _has_hooks(self) -> bool:
+        return any(hook._forward_hooks or hook._backward_hooks for hook in self.hook_dict.values())
+
+    def _sparse_step(self, step_input: TrainStepInput) -> TrainStepOutput:
+        cfg, forms, (sae_in, b_enc) = self.cfg, self._forms(), self._encoder_input(step_input.sae_in)
+        norms, W_dec = dispatch.row_norms(self.W_dec) if cfg.rescale_acts_by_decoder_norm else (None, self.W_dec)
+        encoder = (sae_in, self.W_enc, b_enc, norms)
+        acts = dispatch.encode(*encoder, cfg.k, gradient=forms.direct)
+        paths = self._sparse_decode(acts, norms, W_dec, forms)
+        sae_out = self.run_time_activation_norm_fn_out(paths.total())
+        mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
+        dead_loss = self._sparse_dead_loss(step_input, sae_out, encoder, W_dec)
+        coo = dispatch.to_coo(SparseActs(acts.indices, acts.values.detach()), cfg.d_sae)
+        if self._reads_all() and self._shows_paths(step_input):
+            paths = self._divided(paths, acts, forms.direct)
+        output = TrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=sae_out,
+            feature_acts=coo,
+            hidden_pre=coo,  # nothing reads the others
+            loss=mse_loss + dead_loss,
+            losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": dead_loss},
+        )
+        self._add_metrics(output, step_input, paths)
+        return output
+
+    def _encoder_input(self, sae_in: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's input and bias. The gradient that b_dec has through the input, one number a feature suffices for."""
+        encoder_in = self.process_sae_in(sae_in)
+        if sae_in.requires_grad or not self.cfg.apply_b_dec_to_input:
+            return encoder_in, self.b_enc
+        with torch.autocast(sae_in.device.type, enabled=False):  # a gradient summed over the batch
+            no_change = (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
+        return encoder_in.detach(), self.b_enc + no_change
+
+    def _sparse_decode(self, acts: SparseActs, norms: Tensor | None, W_dec: Tensor, forms: Forms) -> Paths:
+        """What each path writes, from the active features alone; the direct path with the linear one where both read the same."""
+        cfg, routing = self.cfg, dispatch.route(acts.indices, self.cfg.d_sae)
+        unscaled = acts
+        if norms is not None and not self._reads_all():
+            unscaled = SparseActs(acts.indices, acts.values / dispatch.of_active(norms, acts, routing))
+        read, read_routing = acts, routing
+        if cfg.nfm_top_k is not None and cfg.nfm_top_k < cfg.k:
+            read = reference.top_n(acts, cfg.nfm_top_k)
+            read_routing = dispatch.route(read.indices, cfg.d_sae)
+        linear = square = interacting = None
+        if forms.linear is not None and not self._reads_all():
+            linear = dispatch.weighted_rows(read, self.W_lin, read_routing, kernel=forms.linear) + self.b_lin
+        if cfg.use_square_path:
+            squares = SparseActs(acts.indices, acts.values.square())
+            square = dispatch.weighted_rows(squares, self.U, routing, kernel=forms.direct) / cfg.square_scale
+        if forms.pooled is not None:
+            pooled = self._dropout(dispatch.pooled(cfg.head, read, self.V, read_routing, kernel=forms.pooled))
+            hidden = reference.hidden_pre(pooled, self.W_1, self.b_1)
+            interacting = reference.interaction_output(hidden, self.W_2, self.b_2)
+        if self._reads_all():
+            both = dispatch.both_decoders(acts, W_dec, norms, self.W_lin, routing, kernel=forms.direct)
+            direct = both + (self.b_dec + self.b_lin)
+        else:
+            direct = dispatch.weighted_rows(unscaled, W_dec, routing, kernel=forms.direct) + self.b_dec
+        return Paths(direct, linear, square, interacting)
+
+    def _sparse_dead_loss(
+        self,
+        step_input: TrainStepInput,
+        sae_out: Tensor,
+        encoder: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        W_dec: Tensor,
+    ) -> Tensor:
+        mask, norms = step_input.dead_neuron_mask, encoder[-1]
+        if mask is None or (num_dead := int(mask.sum())) == 0:
+            return sae_out.new_tensor(0.0)
+        features, acts = dispatch.top_dead(*encoder, mask, self._k_aux())
+        rows = W_dec[features] if norms is None else W_dec[features] / norms[features, None]
+        return self._dead_loss(step_input.sae_in, sae_out, dispatch.weighted_rows(acts, rows), num_dead)
+
+    @override
+    def calculate_topk_aux_loss(
+        self,
+        sae_in: Tensor,
+        sae_out: Tensor,
+        hidden_pre: Tensor,
+        dead_neuron_mask: Tensor | None,
+    ) -> Tensor:
+        """SAELens's dead-feature loss, also under per-token normalisation, which SAELens refuses."""
+        if self.cfg.normalize_activations not in ("constant_norm_rescale", "layer_norm"):
+            return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
+        if dead_neuron_mask is None or (num_dead := int(dead_neuron_mask.sum())) == 0:
+            return sae_out.new_tensor(0.0)
+        acts = calculate_topk_aux_acts(min(self._k_aux(), num_dead), hidden_pre, dead_neuron_mask)
+        recons = act_times_W_dec(acts, self.W_dec, self.cfg.rescale_acts_by_decoder_norm)
+        return self._dead_loss(sae_in, sae_out, recons, num_dead)
+
+    def _k_aux(self) -> int:
+        return self.cfg.d_in // 2  # the heuristic of Gao et al. 2024, appendix B.1, as in SAELens
+
+    def _dead_loss(self, sae_in: Tensor, sae_out: Tensor, recons: Tensor, num_dead: int) -> Tensor:
+        """How far the dead features' reconstruction, in the normalised space, is from the residual in the input's units."""
+        residual = (sae_in - sae_out).detach()
+        error = (recons * self._token_scale(sae_in) - residual).pow(2).sum(dim=-1).mean()
+        return self.cfg.aux_loss_coefficient * min(num_dead / self._k_aux(), 1.0) * error
+
+    def _token_scale(self, sae_in: Tensor) -> Tensor | float:
+        """Length in the input's space of a unit vector in the normalised space, [*batch, 1] where it varies by token."""
+        normalize = cast(str, self.cfg.normalize_activations)  # SAELens's annotation leaves out one value it accepts
+        if normalize == "constant_norm_rescale":
+            return sae_in.norm(dim=-1, keepdim=True) / self.cfg.d_in**0.5
+        if normalize == "layer_norm":
+            return sae_in.std(dim=-1, keepdim=True)
+        return 1.0
+
+    @override
+    def save_inference_model(self, path: str | Path, *, folded: bool = False) -> tuple[Path, Path]:
+        """Save the inference SAE as SAELens does, with a README.md that says what loads it.
+
+        Args:
+            path: folder.
+            folded: whether to fold the linear path into the decoder and leave it out (`JointNFMSAE.folded`).
+
+        Raises:
+            ValueError: with `folded`, for an SAE whose linear path cannot be folded; nothing is written.
+        """
+        if folded:
+            self._refuse_inexact_fold()
+        saved = super().save_inference_model(path)
+        write_note(path)
+        return JointNFMSAE.load_from_disk(path).folded().save_model(path) if folded else saved
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        """Fold decoder norms as SAELens does, and keep them in `folded_W_dec_norm`."""
+        super().process_state_dict_for_saving_inference(state_dict)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            state_dict["folded_W_dec_norm"] = self.folded_W_dec_norm * self.get_W_dec_norm()

@@ -1,0 +1,117 @@
+"""The fields that say what a Neural Factorization Machine adds to an SAE, shared by every architecture that has one."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from sae_lens.saes.sae import SAEMetadata
+
+from sae_nfm.kernels import check_head
+
+Kernel = Literal["auto", "dense", "sparse"]
+KERNELS = ("auto", "dense", "sparse")
+REQUIRES = "pip install sae-nfm; then `import sae_nfm` before SAELens loads this SAE"
+"""`metadata.requires` of every cfg.json, for whoever meets a saved SAE without this package."""
+
+
+@dataclass(kw_only=True)
+class NFMFields:
+    """What is added to an SAE's output, and how it is computed.
+
+    Args:
+        nfm_dim (int): Interaction dimensions m: the width of V and of the hidden code h.
+        nfm_top_k (int | None): How many of a token's active features the linear and the interaction path read, the
+            strongest first (the paper's n); None means all.
+        head (str): The nonlinear path. "fm" pools products of feature pairs, "mlp" is the same head on f_n V without the
+            product (a capacity control), "none" leaves the path out; or a head of your own (`heads.register_head`).
+        use_linear_path (bool): Whether the output has the linear integration path f_n W_lin + b_lin.
+        use_square_path (bool): Whether the output has the square path (f^2 / square_scale) U, the diagonal that the
+            pooling leaves out.
+        square_scale (float): The fixed scale c of the square path, in units of feature activation; sqrt(d_in / k) is the
+            size of an activation where inputs are normalised to norm sqrt(d_in).
+        kernel (Literal["auto", "dense", "sparse"]): Whether a training step, and a decode that needs no gradient, work on
+            the matrix of all features or on the active ones alone; "auto" takes the faster by the cost model of
+            `kernels.choose`, the matrix with fewer than 1,024 features. Same output, losses and gradients up to rounding.
+            Steps with hooks on the SAE, and compiled ones, are dense.
+    """
+
+    nfm_dim: int = 64
+    nfm_top_k: int | None = None
+    head: str = "fm"
+    use_linear_path: bool = True
+    use_square_path: bool = False
+    square_scale: float = 3.0
+    kernel: Kernel = "auto"
+
+    def check_nfm_fields(self) -> None:
+        """Raise a ValueError for values that cannot work."""
+        if self.nfm_dim < 1:
+            raise ValueError(f"nfm_dim is {self.nfm_dim}; give a positive whole number")
+        if self.nfm_top_k is not None and self.nfm_top_k < 1:
+            raise ValueError(
+                f"nfm_top_k is {self.nfm_top_k}; give a positive whole number, or None for all active features"
+            )
+        check_head(self.head)
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel is {self.kernel!r}; give one of {', '.join(map(repr, KERNELS))}")
+        if not 0 < self.square_scale < float("inf"):
+            raise ValueError(f"square_scale is {self.square_scale}; give a positive number, about a typical activation")
+
+
+@dataclass(kw_only=True)
+class NFMTrainingFields(NFMFields):
+    """`NFMFields` with those that only training reads.
+
+    Args:
+        nfm_dropout (float): Dropout probability on the pooled vector z, in training steps only: every other forward
+            pass, evaluation of a model still in training included, is deterministic.
+        nfm_embedding_init_std (float): Standard deviation of the initial V (the paper's 0.05).
+        nfm_weight_init_std (float): Standard deviation of the initial W_lin, W_1, W_2 and U (the paper's 0.01).
+    """
+
+    nfm_dropout: float = 0.0
+    nfm_embedding_init_std: float = 0.05
+    nfm_weight_init_std: float = 0.01
+
+    def check_training_fields(self) -> None:
+        """Raise a ValueError for values that cannot work."""
+        if not 0 <= self.nfm_dropout < 1:
+            raise ValueError(f"nfm_dropout is {self.nfm_dropout}; give a probability in [0, 1), 0 for none")
+        for name in ("nfm_embedding_init_std", "nfm_weight_init_std"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a standard deviation >= 0")
+
+
+def refuse_unknown_keys(config_class: type, config_dict: dict[str, Any], architecture: str) -> None:
+    """Raise a ValueError that names every key which is not a field of `config_class`."""
+    known = {field.name for field in fields(config_class)} | {"architecture"}
+    added_by_saelens = {"finetuning_scaling_factor"} if config_dict.get("finetuning_scaling_factor") is False else set()
+    unknown = sorted(set(config_dict) - known - added_by_saelens)
+    if unknown:
+        raise ValueError(
+            f"unknown key {', '.join(map(repr, unknown))} in a {architecture} config; {config_class.__name__} has "
+            f"{', '.join(sorted(known))}. Correct the spelling or remove the key"
+        )
+
+
+def refuse_missing_keys(config_class: type, config_dict: dict[str, Any], source: str) -> None:
+    """Raise a ValueError that names every key decoding needs and a saved config lacks; a default could be wrong.
+
+    Args:
+        config_class: the inference config.
+        config_dict: the config as saved.
+        source: where it was read, for the message.
+    """
+    needed = {field.name for field in fields(config_class)} - {"metadata", "dtype", "device", "kernel"}
+    missing = sorted(needed - set(config_dict))
+    if missing:
+        raise ValueError(
+            f"{source} lacks {', '.join(map(repr, missing))}, which a saved {config_dict['architecture']} config always has; "
+            "restore the file"
+        )
+
+
+def with_requirement(metadata: Any) -> Any:
+    """A copy that says what loads the SAE; SAELens passes a dict first when it reads a file, where it stands already."""
+    return (
+        SAEMetadata(**{**metadata.to_dict(), "requires": REQUIRES}) if isinstance(metadata, SAEMetadata) else metadata
+    )

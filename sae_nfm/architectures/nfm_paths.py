@@ -1,0 +1,192 @@
+"""The paths that a Neural Factorization Machine adds to an SAE's output: parameters, hook points and checks.
+
+    lin   = f_n W_lin + b_lin                 linear integration path
+    sq    = (f^2 / c) U                       square path
+    inter = ReLU(z W_1 + b_1) W_2 + b_2       interaction path, z = sum_{i<j} f_i f_j v_i*v_j over f_n, or as another of `heads`
+
+An architecture derives from `NFMPaths` and an SAE class of SAELens, and says in `decode_paths` what the direct path is and
+which activations the others read. Parameters and hook points are direct attributes of the SAE (SAELens switches hooks off by
+attribute); the maths is in `interaction`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from sae_lens import SAE
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from typing_extensions import override
+
+from sae_nfm.kernels import POOLS, reference
+from sae_nfm.loading import check_state_dict, write_note
+
+FEW_FEATURES = 1024
+"""With fewer, either form of a step is mostly overhead, and the dense one is SAELens's own."""
+SECONDARY_HOOKS = ("hook_secondary_acts_post", "hook_secondary_recons", "hook_secondary_error")
+"""Hook points that something passes through only while a secondary SAE is attached (`secondary.attach_secondary`)."""
+
+
+class Paths(NamedTuple):
+    """What each path writes, [*batch, d_in] before the run-time normalisation is undone; None where it is switched off."""
+
+    direct: Tensor
+    linear: Tensor | None
+    square: Tensor | None
+    interaction: Tensor | None
+
+    def present(self) -> dict[str, Tensor]:
+        """The paths that are switched on, by name."""
+        return {name: path for name, path in self._asdict().items() if path is not None}
+
+    def total(self) -> Tensor:
+        """The sum of all paths."""
+        return reduce(torch.add, self.present().values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Secondary:
+    """A secondary SAE in place of the hidden code."""
+
+    sae: SAE[Any]
+    """The secondary SAE, [*batch, nfm_dim] to [*batch, nfm_dim]."""
+    error_term: bool
+    """Whether what it does not reconstruct is added, so that only a change of its features changes anything."""
+    through: Callable[["NFMPaths", "Secondary", Tensor], Tensor]
+    """From the hidden code [*batch, nfm_dim] to what the interaction path goes on with."""
+
+
+_Host = SAE[Any] if TYPE_CHECKING else object
+
+
+class NFMPaths(_Host):
+    """Parameters, hook points and checks of the added paths, for training and inference classes.
+
+    Hook points exist for the paths that are switched on: `hook_nfm_linear`, `hook_nfm_square`, `hook_nfm_interaction`
+    [*batch, d_in] (what each path adds) and `hook_nfm_pooled`, `hook_nfm_hidden_pre` [*batch, nfm_dim]; with an interaction
+    path also `SECONDARY_HOOKS`.
+    """
+
+    W_lin: nn.Parameter
+    b_lin: nn.Parameter
+    V: nn.Parameter
+    W_1: nn.Parameter
+    b_1: nn.Parameter
+    W_2: nn.Parameter
+    b_2: nn.Parameter
+    U: nn.Parameter
+    hook_secondary_acts_post: HookPoint
+    hook_secondary_recons: HookPoint
+    hook_secondary_error: HookPoint
+    secondary: Secondary | None = None
+    """What `secondary.attach_secondary` has put in place of the hidden code."""
+
+    def __init__(self, cfg: Any, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        if cfg.use_linear_path:
+            self.hook_nfm_linear = HookPoint()
+        if cfg.use_square_path:
+            self.hook_nfm_square = HookPoint()
+        if cfg.head != "none":
+            self.hook_nfm_pooled = HookPoint()
+            self.hook_nfm_hidden_pre = HookPoint()
+            self.hook_nfm_interaction = HookPoint()
+            for name in SECONDARY_HOOKS:
+                setattr(self, name, HookPoint())
+        self.setup()
+
+    def _initialize_nfm_weights(self) -> None:
+        cfg, d_in, d_sae, m = self.cfg, self.cfg.d_in, self.cfg.d_sae, self.cfg.nfm_dim
+        weight_std = getattr(cfg, "nfm_weight_init_std", 0.0)  # an inference SAE is filled by loading
+        if cfg.use_linear_path:
+            self.W_lin = self._normal(weight_std, d_sae, d_in)
+            self.b_lin = self._normal(0.0, d_in)
+        if cfg.head != "none":
+            self.V = self._normal(getattr(cfg, "nfm_embedding_init_std", 0.0), d_sae, m)
+            self.W_1, self.b_1 = self._normal(weight_std, m, m), self._normal(0.0, m)
+            self.W_2, self.b_2 = self._normal(weight_std, m, d_in), self._normal(0.0, d_in)
+        if cfg.use_square_path:
+            self.U = self._normal(weight_std, d_sae, d_in)
+
+    def _normal(self, std: float, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=std))
+
+    def _nfm_weights(self, names: list[str]) -> list[nn.Parameter]:
+        return [getattr(self, name) for name in names if hasattr(self, name)]
+
+    def _check_width(self, sae_in: Tensor) -> None:
+        """Raise a ValueError for activations of another width than the SAE's."""
+        heads = self.cfg.reshape_activations == "hook_z" and self.hook_z_reshaping_mode
+        width = sae_in.shape[-2:].numel() if heads else sae_in.shape[-1]
+        if width != self.cfg.d_in:
+            raise ValueError(
+                f"activations of shape {tuple(sae_in.shape)} have {width} dimensions a token, this SAE has d_in = "
+                f"{self.cfg.d_in}; check the hook name ({self.cfg.metadata.hook_name!r}) and d_in"
+            )
+
+    @override
+    def process_sae_in(self, sae_in: Tensor) -> Tensor:
+        self._check_width(sae_in)
+        return super().process_sae_in(sae_in)
+
+    @override
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Reconstruct activations from features through all paths.
+
+        Args:
+            feature_acts: [*batch, d_sae] as hooked at `hook_sae_acts_post`, dense or COO.
+
+        Returns:
+            [*batch, d_in] (or [*batch, n_heads, d_head] for hook_z) in the space of the input.
+        """
+        sae_out_pre = self.hook_sae_recons(self.decode_paths(feature_acts).total())
+        sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
+        return self.reshape_fn_out(sae_out_pre, self.d_head)
+
+    @abstractmethod
+    def decode_paths(self, feature_acts: Tensor) -> Paths:
+        """What each path writes before the run-time normalisation is undone; pure in `feature_acts`."""
+
+    def _linear(self, read: reference.Acts) -> Tensor | None:
+        if not self.cfg.use_linear_path:
+            return None
+        return self.hook_nfm_linear(self._written(reference.weighted_rows(read, self.W_lin) + self.b_lin))
+
+    def _square(self, acts: reference.Acts) -> Tensor | None:
+        if not self.cfg.use_square_path:
+            return None
+        return self.hook_nfm_square(self._written(reference.square_output(acts, self.U, self.cfg.square_scale)))
+
+    def _interaction(self, read: reference.Acts) -> Tensor | None:
+        if self.cfg.head == "none":
+            return None
+        hidden = self.hook_nfm_hidden_pre(reference.hidden_pre(self._pool(read), self.W_1, self.b_1))
+        if self.secondary is not None:
+            hidden = self.secondary.through(self, self.secondary, hidden)
+        return self.hook_nfm_interaction(self._written(reference.interaction_output(hidden, self.W_2, self.b_2)))
+
+    def _pool(self, read: reference.Acts) -> Tensor:
+        return self._dropout(self.hook_nfm_pooled(POOLS[self.cfg.head](read, self.V)))
+
+    def _written(self, path: Tensor) -> Tensor:
+        """What a path adds to the output, given what its weights make."""
+        return path
+
+    def _dropout(self, pooled: Tensor) -> Tensor:
+        return pooled
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        check_state_dict(state_dict, expected=self.state_dict())
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save as SAELens does, with a README.md that says what loads it."""
+        saved = super().save_model(path)
+        write_note(path)
+        return saved

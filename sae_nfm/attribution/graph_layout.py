@@ -1,0 +1,75 @@
+"""Where to draw the features of an interaction graph: so that distances on paper follow those along its edges.
+
+Stress majorisation (scikit-learn's SMACOF) of the square roots of the numbers of edges between features, the best of several
+seeded starts: one graph and one seed give one drawing. The root makes room where many features are close. Parts that are not
+connected with the largest one stand below it, in boxes of one size.
+
+Source: Gansner, Koren & North 2004, Graph Drawing by Stress Majorization (GD).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.sparse import coo_array, csr_array
+from scipy.sparse.csgraph import connected_components, shortest_path
+from sklearn.manifold import smacof
+
+from sae_nfm.attribution.graph import PairEdge
+from sae_nfm.stats import Floats
+
+Point = tuple[float, float]
+STARTS = 16
+"""Starts, of which the one with the least stress counts."""
+STRIP, BOXES, MARGIN = 0.14, 6, 0.2
+"""Height of a row of smaller parts, how many stand in it, and the empty part of each one's box."""
+
+
+def graph_layout(edges: Sequence[PairEdge], *, seed: int = 0) -> dict[int, Point]:
+    """Place of every feature that has an edge, in the unit square.
+
+    Args:
+        edges: pairs; at least one.
+        seed: of the starts.
+    """
+    features, ends = np.unique([(edge.first, edge.second) for edge in edges], return_inverse=True)
+    ends, n = ends.reshape(-1, 2), len(features)
+    adjacency = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(n, n)).tocsr()
+    _, part = connected_components(adjacency, directed=False)
+    parts = np.argsort(-np.bincount(part), kind="stable")
+    rows = -(-(len(parts) - 1) // BOXES)
+    strips = min(0.5, STRIP * rows)
+    places = np.zeros((n, 2))
+    for number, one in enumerate(parts):
+        members = np.flatnonzero(part == one)
+        low, size = (
+            _box(number - 1, rows, strips) if number else (np.array([0.0, strips]), np.array([1.0, 1.0 - strips]))
+        )
+        places[members] = low + size * _part(adjacency[members][:, members], seed)
+    return {int(feature): (float(x), float(y)) for feature, (x, y) in zip(features, np.round(places, 4), strict=True)}
+
+
+def _box(number: int, rows: int, strips: float) -> tuple[Floats, Floats]:
+    """Lower left corner and size of a smaller part's box, less its margin."""
+    row, column = divmod(number, BOXES)
+    size = np.array([1 / BOXES, strips / rows])
+    corner = size * np.array([column, rows - 1 - row])
+    return corner + size * MARGIN / 2, size * (1 - MARGIN)
+
+
+def _part(adjacency: csr_array, seed: int) -> Floats:
+    """A connected part in the unit square."""
+    hops: Any = shortest_path(adjacency, directed=False, unweighted=True)
+    found: Any = smacof(
+        np.sqrt(hops),
+        n_components=2,
+        n_init=STARTS,
+        max_iter=500,
+        eps=1e-6,
+        random_state=seed,
+        n_jobs=1,
+        normalized_stress="auto",  # of metric scaling: the stress as it is
+    )
+    places = found[0]
+    low, high = places.min(0), places.max(0)
+    return (places - low) / np.maximum(high - low, 1e-9)

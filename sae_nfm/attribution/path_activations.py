@@ -1,0 +1,121 @@
+"""What the paths of an SAE read and write on tokens: features as the interaction path reads them, gates, outputs."""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from sae_lens import SAE
+from torch import Tensor
+from torch.nn import functional as F
+
+from sae_nfm.architectures import attributable
+from sae_nfm.kernels import Acts, SparseActs
+from sae_nfm.models import HookFunction, keeping, reconstruction
+
+INTERACTION, LINEAR, HIDDEN = "hook_nfm_interaction", "hook_nfm_linear", "hook_nfm_hidden_pre"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenReads:
+    """What the paths read and wrote on some tokens."""
+
+    read: SparseActs
+    """Features as the interaction path reads them, [tokens, n], in the order of their numbers; value 0: not active."""
+    gates: Bool[Tensor, "tokens nfm_dim"]
+    """h > 0."""
+    interaction: Float[Tensor, "tokens d_in"]
+    """What passed hook_nfm_interaction."""
+    linear: Float[Tensor, "tokens d_in"] | None
+    """What passed hook_nfm_linear; None where that path is off."""
+
+    def of(self, tokens: Tensor) -> "TokenReads":
+        """Some of the tokens: a mask, or indices."""
+        return TokenReads(
+            read=SparseActs(self.read.indices[tokens], self.read.values[tokens]),
+            gates=self.gates[tokens],
+            interaction=self.interaction[tokens],
+            linear=None if self.linear is None else self.linear[tokens],
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["TokenReads"]) -> "TokenReads":
+        """All tokens of several; where a part reads fewer features, the columns left over have value 0."""
+        n = max(part.read.indices.shape[-1] for part in parts)
+
+        def filled(columns: Tensor) -> Tensor:
+            return F.pad(columns, (0, n - columns.shape[-1]))
+
+        linear = [part.linear for part in parts if part.linear is not None]
+        return cls(
+            read=SparseActs(*(torch.cat([filled(part.read[i]) for part in parts]) for i in range(2))),
+            gates=torch.cat([part.gates for part in parts]),
+            interaction=torch.cat([part.interaction for part in parts]),
+            linear=torch.cat(linear) if linear else None,
+        )
+
+    def split(self, size: int) -> Iterator["TokenReads"]:
+        """In pieces of at most `size` tokens."""
+        for start in range(0, len(self.gates), size):
+            yield self.of(torch.arange(start, min(start + size, len(self.gates)), device=self.gates.device))
+
+
+@contextmanager
+def reading(sae: SAE[Any], seen: dict[str, Any]) -> Generator[dict[str, HookFunction]]:
+    """Hook functions for an SAE that put what its paths read and write into `seen`, in its next run.
+
+    Args:
+        sae: see `attributable`.
+        seen: gets "read" and, by their hook points, the hidden code and what each path writes.
+    """
+    pool = attributable(sae)._pool  # pyright: ignore[reportPrivateUsage] (what is read passes no hook point)
+
+    def keep(read: Acts) -> Tensor:
+        seen["read"] = read
+        return pool(read)
+
+    sae._pool = keep  # pyright: ignore[reportArgumentType]
+    try:
+        names = [INTERACTION, HIDDEN, *([LINEAR] if sae.cfg.use_linear_path else [])]
+        yield {name: keeping(seen, name) for name in names}
+    finally:
+        del sae._pool
+
+
+def reads_of(seen: dict[str, Any]) -> TokenReads:
+    """What `reading` has seen, all tokens in one dimension."""
+    linear = seen.get(LINEAR)
+    return TokenReads(
+        read=_in_order(seen["read"]),
+        gates=seen[HIDDEN].flatten(0, -2) > 0,
+        interaction=seen[INTERACTION].flatten(0, -2),
+        linear=None if linear is None else linear.flatten(0, -2),
+    )
+
+
+@torch.no_grad()
+def token_reads(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> TokenReads:
+    """Run an SAE by itself on activations, heads flattened.
+
+    Raises:
+        ValueError: see `attributable`.
+    """
+    seen = dict[str, Any]()
+    with reading(sae, seen) as hooks:
+        reconstruction(sae, x, hooks)
+    return reads_of(seen)
+
+
+def _in_order(read: Acts) -> SparseActs:
+    """As many columns as the token with most active features has, features in the order of their numbers."""
+    if isinstance(read, Tensor):
+        flat = read.flatten(0, -2)
+        most = int((flat != 0).sum(-1).amax()) if flat.numel() else 0
+        indices = flat.abs().topk(most, dim=-1, sorted=False).indices  # some architectures have negative features
+        values = flat.gather(-1, indices)
+    else:
+        indices, values = read.indices.flatten(0, -2), read.values.flatten(0, -2)
+    indices, order = indices.sort(dim=-1)
+    return SparseActs(indices, values.gather(-1, order))

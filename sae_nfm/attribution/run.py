@@ -1,0 +1,262 @@
+"""The job of `sae-nfm attribute`: which features interact on a token, what that writes, where else, and what without it."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import simple_parsing
+import torch
+from sae_lens import SAE
+from tqdm.auto import tqdm
+
+from sae_nfm import demo
+from sae_nfm.architectures import attributable
+from sae_nfm.attribution.corpus import Corpus
+from sae_nfm.attribution.corpus_summary import CorpusAttribution, attribute_corpus
+from sae_nfm.attribution.direct_logits import Target
+from sae_nfm.attribution.pair_effects import PromptRun, run_prompt
+from sae_nfm.attribution.pair_table import CAPACITY
+from sae_nfm.attribution.prompt import RankBy, TokenAttribution, attribute_token
+from sae_nfm.common.results import SavedResult
+from sae_nfm.data import held_out_corpus
+from sae_nfm.loading import load_sae
+from sae_nfm.models import LanguageModel, check_context, check_device, device_of, model_of
+
+PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
+LEGEND = """\
+effects: with the term less without it, on the target. direct: through the unembedding alone, the final scale held; gradient: to
+first order through the rest of the model; frozen: pair removed, gates held, model rerun; free: gates free to flip, which is what
+removing the pair really does. promotes, suppresses: on the direct path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeConfig:
+    """Which SAE, on what, effects on what."""
+
+    prompt: str | None = simple_parsing.field(default=None, positional=True, nargs="?")
+    """Text whose tokens are looked at; leave it out with --corpus."""
+    sae: str = f"{demo.MODEL_NAME}:blocks.2.hook_resid_post"
+    """Folder of a saved SAE with pairs (joint_nfm or sequential_nfm, head fm), or release:sae_id of a released one."""
+    token: tuple[str, ...] = ("-1",)
+    """Tokens of the prompt: positions (BOS is 0, the last one -1), texts such as " good" (wherever they stand), or all."""
+    logit: str | None = None
+    """Token on whose logit effects are measured, less the mean of all logits, such as " good". Without it: the one the model
+    thinks most likely next; with --corpus no effects."""
+    against: str | None = None
+    """Measure the difference to this token's logit in place of the mean."""
+    rank_by: RankBy = "norm"
+    """Which pairs of a token to show: by norm of what they write, or by absolute direct or gradient effect."""
+    top: int = 8
+    """Pairs to show, and features of the linear path."""
+    corpus: bool = False
+    """Look at pairs over held-out text in place of a prompt."""
+    dataset_path: str | None = None
+    """With --corpus: a .parquet, .jsonl or .txt file, a folder, a data set on disk or on the hub; the embedded model's held-out
+    tokens unless given."""
+    split: str = "validation"
+    """Split of dataset_path, where it has several."""
+    n_tokens: int = 20_000
+    """With --corpus: tokens to look at."""
+    context_size: int | None = None
+    """With --corpus: tokens in a row; the one in the SAE's metadata unless given."""
+    batch_rows: int = 16
+    """Rows in a forward pass."""
+    capacity: int = CAPACITY
+    """With --corpus: pairs kept in memory. Where more fire, those of most energy are kept and counted in a second pass."""
+    control_tokens: int = 10_000
+    """With --corpus: tokens on which pair strength is compared with weights and with co-occurrence."""
+    n_permutations: int = 2
+    """With --corpus: how often the rows of V are dealt out anew for the null."""
+    graph: str | None = None
+    """With --corpus: .graphml or .json file for the graph of features and pairs."""
+    graph_pairs: int = 500
+    """Pairs in it, those of most energy."""
+    seed: int = 0
+    """Of the permutations."""
+    model_name: str | None = None
+    """The language model: a name or a local Hugging Face folder; the one in the SAE's metadata unless given."""
+    device: str = "cpu"
+    """Device of the language model and the SAE."""
+    output: str | None = None
+    """JSON file for every figure, with configuration and versions."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, before anything is loaded."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and field.name not in ("seed", "n_permutations") and value < 1:
+                raise ValueError(f"{field.name} is {value}; give a positive whole number")
+        if self.n_permutations < 0:
+            raise ValueError(f"n_permutations is {self.n_permutations}; give 0 or more")
+        if (self.prompt is None) != self.corpus:
+            raise ValueError("give a prompt, or --corpus for held-out text; one of the two")
+        if self.against is not None and self.logit is None:
+            raise ValueError(f"against is {self.against!r}, but there is no --logit to compare with it; give both")
+        if self.graph is not None and not self.corpus:
+            raise ValueError("a graph is made of a corpus; give --corpus, or leave --graph out")
+        if self.graph is not None and not self.graph.endswith((".graphml", ".json")):
+            raise ValueError(f"the graph {self.graph!r} is neither .graphml nor .json; give a name that ends in one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution(SavedResult):
+    """What `sae-nfm attribute` found."""
+
+    command: ClassVar[str] = "sae-nfm attribute"
+
+    sae: str
+    """The SAE, as given."""
+    hook_name: str
+    """Where it is."""
+    tokens: tuple[TokenAttribution, ...]
+    """The chosen tokens of the prompt."""
+    corpus: CorpusAttribution | None
+    """Pairs over held-out text."""
+    provenance: dict[str, Any]
+    """Configuration, versions, sha256 of the tokens, command."""
+
+    def words(self) -> str:
+        """For the terminal."""
+        head = f"{self.sae} at {self.hook_name}"
+        if self.corpus is not None:
+            return f"{head}\n\n{self.corpus.words()}"
+        return "\n\n".join([head, *(token.words() for token in self.tokens), LEGEND])
+
+
+def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribution:
+    """Attribute a prompt or a corpus; writes `config.output` and `config.graph` where those are given.
+
+    Args:
+        config: what to do.
+        command: how to repeat it, for the provenance.
+
+    Raises:
+        ValueError, FileNotFoundError: for an SAE, model, token or data set that does not work; nothing is written.
+    """
+    check_device(config.device)
+    sae = load_sae(config.sae, device=config.device).eval()
+    attributable(sae)
+    model, _ = model_of(sae, config.device, model_name=config.model_name)
+    tokens = _corpus_tokens(model, sae, config) if config.prompt is None else _prompt_tokens(model, config.prompt)
+    found = Attribution(
+        sae=config.sae,
+        hook_name=str(sae.cfg.metadata.hook_name),
+        tokens=() if config.corpus else _prompt(model, sae, tokens[0], config),
+        corpus=_corpus(model, sae, tokens, config) if config.corpus else None,
+        provenance={
+            "config": asdict(config),
+            "command": command,
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "tokens_sha256": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
+        },
+    )
+    if config.graph is not None and found.corpus is not None:
+        found.corpus.graph.save(config.graph)
+    if config.output is not None:
+        found.save(config.output)
+    return found
+
+
+def _prompt(
+    model: LanguageModel, sae: SAE[Any], tokens: torch.Tensor, config: AttributeConfig
+) -> tuple[TokenAttribution, ...]:
+    run = run_prompt(model, sae, tokens)
+    positions = _positions(model, run, config.token)
+    return tuple(
+        attribute_token(model, sae, run, p, _target(model, config, run, p), top=config.top, rank_by=config.rank_by)
+        for p in tqdm(positions, desc="Tokens", disable=len(positions) < 2)
+    )
+
+
+def _corpus(model: LanguageModel, sae: SAE[Any], tokens: torch.Tensor, config: AttributeConfig) -> CorpusAttribution:
+    target = None if config.logit is None else _target(model, config, None, 0)
+    return attribute_corpus(
+        Corpus(model, sae, tokens, target=target, batch_rows=config.batch_rows),
+        target=None if target is None else target.name,
+        top=config.top,
+        graph_pairs=config.graph_pairs,
+        capacity=config.capacity,
+        control_tokens=config.control_tokens,
+        n_permutations=config.n_permutations,
+        seed=config.seed,
+    )
+
+
+def _target(model: LanguageModel, config: AttributeConfig, run: PromptRun | None, position: int) -> Target:
+    """The chosen token's logit, or the likeliest next one's."""
+    d_vocab, tokenizer = _d_vocab(model, run), _tokenizer(model)
+    if config.logit is not None:
+        token = _single(model, config.logit)
+    else:
+        assert run is not None
+        token = int(run.logits[position].argmax())
+    text = repr(tokenizer.decode([token]))
+    if config.against is None:
+        return Target.logit(token, d_vocab, f"the logit of {text} less the mean logit")
+    other = _single(model, config.against)
+    return Target.logit(token, d_vocab, f"the logit of {text} less that of {config.against!r}", against=other)
+
+
+def _positions(model: LanguageModel, run: PromptRun, wanted: Sequence[str]) -> list[int]:
+    """Positions by number, text, or all."""
+    n, found, tokenizer = len(run.tokens), list[int](), _tokenizer(model)
+    texts = [tokenizer.decode([token]) for token in run.tokens.tolist()]
+    for one in wanted:
+        if one == "all":
+            found += run.in_place.nonzero()[:, 0].tolist()
+        elif one.removeprefix("-").isdigit():
+            if not -n <= int(one) < n:
+                raise ValueError(f"there is no token {one}: the prompt has {n} tokens; give one from 0 to {n - 1}")
+            found.append(int(one) % n)
+        elif one in texts:
+            found += [place for place, text in enumerate(texts) if text == one]
+        else:
+            raise ValueError(f"there is no token {one!r} in the prompt; its tokens are {', '.join(map(repr, texts))}")
+    return list(dict.fromkeys(found))
+
+
+def _single(model: LanguageModel, text: str) -> int:
+    """The id of a text that is one token."""
+    ids = _tokenizer(model).encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        parts = ", ".join(repr(_tokenizer(model).decode([one])) for one in ids)
+        raise ValueError(f"{text!r} is {len(ids)} tokens ({parts}); give a text that is one, mind the space before it")
+    return ids[0]
+
+
+def _prompt_tokens(model: LanguageModel, prompt: str) -> torch.Tensor:
+    """[1, pos], with BOS where the tokenizer has one."""
+    tokenizer = _tokenizer(model)
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if not ids:
+        raise ValueError("the prompt is empty; give a text")
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    check_context(model, len(bos) + len(ids))
+    return torch.tensor([bos + ids], device=device_of(model))
+
+
+def _corpus_tokens(model: LanguageModel, sae: SAE[Any], config: AttributeConfig) -> torch.Tensor:
+    names = ("model_name", "dataset_path", "split", "context_size", "n_tokens")
+    return held_out_corpus(model, sae, **{name: getattr(config, name) for name in names}).tokens
+
+
+def _tokenizer(model: LanguageModel) -> Any:
+    tokenizer: Any = model.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer, so that prompts and tokens cannot be given as text; load it with one"
+        )
+    return tokenizer
+
+
+def _d_vocab(model: LanguageModel, run: PromptRun | None) -> int:
+    if run is not None:
+        return run.logits.shape[-1]
+    config: Any = getattr(model, "cfg", None)
+    if config is None:
+        raise ValueError(
+            "effects over a corpus take the direct path, which this kind of model has not; leave --logit out"
+        )
+    return config.d_vocab

@@ -1,0 +1,1 @@
+"""Running one command of `sae-nfm`."""

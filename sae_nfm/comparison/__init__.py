@@ -1,0 +1,5 @@
+"""Joint SAEs compared with matched baselines: arms, learning-rate sweeps, verdicts over seeds."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

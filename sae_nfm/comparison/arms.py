@@ -1,0 +1,283 @@
+"""The arms of a fair comparison for one hook point: joint NFM-SAEs, their controls, and SAEs trained on their own.
+
+    joint_nfm                      linear and interaction path over all k active features (n = None)
+    joint_nfm half                 the same over the strongest half (n = k / 2)
+    joint_nfm square               square path in place of the linear one
+    joint_nfm without linear       interaction path alone beside the direct one
+    joint_nfm without nonlinear    linear path alone: the linear adapter. x_hat = f W_dec + f W_lin + b is a TopK SAE's function
+                                   with a second, full-rank linear map of f, that is a decoder that moves about twice as fast
+    joint_nfm mlp                  the head on f V without the product: is it interaction, or capacity?
+    topk                           TopK SAE of the same width
+    topk doubled decoder rate      the same, each step of W_dec doubled: what the second decoder does to the learning rate
+    topk matched                   as many parameters as joint_nfm
+    topk matched folded            as many as joint_nfm has once its linear decoder is added to W_dec
+    topk matched flops             as many FLOPs a training token as joint_nfm, see `training_flops`
+    batchtopk, matryoshka          SAELens's, k active features on average
+    standard, gated, jumprelu      SAELens's; a coefficient sets how sparse they are, so each is trained at several and its
+                                   figures are interpolated (`interpolation_weights`)
+
+Sources: arXiv 2507.00269; Gao et al. 2024 (TopK, arXiv 2406.04093); arXiv 2412.06410 (BatchTopK), 2503.17547 (Matryoshka),
+2407.14435 (JumpReLU), 2404.16014 (gated).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    GatedTrainingSAEConfig,
+    JumpReLUTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+    StandardTrainingSAEConfig,
+    TopKTrainingSAEConfig,
+    TrainingSAEConfig,
+)
+
+from sae_nfm.architectures import JointNFMTrainingSAEConfig, parameter_count
+from sae_nfm.training import TrainingArm
+
+JOINT, SQUARE = "joint_nfm", "joint_nfm square"
+DOUBLED = "topk doubled decoder rate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmSizes:
+    """What all arms have in common."""
+
+    d_in: int
+    """Width of the hook point."""
+    d_sae: int
+    """Features of every arm but the matched ones."""
+    k: int
+    """Active features a token."""
+    nfm_dim: int = 64
+    """Interaction dimensions m of the joint arms."""
+    nfm_dropout: float = 0.0
+    """Dropout on the pooled interactions of the joint arms."""
+    warm_up_steps: int = 0
+    """Training steps over which the coefficients of standard, gated and jumprelu rise, and the threshold of batchtopk settles."""
+    device: str = "cpu"
+    """Device of the SAEs."""
+    reshape_activations: Literal["none", "hook_z"] = "none"
+    """SAELens's name for whether heads are flattened."""
+
+
+def training_arms(
+    names: Sequence[str], sizes: ArmSizes, coefficients: Mapping[str, Sequence[float]]
+) -> dict[str, TrainingArm]:
+    """The SAEs to train for these arms, by name: one each, or one for each coefficient.
+
+    Raises:
+        ValueError: for an arm that does not exist, or one that lacks its coefficients.
+    """
+    refuse_unknown_arms(names)
+    arms: list[TrainingArm] = []
+    for name in dict.fromkeys(names):
+        if name in WITH_COEFFICIENT:
+            if not coefficients.get(name):
+                raise ValueError(f"{name} has no coefficients; give at least two, one on each side of the wanted L0")
+            make = WITH_COEFFICIENT[name]
+            arms += [
+                TrainingArm(name=f"{name} {value:g}", family=name, sae=make(sizes, value), coefficient=value)
+                for value in coefficients[name]
+            ]
+        else:
+            rate = 2.0 if name == DOUBLED else 1.0
+            arms.append(TrainingArm(name=name, family=name, sae=WITH_K[name](sizes), decoder_rate=rate))
+    return {arm.name: arm for arm in arms}
+
+
+def refuse_unknown_arms(names: Sequence[str]) -> None:
+    """Raise a ValueError that names every arm which does not exist."""
+    unknown = [name for name in names if name not in ALL_ARMS]
+    if unknown:
+        raise ValueError(
+            f"no arm {', '.join(map(repr, unknown))}; give names from {', '.join(map(repr, ALL_ARMS))}, in quotes where "
+            "they have spaces"
+        )
+
+
+def matched_width(parameters: int, d_in: int) -> int:
+    """Width S of the TopK SAE with that many parameters: 2 d S + S + d, so it misses them by (2 d + 1) / 2 at most."""
+    return round((parameters - d_in) / (2 * d_in + 1))
+
+
+def folded_parameter_count(cfg: JointNFMTrainingSAEConfig) -> int:
+    """Parameters of a joint NFM-SAE once its linear path is folded into the decoder (`fold_linear_path`).
+
+    Raises:
+        ValueError: where it cannot be folded.
+    """
+    if not cfg.use_linear_path or cfg.nfm_top_k is not None:
+        raise ValueError(
+            "only a linear path that reads all features folds into W_dec; give use_linear_path, nfm_top_k=None"
+        )
+    return parameter_count(cfg) - (cfg.d_sae * cfg.d_in + cfg.d_in)
+
+
+def training_flops(cfg: TrainingSAEConfig, l0: float | None = None) -> float:
+    """FLOPs of a training step for each token, forward and backward, a multiplication and an addition counting as two.
+
+    With a features active (k, or `l0`), of which the NFM reads n:
+
+        encoder             2 d S + 2 a d                        all features are ranked; their weights get a gradient from
+                                                                 the active ones
+        direct path         6 a d                                output, gradient of f, gradient of W_dec
+        linear path         6 n d if n < a, else 0               reading the same f it shares W_dec's three products
+        square path         6 a d
+        pooling             12 n m ("fm"), 6 n m (other heads)   f V, and for "fm" f^2 V^2
+        head                6 m^2 + 6 m d
+        gated SAEs          6 a d + 2 a d                        the gate's own reconstruction
+
+    Assumptions: decoding and all gradients touch active features alone, which SAELens's dense TopK does not do (it takes
+    6 d S for decoding); Matryoshka's levels are cumulative sums of one decoding; the pooling of a head that is registered
+    (`heads`) is not known and taken for that of "mlp"; left out are what a batch does once (Adam,
+    norms, gradients of biases), selection and everything else element-wise, and the dead-feature loss.
+
+    Args:
+        cfg: the SAE.
+        l0: active features a token, needed where no k sets it.
+
+    Raises:
+        ValueError: when the number of active features is not known.
+    """
+    active = float(getattr(cfg, "k", 0)) or l0
+    if not active:
+        raise ValueError(f"no k sets the L0 of a {cfg.architecture()} SAE; give the measured one")
+    d, flops = cfg.d_in, 2.0 * cfg.d_in * cfg.d_sae + 8 * active * cfg.d_in
+    if isinstance(cfg, GatedTrainingSAEConfig):
+        flops += 8 * active * d
+    if isinstance(cfg, JointNFMTrainingSAEConfig):
+        n, m = active if cfg.nfm_top_k is None else cfg.nfm_top_k, cfg.nfm_dim
+        flops += 6 * n * d * (cfg.use_linear_path and n < active) + 6 * active * d * cfg.use_square_path
+        if cfg.head != "none":
+            flops += (12 if cfg.head == "fm" else 6) * n * m + 6 * m * m + 6 * m * d
+    return flops
+
+
+def flop_matched_width(cfg: JointNFMTrainingSAEConfig) -> int:
+    """Width of the TopK SAE of the same d_in and k that takes as many FLOPs, short of d_in of them at most."""
+    return round((training_flops(cfg) - 8 * cfg.k * cfg.d_in) / (2 * cfg.d_in))
+
+
+def interpolation_weights(l0s: Sequence[float], target: float) -> list[float] | None:
+    """Weights of SAEs at these L0s that interpolate at `target`, linearly in log L0 between its two neighbours.
+
+    Figures and sums over tokens are interpolated with the same weights. None where the target lies outside: not reached.
+    """
+    order = sorted(range(len(l0s)), key=lambda i: l0s[i])
+    for low, high in itertools.pairwise(order):
+        if 0 < l0s[low] <= target <= l0s[high]:
+            span = math.log(l0s[high]) - math.log(l0s[low])
+            share = 0.0 if span == 0 else (math.log(target) - math.log(l0s[low])) / span
+            weights = [0.0] * len(l0s)
+            weights[low], weights[high] = 1 - share, share
+            return weights
+    return None
+
+
+def _shared(sizes: ArmSizes) -> dict[str, Any]:
+    return {
+        "d_in": sizes.d_in,
+        "d_sae": sizes.d_sae,
+        "device": sizes.device,
+        "normalize_activations": "expected_average_only_in",
+        "reshape_activations": sizes.reshape_activations,
+    }
+
+
+def _joint(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
+    nfm: dict[str, Any] = {"k": sizes.k, "nfm_dim": sizes.nfm_dim, "nfm_dropout": sizes.nfm_dropout}
+    return JointNFMTrainingSAEConfig(**(_shared(sizes) | nfm | changes))
+
+
+def _square(sizes: ArmSizes) -> JointNFMTrainingSAEConfig:
+    scale = (sizes.d_in / sizes.k) ** 0.5
+    return _joint(sizes, use_linear_path=False, use_square_path=True, square_scale=scale)
+
+
+def _topk(sizes: ArmSizes, d_sae: int | None = None) -> TopKTrainingSAEConfig:
+    return replace(TopKTrainingSAEConfig(**_shared(sizes), k=sizes.k), d_sae=d_sae or sizes.d_sae)
+
+
+def _matched_folded(sizes: ArmSizes) -> TopKTrainingSAEConfig:
+    return _topk(sizes, matched_width(folded_parameter_count(_joint(sizes)), sizes.d_in))
+
+
+def _batch_topk(sizes: ArmSizes) -> dict[str, Any]:
+    """At inference these SAEs have a threshold, a running mean that begins at 0. With SAELens's rate of 0.01 it is 14 % too low
+    after 195 steps, and L0 above k; here it follows within the steps of the warm-up.
+    """
+    rate = max(0.01, 1 / max(1, sizes.warm_up_steps))
+    return {**_shared(sizes), "k": float(sizes.k), "topk_threshold_lr": rate}
+
+
+def _matryoshka(sizes: ArmSizes) -> MatryoshkaBatchTopKTrainingSAEConfig:
+    widths = sorted({max(1, sizes.d_sae // part) for part in (8, 4, 2, 1)})
+    return MatryoshkaBatchTopKTrainingSAEConfig(**_batch_topk(sizes), matryoshka_widths=widths)
+
+
+def _standard(sizes: ArmSizes, l1: float) -> StandardTrainingSAEConfig:
+    return StandardTrainingSAEConfig(**_shared(sizes), l1_coefficient=l1, l1_warm_up_steps=sizes.warm_up_steps)
+
+
+def _gated(sizes: ArmSizes, l1: float) -> GatedTrainingSAEConfig:
+    return GatedTrainingSAEConfig(**_shared(sizes), l1_coefficient=l1, l1_warm_up_steps=sizes.warm_up_steps)
+
+
+def _jumprelu(sizes: ArmSizes, l0: float) -> JumpReLUTrainingSAEConfig:
+    """With SAELens's options for Anthropic's form of the loss, in which the encoder learns from the sparsity loss too.
+
+    With SAELens's defaults the thresholds alone do, by a learning rate a step at most, and in a few hundred steps no coefficient
+    set an L0: 0.3, 1 and 3 gave 70, 64 and 79 (400,000 embedded tokens, k 32, rate 5e-3); here they gave 34, 14 and 6 (200,000).
+    """
+    return JumpReLUTrainingSAEConfig(
+        **_shared(sizes),
+        jumprelu_sparsity_loss_mode="tanh",
+        jumprelu_ste_to_input=True,
+        jumprelu_bandwidth=2.0,
+        jumprelu_init_threshold=0.1,
+        pre_act_loss_coefficient=3e-6,
+        l0_coefficient=l0,
+        l0_warm_up_steps=sizes.warm_up_steps,
+    )
+
+
+WITH_K: dict[str, Callable[[ArmSizes], TrainingSAEConfig]] = {
+    JOINT: _joint,
+    "joint_nfm half": lambda sizes: _joint(sizes, nfm_top_k=max(1, sizes.k // 2)),
+    SQUARE: _square,
+    "joint_nfm without linear": lambda sizes: _joint(sizes, use_linear_path=False),
+    "joint_nfm without nonlinear": lambda sizes: _joint(sizes, head="none"),
+    "joint_nfm mlp": lambda sizes: _joint(sizes, head="mlp"),
+    "topk": _topk,
+    DOUBLED: _topk,
+    "topk matched": lambda sizes: _topk(sizes, matched_width(parameter_count(_joint(sizes)), sizes.d_in)),
+    "topk matched folded": _matched_folded,
+    "topk matched flops": lambda sizes: _topk(sizes, flop_matched_width(_joint(sizes))),
+    "batchtopk": lambda sizes: BatchTopKTrainingSAEConfig(**_batch_topk(sizes)),
+    "matryoshka": _matryoshka,
+}
+"""Arms whose L0 is k."""
+WITH_COEFFICIENT: dict[str, Callable[[ArmSizes, float], TrainingSAEConfig]] = {
+    "standard": _standard,
+    "gated": _gated,
+    "jumprelu": _jumprelu,
+}
+"""Arms whose L0 a coefficient sets."""
+ALL_ARMS = (*WITH_K, *WITH_COEFFICIENT)
+DEFAULT_ARMS = (
+    JOINT,
+    SQUARE,
+    "joint_nfm without linear",
+    "joint_nfm without nonlinear",
+    "joint_nfm mlp",
+    "topk",
+    "topk matched",
+    "topk matched folded",
+    "topk matched flops",
+)
+"""Those that the claims need."""

@@ -1,0 +1,120 @@
+"""A `joint_nfm` that begins as a trained TopK SAE: its encoder and decoder, with a new NFM beside them.
+
+    sae = warm_started("runs/topk", nfm_dim=64, nfm_top_k=16)
+    cfg = LanguageModelSAERunnerConfig(sae=sae.cfg, hook_name=sae.cfg.metadata.hook_name, ...)
+    SAETrainingRunner(cfg, override_sae=sae).run()
+
+What decides the features (k, rescaling, b_dec in the input, the hook point) is the SAE's. Its own activation normalisation has
+to be in its weights, and the training does without: the trainer would estimate a scale anew and rescale the inputs that the
+weights were made for. Normalisations without statistics of the data, computed token by token, stay as they are.
+"""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.saes.sae import SAEMetadata
+
+from sae_nfm.architectures import (
+    UNFOLDED,
+    JointNFMSAE,
+    JointNFMTrainingSAE,
+    NFMFields,
+    random_initialisation,
+    refuse_unknown_keys,
+)
+from sae_nfm.architectures.joint_config import ARCHITECTURE, JointNFMSAEConfig, JointNFMTrainingSAEConfig
+from sae_nfm.convert.saelens import refuse_other_architectures, topk_sae
+from sae_nfm.loading import load_sae
+
+OF_THE_SAE = (
+    "d_in",
+    "d_sae",
+    "k",
+    "rescale_acts_by_decoder_norm",
+    "apply_b_dec_to_input",
+    "normalize_activations",
+    "reshape_activations",
+)
+"""Fields that decide the features: always those of the SAE."""
+
+
+@torch.no_grad()
+def warm_started(sae: SAE[Any] | str | Path, *, seed: int = 0, **fields: Any) -> JointNFMTrainingSAE:
+    """A training SAE with the encoder and decoder of a TopK SAE, and an NFM as at the start of any training.
+
+    The new paths write little at first, so the output is nearly the SAE's; exactly the SAE's with `nfm_weight_init_std=0`, but
+    then W_1 is zero too and the interaction path never learns. `folded_W_dec_norm` is 1: norms that SAELens divided out when
+    it saved the SAE are not in its file.
+
+    Args:
+        sae: the SAE, a TopKSAE or TopKTrainingSAE; or its folder (a checkpoint's normalisation is folded); or release:sae_id.
+        seed: of the NFM's initial weights; no global seed changes.
+        fields: other fields of `JointNFMTrainingSAEConfig`: nfm_dim, nfm_top_k, head, initial scales, device, dtype, ...
+
+    Raises:
+        ValueError, FileNotFoundError: for another architecture, an SAE whose normalisation is not folded, a field that is the
+            SAE's to decide or that there is none of, or no SAE of this name.
+    """
+    start = sae if isinstance(sae, SAE) else topk_by_name(str(sae))
+    refuse_other_architectures(start.cfg.architecture(), "the SAE to start from")
+    refuse_unknown_keys(JointNFMTrainingSAEConfig, fields, ARCHITECTURE)
+    _refuse_unfolded(start, fields)
+    taken = {name: getattr(start.cfg, name) for name in OF_THE_SAE}
+    for name in taken.keys() & fields.keys():
+        if fields[name] != taken[name]:
+            raise ValueError(f"{name} is {fields[name]!r}, but the SAE to start from has {taken[name]!r}; leave it out")
+    usual = {"device": start.cfg.device, "dtype": start.cfg.dtype, "metadata": deepcopy(start.cfg.metadata)}
+    started = random_initialisation(JointNFMTrainingSAEConfig(**(usual | fields | taken)), seed)
+    assert isinstance(started, JointNFMTrainingSAE)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        getattr(started, name).copy_(getattr(start, name))
+    return started
+
+
+@torch.no_grad()
+def with_silent_nfm(sae: SAE[Any] | str | Path, *, seed: int = 0, **fields: Any) -> JointNFMSAE:
+    """The same function as a TopK SAE's, as a `joint_nfm`: every added path is there and writes exactly zero.
+
+    W_lin, W_2, U and the biases are zero, V and W_1 small and random. So the paths that write have a gradient from the first
+    step of training on, and V and W_1 from the second.
+
+    Args:
+        sae: as for `warm_started`.
+        seed: of V and W_1.
+        fields: of `NFMFields`, such as nfm_dim and nfm_top_k.
+
+    Raises:
+        ValueError, FileNotFoundError: as `warm_started`.
+    """
+    started = warm_started(sae, seed=seed, **fields)
+    for name in ("W_lin", "W_2", "U"):
+        if hasattr(started, name):
+            getattr(started, name).zero_()
+    cfg = started.cfg
+    given = {name: getattr(cfg, name) for name in (*OF_THE_SAE, *NFMFields.__dataclass_fields__, "dtype", "device")}
+    told = {name: value for name, value in cfg.metadata.items() if not name.startswith("training_architecture")}
+    silent = JointNFMSAE(JointNFMSAEConfig(**given, metadata=SAEMetadata(**told)))
+    silent.load_state_dict(started.state_dict())
+    return silent
+
+
+def topk_by_name(name: str) -> SAE[Any]:
+    """A TopK SAE by its folder (a checkpoint has its normalisation folded) or as release:sae_id."""
+    return topk_sae(name) if Path(name).is_dir() else load_sae(name)
+
+
+def _refuse_unfolded(start: SAE[Any], fields: dict[str, Any]) -> None:
+    if start.cfg.normalize_activations in UNFOLDED:
+        raise ValueError(
+            f"the SAE to start from has normalize_activations {start.cfg.normalize_activations!r}: its weights are for inputs "
+            "that the trainer has normalised, by statistics that are not in it. Give the folder of its checkpoint, where they "
+            "are, or fold them first (fold_activation_norm_scaling_factor, fold_activation_whitening)"
+        )
+    if fields.get("normalize_activations") in UNFOLDED:
+        raise ValueError(
+            f"normalize_activations is {fields['normalize_activations']!r}: the trainer would estimate a scale and rescale the "
+            "inputs that the SAE's weights were made for; leave it out"
+        )

@@ -1,0 +1,105 @@
+"""Held-out rows that know their documents: what is needed to count documents, not tokens, as independent.
+
+SAELens cuts documents into rows of `context_size` tokens, with BOS at the start of a row and between documents, and forgets
+which token was whose. Here its own cutting runs a second time, over numbers of documents in place of tokens.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from sae_lens import ActivationsStore
+from torch import Tensor
+from typing_extensions import override
+
+from sae_nfm.data.datasets import first_rows, refuse_without_tokenizer
+from sae_nfm.models import LanguageModel, device_of, special_token_ids
+
+NO_DOCUMENT = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRows:
+    """Rows of tokens and the document that each token is from.
+
+    Raises:
+        ValueError: when the two differ in shape.
+    """
+
+    tokens: Int[Tensor, "rows pos"]
+    """Token ids, on the model's device."""
+    documents: Int[Tensor, "rows pos"]
+    """Number of the document in its data set, from 0; -1 at special tokens (BOS, separators, EOS, padding). On the CPU."""
+
+    def __post_init__(self) -> None:
+        """Refuse rows of which it cannot be said whose tokens they are."""
+        if self.tokens.ndim != 2 or self.tokens.shape != self.documents.shape:
+            raise ValueError(
+                f"tokens have shape {tuple(self.tokens.shape)}, documents {tuple(self.documents.shape)}; give one number of a "
+                "document for each token, both [rows pos]"
+            )
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.tokens)
+
+
+def held_out_rows(
+    model: LanguageModel, dataset: Any, context_size: int, n_tokens: int, skip_tokens: int = 0
+) -> TokenRows:
+    """Rows of a data set as `data.held_out_tokens` cuts them, with document identity.
+
+    A document of a text data set is one of its rows, and keeps its number where it runs over several rows of tokens. A data
+    set of token ids cannot say more than its rows do, so that each row is a document of its own: right for rows sampled
+    independently, as the embedded tokens are; text that was cut into rows before loses what held its rows together.
+
+    Args:
+        model: whose tokenizer is used.
+        dataset: with a column `text`, or one of token ids.
+        context_size: tokens in a row, BOS included.
+        n_tokens: how many tokens to take, at most (at least one row).
+        skip_tokens: the first rows to leave out: those that `n_tokens` of this value takes. No token is then in both sets;
+            a document that runs over the boundary is, under one number.
+
+    Raises:
+        ValueError: when the text does not fill one row after those left out, or the model has no tokenizer for it.
+    """
+    refuse_without_tokenizer(model, dataset)
+    skipped = max(1, skip_tokens // context_size) if skip_tokens > 0 else 0
+    wanted = skipped + max(1, n_tokens // context_size)
+    tokens, documents = (
+        first_rows(store, model, dataset, context_size, wanted)[skipped:]
+        for store in (ActivationsStore, _DocumentStore)
+    )
+    if not tokens:
+        after = f" after the {skipped} rows that skip_tokens={skip_tokens} leaves out" if skipped else ""
+        raise ValueError(f"the held-out text does not fill one row of {context_size} tokens{after}; give more")
+    cut = torch.stack(documents)
+    return TokenRows(
+        tokens=torch.stack(tokens).to(device_of(model)), documents=torch.where(cut >= 0, NO_DOCUMENT, _other(cut))
+    )
+
+
+class _DocumentStore(ActivationsStore):
+    """SAELens's store, for numbers of documents. Special tokens stay, because SAELens looks for them where it cuts."""
+
+    @override
+    def _iterate_raw_dataset_tokens(self) -> Generator[Tensor, None, None]:
+        return self._numbered(super()._iterate_raw_dataset_tokens())
+
+    @override
+    def _iterate_tokenized_sequences(self) -> Generator[Tensor, None, None]:
+        sequences = super()._iterate_tokenized_sequences()
+        return self._numbered(sequences) if self.is_dataset_tokenized else sequences
+
+    def _numbered(self, documents: Generator[Tensor, None, None]) -> Generator[Tensor, None, None]:
+        special = torch.tensor(special_token_ids(cast(Any, self.model)), dtype=torch.long, device=self.device)
+        for number, tokens in enumerate(documents):
+            yield torch.where(torch.isin(tokens, special), tokens, _other(number))
+
+
+def _other(number: Any) -> Any:
+    """Numbers of documents as negative ones, which no token id is; its own inverse."""
+    return -1 - number

@@ -1,0 +1,15 @@
+from .error_controls import error_ratios as error_ratios
+from .fidelity import Arm as Arm
+from .fidelity import Fidelity as Fidelity
+from .fidelity import evaluate as evaluate
+from .fidelity import measure as measure
+from .held_out_sums import SUMS as SUMS
+from .held_out_sums import figures as figures
+from .kl_by_arm import ArmKL as ArmKL
+from .kl_by_arm import MeasuredKL as MeasuredKL
+from .kl_by_arm import Role as Role
+from .kl_by_arm import has_controls as has_controls
+from .saebench import selected_saes as selected_saes
+from .saebench_config import SAEBenchConfig as SAEBenchConfig
+from .token_table import document_sums as document_sums
+from .token_table import read_rows as read_rows

@@ -1,0 +1,1 @@
+"""The experiments of the paper, each with the controls it needs."""

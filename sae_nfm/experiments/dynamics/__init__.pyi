@@ -1,0 +1,1 @@
+from .transitions import LEVELS as LEVELS

@@ -1,0 +1,184 @@
+"""How features moved while a joint NFM-SAE was trained: as words for the terminal and as JSON."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sae_nfm.common.results import SavedResult
+from sae_nfm.experiments.dynamics.transitions import Counted, Transitions
+from sae_nfm.stats import Estimate
+
+RAW, CANONICAL = "raw", "canonical"
+"""The gauges: as trained, and with the linear path folded into the decoder."""
+QUANTITIES = ("integration share, raw", "integration share, canonical", "norm", "frequency")
+"""What features are ranked by, in the order of the table."""
+ALPHA = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRow:
+    """One checkpoint on the held-out tokens."""
+
+    run: str
+    """The architecture: joint_nfm, or topk for the reference."""
+    tokens: int
+    """Tokens trained on."""
+    active: int
+    """Features that are active on the held-out tokens."""
+    norm: float
+    """Mean decoder norm of these, as trained, in the unit of raw activations."""
+    canonical_norm: float | None
+    """The same in the canonical gauge; None where there is none."""
+    frequency: float
+    """Median over these of the share of tokens on which a feature is active."""
+    shares: Mapping[str, Mapping[str, Estimate]]
+    """By gauge (`RAW`, and `CANONICAL` where there is one) and path: mean over these of the path's part in a feature's
+    root-mean-square contributions on tokens; empty for the reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Movement:
+    """From one checkpoint to another."""
+
+    run: str
+    """As in `CheckpointRow`."""
+    before: int
+    """Tokens trained on."""
+    after: int
+    """Tokens trained on."""
+    features: int
+    """Features that are active on the held-out tokens at both; all figures are of these."""
+    spearman: Mapping[str, float | None]
+    """By one of `QUANTITIES`: rank correlation of the two checkpoints; None where a quantity is not there or does not vary."""
+    change: Mapping[str, Estimate]
+    """By gauge: change of the mean integration share, later less earlier; empty for the reference."""
+    transitions: Mapping[str, Transitions]
+    """By gauge, between thirds that are the same for all checkpoints; empty for the reference."""
+    reordered: Mapping[str, Transitions]
+    """The same between each checkpoint's own thirds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicsResult(SavedResult):
+    """What was found, and what is needed to repeat it."""
+
+    command: ClassVar[str] = "sae-nfm dynamics"
+
+    hook_name: str
+    """Where the SAE is."""
+    features: int
+    """Features of the joint NFM-SAE."""
+    tokens: int
+    """Held-out tokens, the same for every checkpoint."""
+    documents: int
+    """Their documents."""
+    not_canonical: str | None
+    """Why there is no canonical gauge."""
+    checkpoints: tuple[CheckpointRow, ...]
+    """Of the run, then of the reference, each by tokens trained on."""
+    steps: tuple[Movement, ...]
+    """From each checkpoint to the next, likewise."""
+    overall: tuple[Movement, ...]
+    """From the first checkpoint to the last, of the run and of the reference."""
+    edges: Mapping[str, tuple[float, float]]
+    """By gauge: the integration shares between the thirds."""
+    provenance: dict[str, Any]
+    """Configuration, versions, command."""
+
+    def words(self) -> str:
+        """Tables of checkpoints, of rank stability and of transitions, and what they say."""
+        head = f"{self.features:,} features at {self.hook_name}, on {self.tokens:,} held-out tokens in {self.documents} documents"
+        sections = [self._shares(), self._stability(), self._transitions(), self.findings(), list(self._caveats())]
+        return "\n\n".join([head, *("\n".join(lines) for lines in sections)])
+
+    def _shares(self) -> list[str]:
+        lines = [
+            f"{'run':<10}{'tokens':>9}{'active':>8}{'norm':>8}{'canonical':>11}{'frequency':>11}  "
+            f"{'integration, raw':<24}{'nonlinear, raw':<24}{'integration, canonical':<24}".rstrip()
+        ]
+        for row in self.checkpoints:
+            raw, canonical = row.shares.get(RAW, {}), row.shares.get(CANONICAL, {})
+            cells = [raw.get("integration"), raw.get("nonlinear"), canonical.get("integration")]
+            norm = "" if row.canonical_norm is None else f"{row.canonical_norm:.3f}"
+            lines.append(
+                f"{row.run:<10}{row.tokens:>9,}{row.active:>8,}{row.norm:>8.3f}{norm:>11}{row.frequency:>11.4f}  "
+                f"{''.join(f'{_share(cell):<24}' for cell in cells)}".rstrip()
+            )
+        return lines
+
+    def _stability(self) -> list[str]:
+        lines = [
+            "Rank correlation (Spearman) of a feature's figures at two checkpoints",
+            f"{'run':<10}{'from':>9}{'to':>9}{'features':>10}" + "".join(f"{name:>30}" for name in QUANTITIES),
+        ]
+        for one in (*self.steps, *self.overall):
+            cells = "".join(f"{_rho(one.spearman.get(name)):>30}" for name in QUANTITIES)
+            lines.append(f"{one.run:<10}{one.before:>9,}{one.after:>9,}{one.features:>10,}{cells}".rstrip())
+        return lines
+
+    def _transitions(self) -> list[str]:
+        heads = "".join(f"{name:<30}" for name in ("integration to identity", "identity to integration", "stayed"))
+        lines = [
+            "Features that pass between thirds of the integration share; in brackets the mean and 95 % of shuffled identities",
+            f"{'thirds':<8}{'gauge':<10}{'from':>9}{'to':>9}  {heads}".rstrip(),
+        ]
+        moves = (*self.steps, *self.overall)
+        for thirds, gauge in itertools.product(("fixed", "own"), self.edges):
+            for one in moves:
+                found = (one.transitions if thirds == "fixed" else one.reordered).get(gauge)
+                if found is not None:
+                    cells = [counted(part) for part in (found.to_identity, found.to_integration, found.stayed)]
+                    line = "".join(f"{cell:<30}" for cell in cells)
+                    lines.append(f"{thirds:<8}{gauge:<10}{one.before:>9,}{one.after:>9,}  {line}".rstrip())
+        return lines
+
+    def findings(self) -> list[str]:
+        """The question that arXiv 2507.00269 leaves open, answered for this run."""
+        lines: list[str] = []
+        for gauge, change in self.overall[0].change.items():
+            fixed, own = self.overall[0].transitions[gauge], self.overall[0].reordered[gauge]
+            lines.append(
+                f"{gauge} gauge: from {self.overall[0].before:,} to {self.overall[0].after:,} tokens the mean integration share "
+                f"changes by {change.estimate:+.3f} [{change.low:+.3f}, {change.high:+.3f}]: {_direction(change)}. Of "
+                f"{self.overall[0].features:,} features {fixed.to_identity.observed} pass from integration to identity and "
+                f"{fixed.to_integration.observed} the other way; in order among features, {counted(own.to_identity)} and "
+                f"{counted(own.to_integration)}."
+            )
+        return lines
+
+    def _caveats(self) -> Iterator[str]:
+        yield (
+            "* One run, one seed: intervals (95 %) are over documents, and say nothing about other trainings. The first "
+            "checkpoint is not the initialisation."
+        )
+        yield (
+            "* raw: how much of a feature is in W_dec and how much in W_lin is set by initialisation and learning rate where "
+            "both read the same features (the gauge): a change of the raw share need not be a change of what the SAE does."
+        )
+        if self.not_canonical is None:
+            yield "* canonical: all that is linear counts as direct; integration is the interaction (and square) path alone."
+        else:
+            yield f"* There is no canonical gauge: {self.not_canonical}."
+        edges = "; ".join(f"{gauge} {low:.3f} and {high:.3f}" for gauge, (low, high) in self.edges.items())
+        yield f"* Fixed thirds: divided at the same shares for all checkpoints ({edges}); own: at each checkpoint's tertiles."
+
+
+def _direction(change: Estimate) -> str:
+    assert change.p_value is not None
+    if change.p_value >= ALPHA:
+        return "told apart from no change in neither direction"
+    return "towards identity" if change.estimate < 0 else "towards integration"
+
+
+def _share(estimate: Estimate | None) -> str:
+    return "" if estimate is None else f"{estimate.estimate:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def _rho(rho: float | None) -> str:
+    return "" if rho is None else f"{rho:+.3f}"
+
+
+def counted(found: Counted) -> str:
+    """A number of features, in brackets the mean and 95 % of the null."""
+    return f"{found.observed} ({found.expected:.0f} [{found.low:.0f}, {found.high:.0f}])"

@@ -1,0 +1,160 @@
+"""The job of `sae-nfm dynamics`: how features moved between the checkpoints of one joint_nfm run, on the same held-out tokens.
+
+    checkpoints -> shares, norms and firing of every feature at each -> means over documents, rank stability, transitions
+
+Do features pass from integration to identity while an SAE is trained? Beside the run stand shuffled identities of features, the
+canonical gauge, and a TopK run as the reference for norms and firing. In the output folder: results.json, and features.parquet
+with a row for each run, checkpoint and feature.
+
+Source: integration and identity are those of arXiv 2507.00269, which looks at a finished SAE only.
+"""
+
+import importlib.metadata
+import itertools
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import simple_parsing
+from sae_lens import SAE
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_nfm import demo
+from sae_nfm.analysis import read_activations
+from sae_nfm.common import whole
+from sae_nfm.data import held_out_rows, open_dataset
+from sae_nfm.experiments.dynamics.checkpoints import checkpoints_of_run, load_checkpoint
+from sae_nfm.experiments.dynamics.measure import (
+    REFERENCE,
+    RUN,
+    Measured,
+    canonical_of,
+    checkpoint_row,
+    measured,
+    movement,
+    trajectories,
+)
+from sae_nfm.experiments.dynamics.results import DynamicsResult
+from sae_nfm.experiments.dynamics.shares import GroupedTokens
+from sae_nfm.experiments.dynamics.transitions import tertiles
+from sae_nfm.models import check_context, check_device, load_model
+
+PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicsConfig:
+    """Which checkpoints, on what, and where the results go."""
+
+    checkpoints: str = simple_parsing.field(positional=True, metavar="RUN_CHECKPOINTS")
+    """Folder of the checkpoints of one joint_nfm run, as `sae-nfm train --n_checkpoints` leaves it: folders named by tokens."""
+    reference: str | None = None
+    """The same of a topk run on the same data, for norms and firing."""
+    model_name: str | None = None
+    """The language model: a name or a local Hugging Face folder; the one in the checkpoints' metadata unless given."""
+    validation: str | None = None
+    """Held-out text: a .parquet, .jsonl or .txt file, or a hub name; with the embedded model its own held-out tokens unless
+    given."""
+    validation_tokens: int = 20_000
+    """Held-out tokens, at most."""
+    context_size: int | None = None
+    """Tokens per row; the one in the checkpoints' metadata unless given."""
+    n_permutations: int = 1_999
+    """Draws of each null distribution."""
+    seed: int = 0
+    """Of these draws."""
+    device: str = "cpu"
+    """Device of the language model and the SAEs."""
+    output: str = "runs/dynamics"
+    """Folder for results.json and features.parquet."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        for name in ("validation_tokens", "n_permutations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        if self.context_size is not None and self.context_size < 2:
+            raise ValueError(f"context_size is {self.context_size}; give at least 2: position 0 is left out")
+
+
+def run_dynamics(cfg: DynamicsConfig, *, command: str | None = None) -> DynamicsResult:
+    """Measure all checkpoints and write `results.json` and `features.parquet` to `cfg.output`.
+
+    Args:
+        cfg: what to do.
+        command: how to repeat it, for the provenance.
+
+    Raises:
+        ValueError, FileNotFoundError: for folders without checkpoints, of another architecture or hook point, a model or text
+            that does not work; nothing is written.
+    """
+    check_device(cfg.device)
+    runs = {RUN: checkpoints_of_run(cfg.checkpoints)}
+    if cfg.reference is not None:
+        runs[REFERENCE] = checkpoints_of_run(cfg.reference)
+    first = load_checkpoint(runs[RUN][0], RUN, cfg.device)
+    x, documents = _activations(cfg, first)
+    tokens, found = GroupedTokens.of(x, documents), list[Measured]()
+    total = sum(map(len, runs.values()))
+    with tqdm(total=total, desc="Measuring checkpoints", unit="checkpoint") as progress:
+        for name, checkpoints in runs.items():
+            for checkpoint in checkpoints:
+                found.append(measured(name, checkpoint, first, tokens, cfg.device))
+                progress.update()
+    result = _result(cfg, first, found, documents, command)
+    with whole(Path(cfg.output) / "features.parquet") as partial:
+        trajectories(found).to_parquet(partial, index=False)
+    result.save(Path(cfg.output) / "results.json")
+    return result
+
+
+def _activations(cfg: DynamicsConfig, sae: SAE[Any]) -> tuple[Tensor, Tensor]:
+    metadata = sae.cfg.metadata
+    name = cfg.model_name or metadata.model_name
+    if name is None or metadata.hook_name is None:
+        raise ValueError(
+            f"the metadata in {cfg.checkpoints!r} have no model_name or no hook_name; give --model-name, or checkpoints with both"
+        )
+    if cfg.validation is None and name != demo.MODEL_NAME:
+        raise ValueError(f"the embedded tokens suit the embedded model only; give --validation for {name!r}")
+    model = load_model(name, cfg.device, model_class_name=metadata.model_class_name or "HookedTransformer")
+    context_size = cfg.context_size or metadata.context_size or 256
+    check_context(model, context_size)
+    text = (
+        demo.load_tokens("validation") if cfg.validation is None else open_dataset(cfg.validation, split="validation")
+    )
+    rows = held_out_rows(model, text, context_size, cfg.validation_tokens)
+    x, documents = read_activations(model, sae, rows.tokens, rows.documents)
+    assert documents is not None
+    return x, documents
+
+
+def _result(
+    cfg: DynamicsConfig, first: SAE[Any], found: Sequence[Measured], documents: Tensor, command: str | None
+) -> DynamicsResult:
+    draws: Any = {"seed": cfg.seed, "n_permutations": cfg.n_permutations}
+    mine = [one for one in found if one.run == RUN]
+    edges = {which: tertiles([one.integration(which) for one in mine]) for which in mine[0].energies}
+    runs = [[one for one in found if one.run == run] for run in dict.fromkeys(one.run for one in found)]
+    pairs = [pair for run in runs for pair in itertools.pairwise(run)]
+    return DynamicsResult(
+        hook_name=str(first.cfg.metadata.hook_name),
+        features=first.cfg.d_sae,
+        tokens=len(documents),
+        documents=len(documents.unique()),
+        not_canonical=canonical_of(first)[1],
+        checkpoints=tuple(checkpoint_row(one) for one in found),
+        steps=tuple(movement(*pair, edges, **draws) for pair in pairs),
+        overall=tuple(movement(run[0], run[-1], edges, **draws) for run in runs),
+        edges=edges,
+        provenance={
+            "config": asdict(cfg),
+            "command": command,
+            "sae_config": first.cfg.to_dict(),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+            | {"python": platform.python_version()},
+        },
+    )

@@ -1,0 +1,5 @@
+"""The 2x2 stimulus experiment: whether features act together."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,234 @@
+"""The result of a 2x2 experiment: as words for the terminal and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from sae_nfm.common.results import SavedResult
+from sae_nfm.experiments.factorial.clamp_tests import PRIMARY_SCALE, ClampTests
+from sae_nfm.experiments.factorial.clamps import Unit
+from sae_nfm.stats import ALPHA, Estimate, FactorialTest, ProcedureNull, SelectedTest, corrected_p_values
+
+_WIDTH, _PUBLISHED = 36, "author's F"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectedUnit:
+    """What was selected, and whether its own activation differs between cells on stimuli it was not selected on."""
+
+    unit: Unit
+    """What."""
+    test: SelectedTest
+    """Of its activation (of a pair: of what it writes)."""
+    null: ProcedureNull
+    """The whole procedure on shuffled cells."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmResult:
+    """One clamp and its tests."""
+
+    name: str
+    """Unique name."""
+    role: str
+    """Why it is clamped."""
+    units: tuple[Unit, ...]
+    """What is clamped."""
+    clamp: str
+    """At what."""
+    times: float | None
+    """The same in units of the typical activation; None for an absolute value."""
+    control: bool
+    """Whether it is a control."""
+    tests: ClampTests
+    """What it did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondaryShift:
+    """How far the selected secondary feature moves, among all, while primary features are clamped."""
+
+    arm: str
+    """The clamp."""
+    change: float
+    """Mean change of its activation over the held-out stimuli."""
+    above: float
+    """Share of the active secondary features whose mean change is at least as large in size; small: an outlier."""
+    features: int
+    """Secondary features that are active, with or without the clamp."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorialResult(SavedResult):
+    """The experiment, and what is needed to repeat it."""
+
+    command: ClassVar[str] = "sae-nfm factorial"
+
+    design: str
+    """Factors and levels."""
+    items: tuple[int, int]
+    """Stimuli selected on, and tested on."""
+    selected: tuple[SelectedUnit, ...]
+    """Stage 1: features."""
+    arms: tuple[ArmResult, ...]
+    """Stage 2: interventions, controls among them."""
+    secondary_shifts: tuple[SecondaryShift, ...]
+    """Stage 3: secondary features under clamped primaries; none without a secondary SAE."""
+    provenance: dict[str, Any]
+    """Configuration, stimuli, versions, command."""
+
+    def words(self) -> str:
+        """The three stages, each with its verdict."""
+        return "\n".join([*self._stage_1(), "", *self._stage_2(), "", *self._stage_3(), "", *self._caveats()])
+
+    def reversals(self) -> dict[str, bool]:
+        """Of each role with an interaction (5 %) at -m and at m times typical: whether the two have opposite signs.
+
+        The largest m that is there with both signs counts.
+        """
+        by_role: dict[str, dict[float, FactorialTest]] = {}
+        for arm in self.arms:
+            if arm.times is not None:
+                by_role.setdefault(arm.role, {})[arm.times] = arm.tests.items[PRIMARY_SCALE]
+        found = dict[str, bool]()
+        for role, tests in by_role.items():
+            m = max((m for m in tests if m > 0 and -m in tests), default=None)
+            if m is not None and max(tests[m].p_value, tests[-m].p_value) < ALPHA:
+                found[role] = tests[m].contrast * tests[-m].contrast < 0
+        return found
+
+    def findings(self) -> list[str]:
+        """What the stages show, in sentences."""
+        return [self._shuffled(), self._interactions(), *self._beside_controls()]
+
+    def _stage_1(self) -> list[str]:
+        lines = [
+            self.design,
+            f"1. Activations: selected on {self.items[0]} stimuli, tested on the other {self.items[1]}",
+            f"   {'':<{_WIDTH}}{'of':>6}{'selected F':>11}{'null p':>8}{'held-out F':>12}{'p':>8}  {'partial eta^2':<21}"
+            f"{'procedure p':>11}",
+        ]
+        for one in self.selected:
+            chosen, held = one.test.selection, one.test.held_out
+            who = f"{one.unit.role}: {'x'.join(map(str, one.unit.index))}"
+            lines.append(
+                f"   {who:<{_WIDTH}}{chosen.candidates:>6}{chosen.f:>11.1f}{chosen.p_value:>8.3f}{held.f:>12.2f}"
+                f"{held.p_value:>8.3f}  {_eta(held.partial_eta_squared):<21}{one.null.p_value:>11.3f}"
+            )
+        return [*lines, f"   {self._shuffled()}"]
+
+    def _shuffled(self) -> str:
+        valid, same = (
+            [getattr(one.null, name) for one in self.selected] for name in ("rejected", "rejected_same_half")
+        )
+        return (
+            f"On shuffled cells select and test finds an effect at 5 % in {_percent(valid)} of the draws; tested on the half "
+            f"that selected, in {_percent(same)}."
+        )
+
+    def _stage_2(self) -> list[str]:
+        return [
+            "2. Clamps: does the change of the target words interact with the stimuli's cells? (log-probability)",
+            _header(),
+            *(_line(arm) for arm in self.arms if not arm.control),
+            f"   {self._interactions()}",
+        ]
+
+    def _interactions(self) -> str:
+        chosen = [arm for arm in self.arms if not arm.control]
+        found = [arm for arm in chosen if (arm.tests.items_p_adjusted or 0) < ALPHA]
+        if not found:
+            return f"No clamp shows an interaction: of {len(chosen)} tests none is left by Holm's correction."
+        robust = [arm for arm in found if arm.tests.removability.words == "not removed"]
+        return (
+            f"{len(found)} of {len(chosen)} clamps show an interaction (Holm, 5 %); of these {len(robust)} left by every "
+            f"monotone transform and {len(found) - len(robust)} removable. Read it beside the controls."
+        )
+
+    def _stage_3(self) -> list[str]:
+        return [
+            "3. Controls (p-values not adjusted)",
+            _header(),
+            *(_line(arm) for arm in self.arms if arm.control),
+            *(f"   {sentence}" for sentence in self._beside_controls()),
+        ]
+
+    def _beside_controls(self) -> list[str]:
+        controls = [arm for arm in self.arms if arm.control]
+        shares = [_significant(arms) for arms in (controls, [arm for arm in self.arms if not arm.control])]
+        lines = [
+            f"Significant at 5 % without adjustment: {shares[1][1]} clamps of the selected, {shares[0][1]} of the controls"
+            + (": no more than controls show." if shares[1][0] <= shares[0][0] else "; clamps of one unit go together.")
+        ]
+        for role, reverses in self.reversals().items():
+            lines.append(
+                f"{role}: the interaction {'reverses' if reverses else 'does not reverse'} with the clamp's sign."
+            )
+        for shift in self.secondary_shifts:
+            lines.append(
+                f"{shift.arm}: the selected secondary feature changes by {shift.change:+.3g}; {shift.above:.1%} of "
+                f"{shift.features} active ones change as much."
+            )
+        return lines
+
+    def _caveats(self) -> list[str]:
+        config = self.provenance["config"]
+        return [
+            "* F and p: the change of the words' own interaction pattern, by the cells of the stimuli, which are the units: "
+            "intervals (90 %) are over other sentences like these, with these words.",
+            "* `any p`: the same in any combination of the four buckets. `words p`: words as units, whether the clamp moves the "
+            "buckets non-additively after any stimulus.",
+            f"* One SAE, one division of the stimuli (seed {config['seed']}): another seed selects and tests on other halves.",
+            "* `author's F` is the published statistic, a one-way F on words paired by their place in the list: no valid test.",
+            "* results.json has the rest: probabilities and logits, mixed models, permutations, sign flips, each transform.",
+        ]
+
+
+def with_holm(arms: Sequence[ArmResult]) -> tuple[ArmResult, ...]:
+    """The arms with Holm's p-values over those that are no controls."""
+    family = [arm.tests.items[PRIMARY_SCALE].p_value for arm in arms if not arm.control]
+    adjusted = iter(corrected_p_values(family, "holm")) if family else iter(())
+    return tuple(
+        arm if arm.control else replace(arm, tests=replace(arm.tests, items_p_adjusted=float(next(adjusted))))
+        for arm in arms
+    )
+
+
+def _significant(arms: Sequence[ArmResult]) -> tuple[float, str]:
+    """Share of the arms with an interaction at 5 %, and the same in words."""
+    found = sum(arm.tests.items[PRIMARY_SCALE].p_value < ALPHA for arm in arms)
+    return found / max(1, len(arms)), f"{found} of {len(arms)}"
+
+
+def _header() -> str:
+    return (
+        f"   {'':<{_WIDTH}}{'clamp':<14}{'|change|':>9}{'contrast':>10}{'F':>8}{'p':>8}{'Holm':>7}  {'partial eta^2':<21}"
+        f"{'on scale':<15}{'any p':>7}{'words p':>9}{_PUBLISHED:>12}"
+    )
+
+
+def _line(arm: ArmResult) -> str:
+    tests, main = arm.tests, arm.tests.items[PRIMARY_SCALE]
+    return (
+        f"   {who(arm):<{_WIDTH}}{arm.clamp:<14}{tests.mean_absolute_change:>9.4f}"
+        f"{main.contrast:>+10.4f}{main.f:>8.2f}{main.p_value:>8.3f}{_p(tests.items_p_adjusted):>7}  "
+        f"{_eta(main.partial_eta_squared):<21}"
+        f"{tests.removability.words:<15}{_p(tests.any_bucket_p):>7}{_p(tests.words.p_value):>9}{tests.published_f:>12.2f}"
+    )
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def who(arm: ArmResult) -> str:
+    """Role and numbers."""
+    return f"{arm.role}: {' and '.join('x'.join(map(str, unit.index)) for unit in arm.units)}"
+
+
+def _eta(estimate: Estimate) -> str:
+    return f"{estimate.estimate:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def _percent(shares: list[float]) -> str:
+    return ", ".join(f"{share:.1%}" for share in shares)

@@ -1,0 +1,277 @@
+"""The job of `sae-nfm factorial`: a 2x2 experiment on the features of an SAE and on the pairs that they form.
+
+    1. features    activations on the stimuli; primary features selected by main effects, pairs (and secondary features) by the
+                   interaction, on one half of the stimuli, tested on the other
+    2. clamps      the selected ones clamped at all tokens; what that does to target words after the stimuli of the other half
+    3. controls    features matched in activation and frequency, insensitive ones, both primaries through the linear path alone,
+                   secondary features under clamped primaries; permutations, sign flips, monotone transforms
+
+In the output folder: results.json, and changes.parquet with the change of every word after every stimulus by arm.
+
+Source: arXiv 2507.00269 (2x2 experiment), with the tests done over.
+"""
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sae_lens import SAE
+from tqdm.auto import tqdm
+
+from sae_nfm.architectures import NFMPaths
+from sae_nfm.common import whole
+from sae_nfm.experiments.factorial.candidates import (
+    Candidates,
+    Pool,
+    feature_candidates,
+    pair_candidates,
+    secondary_activations,
+    secondary_candidates,
+)
+from sae_nfm.experiments.factorial.cell_means import CHANGES_FILENAME
+from sae_nfm.experiments.factorial.clamp_tests import clamp_tests
+from sae_nfm.experiments.factorial.clamps import Arm, Unit, arms, spliced
+from sae_nfm.experiments.factorial.results import ArmResult, FactorialResult, SecondaryShift, SelectedUnit, with_holm
+from sae_nfm.experiments.factorial.stimuli import StimulusSet, load_stimuli
+from sae_nfm.experiments.factorial.word_scores import SCALES, Scores, WordScorer, tokenized
+from sae_nfm.loading import load_sae
+from sae_nfm.models import LanguageModel, check_device, model_of
+from sae_nfm.stats import Cells, Effect, Floats, Half, halves, select_and_test, shuffled_procedure
+
+PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch", "statsmodels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorialConfig:
+    """What to test, and where the results go."""
+
+    sae: str = "sae-nfm-demo:blocks.2.hook_resid_post"
+    """Folder of a saved SAE, or a released one as release:sae_id."""
+    secondary: str | None = None
+    """A secondary SAE on its hidden code, likewise; its features are selected and clamped too."""
+    model_name: str | None = None
+    """The language model: a name or a local Hugging Face folder; the one in the SAE's metadata unless given."""
+    stimuli: str = "sentiment-register"
+    """Stimuli: a .yaml file (docs/factorial.md), or one of formality-emotion, sentiment-register."""
+    clamps: tuple[float, ...] = (-4.0, 0.0, 1.0, 4.0)
+    """Values to clamp at, in units of the mean activation where active."""
+    absolute: tuple[float, ...] = (10.0,)
+    """Values to clamp at, as they are."""
+    pool: Pool = "mean"
+    """A feature's value on a stimulus: its mean over the counted tokens, or that at the last token."""
+    min_stimuli: int = 8
+    """Stimuli of the selecting half in which a candidate is active at least."""
+    max_pairs: int = 2_000
+    """Pairs to select from: those active in most stimuli."""
+    n_permutations: int = 300
+    """Draws of each null distribution."""
+    seed: int = 0
+    """Seed of the division of the stimuli and of the permutations."""
+    batch_rows: int = 64
+    """Rows per forward pass."""
+    device: str = "cpu"
+    """Device of the language model and the SAE."""
+    output: str = "runs/factorial"
+    """Folder for results.json and changes.parquet."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        for name in ("min_stimuli", "max_pairs", "n_permutations", "batch_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        if not self.clamps and not self.absolute:
+            raise ValueError("there is nothing to clamp at; give --clamps or --absolute")
+        for name in ("clamps", "absolute"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} is {values}; give each value once")
+
+
+def run_factorial(cfg: FactorialConfig, *, command: str | None = None) -> FactorialResult:
+    """Do the experiment and write `results.json` and `changes.parquet` to `cfg.output`.
+
+    Args:
+        cfg: what to do.
+        command: how to repeat it, for the provenance.
+
+    Raises:
+        ValueError, FileNotFoundError: for stimuli, an SAE or a model that do not work or do not go together.
+    """
+    check_device(cfg.device)
+    stimuli = load_stimuli(cfg.stimuli)
+    sae = load_sae(cfg.sae, device=cfg.device).eval()
+    secondary = None if cfg.secondary is None else load_sae(cfg.secondary, device=cfg.device).eval()
+    model, _ = model_of(sae, cfg.device, model_name=cfg.model_name)
+    result, rows = factorial(model, sae, stimuli, cfg, secondary=secondary, command=command)
+    with whole(Path(cfg.output) / CHANGES_FILENAME) as partial:
+        rows.to_parquet(partial)
+    result.save(Path(cfg.output) / "results.json")
+    return result
+
+
+def factorial(
+    model: LanguageModel,
+    sae: SAE[Any],
+    stimuli: StimulusSet,
+    cfg: FactorialConfig,
+    *,
+    secondary: SAE[Any] | None = None,
+    command: str | None = None,
+) -> tuple[FactorialResult, pd.DataFrame]:
+    """The experiment on a model at hand.
+
+    Args:
+        model: the language model.
+        sae: an SAE of any architecture; pairs are looked at where it has an interaction path over pairs.
+        stimuli: the stimuli.
+        cfg: of which the names of model, SAE and stimuli are not used.
+        secondary: an SAE on its hidden code.
+        command: for the provenance.
+
+    Returns:
+        The result, and the changes: a row for every arm, stimulus and word with its change on every scale.
+
+    Raises:
+        ValueError: for stimuli that the tokenizer or the model cannot take, or no candidate to select.
+    """
+    metadata = sae.cfg.metadata
+    tokens = tokenized(model, stimuli, prepend_bos=metadata.prepend_bos is not False)
+    cells, word_cells = stimuli.cell_of_sentence, stimuli.cell_of_word
+    half = halves(cells, np.random.default_rng([cfg.seed, 0]))
+    pools = _candidates(model, sae, secondary, tokens.prompts, half, cfg)
+    roles = tuple(f"{factor.name} (main effect)" for factor in stimuli.factors)
+    selected, units = _select(pools, cells, half, (roles[0], roles[1]), cfg)
+    held_out = [prompt for prompt, chosen in zip(tokens.prompts, half, strict=True) if not chosen]
+    scorer = WordScorer(model, held_out, tokens.words, cfg.batch_rows)
+    baseline = scorer.scores(spliced(sae, secondary))
+    results, frames = list[ArmResult](), list[pd.DataFrame]()
+    planned = arms(sae, units, cfg.clamps, cfg.absolute, (roles[0], roles[1]))
+    for number, arm in enumerate(tqdm(planned, desc="Clamping", unit="arm")):
+        scores = scorer.scores(arm.intervention(sae, secondary))
+        rng = np.random.default_rng([cfg.seed, 1, number])
+        results.append(_arm_result(arm, scores, baseline, word_cells, cells[~half], rng, cfg.n_permutations))
+        frames.append(_changes(arm, scores, baseline, np.flatnonzero(~half), stimuli))
+    result = FactorialResult(
+        design=" x ".join(f"{factor.name} ({' / '.join(factor.levels)})" for factor in stimuli.factors),
+        items=(int(half.sum()), int((~half).sum())),
+        selected=tuple(selected),
+        arms=with_holm(results),
+        secondary_shifts=_secondary_shifts(model, sae, secondary, planned, units, held_out),
+        provenance={
+            "config": asdict(cfg),
+            "stimuli": asdict(stimuli),
+            "sae_config": sae.cfg.to_dict(),
+            "command": command,
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+    )
+    return result, pd.concat(frames, ignore_index=True)
+
+
+def _candidates(
+    model: LanguageModel,
+    sae: SAE[Any],
+    secondary: SAE[Any] | None,
+    prompts: Sequence[tuple[int, ...]],
+    half: Half,
+    cfg: FactorialConfig,
+) -> dict[str, Candidates]:
+    """What there is to select from, by kind."""
+    found: list[Candidates | None] = [
+        feature_candidates(model, sae, prompts, cfg.pool),
+        pair_candidates(model, sae, prompts, cfg.pool, cfg.max_pairs),
+        None if secondary is None else secondary_candidates(model, sae, secondary, prompts, cfg.pool),
+    ]
+    return {one.kind: one.firing_in(half, cfg.min_stimuli) for one in found if one is not None}
+
+
+def _select(
+    pools: dict[str, Candidates], cells: Cells, half: Half, roles: tuple[str, str], cfg: FactorialConfig
+) -> tuple[list[SelectedUnit], list[Unit]]:
+    """What is clamped: the selected ones, and after them their controls."""
+    wanted: list[tuple[str, str, Effect]] = [("feature", roles[0], "first"), ("feature", roles[1], "second")]
+    wanted.extend((kind, f"{kind} (interaction)", "interaction") for kind in ("pair", "secondary") if kind in pools)
+    selected, columns = list[SelectedUnit](), list[tuple[str, int]]()
+    for number, (kind, role, effect) in enumerate(wanted):
+        pool, rng = pools[kind], np.random.default_rng([cfg.seed, 2, number])
+        test = select_and_test(pool.values, cells, effect, half, rng, cfg.n_permutations)
+        null = shuffled_procedure(pool.values, cells, effect, test.held_out.f, rng, cfg.n_permutations)
+        selected.append(SelectedUnit(unit=Unit.of(pool, test.selection.index, role), test=test, null=null))
+        columns.append((kind, test.selection.index))
+    taken = {kind: {column for k, column in columns if k == kind} for kind in pools}
+    controls = list[Unit]()
+    for (kind, column), (_, role, _) in zip(columns, wanted, strict=True):
+        match = pools[kind].matched(column, taken[kind])
+        if match is not None:
+            taken[kind].add(match)
+            controls.append(Unit.of(pools[kind], match, f"match of {role.partition(' (')[0]}", control=True))
+    for kind, pool in pools.items():
+        found = pool.insensitive(half, cells, taken[kind])
+        if found is not None:
+            controls.append(Unit.of(pool, found, f"insensitive {kind}", control=True))
+    return selected, [*(one.unit for one in selected), *controls]
+
+
+def _arm_result(
+    arm: Arm,
+    scores: Scores,
+    baseline: Scores,
+    word_cells: Cells,
+    cells: Cells,
+    rng: np.random.Generator,
+    n_permutations: int,
+) -> ArmResult:
+    changes: dict[str, Floats] = {scale: change for scale, change in scores.less(baseline).items()}
+    return ArmResult(
+        name=arm.name,
+        role=arm.role,
+        units=arm.units,
+        clamp=arm.clamp,
+        times=arm.times,
+        control=arm.control,
+        tests=clamp_tests(changes, word_cells, cells, rng, n_permutations),
+    )
+
+
+def _changes(arm: Arm, scores: Scores, baseline: Scores, items: Cells, stimuli: StimulusSet) -> pd.DataFrame:
+    changes, n_words = scores.less(baseline), len(stimuli.words)
+    return pd.DataFrame(
+        {"arm": pd.Categorical.from_codes(np.zeros(len(items) * n_words, dtype=int), [arm.name])}
+        | {"item": np.repeat(items, n_words), "item_cell": np.repeat(stimuli.cell_of_sentence[items], n_words)}
+        | {"word": np.tile(stimuli.words, len(items)), "word_cell": np.tile(stimuli.cell_of_word, len(items))}
+        | {f"{scale}_change": changes[scale].ravel() for scale in SCALES}
+    )
+
+
+def _secondary_shifts(
+    model: LanguageModel,
+    sae: SAE[Any],
+    secondary: SAE[Any] | None,
+    planned: Sequence[Arm],
+    units: Sequence[Unit],
+    prompts: Sequence[tuple[int, ...]],
+) -> tuple[SecondaryShift, ...]:
+    """How the selected secondary feature moves while primary features are clamped."""
+    selected = next((unit for unit in units if unit.kind == "secondary" and not unit.control), None)
+    if selected is None or secondary is None or not isinstance(sae, NFMPaths):
+        return ()
+    before = secondary_activations(model, sae, spliced(sae, secondary), prompts).mean(0)
+    found = list[SecondaryShift]()
+    for arm in planned:
+        if not arm.control and all(unit.kind == "feature" for unit in arm.units):
+            after = secondary_activations(model, sae, arm.intervention(sae, secondary), prompts).mean(0)
+            change, active = np.abs(after - before), (after != 0) | (before != 0)
+            own = selected.index[0]
+            found.append(
+                SecondaryShift(
+                    arm=arm.name,
+                    change=float(after[own] - before[own]),
+                    above=float((change[active] >= change[own]).mean()) if active.any() else 1.0,
+                    features=int(active.sum()),
+                )
+            )
+    return tuple(found)

@@ -1,0 +1,251 @@
+"""The job of `sae-nfm reproduce`: the figures of arXiv 2507.00269, each beside the same statistic here and under its control.
+
+    comparison (one seed, unless a finished one is given) -> joint_nfm and the TopK SAEs beside it
+    an NFM on the residual of the TopK SAE (`reproduced_sequential`)
+    rows of KL, cross-entropy and error: all of them, paths ablated, controls at equal distance (`behaviour.measure`)
+    norms and paths (`gauge_report`); a 2x2 experiment (`reproduced_factorial`)
+    -> table
+
+In the output folder: `compare/` where there was none, `sequential/`, `2x2/`, `rows/`, results.json. What is finished is not done
+again, but for the 2x2 experiment.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sae_lens import SAE, HookedSAETransformer
+
+from sae_nfm import demo
+from sae_nfm.analysis import figure_rows, gauge_report, read_activations
+from sae_nfm.comparison import CANONICAL, DIRECT, JOINT, CompareConfig, ablations, in_canonical_gauge, run_compare
+from sae_nfm.comparison.results import CompareResult
+from sae_nfm.data import TokenRows, datasets, held_out_rows
+from sae_nfm.evaluation import measure
+from sae_nfm.experiments.factorial import FEWEST_SENTENCES
+from sae_nfm.experiments.reproduce.factorial import factorial_rows
+from sae_nfm.experiments.reproduce.results import ReproduceResult
+from sae_nfm.experiments.reproduce.rows import KEPT, Behaviour, ReproducedRow, gauge_rows
+from sae_nfm.experiments.reproduce.sequential import (
+    BASE,
+    SEQUENTIAL,
+    rows_without_base,
+    sequential_arms,
+    sequential_rows,
+    train_sequential,
+    written_shares,
+)
+from sae_nfm.interventions import Intervention, Splice, control_arms, fit_activations, path_means
+from sae_nfm.models import LanguageModel, load_model
+from sae_nfm.stats import Bootstrap
+from sae_nfm.training import Trained
+
+BESIDE = ("topk matched", "topk", "topk matched folded", "joint_nfm without nonlinear")
+"""Arms that the joint one is compared with."""
+SHARED = (
+    "model_name",
+    "hook_name",
+    "dataset",
+    "validation",
+    "d_sae",
+    "nfm_dim",
+    "context_size",
+    "training_tokens",
+    "validation_tokens",
+)
+"""Settings that are the comparison's too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceConfig:
+    """What to measure, and where the results go."""
+
+    compare: str | None = None
+    """Folder of a finished `sae-nfm compare`, whose SAEs and verdicts are taken, with its model, hook point and data; without
+    one, the arms needed are trained for one seed."""
+    model_name: str = demo.MODEL_NAME
+    """A TransformerLens model name or a local Hugging Face folder; the default is the embedded model."""
+    hook_name: str = "blocks.2.hook_resid_post"
+    """The TransformerLens hook point whose activations are reconstructed."""
+    dataset: str | None = None
+    """Training text: a parquet, jsonl or txt file, or a hub name; None takes tokens sampled from the embedded model."""
+    validation: str | None = None
+    """Held-out text, likewise; None takes a hub data set's validation split, or the embedded tokens."""
+    k: int = 32
+    """Active features per token."""
+    d_sae: int = 2_048
+    """Features."""
+    nfm_dim: int = 64
+    """Interaction dimensions."""
+    training_tokens: int = 400_000
+    """Activations that each arm is trained on."""
+    validation_tokens: int = 40_000
+    """Held-out tokens that figures are taken on, at most."""
+    fit_tokens: int = 20_000
+    """Held-out tokens, after those, for means and covariances."""
+    lr: float = 5e-3
+    """Adam's learning rate, the same for every arm."""
+    context_size: int = 256
+    """Tokens per row, BOS included; at most the model's context."""
+    seed: int = 0
+    """Seed of initialisation, data order, random vectors and permutations; one of a finished comparison's."""
+    n_permutations: int = 1_999
+    """Draws of each null distribution."""
+    sentences: int = 20
+    """Sentences of each cell of the 2x2 experiment, at most; fewer than 4 cannot be tested, 0 leaves it out."""
+    device: str = "cpu"
+    """Device of the language model and the SAEs."""
+    output: str = "runs/reproduce"
+    """Folder for everything."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        for name in ("validation_tokens", "fit_tokens", "n_permutations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        if self.sentences and self.sentences < FEWEST_SENTENCES:
+            raise ValueError(
+                f"sentences is {self.sentences}; give at least {FEWEST_SENTENCES}, for two halves with a spread, or 0 to leave "
+                "the 2x2 experiment out"
+            )
+        self.comparison()  # refuses the others
+
+    def comparison(self) -> CompareConfig:
+        """The comparison that trains the arms."""
+        same: dict[str, Any] = {name: getattr(self, name) for name in (*SHARED, "device")}
+        return CompareConfig(
+            **same,
+            k=(self.k,),
+            arms=(JOINT, *BESIDE),
+            seeds=(self.seed,),
+            learning_rates=(self.lr,),
+            output=str(Path(self.output) / "compare"),
+        )
+
+
+def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> ReproduceResult:
+    """Train or read the SAEs, measure, and write `results.json` to `cfg.output`.
+
+    Args:
+        cfg: what to do.
+        command: how to repeat it, for the provenance.
+
+    Raises:
+        ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work, for a folder that is no
+            finished comparison or has no such seed or arm.
+    """
+    output = Path(cfg.output)
+    comparison = run_compare(cfg.comparison()) if cfg.compare is None else CompareResult.load(_results(cfg.compare))
+    cfg = cfg if cfg.compare is None else _as_compared(cfg, comparison)
+    folder = Path(cfg.compare or output / "compare") / f"k{cfg.k}" / f"seed-{cfg.seed}"
+    saes = _load_arms(cfg, folder)
+    model = load_model(cfg.model_name, cfg.device)
+    train, validation = datasets.load_splits(cfg.dataset, cfg.validation, cfg.model_name)
+    train = train.shuffle(seed=cfg.seed)  # as for the comparison's SAEs of this seed
+    if BASE in saes:
+        saes |= train_sequential(folder, model, train, output / "sequential", cfg.device)
+    rows, behaviour = _behaviour(cfg, model, saes, validation, comparison)
+    result = ReproduceResult(
+        rows=(
+            *behaviour.rows(),
+            *_rows_of_paths(cfg, model, saes, rows, behaviour),
+            *factorial_rows(
+                model,
+                saes[JOINT],
+                train,
+                Trained.load(folder / JOINT).settings,
+                output / "2x2",
+                sentences=cfg.sentences,
+                n_permutations=cfg.n_permutations,
+            ),
+        ),
+        provenance={"config": asdict(cfg), "command": command, "comparison": comparison.provenance},
+    )
+    result.save(output / "results.json")
+    return result
+
+
+def _behaviour(
+    cfg: ReproduceConfig,
+    model: HookedSAETransformer,
+    saes: dict[str, SAE[Any]],
+    validation: Any,
+    comparison: CompareResult,
+) -> tuple[TokenRows, Behaviour]:
+    """The held-out text, and a measurement of every arm on it."""
+    context_size = min(cfg.context_size, model.cfg.n_ctx)
+    rows = held_out_rows(model, validation, context_size, cfg.validation_tokens)
+    fitted = held_out_rows(model, validation, context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
+    arms = behaviour_arms(model, saes, fitted)
+    folder = measure(model, rows, arms, Path(cfg.output) / "rows", seed=cfg.seed)
+    return rows, Behaviour(
+        folder=folder, arms=tuple(arms), answers=comparison.answers, bootstrap=Bootstrap(seed=cfg.seed)
+    )
+
+
+def _rows_of_paths(
+    cfg: ReproduceConfig, model: LanguageModel, saes: dict[str, SAE[Any]], rows: TokenRows, behaviour: Behaviour
+) -> list[ReproducedRow]:
+    """Norms and paths of the joint SAE, and all of the sequential one."""
+    x, documents = read_activations(model, saes[JOINT], rows.tokens, rows.documents)
+    assert documents is not None
+    report = gauge_report(saes[JOINT], x, documents, seed=cfg.seed, n_permutations=cfg.n_permutations)
+    found = gauge_rows(figure_rows(report))
+    if SEQUENTIAL not in saes:
+        return found + rows_without_base(f"the comparison has no arm {BASE!r} that an NFM could be trained on")
+    return found + sequential_rows(behaviour, written_shares(saes[SEQUENTIAL], x, documents, seed=cfg.seed))
+
+
+def behaviour_arms(model: LanguageModel, saes: dict[str, SAE[Any]], fitted: TokenRows) -> dict[str, Intervention]:
+    """What is measured of a joint NFM-SAE and the SAEs beside it: paths ablated by zero and by mean, controls, the others.
+
+    Args:
+        model: the language model.
+        saes: the joint one, as "joint_nfm", and any others by name; those of `train_sequential` get controls of their own.
+        fitted: text for means and covariances, not evaluated on.
+    """
+    joint = saes[JOINT]
+    whole = Splice(sae=joint)
+    parts = ablations(joint)
+    means = path_means(model, joint, fitted.tokens, parts[DIRECT])
+    activations = fit_activations(model, fitted.tokens, whole.hook_name)
+    arms = control_arms(whole, activations)
+    for name, off in parts.items():
+        arms[name] = Splice(sae=joint, ablated=dict.fromkeys(off))
+        arms[f"{name}{KEPT}"] = Splice(sae=joint, ablated={hook: means[hook] for hook in off})
+    canonical = in_canonical_gauge(joint)
+    if canonical is not None:
+        arms[CANONICAL] = Splice(sae=canonical, ablated=dict.fromkeys(parts[DIRECT]))
+    if SEQUENTIAL in saes:
+        arms |= sequential_arms(model, saes, fitted, activations)
+    return arms | {name: Splice(sae=sae) for name, sae in saes.items() if name in BESIDE}
+
+
+def _results(folder: str) -> Path:
+    path = Path(folder) / "results.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} has no results.json; give the folder of a finished `sae-nfm compare`")
+    return path
+
+
+def _as_compared(cfg: ReproduceConfig, comparison: CompareResult) -> ReproduceConfig:
+    """The configuration with what a finished comparison was made with.
+
+    Raises:
+        ValueError: when it has no such k or seed.
+    """
+    was = comparison.provenance["config"]
+    for name, wanted, there in (("k", cfg.k, was["k"]), ("seed", cfg.seed, was["seeds"])):
+        if wanted not in there:
+            raise ValueError(
+                f"{name} is {wanted}, and the comparison in {cfg.compare!r} has {there}; give one of these"
+            )
+    return replace(cfg, **{name: was[name] for name in SHARED})
+
+
+def _load_arms(cfg: ReproduceConfig, folder: Path) -> dict[str, SAE[Any]]:
+    if not (folder / JOINT).exists():
+        raise ValueError(f"{folder} has no arm {JOINT!r}; compare it with the others first")
+    names: Sequence[str] = [name for name in (JOINT, *BESIDE) if (folder / name).exists()]
+    return {name: SAE.load_from_disk(folder / name, device=cfg.device).eval() for name in names}

@@ -1,0 +1,238 @@
+"""The published figures of sequential training: an NFM on the residual of a frozen SAE, beside the arms of a comparison.
+
+The base is the comparison's "topk" SAE. On the same tokens in the same order, with the joint arm's NFM and learning rate, two
+are trained at once (`matched_training`: interrupted, they go on; finished, they are taken as they are):
+
+    sequential                      linear and interaction path
+    sequential without nonlinear    linear path alone: is it interaction?
+
+Source: arXiv 2507.00269 (sequential training); the controls are this package's.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE, HookedSAETransformer
+from torch import Tensor
+
+from sae_nfm.analysis import linear_part
+from sae_nfm.architectures import SequentialNFMTrainingSAEConfig
+from sae_nfm.comparison import DIRECT, JOINT, ablations
+from sae_nfm.data import TokenRows
+from sae_nfm.evaluation import error_ratios
+from sae_nfm.experiments.reproduce.rows import KEPT, LINEAR, NONLINEAR, NOT_MEASURED, SINGLE, Behaviour, ReproducedRow
+from sae_nfm.interventions import Activations, Intervention, Splice, control_arms, path_means
+from sae_nfm.kernels import SparseActs, sparse_acts_from_dense
+from sae_nfm.models import LanguageModel, keeping, reconstruction
+from sae_nfm.stats import Bootstrap, Estimate, ratio_of_means
+from sae_nfm.training import StreamConfig, Trained, TrainingArm, train_arms
+
+BASE, SEQUENTIAL, ADAPTER = "topk", "sequential", "sequential without nonlinear"
+PUBLISHED = {
+    "reconstruction error, NFM on the residual of a frozen SAE": "-23 % (0.367 to 0.281)",
+    "KL relative to the SAE alone": "-29.8 % (17.8M measurements)",
+    "share of NFM output, linear": "95.5 %",
+    "share of NFM output, nonlinear": "4.5 %",
+    "KL over that of an equal-distance random vector": "2.1",
+}
+"""What the paper reports of sequential training."""
+AT_EQUAL_DISTANCE = ("isotropic", "covariance", "covariance mixture")
+"""Errors of the same size that the sequential one is compared with; the first is the published one."""
+CUT = "the paper's SAE alone was cut to its top 250 features, this one is whole"
+CHUNK = 4_096
+"""Tokens at a time where features are dense."""
+
+
+def train_sequential(
+    folder: Path, model: HookedSAETransformer, dataset: Any, output: Path, device: str
+) -> dict[str, SAE[Any]]:
+    """Train both on the base of one seed of a comparison, where they are not finished, and load them.
+
+    Args:
+        folder: the comparison's, of one k and seed.
+        model: the language model.
+        dataset: the training data in the order of the seed.
+        output: where they go.
+        device: of the SAEs.
+
+    Raises:
+        ValueError: when there are others in `output`, trained otherwise.
+    """
+    base, joint = (Trained.load(folder / name).settings for name in (BASE, JOINT))
+    stream = StreamConfig(**{f.name: base[f.name] for f in fields(StreamConfig) if f.name in base})
+    nfm: dict[str, Any] = {name: joint[name] for name in ("nfm_dim", "nfm_top_k", "nfm_dropout")}
+    nfm |= {"base": str((folder / BASE).resolve()), "device": device}
+    saes = {
+        SEQUENTIAL: SequentialNFMTrainingSAEConfig(**nfm),
+        ADAPTER: SequentialNFMTrainingSAEConfig(**nfm, head="none"),
+    }
+    arms = {name: TrainingArm(name=name, family=name, sae=sae) for name, sae in saes.items()}
+    rates = {name: float(joint["learning_rate"]) for name in arms}
+    train_arms(stream, arms, rates, model, dataset, output)
+    return {name: SAE.load_from_disk(output / name, device=device).eval() for name in arms}
+
+
+def sequential_arms(
+    model: LanguageModel, saes: Mapping[str, SAE[Any]], fitted: TokenRows, activations: Activations
+) -> dict[str, Intervention]:
+    """What is measured of them: whole, paths ablated by zero and by mean, random vectors at equal distance.
+
+    Args:
+        model: the language model.
+        saes: from `train_sequential`.
+        fitted: text for means, not evaluated on.
+        activations: mean and covariance on that text.
+    """
+    whole = Splice(sae=saes[SEQUENTIAL])
+    arms: dict[str, Intervention] = {SEQUENTIAL: whole, ADAPTER: Splice(sae=saes[ADAPTER])}
+    parts = ablations(whole.sae)
+    means = path_means(model, whole.sae, fitted.tokens, parts[DIRECT])
+    for name, off in parts.items():
+        arms[f"{SEQUENTIAL}: {name}"] = Splice(sae=whole.sae, ablated=dict.fromkeys(off))
+        arms[f"{SEQUENTIAL}: {name}{KEPT}"] = Splice(sae=whole.sae, ablated={hook: means[hook] for hook in off})
+    random = control_arms(whole, activations, scales=())
+    return arms | {f"{SEQUENTIAL}: {name}": random[name] for name in AT_EQUAL_DISTANCE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenShares:
+    """Parts of the two paths in what an NFM writes, with intervals over documents."""
+
+    magnitude: Estimate
+    """Linear path: its mean absolute value over the sum of both, the published measure."""
+    energy: Estimate
+    """Linear path: its energy about the mean over the sum of both."""
+    nonlinear_magnitude: Estimate
+    """Interaction path: as `magnitude`."""
+    nonlinear_energy: Estimate
+    """Interaction path: as `energy`."""
+    nonlinear_residual: Estimate
+    """What of the interaction path is not linear in the features (held-out regression), over the energies of both."""
+
+
+@torch.no_grad()
+def written_shares(
+    sae: SAE[Any], x: Float[Tensor, "tokens d_in"], documents: Int[Tensor, " tokens"], *, seed: int
+) -> WrittenShares:
+    """Shares of a sequential SAE on activations, as `functional.read_activations` returns them.
+
+    Raises:
+        ValueError: for fewer than 6 documents.
+    """
+    acts, linear, nonlinear = _written(sae, x)
+    labels, bootstrap = documents.cpu().numpy(), Bootstrap(seed=seed)
+
+    def share(one: Tensor, other: Tensor) -> Estimate:
+        return ratio_of_means(one.cpu().numpy(), (one + other).cpu().numpy(), labels, bootstrap=bootstrap)
+
+    sizes = [path.abs().double().mean(-1) for path in (linear, nonlinear)]
+    energies = [(path - path.mean(0)).double().square().sum(-1) for path in (linear, nonlinear)]
+    part = linear_part(acts, nonlinear, sae.cfg.d_sae, seed=seed, documents=documents)
+    test = part.test_tokens.numpy()
+    return WrittenShares(
+        magnitude=share(sizes[0], sizes[1]),
+        energy=share(energies[0], energies[1]),
+        nonlinear_magnitude=share(sizes[1], sizes[0]),
+        nonlinear_energy=share(energies[1], energies[0]),
+        nonlinear_residual=ratio_of_means(
+            part.squared_error.numpy(),
+            (energies[0] + energies[1]).cpu().numpy()[test],
+            labels[test],
+            bootstrap=bootstrap,
+        ),
+    )
+
+
+def _written(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> tuple[SparseActs, Tensor, Tensor]:
+    """Features, and what the linear and the interaction path write, [tokens, d_in]."""
+    parts: list[tuple[SparseActs, Tensor, Tensor]] = []
+    k = int(sae.cfg.base_config["k"])
+    for chunk in x.split(CHUNK):
+        seen: dict[str, Tensor] = {}
+        at = ("hook_sae_acts_post", "hook_nfm_linear", "hook_nfm_interaction")
+        reconstruction(sae, chunk, {name: keeping(seen, name) for name in at})
+        acts = sparse_acts_from_dense(seen[at[0]].to_dense(), k)
+        assert acts is not None, "a TopK base gave a negative feature, or more than k"
+        parts.append((acts, seen[at[1]].float(), seen[at[2]].float()))
+    acts, linear, nonlinear = zip(*parts, strict=True)
+    joined = SparseActs(torch.cat([one.indices for one in acts]), torch.cat([one.values for one in acts]))
+    return joined, torch.cat(linear), torch.cat(nonlinear)
+
+
+def sequential_rows(behaviour: Behaviour, shares: WrittenShares) -> list[ReproducedRow]:
+    """Every published figure of sequential training, once for each control."""
+    error, kl, linear, nonlinear, _ = PUBLISHED
+    of_both = "energy about the mean"
+    return [
+        *_against_base(behaviour, error, "error_energy"),
+        *_against_base(behaviour, kl, "kl_nats"),
+        *_parts(behaviour, kl),
+        _row(linear, shares.magnitude, shares.energy, of_both, ".1%"),
+        _row(nonlinear, shares.nonlinear_magnitude, shares.nonlinear_energy, of_both, ".1%"),
+        _row(
+            nonlinear,
+            shares.nonlinear_magnitude,
+            shares.nonlinear_residual,
+            f"{of_both}, less what is linear in f (held out)",
+            ".1%",
+        ),
+        *_errors(behaviour),
+    ]
+
+
+def rows_without_base(reason: str) -> list[ReproducedRow]:
+    """The published figures, not measured, with the reason."""
+    return [_row(name, None, None, reason, "", verdict=NOT_MEASURED) for name in PUBLISHED]
+
+
+def _against_base(behaviour: Behaviour, name: str, column: str) -> Iterator[ReproducedRow]:
+    here = behaviour.change(column, SEQUENTIAL, BASE)
+    matched = (
+        "against a TopK SAE with as many parameters, trained on its own; base and NFM saw the tokens once each, it once"
+    )
+    if "topk matched" not in behaviour.arms:
+        matched += ": there is none here"
+    controls = {
+        matched: (SEQUENTIAL, "topk matched"),
+        f"against the SAE and the mean of what its NFM writes; {CUT}": (SEQUENTIAL, f"{SEQUENTIAL}: {DIRECT}{KEPT}"),
+        "an NFM of a linear path alone, trained likewise, against the SAE alone": (ADAPTER, BASE),
+        "against that linear NFM: what the interaction path is worth": (SEQUENTIAL, ADAPTER),
+    }
+    for control, (arm, against) in controls.items():
+        yield _row(name, here, behaviour.change(column, arm, against), control, "+.1%")
+
+
+def _parts(behaviour: Behaviour, name: str) -> Iterator[ReproducedRow]:
+    """Either path by itself, of which the paper says nothing for sequential training."""
+    for part, word in ((LINEAR, "linear"), (NONLINEAR, "nonlinear")):
+        arm, alone = f"{SEQUENTIAL}: {part}", f"{SEQUENTIAL}: {DIRECT}"
+        here, kept = (behaviour.change("kl_nats", f"{arm}{end}", f"{alone}{end}") for end in ("", KEPT))
+        control = "paths that are off write their mean over other text, in place of zero"
+        yield _row(f"{name}, {word}", here, kept, control, "+.1%")
+
+
+def _errors(behaviour: Behaviour) -> Iterator[ReproducedRow]:
+    arms = [f"{SEQUENTIAL}: {name}" for name in AT_EQUAL_DISTANCE]
+    ratios = error_ratios(behaviour.folder, SEQUENTIAL, arms, bootstrap=behaviour.bootstrap)
+    name = list(PUBLISHED)[-1]
+    for arm, control in zip(arms[1:], AT_EQUAL_DISTANCE[1:], strict=True):
+        yield _row(name, ratios[arms[0]], ratios[arm], f"at the same distance: {control}", ".2f")
+
+
+def _row(
+    name: str, here: Estimate | None, controlled: Estimate | None, control: str, form: str, *, verdict: str = SINGLE
+) -> ReproducedRow:
+    return ReproducedRow(
+        section="sequential",
+        name=name,
+        published=PUBLISHED.get(name, "-"),
+        here=here,
+        controlled=controlled,
+        control=control,
+        verdict=verdict,
+        form=form,
+    )

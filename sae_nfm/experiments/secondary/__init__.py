@@ -1,0 +1,5 @@
+"""Secondary SAEs: which features the hidden code of the interactions has."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,137 @@
+"""The job of `sae-nfm secondary`: a secondary SAE of a primary's hidden code, and its controls, trained, spliced in, measured.
+
+    primary -> secondary SAEs and controls (`secondary_training`) -> held-out figures (`secondary_figures`) -> table
+
+In the output folder: `saes/<source>/k<k>` (SAELens's files), `rows/` (a row for each token and arm), results.json. What is
+finished is not done again.
+"""
+
+import importlib.metadata
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import simple_parsing
+from sae_lens import SAE
+
+from sae_nfm import demo
+from sae_nfm.architectures import check_primary, primary_digest
+from sae_nfm.data import TokenRows, datasets, held_out_rows
+from sae_nfm.experiments.secondary.measure import secondary_rows
+from sae_nfm.experiments.secondary.results import SecondaryResult
+from sae_nfm.experiments.secondary.training import SecondarySizes, default_k, train_secondaries
+from sae_nfm.loading import digest, load_sae
+from sae_nfm.models import check_device, load_model
+from sae_nfm.training import StreamConfig
+
+PACKAGED = f"{demo.MODEL_NAME}:blocks.2.hook_resid_post"
+"""The SAE that comes with the package."""
+PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondaryConfig:
+    """Which primary, what to train, and where the results go."""
+
+    primary: str = simple_parsing.field(default=PACKAGED, positional=True, nargs="?", metavar="PRIMARY")
+    """Folder of a saved SAE with an interaction path, or a released one as release:sae_id."""
+    model_name: str | None = None
+    """A TransformerLens model name or a local Hugging Face folder; the one in the primary's metadata unless given."""
+    dataset: str | None = None
+    """Training text: a parquet, jsonl or txt file, or a hub name; None takes tokens sampled from the embedded model."""
+    validation: str | None = None
+    """Held-out text, likewise; None takes a hub data set's validation split, or the embedded tokens."""
+    expansion: int = 25
+    """Features per dimension of what is reconstructed; the paper's is 7,500 / 300."""
+    k: tuple[int, ...] = ()
+    """Active features per token of the SAEs of the hidden code; unless given an eighth of its dimensions, and the paper's 250
+    of 300. The SAEs of the linear path and of the residual take the smallest."""
+    training_tokens: int = 100_000
+    """Activations that each SAE is trained on."""
+    validation_tokens: int = 20_000
+    """Held-out tokens that figures are taken on, at most."""
+    fit_tokens: int = 10_000
+    """Held-out tokens, after those, for the mean of the hidden code."""
+    batch_size: int = 512
+    """Activations per training step."""
+    context_size: int = 256
+    """Tokens per row, BOS included; at most the model's context."""
+    lr: float = 5e-3
+    """Adam's learning rate, the same for every SAE."""
+    seed: int = 0
+    """Seed of initialisation, data order and permutations."""
+    device: str = "cpu"
+    """Device of the language model and the SAEs."""
+    output: str = "runs/secondary"
+    """Folder for everything."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot work."""
+        for name in ("expansion", "training_tokens", "validation_tokens", "fit_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        if self.training_tokens < self.batch_size:
+            raise ValueError(
+                f"training_tokens is {self.training_tokens}, less than one batch of {self.batch_size}; raise it"
+            )
+
+
+def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> SecondaryResult:
+    """Train, measure, and write `results.json` and the SAEs to `cfg.output`.
+
+    Args:
+        cfg: what to do.
+        command: how to repeat it, for the provenance.
+
+    Raises:
+        ValueError, FileNotFoundError: for a primary, model, data set or size that does not work, or a folder of another run.
+    """
+    check_device(cfg.device)
+    primary = load_sae(cfg.primary, device=cfg.device).eval()
+    checked, metadata, output = check_primary(primary), primary.cfg.metadata, Path(cfg.output)
+    name = cfg.model_name or metadata.model_name
+    if name is None or metadata.hook_name is None:
+        raise ValueError(
+            f"the metadata of {cfg.primary!r} has no model_name or no hook_name, so it is not known what it reads; give "
+            "--model-name, or save the SAE with a hook_name"
+        )
+    model = load_model(name, cfg.device)
+    train, validation = datasets.load_splits(cfg.dataset, cfg.validation, name, cfg.seed)
+    stream = StreamConfig(
+        model_name=name,
+        hook_name=metadata.hook_name,
+        dataset=cfg.dataset or demo.MODEL_NAME,
+        training_tokens=cfg.training_tokens,
+        context_size=min(cfg.context_size, model.cfg.n_ctx),
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        device=cfg.device,
+    )
+    rows = held_out_rows(model, validation, stream.context_size, cfg.validation_tokens)
+    fitted = held_out_rows(model, validation, stream.context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
+    ks = tuple(sorted(set(cfg.k or default_k(checked.cfg.nfm_dim))))
+    sizes = SecondarySizes(expansion=cfg.expansion, k=ks, learning_rate=cfg.lr)
+    trained = train_secondaries(stream, sizes, model, primary, train, output / "saes")
+    result = SecondaryResult(
+        rows=secondary_rows(model, primary, trained, rows, fitted, output / "rows", seed=cfg.seed),
+        provenance=_provenance(cfg, primary, rows, command),
+    )
+    result.save(output / "results.json")
+    return result
+
+
+def _provenance(cfg: SecondaryConfig, primary: SAE[Any], rows: TokenRows, command: str | None) -> dict[str, Any]:
+    return {
+        "config": asdict(cfg),
+        "command": command,
+        "primary": {
+            "architecture": primary.cfg.architecture(),
+            "digest": primary_digest(primary),
+            "d_sae": primary.cfg.d_sae,
+            "nfm_dim": primary.cfg.nfm_dim,
+        },
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "held_out_tokens": digest({"tokens": rows.tokens}),
+    }

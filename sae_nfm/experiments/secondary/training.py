@@ -1,0 +1,207 @@
+"""Training of secondary SAEs and of their controls, with SAELens's own runner.
+
+    hidden code             h = z W_1 + b_1 of the primary, which a secondary SAE is for
+    permuted hidden code    each dimension of h dealt out anew among the tokens of a batch: its distribution stays, what the
+                            dimensions do together goes. What such an SAE explains owes nothing to structure across dimensions
+    linear path             what the linear integration path writes
+    residual                what the primary reads
+
+All are TopK SAEs of one expansion (features per dimension), one learning rate and one stream of tokens. With k near the number of
+dimensions any code reconstructs well (the paper's k = 250 of 300 is such a one), hence several k for the hidden code and the
+permuted one; the other two are trained at the smallest.
+
+An arm ends in `<folder>/<source>/k<k>`, written whole by `matched_training`: interrupted, it goes on, to the same bits.
+
+Source: arXiv 2507.00269, secondary SAE; the permuted control is this package's own.
+"""
+
+import json
+import zlib
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from sae_lens import SAE, HookedSAETransformer, TopKTrainingSAEConfig
+from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.saes.sae import SAEMetadata
+from torch import Tensor
+
+from sae_nfm.architectures import HIDDEN, PRIMARY_DIGEST, NFMPaths, check_primary, primary_digest
+from sae_nfm.models import HookFunction, counted_tokens, find_site, splice, tokens_read
+from sae_nfm.training import StreamConfig, TrainingArm, train_arms
+
+TrainedOn = Literal["hidden code", "permuted hidden code", "linear path", "residual"]
+CODES: tuple[TrainedOn, ...] = ("hidden code", "permuted hidden code")
+HOOKS: dict[TrainedOn, str] = {
+    "hidden code": HIDDEN,
+    "permuted hidden code": HIDDEN,
+    "linear path": "hook_nfm_linear",
+    "residual": "hook_sae_input",
+}
+"""Hook points of the primary at which these pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondarySizes:
+    """What all SAEs have in common."""
+
+    expansion: int = 25
+    """Features per dimension of what is reconstructed; the paper's is 7,500 / 300."""
+    k: tuple[int, ...]
+    """Active features a token, for the hidden code and the permuted one; the controls on other activations take the smallest."""
+    learning_rate: float
+    """Adam's, for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedSecondary:
+    """A trained SAE and what it was trained on."""
+
+    trained_on: TrainedOn
+    """Which activations."""
+    k: int
+    """Active features a token."""
+    sae: SAE[Any]
+    """As loaded from its folder."""
+
+    @property
+    def name(self) -> str:
+        """Unique name."""
+        return f"{self.trained_on}, k {self.k}"
+
+
+def train_secondaries(
+    stream: StreamConfig,
+    sizes: SecondarySizes,
+    model: HookedSAETransformer,
+    primary: SAE[Any],
+    dataset: Any,
+    folder: Path,
+) -> list[TrainedSecondary]:
+    """Train a secondary SAE and its controls, those that are not finished.
+
+    Args:
+        stream: tokens and lengths; its hook name is the primary's.
+        sizes: of the SAEs.
+        model: the language model, without the primary.
+        primary: an inference SAE with an interaction path; without a linear path that control is left out.
+        dataset: data with a `text` or a `tokens` column.
+        folder: where the SAEs go.
+
+    Raises:
+        ValueError: for a primary without a hidden code, a k with too few features, or a folder with SAEs that were trained on
+            another primary or otherwise.
+    """
+    checked = check_primary(primary)
+    known = primary_digest(primary)
+    refuse_other_primary(folder, known)
+    site = find_site(model, stream.hook_name)
+    trained: list[TrainedSecondary] = []
+    for trained_on in trainable(checked):
+        is_code = trained_on in CODES
+        arms = {
+            f"k{k}": _arm(f"k{k}", k, checked.cfg.nfm_dim if is_code else site.d_in, sizes, stream.device, known)
+            for k in (sizes.k if is_code else [min(sizes.k)])
+        }
+        if trained_on == "residual":
+            for arm in arms.values():
+                arm.sae.reshape_activations = site.reshape_activations
+        target = folder / trained_on.replace(" ", "-")
+        with activations_of(model, primary, trained_on, stream.seed) as hook_name:
+            at = replace(stream, hook_name=hook_name)
+            train_arms(at, arms, dict.fromkeys(arms, sizes.learning_rate), model, dataset, target)
+        for name, arm in arms.items():
+            sae = SAE.load_from_disk(target / name, device=stream.device).eval()
+            trained.append(TrainedSecondary(trained_on=trained_on, k=int(getattr(arm.sae, "k", 0)), sae=sae))
+    return trained
+
+
+def trainable(primary: NFMPaths) -> list[TrainedOn]:
+    """What there is to train on: no linear path in a primary without one."""
+    return [name for name, hook in HOOKS.items() if hook in primary.hook_dict]
+
+
+def refuse_other_primary(folder: Path, known: str) -> None:
+    """Raise a ValueError where a folder has SAEs that were trained on another primary than the one of this digest."""
+    for path in sorted(folder.glob(f"*/*/{SAE_CFG_FILENAME}")):
+        found = json.loads(path.read_text())["metadata"].get(PRIMARY_DIGEST)
+        if found != known:
+            raise ValueError(
+                f"{str(path.parent)!r} was trained on another primary ({PRIMARY_DIGEST} {found}, this one's is {known}); give "
+                "another output folder"
+            )
+
+
+def _arm(name: str, k: int, d_in: int, sizes: SecondarySizes, device: str, known: str) -> TrainingArm:
+    d_sae = sizes.expansion * d_in
+    if not 1 <= k <= d_sae:
+        raise ValueError(
+            f"k is {k}, and {sizes.expansion} features for each of {d_in} dimensions are {d_sae}; give a k up to that"
+        )
+    sae = TopKTrainingSAEConfig(
+        d_in=d_in,
+        d_sae=d_sae,
+        k=k,
+        device=device,
+        normalize_activations="expected_average_only_in",
+        metadata=SAEMetadata(**{PRIMARY_DIGEST: known}),
+    )
+    return TrainingArm(name=name, family=name, sae=sae)
+
+
+@contextmanager
+def activations_of(model: HookedSAETransformer, primary: SAE[Any], trained_on: TrainedOn, seed: int) -> Generator[str]:
+    """Within it these activations pass through the hook point of the model whose name is given.
+
+    Args:
+        model: the language model.
+        primary: spliced in meanwhile, unless it is the residual that is trained on.
+        trained_on: which activations.
+        seed: of the permutation.
+    """
+    site = find_site(model, str(primary.cfg.metadata.hook_name)).hook_name
+    if trained_on == "residual":
+        yield site
+        return
+    with splice(model, primary) as found, tokens_read(model) as read:
+
+        def permute(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+            tokens = read.on(value.device)
+            return permuted(value, counted_tokens(model, tokens), _generator_for(tokens, seed))
+
+        functions: dict[str, HookFunction] = {HIDDEN: permute} if trained_on == "permuted hidden code" else {}
+        with found.hooks(functions):
+            yield found.prefix + HOOKS[trained_on]
+
+
+def _generator_for(tokens: Int[Tensor, "rows pos"], seed: int) -> torch.Generator:
+    """The same for the same tokens, so that a training that was interrupted goes on as it would have."""
+    entropy = [seed, zlib.crc32(tokens.cpu().numpy().tobytes())]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+
+
+def permuted(
+    hidden: Float[Tensor, "*batch nfm_dim"], counted: Bool[Tensor, "*batch"], generator: torch.Generator
+) -> Float[Tensor, "*batch nfm_dim"]:
+    """Each dimension dealt out anew among the counted tokens, on its own; the other tokens keep what they have.
+
+    Args:
+        hidden: activations.
+        counted: which tokens take part, see `splicing.counted_tokens`.
+        generator: on the CPU.
+    """
+    taking_part = hidden[counted]
+    order = torch.rand(taking_part.shape, generator=generator).argsort(dim=0).to(hidden.device)
+    dealt = hidden.clone()
+    dealt[counted] = taking_part.gather(0, order)
+    return dealt
+
+
+def default_k(nfm_dim: int) -> Sequence[int]:
+    """An eighth of the dimensions, and the paper's 250 of 300."""
+    return max(1, nfm_dim // 8), max(1, round(nfm_dim * 250 / 300))

@@ -1,0 +1,5 @@
+"""The data behind the feature browser, and its export."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,226 @@
+"""From firings and pairs to an explorer: which text is needed, how it is numbered, and every figure beside it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from sae_lens import SAE
+from torch import Tensor
+
+from sae_nfm.explorer.activations import Firings
+from sae_nfm.explorer.contexts import feature_contexts, histograms, maxima
+from sae_nfm.explorer.data import (
+    Contexts,
+    Explorer,
+    FeatureFigures,
+    Ints,
+    PairFigures,
+    TokenEffects,
+    TokenTable,
+)
+from sae_nfm.explorer.logits import direction_name, directions, note_without, token_effects
+from sae_nfm.explorer.pairs import ShownPairs
+from sae_nfm.models import LanguageModel
+
+NONE = np.zeros(0, dtype=np.int64)
+METASPACE = "\u2581"
+"""What SentencePiece tokens begin with in place of a space; decoded alone they lose it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplorerSizes:
+    """How much of an SAE to show."""
+
+    contexts: int = 15
+    """Contexts of each feature where it is strongest."""
+    quantile_contexts: int = 5
+    """Contexts of each feature from its whole range, at evenly spaced ranks of its activations."""
+    before: int = 14
+    """Tokens before a context's token."""
+    after: int = 6
+    """Tokens after it."""
+    bins: int = 20
+    """Bins of each feature's histogram."""
+    logits: int = 8
+    """Logits that each feature and pair moves most: as many up as down."""
+    pairs: int = 4_000
+    """Pairs of features, those of most energy."""
+    partners: int = 3
+    """Strongest pairs of each feature, beside those."""
+    pair_contexts: int = 5
+    """Contexts of each pair."""
+    pair_logits: int = 1_000
+    """Pairs, of most energy, with logits."""
+    batch_rows: int = 16
+    """Rows in a forward pass."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        for field in fields(ExplorerSizes):
+            value, least = getattr(self, field.name), 1 if field.name in ("bins", "batch_rows") else 0
+            if value < least:
+                raise ValueError(f"{field.name} is {value}; give {'a positive whole number' if least else '0 or more'}")
+
+
+def assembled(
+    model: LanguageModel,
+    sae: SAE[Any],
+    firings: Firings,
+    pairs: ShownPairs | None,
+    documents: Int[Tensor, "rows pos"] | None,
+    *,
+    name: str,
+    sizes: ExplorerSizes,
+    provenance: Mapping[str, Any],
+) -> Explorer:
+    """The explorer of what was found.
+
+    Args:
+        model: the language model.
+        sae: the SAE.
+        firings: of its features.
+        pairs: of its features, where it has them.
+        documents: the document of each token.
+        name: of the SAE.
+        sizes: how much of it.
+        provenance: where it is from.
+    """
+    window = sizes.before, sizes.after
+    top, spread = feature_contexts(firings, n=sizes.contexts, quantiles=sizes.quantile_contexts, window=window)
+    note = note_without(model, sae)
+    n_logits = 0 if note else sizes.logits
+    effects = _feature_logits(model, sae, firings, n_logits), _pair_logits(model, sae, firings, pairs, n_logits)
+    at_pairs = NONE if pairs is None else pairs.position
+    table, new_place = text_of(firings.tokens, (top.position, spread.position, at_pairs), window)
+    vocab = np.unique(np.concatenate([table.ids, effects[0].token, effects[1].token]))
+    numbered = [replace(one, token=np.searchsorted(vocab, one.token)) for one in effects]
+    return Explorer(
+        sae=name,
+        **_described(sae),
+        tokens=int(firings.counted.sum()),
+        documents=_documents(firings.counted, documents),
+        vocab=token_texts(model, vocab),
+        stream=replace(table, ids=np.searchsorted(vocab, table.ids)),
+        features=_features(firings, sizes.bins),
+        contexts=_moved(top, new_place),
+        quantile_contexts=_moved(spread, new_place),
+        window=window,
+        logits=numbered[0],
+        logit_count=n_logits,
+        logit_direction=direction_name(sae),
+        logits_note=note,
+        pairs=_pairs(pairs, numbered[1], new_place),
+        provenance=provenance,
+    )
+
+
+def _described(sae: SAE[Any]) -> dict[str, Any]:
+    k: Any = getattr(sae.cfg, "k", None)
+    return {
+        "architecture": sae.cfg.architecture(),
+        "model_name": str(sae.cfg.metadata.model_name),
+        "hook_name": str(sae.cfg.metadata.hook_name),
+        "d_in": sae.cfg.d_in,
+        "d_sae": sae.cfg.d_sae,
+        "k": k if isinstance(k, int) else None,
+    }
+
+
+def text_of(tokens: NDArray[np.int64], positions: tuple[Ints, ...], window: tuple[int, int]) -> tuple[TokenTable, Ints]:
+    """The pieces of rows that the windows around some positions cover.
+
+    Args:
+        tokens: [rows, pos].
+        positions: row * pos + position.
+        window: tokens before and after.
+
+    Returns:
+        The text, its ids still the model's; and where each token of the rows stands in it.
+    """
+    chosen, width = np.unique(np.concatenate(positions)), tokens.shape[1]
+    row = chosen - chosen % width
+    edges = np.zeros(tokens.size + 1, dtype=np.int64)
+    np.add.at(edges, np.maximum(chosen - window[0], row), 1)
+    np.add.at(edges, np.minimum(chosen + window[1] + 1, row + width), -1)
+    kept = np.cumsum(edges)[:-1] > 0
+    before = np.roll(kept, 1)
+    before[::width] = False
+    new_place = np.cumsum(kept) - 1
+    starts = np.append(new_place[kept & ~before], int(kept.sum()))
+    return TokenTable(row_starts=starts, ids=tokens.ravel()[kept]), new_place
+
+
+def token_texts(model: LanguageModel, ids: Ints) -> tuple[str, ...]:
+    """The text of each token by itself; its number where the model has no tokenizer."""
+    tokenizer: Any = model.tokenizer
+    if tokenizer is None:
+        return tuple(map(str, ids.tolist()))
+    return tuple(_text(tokenizer, one) for one in ids.tolist())
+
+
+def _text(tokenizer: Any, token: int) -> str:
+    text, piece = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
+    loses_space = isinstance(piece, str) and piece.startswith(METASPACE) and not text.startswith(" ")
+    return f" {text}" if loses_space else text
+
+
+def _features(firings: Firings, bins: int) -> FeatureFigures:
+    count = firings.count
+    totals = np.bincount(firings.feature, weights=firings.values, minlength=len(count))
+    return FeatureFigures(
+        tokens=count,
+        max=maxima(firings),
+        mean=np.divide(totals, count, out=np.zeros_like(totals), where=count > 0),
+        histogram=histograms(firings, bins),
+        shares=firings.shares,
+    )
+
+
+def _feature_logits(model: LanguageModel, sae: SAE[Any], firings: Firings, n: int) -> TokenEffects:
+    alive, d_sae = np.flatnonzero(firings.count), sae.cfg.d_sae
+    return token_effects(model, sae, directions(sae, alive), alive, d_sae, firings.logit_factor, n)
+
+
+def _pair_logits(
+    model: LanguageModel, sae: SAE[Any], firings: Firings, pairs: ShownPairs | None, n: int
+) -> TokenEffects:
+    mean, total = (torch.zeros(0, sae.cfg.d_in), 0) if pairs is None else (pairs.mean, len(pairs.first))
+    return token_effects(model, sae, mean, np.arange(len(mean)), total, firings.logit_factor, n)
+
+
+def _moved(contexts: Contexts, new_place: Ints) -> Contexts:
+    return replace(contexts, position=new_place[contexts.position])
+
+
+def _pairs(pairs: ShownPairs | None, logits: TokenEffects, new_place: Ints) -> PairFigures:
+    if pairs is None:
+        none: Any = np.zeros(0)
+        return PairFigures(
+            first=NONE, second=NONE, tokens=NONE, share=none, norm=none, max_norm=none, position=NONE,
+            context_starts=np.zeros(1, dtype=np.int64), context_norm=none, logits=logits, fired=0, firings=0,
+        )  # fmt: skip
+    table = pairs.table
+    return PairFigures(
+        first=pairs.first,
+        second=pairs.second,
+        tokens=table["tokens"].to_numpy().astype(np.int64),
+        share=pairs.share,
+        norm=(table["norm"] / table["tokens"]).to_numpy(),
+        max_norm=table["norm_max"].to_numpy(),
+        context_starts=pairs.context_starts,
+        position=new_place[pairs.position],
+        context_norm=pairs.norm,
+        logits=logits,
+        fired=pairs.fired,
+        firings=pairs.firings,
+    )
+
+
+def _documents(counted: NDArray[np.bool_], documents: Tensor | None) -> int:
+    if documents is None:
+        return int(counted.any(axis=1).sum())
+    return len(np.unique(documents.cpu().numpy()[counted]))

@@ -1,0 +1,221 @@
+"""The job of `sae-nfm explore`: one SAE on held-out text, as a file that a page in the browser shows.
+
+    tokens -> firings of every feature -> contexts, histograms, shares, logits
+           -> pairs that fire          -> partners, contexts, logits              -> explorer.json.gz
+
+Source: the views are those of feature dashboards (Bricken et al. 2023, Towards Monosemanticity); pairs and gauges are ours.
+"""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simple_parsing
+from jaxtyping import Int
+from sae_lens import SAE
+from torch import Tensor
+
+from sae_nfm import demo
+from sae_nfm.data import held_out_corpus
+from sae_nfm.explorer.activations import firings_of
+from sae_nfm.explorer.assemble import ExplorerSizes, assembled
+from sae_nfm.explorer.data import Explorer
+from sae_nfm.explorer.file import FILENAME
+from sae_nfm.explorer.pairs import has_pairs, shown_pairs
+from sae_nfm.loading import load_sae, sha256_of
+from sae_nfm.models import LanguageModel, check_device, model_of
+
+PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explored:
+    """Which SAE, on what text."""
+
+    sae: str = simple_parsing.field(default=f"{demo.MODEL_NAME}:blocks.2.hook_resid_post", positional=True, nargs="?")
+    """Folder of a saved SAE of any architecture, or release:sae_id of a released one."""
+    dataset_path: str | None = None
+    """Held-out text: a .parquet, .jsonl or .txt file, a folder, a data set on disk or on the hub; the embedded model's
+    held-out tokens unless given."""
+    split: str = "validation"
+    """Split of dataset_path, where it has several."""
+    n_tokens: int = 20_000
+    """Tokens to look at."""
+    context_size: int | None = None
+    """Tokens in a row; the one in the SAE's metadata unless given."""
+    model_name: str | None = None
+    """The language model: a name or a local Hugging Face folder; the one in the SAE's metadata unless given."""
+    device: str = "cpu"
+    """Device of the language model and the SAE."""
+    output: str = "runs/explorer"
+    """Folder for explorer.json.gz."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExploreConfig(ExplorerSizes, Explored):
+    """Which SAE, on what text, and how much of it to show."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, before anything is loaded."""
+        super().__post_init__()
+        if self.n_tokens < 1:
+            raise ValueError(f"n_tokens is {self.n_tokens}; give a positive whole number")
+        if self.context_size is not None and self.context_size < 2:
+            raise ValueError(f"context_size is {self.context_size}; give at least 2: position 0 is left out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExploreResult:
+    """What `sae-nfm explore` wrote, in short."""
+
+    file: str
+    """The explorer."""
+    size: int
+    """Bytes in it."""
+    sae: str
+    """The SAE, as given."""
+    hook_name: str
+    """Where it is."""
+    tokens: int
+    """Tokens looked at."""
+    documents: int
+    """Documents they are from."""
+    features: int
+    """Number of features."""
+    alive: int
+    """Those that fired."""
+    active: float
+    """Features that fire on a token, on average."""
+    densest: tuple[tuple[int, float], ...]
+    """The features that fire on most tokens, and their share of tokens."""
+    pairs: int
+    """Pairs that fired; 0 for an SAE without pairs."""
+    strongest: tuple[tuple[int, int, float, int], ...]
+    """Pairs of most energy: both features, share of the summed energy of all pairs, tokens."""
+    logits_note: str
+    """Why there are no logits; else empty."""
+
+    @classmethod
+    def of(cls, explorer: Explorer, file: str | Path, size: int) -> "ExploreResult":
+        """What a file has."""
+        tokens, pairs = explorer.features.tokens, explorer.pairs
+        densest = np.argsort(-tokens, kind="stable")[:3]
+        return cls(
+            file=str(file),
+            size=size,
+            sae=explorer.sae,
+            hook_name=explorer.hook_name,
+            tokens=explorer.tokens,
+            documents=explorer.documents,
+            features=explorer.d_sae,
+            alive=len(explorer.alive),
+            active=float(tokens.sum() / explorer.tokens),
+            densest=tuple((int(i), float(tokens[i] / explorer.tokens)) for i in densest if tokens[i]),
+            pairs=pairs.fired,
+            strongest=tuple(
+                (int(pairs.first[p]), int(pairs.second[p]), float(pairs.share[p]), int(pairs.tokens[p]))
+                for p in range(min(3, len(pairs.first)))
+            ),
+            logits_note=explorer.logits_note,
+        )
+
+    def words(self) -> str:
+        """For the terminal."""
+        dead = self.features - self.alive
+        lines = [
+            f"{self.sae} at {self.hook_name}, {self.tokens:,} tokens of {self.documents:,} documents",
+            f"{self.alive:,} of {self.features:,} features fire, {dead:,} never do; {self.active:.1f} on a token",
+            "on most tokens: " + ", ".join(f"{feature} ({share:.1%})" for feature, share in self.densest),
+        ]
+        if self.pairs:
+            strongest = (
+                f"{first} x {second} ({share:.2%} of the energy, {tokens:,} tokens)"
+                for first, second, share, tokens in self.strongest
+            )
+            lines.append(f"{self.pairs:,} pairs fire; strongest: {', '.join(strongest)}")
+        if self.logits_note:
+            lines.append(f"no logits: {self.logits_note}")
+        return "\n".join([*lines, "", f"Explorer: {self.file} ({self.size / 2**20:.1f} MB)"])
+
+
+def run_explore(config: ExploreConfig, *, command: str | None = None) -> ExploreResult:
+    """Explore an SAE and write `explorer.json.gz` to `config.output`.
+
+    Args:
+        config: what to do.
+        command: how to repeat it; not kept in the file, which is the same whatever folder it is written to.
+
+    Raises:
+        ValueError, FileNotFoundError: for an SAE, model or text that does not work; nothing is written.
+    """
+    del command
+    check_device(config.device)
+    sae = load_sae(config.sae, device=config.device).eval()
+    model, _ = model_of(sae, config.device, model_name=config.model_name)
+    rows = held_out_corpus(
+        model,
+        sae,
+        model_name=config.model_name,
+        dataset_path=config.dataset_path,
+        split=config.split,
+        context_size=config.context_size,
+        n_tokens=config.n_tokens,
+    )
+    settings = {name: value for name, value in asdict(config).items() if name != "output"}
+    explorer = explore(model, sae, rows.tokens, rows.documents, name=config.sae, sizes=config, settings=settings)
+    file = Path(config.output) / FILENAME
+    return ExploreResult.of(explorer, file, explorer.save(file))
+
+
+def explore(
+    model: LanguageModel,
+    sae: SAE[Any],
+    tokens: Int[Tensor, "rows pos"],
+    documents: Int[Tensor, "rows pos"] | None = None,
+    *,
+    name: str,
+    sizes: ExplorerSizes | None = None,
+    settings: Mapping[str, Any] | None = None,
+    show_progress: bool = True,
+) -> Explorer:
+    """What one SAE does on held-out rows; its `save` writes the file.
+
+    Args:
+        model: the language model.
+        sae: an SAE of any architecture, for inference.
+        tokens: held-out rows, each beginning with BOS where the model wants one.
+        documents: the document of each token (`documents.TokenRows`); without it each row counts as one.
+        name: of the SAE, as shown.
+        sizes: how much to show.
+        settings: for the provenance; the sizes unless given.
+        show_progress: whether each pass shows a progress bar.
+
+    Raises:
+        ValueError: see `firings.firings_of` and `splicing.splice`.
+    """
+    sizes = sizes or ExplorerSizes()
+    firings = firings_of(model, sae, tokens, batch_rows=sizes.batch_rows, show_progress=show_progress)
+    pairs = None
+    if has_pairs(sae) and sizes.pairs + sizes.partners > 0:
+        pairs = shown_pairs(
+            model,
+            sae,
+            tokens,
+            pairs=sizes.pairs,
+            partners=sizes.partners,
+            contexts=sizes.pair_contexts,
+            described=sizes.pair_logits,
+            batch_rows=sizes.batch_rows,
+            show_progress=show_progress,
+        )
+    provenance = {
+        "config": dict(settings) if settings is not None else {f.name: getattr(sizes, f.name) for f in fields(sizes)},
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "tokens_sha256": hashlib.sha256(firings.tokens.tobytes()).hexdigest(),
+        "sae_sha256": sha256_of(sae.state_dict()),
+    }
+    return assembled(model, sae, firings, pairs, documents, name=name, sizes=sizes, provenance=provenance)

@@ -1,0 +1,174 @@
+"""The README.md of a hub repository of SAEs: what they are, how to load them, what was measured, and how far to trust it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from sae_nfm.architectures import INFERENCE_CONFIGS
+from sae_nfm.architectures.joint_config import ARCHITECTURE
+from sae_nfm.architectures.sequential_config import ARCHITECTURE as SEQUENTIAL
+from sae_nfm.comparison import COLUMN_HELP, COLUMNS, PUBLISHED, BenchmarkResult, cells, words
+from sae_nfm.hub.release import ReleasedSAE
+
+TAGS = ("sparse-autoencoder", "interpretability", "saelens", "transformer-lens")
+PAPER = "[arXiv 2507.00269](https://arxiv.org/abs/2507.00269)"
+NOT_MEASURED = (
+    "Nothing was measured on held-out text when this was published. Before building on these SAEs, measure FVU, KL and "
+    "cross-entropy on text of your own, beside a TopK SAE of equal size: `sae-nfm demo --help`."
+)
+DIRECT_PATH = (
+    "`joint_nfm` divides its reconstruction between a direct path (features) and paths that read feature pairs. Its direct "
+    "path was never trained to stand alone: a comparison of all paths with the direct path alone shows how the model divides "
+    "its work, not that interactions help. For that, compare with an SAE trained on its own."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardSAE:
+    """One SAE of the card."""
+
+    entry: ReleasedSAE
+    """Its id, L0 and variance explained."""
+    config: dict[str, Any]
+    """Its cfg.json."""
+    runner: dict[str, Any] | None = None
+    """Its runner_cfg.json, where there is one."""
+    row: str | None = None
+    """Its row in the benchmark's table, where that is not its id."""
+
+
+def model_card(
+    load_from: str, saes: Sequence[CardSAE], *, result: BenchmarkResult | None = None, license: str | None = None
+) -> str:
+    """The card as Markdown with YAML front matter.
+
+    Args:
+        load_from: first argument of `SAE.from_pretrained`: a hub repository or a release.
+        saes: every SAE there is.
+        result: the benchmark they come from; its table is printed as it is, the paper's figure beside the fair one.
+        license: the licence of the weights as the hub names it, such as "mit".
+    """
+    architectures = sorted({str(sae.config["architecture"]) for sae in saes})
+    header = ModelCardData(library_name="saelens", license=license, tags=[*TAGS, *architectures])
+    name = load_from.split("/")[-1]
+    parts = [
+        f"---\n{header.to_yaml()}\n---\n\n# {name}",
+        _what(saes, architectures),
+        _load(load_from, saes, architectures),
+    ]
+    parts += ["## How faithful they are", NOT_MEASURED if result is None else _figures(saes, result)]
+    parts += ["## How they were trained", _training(saes, result)]
+    parts += ["## Limits", _limits(architectures, published=result is None)]
+    parts += [
+        "## Licence",
+        "None is stated: ask who published this before using the weights." if license is None else license,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(saes: Sequence[CardSAE], architectures: Sequence[str]) -> str:
+    lines = ["Sparse autoencoders for [SAELens](https://github.com/decoderesearch/SAELens)."]
+    if ARCHITECTURE in architectures:
+        lines[0] += (
+            f" `{ARCHITECTURE}` is a TopK SAE trained jointly with a Neural Factorization Machine, which adds products of "
+            f"feature pairs to the reconstruction ({PAPER}); the architecture comes with the package `sae-nfm`."
+        )
+    if SEQUENTIAL in architectures:
+        named = {sae.config["base"] for sae in saes if sae.config.get("base")}
+        bases = ", ".join(sorted(name if ":" in name else PurePath(name).name for name in named))
+        lines[0] += (
+            f" `{SEQUENTIAL}` is a pretrained SAE{bases and f' ({bases})'}, as it was, with such a machine "
+            "trained on its residual; the architecture comes with the package `sae-nfm`."
+        )
+    head = ("id", "architecture", "language model", "hook point", "d_in", "d_sae", "k", "L0", "variance explained")
+    rows = [
+        (
+            f"`{sae.entry.id}`",
+            sae.config["architecture"],
+            sae.config["metadata"].get("model_name"),
+            f"`{sae.config['metadata'].get('hook_name')}`",
+            sae.config["d_in"],
+            sae.config["d_sae"],
+            sae.config.get("k"),
+            None if sae.entry.l0 is None else f"{sae.entry.l0:.1f}",
+            None if sae.entry.variance_explained is None else f"{sae.entry.variance_explained:.4f}",
+        )
+        for sae in saes
+    ]
+    return f"{lines[0]}\n\n{_table(head, rows)}"
+
+
+def _load(load_from: str, saes: Sequence[CardSAE], architectures: Sequence[str]) -> str:
+    ours = [name for name in architectures if name in INFERENCE_CONFIGS]
+    code = [
+        *([f"import sae_nfm  # registers {' and '.join(ours)} with SAELens"] if ours else []),
+        "from sae_lens import SAE",
+        "",
+        f'sae = SAE.from_pretrained("{load_from}", "{saes[0].entry.id}")',
+    ]
+    lines = ["## How to load them", "    pip install sae-nfm", "```python\n" + "\n".join(code) + "\n```"]
+    if ours:
+        lines.append(f"`KeyError: '{ours[0]}'` from SAELens means that `import sae_nfm` did not come first.")
+    if "/" in load_from:
+        lines.append(
+            "To have every file checked against its sha256 in `pretrained.yaml`, and to load offline afterwards:\n\n"
+            f"    sae-nfm pull {load_from} FOLDER\n\n"
+            f'then `SAE.load_from_disk("FOLDER/{saes[0].entry.path}")`.'
+        )
+    return "\n\n".join(lines)
+
+
+def _figures(saes: Sequence[CardSAE], result: BenchmarkResult) -> str:
+    legend = "; ".join(f"{name}: {text}" for name, text in COLUMN_HELP.items())
+    tokens = result.rows[0].fidelity.tokens
+    named = "".join(f"`{sae.entry.id}` is the row {sae.row}. " for sae in saes if sae.row is not None)
+    return (
+        f"{named}Spliced into the language model, averaged over {tokens:,} held-out tokens, special tokens and position 0 left "
+        "out. "
+        f"{legend[0].upper()}{legend[1:]}.\n\n{_table(COLUMNS, cells(result))}\n\n```\n{words(result)}\n```"
+    )
+
+
+def _training(saes: Sequence[CardSAE], result: BenchmarkResult | None) -> str:
+    facts: dict[str, Any] = {}
+    metadata = saes[0].config["metadata"]
+    runner = saes[0].runner or {}
+    facts["data"] = _without_folders(metadata.get("dataset_path"))
+    facts["tokens trained on"] = runner.get("training_tokens")
+    facts["context size"] = metadata.get("context_size")
+    facts["batch size"] = runner.get("train_batch_size_tokens")
+    facts["learning rate"] = runner.get("lr")
+    facts["SAELens"] = metadata.get("sae_lens_training_version")
+    if result is not None:
+        config = result.provenance["config"]
+        facts["tokens trained on"], facts["learning rate"] = config["training_tokens"], config["lr"]
+        facts["seeds"] = ", ".join(map(str, result.provenance["seeds"]))
+        facts["versions"] = ", ".join(
+            f"{name} {number}" for name, number in result.provenance.get("versions", {}).items()
+        )
+    stated = [
+        f"- {name}: {value:,}" if isinstance(value, int) else f"- {name}: {value}"
+        for name, value in facts.items()
+        if value
+    ]
+    return "\n".join(stated) or "Not recorded."
+
+
+def _limits(architectures: Sequence[str], *, published: bool) -> str:
+    limits = ["They hold for one language model at one hook point and for text like the training data."]
+    if ARCHITECTURE in architectures:
+        limits += [DIRECT_PATH, *([PUBLISHED] if published else [])]  # else it stands under the table
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+
+
+def _without_folders(source: str | None) -> str | None:
+    """A file's name without the folders of the machine it lay on; a hub name as it is."""
+    return PurePath(source).name if source and PurePath(source).suffix else source

@@ -1,0 +1,258 @@
+"""Exchange of SAEs through the hub: `push` writes a repository that SAELens loads from, `pull` fetches and verifies one.
+
+A repository has SAELens's four files under the id of each SAE, so that `SAE.from_pretrained("user/repository", id)` works
+(after `import sae_nfm` where the architecture is joint_nfm), and beside them README.md (the model card), pretrained.yaml (the
+release, with sha256), and results.json and report.html where the run has them. All of it is one commit: SAELens's
+`upload_saes_to_huggingface` makes one for each SAE and leaves an existing README as it is, so the client is called here.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import simple_parsing
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token, snapshot_download
+from huggingface_hub.hf_api import RepoFile
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+
+from sae_nfm.common import LOG_IN, explained
+from sae_nfm.comparison import BenchmarkResult
+from sae_nfm.hub.card import CardSAE, model_card
+from sae_nfm.hub.release import HubSource, Release, check_sha256, read_releases, releases_yaml, sha256
+from sae_nfm.hub.run_folder import REPORT_FILENAME, RESULTS_FILENAME, SavedSAEs, saved_saes
+
+RELEASE_FILENAME, CARD_FILENAME = "pretrained.yaml", "README.md"
+BESIDE = (CARD_FILENAME, RELEASE_FILENAME, RESULTS_FILENAME, REPORT_FILENAME)
+"""The files beside the SAEs."""
+Contents = Mapping[str, Path | bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """What to publish, and where."""
+
+    source: Path = simple_parsing.field(positional=True, metavar="SOURCE")  # noqa: RUF009 (a dataclass field)
+    """Folder of a saved SAE, or the output folder of `sae-nfm demo`, whose SAEs, table and report go together."""
+    repo_id: str = simple_parsing.field(positional=True, metavar="REPO_ID")
+    """Hub repository, as in user/repository; it is created where it does not exist."""
+    sae_id: str | None = None
+    """Id of a single SAE, the folder it gets in the repository; its hook name unless given."""
+    saes: tuple[str, ...] = ()
+    """Which SAEs of a demo's output; all of them unless given."""
+    private: bool = False
+    """Whether a new repository is private."""
+    license: str | None = None
+    """Licence of the weights as the hub names it, such as mit or apache-2.0; none is stated unless given."""
+    overwrite: bool = False
+    """Whether files that the repository has already are replaced; the hub keeps the earlier commit."""
+
+    def __post_init__(self) -> None:
+        """Refuse a name the hub could not have."""
+        _check_repo_id(self.repo_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullConfig:
+    """What to fetch, and where it goes."""
+
+    repo_id: str = simple_parsing.field(positional=True, metavar="REPO_ID")
+    """Hub repository, as in user/repository, written by `push`."""
+    output: Path = simple_parsing.field(positional=True, metavar="OUTPUT")  # noqa: RUF009 (a dataclass field)
+    """Folder to write: one folder for each SAE, and what stands beside them. It must not exist yet."""
+    revision: str = "main"
+    """Branch, tag or commit."""
+    saes: tuple[str, ...] = ()
+    """Ids of the SAEs to fetch; all of them unless given."""
+    force_download: bool = False
+    """Whether files are fetched even though the cache has them."""
+
+    def __post_init__(self) -> None:
+        """Refuse a name the hub could not have."""
+        _check_repo_id(self.repo_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pushed:
+    """What `push` did."""
+
+    url: str
+    """The commit on the hub."""
+    release: Release
+    """What the repository has now, earlier SAEs included."""
+
+    def words(self) -> str:
+        """Where it is and how it is loaded."""
+        repo_id = self.release.source.name
+        calls = [f'sae = SAE.from_pretrained("{repo_id}", "{sae.id}")' for sae in self.release.saes]
+        return "\n".join([f"Pushed to {self.url}. To load:", "", *_code(calls)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulled:
+    """What `pull` fetched."""
+
+    folder: Path
+    """Where it is."""
+    commit: str
+    """The commit it was fetched at."""
+    release: Release
+    """The SAEs that were fetched, at that commit."""
+
+    def words(self) -> str:
+        """Where it is and how it is loaded."""
+        calls = [f'sae = SAE.load_from_disk("{self.folder / sae.path}")' for sae in self.release.saes]
+        origin = f"{self.release.source.name} at commit {self.commit}"
+        return "\n".join([f"Pulled {origin}, every SAE verified by sha256. To load:", "", *_code(calls)])
+
+
+def push(config: PushConfig) -> Pushed:
+    """Publish saved SAEs in one commit, and check that the hub has stored what was sent.
+
+    runner_cfg.json, results.json and report.html go as they are: names of folders on the machine they were made on included.
+
+    Raises:
+        ValueError: the folder holds no SAE, or a damaged one; nobody is logged in, or may not write there; the repository has
+            other files of these names already; what the hub stored is not what was sent.
+        FileNotFoundError: a file is missing, or the hub cannot be reached.
+    """
+    saved = saved_saes(config.source, sae_id=config.sae_id, names=config.saes)
+    if get_token() is None:
+        raise ValueError(f"nobody is logged in to the hub, and pushing needs it; {LOG_IN}")
+    api, what = HfApi(), f"pushing to {config.repo_id!r}"
+    with explained(what, cached=False):
+        api.create_repo(config.repo_id, private=config.private or None, exist_ok=True)
+        info = api.model_info(config.repo_id)
+    release, contents = _to_commit(config, saved, info)
+    with explained(what, cached=False):
+        commit = api.create_commit(
+            config.repo_id,
+            [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in contents.items()],
+            commit_message=f"Add {', '.join(sae.entry.id for sae in saved.saes)}",
+            parent_commit=info.sha,
+        )
+        stored = api.get_paths_info(config.repo_id, list(contents), revision=commit.oid)
+    _check_stored(contents, [file for file in stored if isinstance(file, RepoFile)], commit.commit_url)
+    return Pushed(url=commit.commit_url, release=release)
+
+
+def pull(config: PullConfig) -> Pulled:
+    """Fetch a repository that `push` wrote; the folder appears only when every SAE in it is verified.
+
+    Raises:
+        FileNotFoundError: there is no such repository, revision or file, or neither the hub nor the cache can give it.
+        ValueError: a file's sha256 is not the released one, the output exists, or there is no such SAE.
+    """
+    output = Path(config.output)
+    if output.exists():
+        raise ValueError(f"{str(output)!r} exists already; give a folder that does not")
+    listed = HubSource(repo_id=config.repo_id, revision=config.revision).file(
+        RELEASE_FILENAME, force_download=config.force_download
+    )
+    commit = listed.parent.name  # the cache keeps a folder for each commit
+    release = _chosen(_only_release(listed), config, commit)
+    with explained(f"{config.repo_id!r} at commit {commit}"):
+        snapshot = snapshot_download(
+            config.repo_id,
+            revision=commit,
+            allow_patterns=[*BESIDE, *(f"{sae.path}/*" for sae in release.saes)],
+            force_download=config.force_download,
+        )
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _copy(Path(snapshot), partial, BESIDE)
+    for sae in release.saes:
+        _copy(Path(snapshot), partial, [f"{sae.path}/{name}" for name in (*sae.sha256, RUNNER_CFG_FILENAME)])
+        for name, digest in sae.sha256.items():
+            file, what = partial / sae.path / name, f"{sae.path}/{name} of {config.repo_id!r} at commit {commit}"
+            if not file.is_file():
+                raise FileNotFoundError(f"{what} is missing, though {RELEASE_FILENAME} lists it; ask who published it")
+            check_sha256(file, digest, what)
+    return Pulled(folder=partial.rename(output), commit=commit, release=release)
+
+
+def _to_commit(config: PushConfig, saved: SavedSAEs, info: ModelInfo) -> tuple[Release, Contents]:
+    """The release that the repository will have, and every file to write; SAEs of an earlier push stay listed."""
+    present = {sibling.rfilename for sibling in info.siblings or ()}
+    pushed_before = RELEASE_FILENAME in present
+    source = HubSource(repo_id=config.repo_id, revision=info.sha or "main")
+    earlier = _earlier_saes(source, {sae.entry.id for sae in saved.saes}) if pushed_before else []
+    cards = [*(sae.card() for sae in saved.saes), *earlier]
+    result = saved.result()
+    if result is None and pushed_before and RESULTS_FILENAME in present:
+        result = BenchmarkResult.load(source.file(RESULTS_FILENAME))  # else the table of the earlier SAEs would go
+    release = Release(
+        name=config.repo_id,  # once registered, SAE.from_pretrained(repo_id, id) is verified, too
+        model=cards[0].config["metadata"].get("model_name") or "unknown",
+        source=HubSource(repo_id=config.repo_id),
+        saes=tuple(card.entry for card in cards),
+    )
+    contents: dict[str, Path | bytes] = {path: file for sae in saved.saes for path, file in sae.files().items()}
+    beside = {RESULTS_FILENAME: saved.results, REPORT_FILENAME: saved.report}
+    contents |= {name: path for name, path in beside.items() if path is not None}
+    contents[CARD_FILENAME] = model_card(config.repo_id, cards, result=result, license=config.license).encode()
+    contents[RELEASE_FILENAME] = releases_yaml([release]).encode()
+    taken = sorted((present & set(contents)) - (set(BESIDE) if pushed_before else set()))
+    if taken and not config.overwrite:
+        raise ValueError(
+            f"{config.repo_id!r} has {', '.join(taken)} already; choose another repository or sae_id, or give overwrite to "
+            "replace them (the hub keeps the earlier commit)"
+        )
+    return release, contents
+
+
+def _earlier_saes(source: HubSource, replaced: set[str]) -> list[CardSAE]:
+    saes = [sae for sae in _only_release(source.file(RELEASE_FILENAME)).saes if sae.id not in replaced]
+    configs = [json.loads(source.file(f"{sae.path}/{SAE_CFG_FILENAME}").read_text()) for sae in saes]
+    return [CardSAE(entry=sae, config=config) for sae, config in zip(saes, configs, strict=True)]
+
+
+def _check_stored(contents: Contents, stored: Sequence[RepoFile], url: str) -> None:
+    """Compare what the hub says it stored with what was sent."""
+    found = {file.path: file for file in stored}
+    damaged = [path for path, content in contents.items() if path not in found or not _same(found[path], content)]
+    if damaged:
+        raise ValueError(f"the hub stored something else than was sent ({', '.join(damaged)}) in {url}; push again")
+
+
+def _same(stored: RepoFile, content: Path | bytes) -> bool:
+    if stored.lfs is not None and isinstance(content, Path):
+        return stored.lfs.sha256 == sha256(content)
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    if stored.lfs is not None:
+        return stored.lfs.sha256 == hashlib.sha256(data).hexdigest()
+    return stored.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # git's name of the content
+
+
+def _only_release(path: Path) -> Release:
+    releases = read_releases(path)
+    if len(releases) != 1:
+        raise ValueError(f"{path} has {len(releases)} releases; a repository's {RELEASE_FILENAME} has one")
+    return releases[0]
+
+
+def _chosen(release: Release, config: PullConfig, commit: str) -> Release:
+    ids = [sae.id for sae in release.saes]
+    if missing := sorted(set(config.saes) - set(ids)):
+        raise ValueError(f"{config.repo_id!r} has no SAE {', '.join(missing)}; it has {', '.join(ids)}")
+    saes = tuple(sae for sae in release.saes if not config.saes or sae.id in config.saes)
+    return replace(release, saes=saes, source=HubSource(repo_id=config.repo_id, revision=commit))
+
+
+def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def _code(calls: Sequence[str]) -> list[str]:
+    imports = ["import sae_nfm  # registers its architectures", "from sae_lens import SAE"]
+    return [f"    {line}" for line in (*imports, *calls)]
+
+
+def _check_repo_id(repo_id: str) -> None:
+    if repo_id.count("/") != 1:
+        raise ValueError(f"repo_id is {repo_id!r}; give owner and name, as in 'user/repository'")

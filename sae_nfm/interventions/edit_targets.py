@@ -1,0 +1,106 @@
+"""Which tokens an edit changes: all, some positions, or those of a mask, also while `generate` goes on.
+
+Positions are those of the whole sequence. In `generate` the first run's tokens are the prompt; with a cache of keys and values
+the later runs carry one token each, without one the sequence so far and one more. Either way a run whose tokens are those of
+the run before and one more goes on with the same prompt.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_nfm.loading import digest
+from sae_nfm.models import LanguageModel, SpecialTokens, TokensRead, is_special
+
+Where = tuple[int, ...] | Tensor | None
+"""Tokens by position, negative ones counted from the end of the prompt; by a mask, Bool[rows pos] of the prompt; or all."""
+
+
+def check_where(where: Where) -> None:
+    """Raise a ValueError for tokens that cannot be told."""
+    if isinstance(where, Tensor):
+        if where.dtype != torch.bool or where.ndim != 2:
+            raise ValueError(
+                f"where is a tensor {tuple(where.shape)} of {where.dtype}; give a mask of bool, [rows, pos], True where the "
+                "edit is to act"
+            )
+    elif where is not None and (not where or not all(type(position) is int for position in where)):
+        raise ValueError(
+            f"where is {where!r}; give positions such as (3, -1), a mask [rows, pos], or None for all tokens"
+        )
+
+
+def where_text(where: Where) -> str:
+    """The tokens, in words that tell two choices apart."""
+    if where is None:
+        return "all tokens"
+    return f"mask {digest({'': where})}" if isinstance(where, Tensor) else f"positions {sorted(where)}"
+
+
+@dataclass
+class TokensInTurn:
+    """What is known of the tokens whose activations pass, run after run."""
+
+    model: LanguageModel | None = None
+    """The model; None where an SAE runs by itself, on whole sequences."""
+    read: TokensRead | None = None
+    """The ids that went into it."""
+    special_tokens: SpecialTokens = "changed"
+    """Whether edits leave special tokens out."""
+    _before: Int[Tensor, "rows pos"] | None = field(default=None, init=False)
+    _prompt: int = field(default=0, init=False)
+
+    def chosen(self, where: Where, value: Float[Tensor, "rows here width"]) -> Bool[Tensor, "rows here"]:
+        """Whether an edit acts, at the tokens whose activations pass.
+
+        Raises:
+            ValueError: when the tokens of the prompt do not include what was asked for.
+        """
+        rows, here = value.shape[:2]
+        ids = None if self.read is None else self.read.on(value.device)
+        if ids is not None and (len(ids) != rows or ids.shape[1] < here):
+            raise ValueError(
+                f"activations {tuple(value.shape)} are not those of the tokens {tuple(ids.shape)} that the model read last; "
+                "while an edit is at work, run the SAE in the model only"
+            )
+        length = here if ids is None else ids.shape[1]
+        mask = self._mask(where, rows, length, self._prompt_of(ids, length), value.device)
+        if ids is not None and self.model is not None and self.special_tokens == "kept":
+            mask = mask & ~is_special(self.model, ids)
+        return mask[:, length - here :]
+
+    def _prompt_of(self, ids: Int[Tensor, "rows pos"] | None, length: int) -> int:
+        """How many tokens the prompt has."""
+        before, self._before = self._before, ids
+        goes_on = (
+            ids is not None
+            and before is not None
+            and len(before) == len(ids)
+            and before.shape[1] in (length, length - 1)
+            and torch.equal(before, ids[:, : before.shape[1]])
+        )
+        if not goes_on:
+            self._prompt = length
+        return self._prompt
+
+    @staticmethod
+    def _mask(where: Where, rows: int, length: int, prompt: int, device: torch.device) -> Bool[Tensor, "rows pos"]:
+        if where is None:
+            return torch.ones(rows, length, dtype=torch.bool, device=device)
+        mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
+        if isinstance(where, Tensor):
+            if where.shape != (rows, prompt):
+                raise ValueError(
+                    f"where is a mask of {tuple(where.shape)} tokens, the prompt has {(rows, prompt)}; give a mask of its shape"
+                )
+            mask[:, :prompt] = where.to(device)
+            return mask
+        positions = [position + prompt if position < 0 else position for position in where]
+        if min(positions) < 0:
+            raise ValueError(
+                f"where has position {min(where)}, and the prompt has {prompt} tokens; give positions from {-prompt}"
+            )
+        mask[:, [position for position in positions if position < length]] = True
+        return mask

@@ -1,0 +1,299 @@
+"""Interventions: what is done to a language model's activations while it runs, on every kind of model.
+
+    Splice         an SAE in place of a hook point, some of its paths ablated by zero or by a mean, some of its insides edited
+    Substitution   a function in place of a hook point
+
+Both leave special tokens (BOS, EOS, padding, separators) as they are, in every arm, unless told otherwise. SAELens's
+`run_evals` bypasses them in the splice and ZEROES them in its ablation; `special_tokens="changed"` treats them as all other
+tokens are, so that a zero ablation is SAELens's, and a splice is SAELens's with `exclude_special_tokens=False`.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from sae_lens import SAE
+from torch import Tensor
+from typing_extensions import override
+
+from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths
+from sae_nfm.interventions.apply_edits import at_work, hook_functions
+from sae_nfm.interventions.edit_targets import TokensInTurn
+from sae_nfm.interventions.edits import SAEEdit
+from sae_nfm.loading import describe, digest
+from sae_nfm.models import (
+    Attached,
+    HookFunction,
+    LanguageModel,
+    SpecialTokens,
+    claimed,
+    counted_tokens,
+    is_special,
+    keeping,
+    reconstruction,
+    special_token_ids,
+    splice,
+    tokens_read,
+    writing,
+)
+
+__all__ = [
+    "HookFunction",
+    "Intervention",
+    "SpecialTokens",
+    "Splice",
+    "Substitution",
+    "TokenContext",
+    "Trace",
+    "counted_tokens",
+    "digest",
+    "path_means",
+    "special_token_ids",
+    "splice",
+]
+
+
+class Trace:
+    """What passed through an intervention's hook point in the model's last run, heads flattened."""
+
+    x: Float[Tensor, "rows pos d"]
+    """What the model computed."""
+    x_hat: Float[Tensor, "rows pos d"]
+    """What it went on with."""
+    acts: Float[Tensor, "rows pos d_sae"] | None = None
+    """Feature activations, where an SAE was at work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervention(ABC):
+    """A change to what a language model computes at one hook point.
+
+        with intervention.on(model, generator) as trace:
+            logits = model(tokens)
+
+    It is taken off when the context is left, by an exception too. Interventions at different hook points nest: the inner one
+    sees what the outer one left of the activations. A second one at the same hook point is a ValueError.
+
+    A new kind is a frozen dataclass that derives from this one and provides the three abstract members. `on` must treat
+    special tokens as `special_tokens` says, claim its hook point (`splicing.claimed`, or `splice`, which does) and fill the
+    trace in every run; it leaves every position of x that it does not mean to change bit for bit as it was.
+    """
+
+    special_tokens: SpecialTokens = "kept"
+    """Whether special tokens keep their activations, or are treated as all others are."""
+
+    @property
+    @abstractmethod
+    def hook_name(self) -> str:
+        """Where it acts, by a name of either kind."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """A text that differs where the effect differs, by which a resumed measurement knows the arm again."""
+
+    @abstractmethod
+    def on(self, model: LanguageModel, generator: torch.Generator | None = None) -> AbstractContextManager[Trace]:
+        """At work on a model for a while.
+
+        Args:
+            model: of any kind.
+            generator: for kinds that draw at random; on the CPU, so that the draws are the same on every device.
+
+        Raises:
+            ValueError: when the model has no such hook point, or something is in its place already.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splice(Intervention):
+    """An SAE in place of the hook point that its metadata names.
+
+    Raises:
+        ValueError: for a hook point the SAE does not have, a mean that is no vector, or an SAE that reads one hook point
+            and writes another.
+    """
+
+    sae: SAE[Any]
+    """The SAE, of any architecture."""
+    ablated: Mapping[str, Tensor | None] = field(default_factory=dict[str, "Tensor | None"])
+    """Hook points of the SAE, such as "hook_nfm_linear", by what is written there at every token: None for zero, or a
+    vector, such as the path's mean (`path_means`). Zero takes the mean of a path away with it; the mean leaves it in."""
+    edits: Sequence[SAEEdit] = ()
+    """What else is changed inside the SAE, in this order, after what is ablated; special tokens are left out where they are
+    kept. In `reconstruct` the activations given are the prompt."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would only be noticed in the middle of a run, or not at all."""
+        unknown = [name for name in self.ablated if name not in self.sae.hook_dict]
+        if unknown:
+            raise ValueError(f"the SAE has no {', '.join(unknown)}; it has {', '.join(self.sae.hook_dict)}")
+        for name, value in self.ablated.items():
+            if value is not None and value.ndim != 1:
+                raise ValueError(
+                    f"the mean for {name} has shape {tuple(value.shape)}; give one vector, or None for zero"
+                )
+        metadata = self.sae.cfg.metadata
+        if metadata.hook_name_out not in (None, metadata.hook_name):
+            raise ValueError(
+                f"the SAE reads {metadata.hook_name!r} and writes {metadata.hook_name_out!r}; a splice is for SAEs that "
+                "reconstruct what they read"
+            )
+        for edit in self.edits:
+            if edit.hook_point not in SECONDARY_HOOKS:  # those need a secondary SAE when they are put to work
+                edit.check(self.sae)
+
+    @property
+    @override
+    def hook_name(self) -> str:
+        return str(self.sae.cfg.metadata.hook_name)
+
+    @property
+    @override
+    def identity(self) -> str:
+        parts = {name: "zero" if value is None else digest({"": value}) for name, value in self.ablated.items()}
+        ablated = json.dumps(parts, sort_keys=True)
+        text = f"{describe(self.sae, f' at {self.hook_name}')}, ablated {ablated}, special tokens {self.special_tokens}"
+        if self.edits:
+            text += f", edits {json.dumps([edit.identity for edit in self.edits])}"
+        if isinstance(self.sae, NFMPaths) and self.sae.secondary is not None:
+            secondary = self.sae.secondary
+            text += f", hidden code through {describe(secondary.sae)}, error term {secondary.error_term}"
+        return text
+
+    @override
+    @contextmanager
+    def on(self, model: LanguageModel, generator: torch.Generator | None = None) -> Generator[Trace]:
+        trace = Trace()
+        before, after = _recorded(trace)
+        with (
+            splice(model, self.sae, self.special_tokens) as found,
+            found.hooks(before),
+            found.hooks(self._ablations()),
+            at_work(model, self.sae, found, self.edits, self.special_tokens),
+            found.hooks(after),
+        ):
+            yield trace
+
+    def reconstruct(self, x: Float[Tensor, "rows pos d"]) -> Float[Tensor, "rows pos d"]:
+        """What the SAE makes of activations by itself, at every position, its paths ablated and edits made, heads flattened."""
+        with Attached(owner=self.sae, prefix="").hooks(self._ablations()):
+            return reconstruction(self.sae, x, hook_functions(self.sae, self.edits, TokensInTurn()))
+
+    def _ablations(self) -> dict[str, HookFunction]:
+        return {name: writing(name, value) for name, value in self.ablated.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenContext:
+    """Where the activations stand that a substitution is given."""
+
+    counted: Bool[Tensor, "rows pos"]
+    """True where a token is counted: not special, not in position 0 (`counted_tokens`)."""
+    generator: torch.Generator | None
+    """Source of randomness, on the CPU, where one was given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Substitution(Intervention):
+    """A function in place of a hook point.
+
+    The function is given every position, position 0 and special tokens among them; what it returns at special tokens is then
+    replaced by what was there, unless they are to be changed.
+    """
+
+    at: str
+    """The hook point, by a name of either kind."""
+    function: Callable[[Tensor, TokenContext], Tensor]
+    """From the original activations [rows pos d], heads flattened, and their context to what goes in their place, of that
+    shape. It must not write into what it is given."""
+    description: str
+    """What the function does and all it depends on: a resumed measurement knows the function by this text only."""
+
+    @property
+    @override
+    def hook_name(self) -> str:
+        return self.at
+
+    @property
+    @override
+    def identity(self) -> str:
+        return f"{self.description} at {self.at}, special tokens {self.special_tokens}"
+
+    @override
+    @contextmanager
+    def on(self, model: LanguageModel, generator: torch.Generator | None = None) -> Generator[Trace]:
+        trace = Trace()
+        with claimed(model, self.at) as hook_name, tokens_read(model) as read:
+
+            def substitute(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+                tokens, x = read.on(value.device), value.flatten(2)
+                here = slice(tokens.shape[1] - x.shape[1], None)
+                x_hat = self.function(
+                    x, TokenContext(counted=counted_tokens(model, tokens)[:, here], generator=generator)
+                )
+                if x_hat.shape != x.shape:
+                    raise ValueError(
+                        f"{self.description!r} made {tuple(x_hat.shape)} of activations {tuple(x.shape)}; return that shape"
+                    )
+                if self.special_tokens == "kept":
+                    x_hat = torch.where(is_special(model, tokens[:, here])[..., None], x, x_hat)
+                trace.x, trace.x_hat = x, x_hat.to(x.dtype)
+                return trace.x_hat.reshape(value.shape)
+
+            with model.hooks(fwd_hooks=[(hook_name, substitute)]):
+                yield trace
+
+
+@torch.no_grad()
+def path_means(
+    model: LanguageModel,
+    sae: SAE[Any],
+    tokens: Int[Tensor, "rows pos"],
+    names: Sequence[str],
+    *,
+    batch_rows: int = 16,
+) -> dict[str, Float[Tensor, " width"]]:
+    """Mean over the counted tokens of what passes through hook points of an SAE, for ablation by the mean.
+
+    Args:
+        model: the language model; the SAE sees its activations as they are.
+        sae: the SAE.
+        tokens: held-out rows, better not those that will be evaluated on.
+        names: hook points of the SAE, such as "hook_nfm_linear".
+        batch_rows: rows per forward pass.
+
+    Raises:
+        ValueError: for a hook point the SAE does not have, or when no token is counted.
+    """
+    Splice(sae=sae, ablated=dict.fromkeys(names))  # refuses unknown names
+    sums, n = dict.fromkeys(names, torch.zeros(())), 0
+    for batch in tokens.split(batch_rows):
+        mask, seen = counted_tokens(model, batch), dict[str, Tensor]()
+        with splice(model, sae) as found, found.hooks({name: keeping(seen, name) for name in names}):
+            model(batch)
+        n += int(mask.sum())
+        sums = {name: sums[name] + seen[name][mask].flatten(1).sum(0, dtype=torch.float64).cpu() for name in names}
+    if n == 0:
+        raise ValueError(f"no token to average over: {tokens.numel()} tokens, all special or in position 0; give more")
+    return {name: (total / n).float() for name, total in sums.items()}
+
+
+def _recorded(trace: Trace) -> tuple[dict[str, HookFunction], dict[str, HookFunction]]:
+    """Hook functions that fill a trace at the hook points of an SAE: before anything is changed there, and after."""
+
+    def x(value: Tensor, hook: Any) -> None:  # noqa: ARG001
+        trace.x = value.flatten(2)
+
+    def x_hat(value: Tensor, hook: Any) -> None:  # noqa: ARG001
+        trace.x_hat = value.flatten(2)
+
+    def acts(value: Tensor, hook: Any) -> None:  # noqa: ARG001
+        trace.acts = value
+
+    return {"hook_sae_input": x}, {"hook_sae_output": x_hat, "hook_sae_acts_post": acts}

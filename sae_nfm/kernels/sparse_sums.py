@@ -1,0 +1,286 @@
+"""Sums over the active entries alone, and the gradients made of them.
+
+With [bj] the j-th active feature of token b, f_bj its value, w_i the row of feature i and g_b a vector of token b:
+
+    `sum_by_token`      sum_j f_bj w_[bj]    F.embedding_bag over the features of a token
+    `sum_by_feature`    sum_b f_bi g_b       F.embedding_bag over the tokens of a feature: the same entries, ordered by `route`
+    `dots`              <g_b, w_[bj]>        torch.sparse.sampled_addmm
+
+On a GPU with Triton they are the kernels of `triton_sums`. None of them makes [batch, d_sae] or [batch, k, d_out]. The
+functions can be differentiated once.
+"""
+
+import warnings
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from typing_extensions import override
+
+from sae_nfm.kernels import topk
+from sae_nfm.kernels.devices import product_dtype, uses_triton
+
+Grads = tuple[Tensor | None, ...]
+TRANSPOSED_BYTES = 3 * 2**23
+"""Size of the pieces in which W_enc and its gradient are transposed, at most; 32 MiB come from the system, page by page."""
+TRANSPOSED_ROWS = 256
+"""Rows of W_enc in a piece, at most: with 512, the numbers of a column are 2 KiB apart and displace each other in the cache."""
+TRANSPOSED_FEATURES = 512
+"""Features of a piece that are transposed at a time. Measured on CPU."""
+
+
+class Routing(NamedTuple):
+    """The active entries ordered by feature, for sums over the tokens of a feature; made by `route`."""
+
+    entries: Int[Tensor, " n_entries"]
+    """Positions in the flattened [n_tokens, k] activations; those of one feature are adjacent, in the order of tokens."""
+    tokens: Int[Tensor, " n_entries"]
+    """The token of each entry."""
+    starts: Int[Tensor, " d_sae_plus_1"]
+    """Where each feature's entries begin; the last number is n_entries."""
+
+
+def route(indices: Int[Tensor, "*batch k"], d_sae: int) -> Routing:
+    """Order the active entries by feature: once for all kernels that read features at the same indices."""
+    flat = indices.flatten()
+    entries = flat.int().argsort(stable=True)  # int32 sorts faster
+    counts = flat.new_zeros(d_sae + 1).index_add_(0, flat + 1, torch.ones_like(flat))  # bincount waits for a GPU
+    return Routing(entries, entries // indices.shape[-1], counts.cumsum(0))
+
+
+class TopHiddenPre(torch.autograd.Function):
+    """`topk.top_hidden_pre`, differentiable in the values; `dense` makes the gradients of x and W_enc as products."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, k: int, dense: bool
+    ) -> tuple[Tensor, Tensor]:
+        indices, values = topk.top_hidden_pre(x, W_enc, b_enc, scale, k)
+        ctx.save_for_backward(x, W_enc, scale, indices, values)
+        ctx.product_dtype = product_dtype(x) if dense else None
+        return indices, values
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, _: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, W_enc, scale, indices, values = ctx.saved_tensors
+        grad, routing, grad_scale = wide(grad), route(indices, W_enc.shape[1]), None
+        if scale is not None:
+            chosen = wide(scale)[indices]
+            grad_scale = sum_values(routing, torch.where(chosen == 0, 0.0, grad * wide(values) / chosen), indices)
+            grad = grad * chosen
+        if ctx.product_dtype is None:
+            grads = _encoder_grads(x, W_enc, indices, grad, routing, *ctx.needs_input_grad[:2])
+        else:
+            grads = _encoder_products(x, W_enc, indices, grad.to(ctx.product_dtype), *ctx.needs_input_grad[:2])
+        return *grads, sum_values(routing, grad, indices), grad_scale, None, None
+
+
+def _encoder_grads(
+    x: Tensor, W_enc: Tensor, indices: Tensor, grad: Tensor, routing: Routing, needs_x: bool, needs_W: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and W_enc from the active entries, for some rows of W_enc at a time."""
+    d_in, d_sae = W_enc.shape
+    grad_x = torch.empty_like(x) if needs_x else None
+    grad_W = torch.empty_like(W_enc) if needs_W else None
+    step = d_in if W_enc.is_cuda else max(1, min(TRANSPOSED_ROWS, TRANSPOSED_BYTES // (d_sae * grad.element_size())))
+    for rows in (slice(start, start + step) for start in range(0, d_in, step)):
+        if grad_x is not None:
+            grad_x[:, rows] = sum_by_token(indices, grad, wide(W_enc[rows].T))
+        if grad_W is not None:
+            _transpose(sum_by_feature(routing, grad, wide(x[:, rows])), grad_W[rows])
+    return grad_x, grad_W
+
+
+def _encoder_products(
+    x: Tensor, W_enc: Tensor, indices: Tensor, grad: Tensor, needs_x: bool, needs_W: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same gradients as products with the matrix [n_tokens, d_sae] of the gradient, in the type that this has."""
+    matrix = grad.new_zeros(len(grad), W_enc.shape[1]).scatter_(-1, indices, grad)
+    grad_x = (matrix @ W_enc.to(grad.dtype).T).to(x.dtype) if needs_x else None
+    grad_W = (x.to(grad.dtype).T @ matrix).to(W_enc.dtype) if needs_W else None
+    return grad_x, grad_W
+
+
+class OfActive(torch.autograd.Function):
+    """A number of each active feature. Indexing would do, but its gradient adds in an order that depends on the threads."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, per_feature: Tensor, indices: Tensor, routing: Routing | None) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.routing, ctx.d_sae = routing, len(per_feature)
+        return per_feature.index_select(0, indices.flatten()).reshape(indices.shape)
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (indices,) = ctx.saved_tensors
+        return sum_values(ctx.routing or route(indices, ctx.d_sae), grad, indices), None, None
+
+
+class WeightedRows(torch.autograd.Function):
+    """`sum_i f_i weight_i`, with the routing to share or None."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, indices: Tensor, values: Tensor, weight: Tensor, routing: Routing | None) -> Tensor:
+        ctx.save_for_backward(indices, values, weight)
+        ctx.routing = routing
+        return sum_by_token(indices, values.to(weight.dtype), weight)
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
+        indices, values, weight = ctx.saved_tensors
+        grad, grad_values, grad_weight = wide(grad), None, None
+        if ctx.needs_input_grad[1]:
+            grad_values = dots(indices, grad, weight)
+        if ctx.needs_input_grad[2]:
+            grad_weight = sum_by_feature(ctx.routing or route(indices, len(weight)), wide(values), grad)
+        return None, grad_values, grad_weight, None
+
+
+class BothDecoders(torch.autograd.Function):
+    """`sum_i f_i (W_dec_i / n_i + W_lin_i)`: one sum over tokens is the gradient of both, but for n_i (1 without norms)."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any,
+        indices: Tensor,
+        values: Tensor,
+        W_dec: Tensor,
+        norms: Tensor | None,
+        W_lin: Tensor,
+        routing: Routing | None,
+    ) -> Tensor:
+        ctx.save_for_backward(indices, values, W_dec, norms, W_lin)
+        ctx.routing = routing
+        unscaled = values if norms is None else values / norms[indices]
+        direct = sum_by_token(indices, unscaled.to(W_dec.dtype), W_dec)
+        return direct.add_(sum_by_token(indices, values.to(W_lin.dtype), W_lin))
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
+        indices, values, W_dec, norms, W_lin = ctx.saved_tensors
+        _, needs_values, needs_W_dec, needs_norms, needs_W_lin, _ = ctx.needs_input_grad
+        grad, values, routing = wide(grad), wide(values), ctx.routing
+        if needs_W_dec or needs_norms or needs_W_lin:
+            routing = ctx.routing or route(indices, len(W_dec))
+        per_norm = None if norms is None else torch.where(norms == 0, 0.0, 1 / wide(norms))
+        grad_values = grad_W_dec = grad_norms = grad_W_lin = None
+        if needs_values or needs_norms:
+            direct = dots(indices, grad, W_dec)
+            if per_norm is not None:
+                direct *= per_norm[indices]
+                if needs_norms:
+                    grad_norms = -per_norm * sum_values(routing, values * direct, indices)
+            if needs_values:
+                grad_values = direct.add_(dots(indices, grad, W_lin))
+        if needs_W_dec or needs_W_lin:
+            grad_W_lin = sum_by_feature(routing, values, grad)
+            grad_W_dec = grad_W_lin if per_norm is None else grad_W_lin * per_norm[:, None]
+        return None, grad_values, grad_W_dec, grad_norms, grad_W_lin, None
+
+
+class RowNorms(torch.autograd.Function):
+    """The norm of each row, and the matrix itself; one pass adds what comes back from both.
+
+    It adds to the matrix's gradient in place, as the functions here make one that nobody else holds: a fresh one of this size
+    takes four times as long.
+    """
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+        norms = weight.norm(dim=-1)
+        ctx.save_for_backward(weight, norms)
+        ctx.set_materialize_grads(False)
+        return norms, weight
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_weight: Tensor | None) -> Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight, norms = ctx.saved_tensors
+        if grad is None:
+            return grad_weight
+        factor = torch.where(norms == 0, 0.0, grad / norms)[:, None]  # 0 where the norm is 0, as in torch
+        return weight * factor if grad_weight is None else grad_weight.contiguous().addcmul_(weight, factor)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: for sums over many entries, and for operations that know no half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _transpose(source: Tensor, out: Tensor) -> None:
+    """`out.copy_(source.T)`, which torch does on one CPU thread; a product it spreads over all."""
+    if uses_triton(out):
+        _triton().transpose(source, out)
+        return
+    for columns in (slice(start, start + TRANSPOSED_FEATURES) for start in range(0, len(source), TRANSPOSED_FEATURES)):
+        torch.mul(source[columns].T, 1.0, out=out[:, columns])
+
+
+def _triton() -> ModuleType:
+    """The kernels, loaded where they are used first: Triton need not be installed, and takes a second to import."""
+    from sae_nfm.kernels import triton_sums
+
+    return triton_sums
+
+
+def sum_values(routing: Routing, values: Tensor, indices: Tensor) -> Tensor:
+    """`sum_b f_bi`, [d_sae], in an order that does not depend on the threads."""
+    if uses_triton(values):
+        n_tokens = values.numel() // values.shape[-1]
+        return sum_by_feature(routing, values, values.new_ones(n_tokens, 1))[:, 0]
+    zeros = values.new_zeros(len(routing.starts) - 1)
+    return zeros.index_add_(0, indices.flatten(), values.flatten())
+
+
+def sum_by_token(indices: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    """`sum_j f_bj w_[bj]`, [n_tokens, d_out]; detached, else the bag prepares a backward pass of its own."""
+    if uses_triton(rows):
+        return _triton().sum_by_token(indices, values, rows)
+    return F.embedding_bag(indices, rows.detach().contiguous(), per_sample_weights=values.detach(), mode="sum")
+
+
+def sum_by_feature(routing: Routing, values: Tensor, by_token: Tensor) -> Tensor:
+    """`sum_b f_bi g_b`, [d_sae, d_out], 0 for features that no token uses."""
+    if uses_triton(by_token):
+        return _triton().sum_by_feature(routing, values, by_token)
+    weights = values.detach().flatten()[routing.entries]
+    return F.embedding_bag(
+        routing.tokens,
+        by_token.detach().contiguous(),
+        routing.starts,
+        per_sample_weights=weights,
+        mode="sum",
+        include_last_offset=True,
+    )
+
+
+def dots(indices: Tensor, by_token: Tensor, rows: Tensor) -> Tensor:
+    """`<g_b, w_[bj]>`, [n_tokens, k], in the type of g, which is at least float32."""
+    if uses_triton(rows):
+        return _triton().dots(indices, by_token, rows)
+    n_tokens, k = indices.shape
+    starts, zeros = k * torch.arange(n_tokens + 1, device=indices.device), by_token.new_zeros(n_tokens * k)
+    shape = (n_tokens, len(rows))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        pattern = torch.sparse_csr_tensor(starts, indices.flatten(), zeros, shape, check_invariants=False)
+        products = torch.sparse.sampled_addmm(pattern, by_token, rows.to(by_token.dtype).T, beta=0.0)
+    return products.values().reshape(n_tokens, k)

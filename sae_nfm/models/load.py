@@ -1,0 +1,223 @@
+"""Language models by name or from a folder, through each loader of SAELens, and their hook points by every name in use.
+
+Three kinds of model, by SAELens's `model_class_name`:
+
+    HookedTransformer      HookedSAETransformer   blocks.2.hook_resid_post   TransformerLens's own modules, raw weights
+    TransformerBridge      SAETransformerBridge   blocks.2.hook_out          Hugging Face's modules under TransformerLens's hooks
+    AutoModelForCausalLM   HookedProxyLM          transformer.h.2            Hugging Face's modules and names
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, cast, overload
+
+import torch
+from sae_lens import HookedSAETransformer, SAETransformerBridge
+from sae_lens.load_model import HookedProxyLM
+from sae_lens.load_model import load_model as load_with_saelens
+from sae_lens.util import str_to_dtype
+from transformer_lens.loading_from_pretrained import get_official_model_name
+from transformer_lens.model_bridge.generalized_components import (
+    AttentionBridge,
+    BlockBridge,
+    GatedMLPBridge,
+    MLPBridge,
+)
+
+from sae_nfm import demo
+from sae_nfm.demo.model import MODEL_DIR
+from sae_nfm.models.local_hf import has_tokenizer, hooked_from_folder, is_folder
+
+LanguageModel = HookedSAETransformer | SAETransformerBridge | HookedProxyLM
+OFFLINE = "check the spelling and the connection, or stay offline with the embedded model (leave the option out)"
+HEADS = ("hook_z", "attn.o.hook_in")
+"""How the names of hook points end whose heads have to be flattened."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A hook point of a model, as an SAE sees it."""
+
+    hook_name: str
+    """The name by which this model knows it: the one to train with."""
+    d_in: int
+    """Dimensions a token, heads flattened."""
+    reshape_activations: Literal["none", "hook_z"]
+    """SAELens's name for whether the SAE has to flatten heads."""
+
+
+@overload
+def load_model(
+    name: str | Path,
+    device: str = ...,
+    *,
+    model_class_name: Literal["HookedTransformer"] = ...,
+    **from_pretrained_kwargs: Any,
+) -> HookedSAETransformer: ...
+@overload
+def load_model(
+    name: str | Path, device: str = ..., *, model_class_name: str, **from_pretrained_kwargs: Any
+) -> LanguageModel: ...
+def load_model(
+    name: str | Path,
+    device: str = "cpu",
+    *,
+    model_class_name: str = "HookedTransformer",
+    **from_pretrained_kwargs: Any,
+) -> LanguageModel:
+    """A language model: the embedded one by its own name, a local Hugging Face folder, or a name from the hub.
+
+    Weights are neither folded nor centred unless asked for. A folder without a tokenizer gives a `HookedTransformer` that
+    reads token ids only; the other two classes need one.
+
+    Args:
+        name: "sae-nfm-demo", a folder with config.json, or a name that TransformerLens or the hub knows.
+        device: where the model goes.
+        model_class_name: "HookedTransformer", "TransformerBridge" or "AutoModelForCausalLM".
+        from_pretrained_kwargs: as that class's loader takes them, e.g. `dtype="bfloat16"`.
+
+    Raises:
+        ValueError: for another class, a name TransformerLens does not know, or a folder it cannot convert exactly.
+        FileNotFoundError: for an incomplete folder, or when the hub cannot be reached or does not have the model.
+    """
+    if model_class_name not in _LOADERS:
+        raise ValueError(f"model_class_name is {model_class_name!r}; give one of {', '.join(map(repr, _LOADERS))}")
+    load = _LOADERS[model_class_name]
+    if name == demo.MODEL_NAME:
+        return _load_embedded(model_class_name, device, from_pretrained_kwargs)
+    if is_folder(name):
+        return load(str(name), device, **from_pretrained_kwargs)
+    if Path(name).is_absolute() or Path(name).is_dir() or str(name).startswith("."):
+        raise FileNotFoundError(
+            f"{str(name)!r} is not a Hugging Face folder: it has no config.json; give one with config.json, weights and tokenizer"
+        )
+    try:
+        return load(str(name), device, **from_pretrained_kwargs)
+    except OSError as error:
+        raise FileNotFoundError(f"model {name!r} could not be fetched from the hub; {OFFLINE}") from error
+
+
+def _load_embedded(model_class_name: str, device: str, kwargs: dict[str, Any]) -> LanguageModel:
+    if model_class_name == "HookedTransformer" and not kwargs:
+        return demo.load_model(device)
+    kwargs = {"dtype": torch.float32} | kwargs  # it is half precision on disk
+    model = _LOADERS[model_class_name](str(MODEL_DIR), device, **kwargs)
+    if not isinstance(model, HookedProxyLM):
+        model.cfg.model_name = demo.MODEL_NAME
+    return model
+
+
+def _load_hooked(name: str, device: str, **kwargs: Any) -> HookedSAETransformer:
+    if is_folder(name):
+        return hooked_from_folder(name, device, **kwargs)
+    try:
+        get_official_model_name(name)
+    except ValueError as error:
+        raise ValueError(f"TransformerLens knows no model {name!r}; {OFFLINE}") from error
+    return HookedSAETransformer.from_pretrained_no_processing(name, device=device, **kwargs)
+
+
+def _load_bridge(name: str, device: str, **kwargs: Any) -> SAETransformerBridge:
+    if "tokenizer" not in kwargs:
+        _refuse_without_tokenizer(name, "TransformerBridge")
+    if isinstance(kwargs.get("dtype"), str):
+        kwargs["dtype"] = str_to_dtype(kwargs["dtype"])
+    with torch.random.fork_rng(devices=[]):  # it draws initial weights for the layers it splits
+        return SAETransformerBridge.boot_transformers(name, device=device, **kwargs).eval()
+
+
+def _load_proxy(name: str, device: str, **kwargs: Any) -> HookedProxyLM:
+    _refuse_without_tokenizer(name, "AutoModelForCausalLM")
+    return cast(HookedProxyLM, load_with_saelens("AutoModelForCausalLM", name, device, kwargs).eval())
+
+
+def _refuse_without_tokenizer(name: str, model_class_name: str) -> None:
+    if is_folder(name) and not has_tokenizer(name):
+        raise FileNotFoundError(
+            f"{name!r} has no tokenizer, without which {model_class_name} cannot be loaded; add tokenizer.json, or take "
+            "model_class_name='HookedTransformer', which reads token ids without one"
+        )
+
+
+_LOADERS: dict[str, Callable[..., Any]] = {
+    "HookedTransformer": _load_hooked,
+    "TransformerBridge": _load_bridge,
+    "AutoModelForCausalLM": _load_proxy,
+}
+
+
+def resolve_hook_name(model: LanguageModel, hook_name: str) -> str:
+    """The name by which the model knows a hook point, given that name or the other kind of TransformerLens name.
+
+    `blocks.2.hook_resid_post` and `blocks.2.hook_out` are one place: the first is `HookedSAETransformer`'s name, the second
+    `SAETransformerBridge`'s, whose `run_with_cache` and `run_with_hooks` pass over the first in silence. Hook points of
+    a spliced SAE follow: `blocks.2.hook_resid_post.hook_nfm_pooled` is `blocks.2.hook_out.hook_nfm_pooled`.
+
+    Raises:
+        ValueError: when the model has no such hook point; names like it are listed.
+    """
+    head, _, tail = hook_name.rpartition(".")
+    candidates = (hook_name, _translated(model, hook_name), f"{_translated(model, head)}.{tail}")
+    for candidate in candidates:
+        if candidate in model.hook_dict:
+            return candidate
+    if not isinstance(model, HookedProxyLM) and any(_translated(model, at) in candidates for at in model.acts_to_saes):
+        raise ValueError(f"an SAE is attached at {hook_name!r} already; take it off first, with model.reset_saes()")
+    known = list(_all_names(model))
+    near = get_close_matches(hook_name, known, n=4) or known[:4]
+    raise ValueError(f"the model has no hook point {hook_name!r}; did you mean one of {', '.join(near)}?")
+
+
+def _translated(model: LanguageModel, name: str) -> str:
+    if isinstance(model, SAETransformerBridge):
+        return model._resolve_hook_name(name)  # pyright: ignore[reportPrivateUsage] (what its add_sae does)
+    if isinstance(model, HookedSAETransformer):
+        block, dot, place = name.removeprefix("blocks.").partition(".")
+        return f"blocks.{block}{dot}{_hooked_places(model).get(place, place)}" if name.startswith("blocks.") else name
+    return name
+
+
+def _hooked_places(model: HookedSAETransformer) -> dict[str, str]:
+    """Places in a block: TransformerBridge's name to HookedTransformer's, from TransformerBridge's own aliases."""
+    block: dict[str, Any] = dict(BlockBridge.hook_aliases)
+    if model.cfg.use_normalization_before_and_after:  # Gemma 2 hooks what its second norms write, see its bridge
+        block |= {"hook_attn_out": "ln1_post.hook_out", "hook_mlp_out": "ln2_post.hook_out"}
+    mlp = GatedMLPBridge if model.cfg.gated_mlp else MLPBridge
+    parts: dict[str, dict[str, Any]] = {"": block, "attn.": AttentionBridge.hook_aliases, "mlp.": mlp.hook_aliases}
+    return {prefix + canonical: prefix + hooked for prefix, part in parts.items() for hooked, canonical in part.items()}
+
+
+def _all_names(model: LanguageModel) -> dict[str, Any]:
+    # SAELens's bridge leaves the aliases out of its hook_dict, TransformerLens's has them
+    return super(SAETransformerBridge, model).hook_dict if isinstance(model, SAETransformerBridge) else model.hook_dict
+
+
+def device_of(model: LanguageModel) -> torch.device:
+    """The device on which the model wants its tokens."""
+    return next(model.parameters()).device
+
+
+def find_site(model: LanguageModel, hook_name: str) -> Site:
+    """Look a hook point up, by a name of either kind, and measure its width.
+
+    Raises:
+        ValueError: when the model has no such hook point, or one of another shape; names like it are listed.
+    """
+    own = resolve_hook_name(model, hook_name)
+    probe = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
+    with torch.no_grad():
+        _, cache = model.run_with_cache(probe, names_filter=[own])
+    if own not in cache:
+        raise ValueError(
+            f"nothing passes through {hook_name!r} as one tensor; give the hook point of a module's output"
+        )
+    shape = cache[own].shape
+    if len(shape) != (4 if own.endswith(HEADS) else 3):
+        raise ValueError(
+            f"activations at {hook_name!r} have shape {tuple(shape)}; an SAE needs [batch, pos, d_in] "
+            "(or hook_z, whose heads are flattened)"
+        )
+    # A bridge hands heads to hooks one by one, to an SAE in its place flat; SAELens's reshaping wants a name in _z.
+    return Site(hook_name=own, d_in=shape[2:].numel(), reshape_activations="hook_z" if own.endswith("_z") else "none")

@@ -1,0 +1,267 @@
+"""Training of the arms of a comparison: SAELens's runner on one activation stream, each arm at its own learning rate.
+
+What an arm becomes depends on its configuration, its learning rate, the seed and the data, to the last bit, and not on the
+arms beside it (`matched_runner`): all begin from one seed and see the same batches in the same order.
+
+Each arm ends in a folder of its own, written whole: SAELens's files, `training.jsonl` (its losses and metrics) and
+`trained.json`. An interrupted run leaves an exact checkpoint (`resume`) and goes on from it; finished arms are left alone.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_lens import (
+    HookedSAETransformer,
+    LoggingConfig,
+    MultiSAETrainingRunnerConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+)
+from sae_lens.registry import get_sae_training_class
+from sae_lens.util import temporary_seed
+
+from sae_nfm.loading import quiet_saelens
+from sae_nfm.training.matched_runner import MatchedRunner
+from sae_nfm.training.recorder import read_training_record, record_training
+from sae_nfm.training.resume import checkpoint_folder, exact_resume
+
+TRAINED_FILENAME, RECORD_FILENAME = "trained.json", "training.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingArm:
+    """One SAE to train."""
+
+    name: str
+    """Unique name, such as "topk" or "jumprelu 0.5"."""
+    family: str
+    """Name of the arm it belongs to: "jumprelu" for every coefficient of it, else its own name."""
+    sae: TrainingSAEConfig
+    """SAELens's configuration."""
+    coefficient: float | None = None
+    """What sets its L0; None where k does."""
+    decoder_rate: float = 1.0
+    """Factor on each of Adam's steps of W_dec."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """The activations that arms are trained on, and the length of the training: what is the same for all of them."""
+
+    model_name: str
+    """Name of the language model, for the SAEs' metadata."""
+    hook_name: str
+    """Hook point whose activations are reconstructed."""
+    dataset: str
+    """Name of the training data, for the SAEs' metadata."""
+    training_tokens: int
+    """Activations trained on."""
+    context_size: int
+    """Tokens per row, BOS included."""
+    batch_size: int
+    """Activations per training step."""
+    seed: int
+    """Seed of initialisation, data order and what training steps draw."""
+    n_checkpoints: int = 0
+    """Exact checkpoints during the training, besides the one an interruption leaves."""
+    device: str = "cpu"
+    """Device of the SAEs."""
+
+    @property
+    def steps(self) -> int:
+        """Training steps."""
+        return max(1, self.training_tokens // self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What is known of a finished arm besides its weights; `trained.json` in its folder."""
+
+    arm: str
+    """Name of the arm."""
+    parameters: int
+    """Trainable numbers, counted on the SAE that was trained."""
+    tokens_per_second: float
+    """Training tokens per second of SAE time, the language model not counted."""
+    settings: dict[str, Any]
+    """All that the outcome depends on: SAELens's training configuration, the stream's, the learning rate."""
+
+    @classmethod
+    def load(cls, folder: Path) -> "Trained":
+        """Read it from the folder of a finished arm."""
+        return cls(**json.loads((folder / TRAINED_FILENAME).read_text()))
+
+
+def train_arms(
+    stream: StreamConfig,
+    arms: Mapping[str, TrainingArm],
+    learning_rates: Mapping[str, float],
+    model: HookedSAETransformer,
+    dataset: Any,
+    folder: Path,
+) -> None:
+    """Train those of the arms that are not finished, all at once, each into `folder/<name>`.
+
+    Where an interrupted run left a checkpoint in `folder.partial`, its arms go on from there before the others begin.
+
+    Args:
+        stream: what they are trained on.
+        arms: what to train, by name.
+        learning_rates: Adam's, by name.
+        model: the language model.
+        dataset: data with a `text` or a `tokens` column, in the order of this seed.
+        folder: where the finished arms go.
+
+    Raises:
+        ValueError: when a finished arm was trained otherwise.
+    """
+    for names, unfinished in _rounds(pending(stream, arms, learning_rates, folder), _unfinished(folder)):
+        _train_round(stream, {name: arms[name] for name in names}, learning_rates, model, dataset, folder, unfinished)
+        shutil.rmtree(unfinished)
+    if _unfinished(folder).is_dir() and not any(_unfinished(folder).iterdir()):
+        _unfinished(folder).rmdir()
+
+
+def pending(
+    stream: StreamConfig, arms: Mapping[str, TrainingArm], learning_rates: Mapping[str, float], folder: Path
+) -> list[str]:
+    """Arms without a finished folder.
+
+    Raises:
+        ValueError: when a finished arm was trained otherwise.
+    """
+    for name, arm in arms.items():
+        if (folder / name).exists():
+            found = Trained.load(folder / name)
+            _refuse_other(found, _settings(stream, arm, learning_rates[name]), folder / name)
+    return [name for name in arms if not (folder / name).exists()]
+
+
+def _refuse_other(trained: Trained, wanted: dict[str, Any], folder: Path) -> None:
+    for field, value in wanted.items():
+        if trained.settings.get(field) != value:
+            raise ValueError(
+                f"{field} of {trained.arm!r} is {value!r}, and was {trained.settings.get(field)!r} when {folder} was "
+                "trained; give it as it was, or another output folder"
+            )
+
+
+def _settings(stream: StreamConfig, arm: TrainingArm, learning_rate: float) -> dict[str, Any]:
+    """All that the outcome depends on, as JSON has it."""
+    own = {"learning_rate": learning_rate, "decoder_rate": arm.decoder_rate}
+    everything = arm.sae.to_dict() | asdict(stream) | own
+    kept = {key: value for key, value in everything.items() if key not in ("metadata", "n_checkpoints")}
+    return json.loads(json.dumps(kept))
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
+def _rounds(names: Sequence[str], unfinished: Path) -> list[tuple[list[str], Path]]:
+    """Which arms to train together, and where: those of each checkpoint there is, then the others."""
+    rounds: list[tuple[list[str], Path]] = []
+    left = list(names)
+    for begun in sorted(unfinished.iterdir()) if unfinished.is_dir() else []:
+        checkpoint = _checkpoint(begun)
+        if checkpoint is None:
+            shutil.rmtree(begun)
+        elif members := [name for name in left if (checkpoint / name).is_dir()]:
+            rounds.append((members, begun))
+            left = [name for name in left if name not in members]
+    if left:
+        taken = [int(path.name) for path in unfinished.iterdir()] if unfinished.is_dir() else []
+        rounds.append((left, unfinished / str(max(taken, default=0) + 1)))
+    return rounds
+
+
+def _checkpoint(unfinished: Path) -> Path | None:
+    try:
+        return checkpoint_folder(unfinished / "checkpoints")
+    except FileNotFoundError:
+        return None
+
+
+def _train_round(
+    stream: StreamConfig,
+    arms: Mapping[str, TrainingArm],
+    learning_rates: Mapping[str, float],
+    model: HookedSAETransformer,
+    dataset: Any,
+    folder: Path,
+    unfinished: Path,
+) -> None:
+    with temporary_seed(stream.seed), quiet_saelens():
+        runner = MatchedRunner(
+            runner_config(stream, arms, unfinished),
+            learning_rates,
+            {name: arm.decoder_rate for name, arm in arms.items()},
+            override_dataset=dataset,
+            override_model=model,
+            override_saes={name: initialised(arm.sae, stream.seed) for name, arm in arms.items()},
+        )
+        parameters = {name: sum(p.numel() for p in sae.parameters()) for name, sae in runner.saes.items()}
+        exact_resume(runner)
+        with record_training(runner, unfinished / RECORD_FILENAME) as record:
+            runner.run()
+    lines = read_training_record(unfinished / RECORD_FILENAME)
+    for name, arm in arms.items():
+        trained = Trained(
+            arm=name,
+            parameters=parameters[name],
+            tokens_per_second=record.tokens_per_second(name),
+            settings=_settings(stream, arm, learning_rates[name]),
+        )
+        _publish(unfinished / "saes" / name, trained, [line for line in lines if line["sae"] == name], folder / name)
+
+
+def initialised(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
+    """The training SAE of a configuration, initialised from a seed: SAEs of one shape begin with the same encoder and decoder."""
+    with temporary_seed(seed):
+        return get_sae_training_class(cfg.architecture())[0](deepcopy(cfg))
+
+
+def runner_config(
+    stream: StreamConfig, arms: Mapping[str, TrainingArm], unfinished: Path
+) -> MultiSAETrainingRunnerConfig:
+    """SAELens's configuration: warmed up over a twentieth of the steps, decayed over the last fifth; position 0 left out."""
+    steps, checkpoint = stream.steps, _checkpoint(unfinished)
+    return MultiSAETrainingRunnerConfig(
+        saes={name: arm.sae for name, arm in arms.items()},
+        hook_names=stream.hook_name,
+        model_name=stream.model_name,
+        model_from_pretrained_kwargs={},
+        dataset_path=stream.dataset,
+        context_size=stream.context_size,
+        seqpos_slice=(1, None),
+        exclude_special_tokens=True,
+        training_tokens=stream.training_tokens,
+        store_batch_size_prompts=16,
+        n_batches_in_buffer=max(64, 4 * stream.batch_size // stream.context_size),
+        train_batch_size_tokens=stream.batch_size,
+        lr=1.0,  # each arm has its own
+        lr_warm_up_steps=steps // 20,
+        lr_decay_steps=steps // 5,
+        n_batches_for_norm_estimate=min(10, steps),
+        dead_feature_window=max(20, steps // 4),
+        feature_sampling_window=steps // 2 + 1,  # so that the last count is of half the training
+        device=stream.device,
+        seed=stream.seed,
+        logger=LoggingConfig(log_to_wandb=False),
+        n_checkpoints=stream.n_checkpoints,
+        checkpoint_path=str(unfinished / "checkpoints"),
+        resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
+        output_path=str(unfinished / "saes"),
+    )
+
+
+def _publish(made: Path, trained: Trained, lines: Sequence[dict[str, Any]], folder: Path) -> None:
+    (made / RECORD_FILENAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (made / TRAINED_FILENAME).write_text(json.dumps(asdict(trained), indent=1) + "\n")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made.rename(folder)

@@ -1,0 +1,96 @@
+"""Training records as curves: what is left unexplained, which path writes, how many features are active and dead."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae_nfm.training.recorder import read_training_record
+
+LONGEST = 200
+"""Points of a curve at most; the first and the last are always among them."""
+EXPLAINED, DIRECT = "metrics/explained_variance", "metrics/fvu_direct"
+DEAD, L0, SHARE = "sparsity/dead_features", "metrics/l0", "metrics/share_"
+HELD_OUT_KL = "held_out/model_behavior_preservation/kl_div_with_sae"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One quantity of one SAE while it was trained."""
+
+    tokens: tuple[int, ...]
+    """Training tokens seen, [points]."""
+    values: tuple[float, ...]
+    """Its values there, [points]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCurves:
+    """The curves of one SAE, on the batches that it was trained on."""
+
+    sae: str
+    """Name of the SAE in its record."""
+    unexplained: Curve | None
+    """FVU of the whole output."""
+    direct: Curve | None
+    """FVU of the direct path alone; None where there are no other paths."""
+    shares: Mapping[str, Curve]
+    """By integration path, its part of the sum of their mean absolute values; empty for an SAE without."""
+    dead: Curve | None
+    """Features that count as dead."""
+    l0: Curve | None
+    """Active features per token."""
+    held_out_kl: Curve | None
+    """KL to the original model on held-out text, nats per token; None where it was not recorded."""
+
+
+def training_curves(path: str | Path) -> tuple[TrainingCurves, ...]:
+    """The curves of every SAE of a training record.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when a line is not JSON.
+    """
+    try:
+        lines = read_training_record(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a training record ({error}); train again, or take it out of the folder"
+        ) from error
+    return tuple(_curves(sae, [line for line in lines if line["sae"] == sae]) for sae in _names(lines))
+
+
+def _names(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(line["sae"] for line in lines))
+
+
+def _curves(sae: str, lines: Sequence[Mapping[str, Any]]) -> TrainingCurves:
+    unexplained = _curve(lines, EXPLAINED)  # of every SAE, where only joint ones have metrics/fvu_all
+    if unexplained is not None:
+        unexplained = Curve(tokens=unexplained.tokens, values=tuple(1 - value for value in unexplained.values))
+    return TrainingCurves(
+        sae=sae,
+        unexplained=unexplained,
+        direct=_curve(lines, DIRECT),
+        shares=_by_path(lines, SHARE),
+        dead=_curve(lines, DEAD),
+        l0=_curve(lines, L0),
+        held_out_kl=_curve(lines, HELD_OUT_KL),
+    )
+
+
+def _by_path(lines: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Curve]:
+    keys = dict.fromkeys(key for line in lines for key in line if key.startswith(prefix))
+    found = {key.removeprefix(prefix): _curve(lines, key) for key in keys}
+    return {path: curve for path, curve in found.items() if curve is not None}
+
+
+def _curve(lines: Sequence[Mapping[str, Any]], key: str) -> Curve | None:
+    """The lines that have the key, thinned evenly; None without any."""
+    points = [(int(line["tokens"]), float(line[key])) for line in lines if line.get(key) is not None]
+    if not points:
+        return None
+    chosen = np.unique(np.linspace(0, len(points) - 1, min(len(points), LONGEST)).round().astype(int))
+    return Curve(tokens=tuple(points[i][0] for i in chosen), values=tuple(points[i][1] for i in chosen))

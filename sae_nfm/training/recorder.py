@@ -1,0 +1,252 @@
+"""Training through SAELens's runners: a record of losses and metrics, and of held-out fidelity, that needs no wandb."""
+
+import json
+import signal
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import wandb
+from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner, MultiSAETrainingRunner, SAETrainer
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.prefetch import PrefetchingIterator
+from torch import Tensor
+
+from sae_nfm.architectures import TrainedPaths
+from sae_nfm.loading import quiet_saelens
+
+Runner = LanguageModelSAETrainingRunner | MultiSAETrainingRunner
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Text that is not trained on, and how often the SAE is evaluated on it while it trains."""
+
+    dataset: Any
+    """A data set with a `text` or a `tokens` column, as for training."""
+    every: int = 100
+    """Evaluate at each n-th step, and at the last."""
+    n_batches: int = 4
+    """Batches of `store_batch_size_prompts` rows; the same rows each time."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "n_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
+
+
+@dataclass(kw_only=True)
+class TrainingRecord:
+    """What a training run did so far, by SAE name ("sae" where the runner trains one)."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time spent in training steps (forward, backward, optimizer), without the language model and without recording."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Tokens trained on."""
+
+    def tokens_per_second(self, name: str = "sae") -> float:
+        """Training tokens per second of SAE time."""
+        return self.tokens[name] / self.seconds[name]
+
+
+@contextmanager
+def record_training(
+    runner: Runner, path: str | Path, *, every: int = 10, held_out: HeldOut | None = None
+) -> Generator[TrainingRecord]:
+    """Keep losses and metrics of every SAE the runner trains, one JSON object a line.
+
+    A line has `sae`, `step`, `tokens`, `seconds` and all that SAELens would send to wandb under the same keys
+    (`losses/...`, `metrics/...`, `details/...`), with the paths of joint_nfm among the metrics. With `held_out`, the lines of
+    its steps have SAELens's evaluation (`run_evals`) on that text too, as `held_out/<group>/<metric>`, such as
+    `held_out/model_behavior_preservation/kl_div_with_sae`; wandb gets the same where it is on. Evaluating changes nothing in
+    the training: weights are the same bits with and without. The last step is always recorded. SAELens's progress bar moves as
+    often as a line is written.
+
+    Lines go to `<path>.partial`, renamed when the block ends; after an exception the partial file stays, and a run resumed
+    from a checkpoint (`resume_from_checkpoint`) goes on behind the lines up to that checkpoint.
+
+        runner = SAETrainingRunner(cfg)
+        with record_training(runner, "runs/mine/training.jsonl"):
+            sae = runner.run()
+
+    Args:
+        runner: SAELens's runner, before `run`.
+        path: the file to write.
+        every: record each n-th step.
+        held_out: text to evaluate on while training.
+
+    Raises:
+        ValueError: when `every` is not positive.
+    """
+    if every < 1:
+        raise ValueError(f"every is {every}; give a positive number of steps")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".partial")
+    earlier = _whole_lines(unfinished) if runner.cfg.resume_from_checkpoint and unfinished.is_file() else []
+    # Each runner hands its trainer to one method of its own before the first step: that is where we listen.
+    method = (
+        "_run_with_interruption_handling"
+        if isinstance(runner, MultiSAETrainingRunner)
+        else "run_trainer_with_interruption_handling"
+    )
+    run_trainer = getattr(runner, method)
+    with unfinished.open("a" if earlier else "w") as file:
+        recorder = _Recorder(runner, file, every, held_out)
+
+        def listen(trainer: Any) -> Any:
+            recorder.attach(trainer, earlier)
+            return run_trainer(trainer)
+
+        setattr(runner, method, listen)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield recorder.record
+        finally:
+            delattr(runner, method)
+            for number, handler in handlers.items():  # the runner leaves its own behind
+                signal.signal(number, handler)
+    unfinished.replace(path)
+
+
+class _Recorder:
+    """Writes the lines of one run."""
+
+    def __init__(self, runner: Runner, file: IO[str], every: int, held_out: HeldOut | None) -> None:
+        self.record = TrainingRecord()
+        self._runner, self._file, self._every, self._held_out = runner, file, every, held_out
+
+    def attach(self, trainer: Any, earlier: list[dict[str, Any]]) -> None:
+        """Listen to the steps of SAELens's trainer, or of the several that a `MultiSAETrainer` has.
+
+        Args:
+            trainer: before its first step in this process.
+            earlier: lines of the run that this one resumes.
+        """
+        lines = [line for line in earlier if line["tokens"] <= trainer.n_training_samples]
+        self._file.truncate(0)
+        self._file.writelines(json.dumps(line) + "\n" for line in lines)
+        trainers: dict[str, SAETrainer[Any, Any]] = getattr(trainer, "trainers", {"sae": trainer})
+        for name, one in trainers.items():
+            last = next((line for line in reversed(lines) if line["sae"] == name), None)
+            self.record.seconds[name] = last["seconds"] if last else 0.0
+            self.record.tokens[name] = last["tokens"] if last else 0
+            self._listen(name, one, trainer.data_provider)
+        trainer._update_pbar = partial(trainer._update_pbar, update_interval=self._every)
+
+    def _listen(self, name: str, trainer: SAETrainer[Any, Any], data_provider: Any) -> None:
+        step = trainer.step
+
+        def recorded_step(batch: Tensor) -> TrainStepOutput:
+            last = trainer.n_training_samples + len(batch) >= trainer.cfg.total_training_samples
+            evaluated = self._held_out is not None and (trainer.n_training_steps % self._held_out.every == 0 or last)
+            recorded = evaluated or last or trainer.n_training_steps % self._every == 0
+            if isinstance(trainer.sae, TrainedPaths):
+                trainer.sae.keep_paths = recorded
+            started = _now(trainer.sae.device)
+            output = step(batch)
+            self.record.seconds[name] += _now(trainer.sae.device) - started
+            self.record.tokens[name] += batch.shape[0]
+            if recorded:
+                self._write(name, trainer, output, self._evaluate(name, trainer, data_provider) if evaluated else {})
+            return output
+
+        trainer.step = recorded_step  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _write(
+        self, name: str, trainer: SAETrainer[Any, Any], output: TrainStepOutput, held_out: dict[str, float]
+    ) -> None:
+        line = {
+            "sae": name,
+            "step": trainer.n_training_steps,
+            "tokens": trainer.n_training_samples,
+            "seconds": self.record.seconds[name],
+            **trainer.build_train_step_log_dict(output, trainer.n_training_samples),
+            **held_out,
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    @torch.no_grad()
+    def _evaluate(self, name: str, trainer: SAETrainer[Any, Any], data_provider: Any) -> dict[str, float]:
+        """SAELens's evaluation on the held-out text, flat, under `held_out/`."""
+        assert self._held_out is not None
+        trainer.sae.eval()
+        # a thread that prefetches runs the same model: it waits
+        waits = data_provider.paused() if isinstance(data_provider, PrefetchingIterator) else nullcontext()
+        with waits, quiet_saelens():
+            store = _held_out_store(self._runner, self._held_out.dataset, trainer.sae)
+            special = store.exclude_special_tokens
+            grouped, _ = run_evals(
+                sae=trainer.sae,
+                activation_store=store,
+                model=self._runner.model,
+                activation_scaler=trainer.activation_scaler,
+                eval_config=EvalConfig(
+                    batch_size_prompts=self._runner.cfg.eval_batch_size_prompts,
+                    n_eval_reconstruction_batches=self._held_out.n_batches,
+                    n_eval_sparsity_variance_batches=self._held_out.n_batches,
+                    compute_kl=True,
+                    compute_ce_loss=True,
+                    compute_l2_norms=True,
+                    compute_sparsity_metrics=True,
+                    compute_variance_metrics=True,
+                ),
+                exclude_special_tokens=False if special is None else special.tolist(),
+                model_kwargs=self._runner.cfg.model_kwargs,
+            )
+        trainer.sae.train()
+        metrics = {
+            f"held_out/{group}/{key}": float(v) for group, values in grouped.items() for key, v in values.items()
+        }
+        if self._runner.cfg.logger.log_to_wandb:
+            prefix = f"{name}/" if isinstance(self._runner, MultiSAETrainingRunner) else ""
+            wandb.log({prefix + key: value for key, value in metrics.items()}, step=trainer.n_training_steps)
+        return metrics
+
+
+def _held_out_store(runner: Runner, dataset: Any, sae: SAE[Any]) -> ActivationsStore:
+    """A store that cuts the held-out text as the runner's cuts what it trains on, at its beginning."""
+    cfg, hook_name = runner.cfg, sae.cfg.metadata.hook_name
+    return ActivationsStore.from_config_multi_hook(
+        model=runner.model,
+        dataset=dataset,
+        hook_names=[hook_name],
+        hook_d_ins={hook_name: sae.cfg.d_in},
+        hook_head_indices={hook_name: sae.cfg.metadata.hook_head_index},
+        context_size=cfg.context_size,
+        store_batch_size_prompts=cfg.store_batch_size_prompts,
+        total_training_tokens=1,
+        prepend_bos=cfg.prepend_bos,
+        device=runner.activations_store.device,
+        dtype=cfg.dtype,
+        model_kwargs=cfg.model_kwargs,
+        autocast_lm=cfg.autocast_lm,
+        seqpos_slice=cfg.seqpos_slice,
+        exclude_special_tokens=runner.activations_store.exclude_special_tokens,
+        disable_concat_sequences=cfg.disable_concat_sequences,
+        sequence_separator_token=cfg.sequence_separator_token,
+        use_chat_formatting=cfg.use_chat_formatting,
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def read_training_record(path: str | Path) -> list[dict[str, Any]]:
+    """The lines written by `record_training`."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a record that broke off: the last one may be cut."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,157 @@
+"""Flags that mean what SAELens's own command line means by them, and mistakes in them."""
+
+import re
+from dataclasses import fields
+
+import pytest
+from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+from sae_nfm.cli.parser import dashed, underscored
+from sae_nfm.evaluation.saelens_evals import EvaluateConfig
+from sae_nfm.training.arguments import EMBEDDED, EMBEDDED_SAE, HIDDEN, parse
+from sae_nfm_cli import main
+
+TRIED = ("joint_nfm", "sequential_nfm", "matryoshka_batchtopk", "gated")
+"""With our fields, standing on another SAE, with a field that has no default, and without k."""
+ALL = [
+    pytest.param(name, marks=[] if name in TRIED else pytest.mark.slow) for name in sorted(SAE_TRAINING_CLASS_REGISTRY)
+]
+OURS = {"record_every", "held_out", "evaluate_every", "warm_start", "primary", "adapter", "json", "debug"}
+
+
+def printed_help(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def saelens_flags(capsys, architecture: str) -> set[str]:
+    """Flags that SAELens's own help names for an architecture."""
+    with pytest.raises(SystemExit):
+        _parse_cfg_args(["--architecture", architecture, "--help"])
+    usage, _, _ = capsys.readouterr().out.partition("options:")
+    return {flag.lstrip("-") for flag in re.findall(r"\[(--?[\w.]+)", usage)} - {"h"}
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_train_has_exactly_the_flags_of_saelens(architecture, capsys):
+    text = printed_help(capsys, "train", "--architecture", architecture)
+    _, _, options = text.partition("model and hook point:")
+    shown = set(re.findall(r"^  (?:-k, |--sae, )?--([\w.]+) ", options, re.MULTILINE))
+    theirs = {{"sae": "architecture"}.get(flag, flag) for flag in saelens_flags(capsys, architecture)}
+    assert shown == theirs - set(HIDDEN) | OURS
+
+
+def test_help_of_train_has_no_noise(capsys):
+    text = printed_help(capsys, "train")
+    _, _, wandb = text.partition("Weights & Biases:")
+    assert "--log_to_wandb [bool]" in wandb
+    assert "(default: False; SAELens's: True)" in " ".join(wandb.split())
+    for noise in (
+        "Config(",
+        "<__TEMP__>",
+        "unless this window is larger",
+        "--nostreaming",
+        "Inherited from",
+        "(None,)",
+    ):
+        assert noise not in text
+
+
+def test_help_of_evaluate_describes_every_option(capsys):
+    text = printed_help(capsys, "evaluate")
+    for field in fields(EvaluateConfig):
+        assert field.name in ("sae", "sae_id") or f"--{field.name} " in text
+    words = " ".join(text.split())
+    assert "SAE Folder of a saved SAE, or a released one as release:sae_id or release sae_id." in words
+    assert "zeroes the hook point everywhere, at special tokens too" in words
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_flags_given_mean_what_they_mean_to_saelens(architecture):
+    """Where our defaults differ, the flag is given: then both parsers make the same configuration."""
+    names = {field.name for field in fields(SAE_TRAINING_CLASS_REGISTRY[architecture][1])}
+    given = {name: value for name, value in EMBEDDED.items() if name != "exclude_special_tokens"}
+    given |= {name: value for name, value in EMBEDDED_SAE.items() if name in names}
+    given |= {"model_from_pretrained_kwargs": '{"fold_ln": true}', "exclude_special_tokens": True, "log_to_wandb": True}
+    given |= {"architecture": architecture, "model_name": "gpt2", "wandb_id": "x", "d_in": 7, "adam_beta1": 0.8}
+    flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    flags += ["--seqpos_slice", "1", "-3", "--sequence_separator_token", "none", "--nostreaming"]
+    flags += ["--sae.dtype", "bfloat16"]
+    if architecture == "sequential_nfm":
+        flags += ["--normalize_activations", "none"]  # the base normalises
+    if "matryoshka_widths" in names:
+        flags += ["--matryoshka_widths", "5", "2048"]
+    ours, theirs = parse(flags), _parse_cfg_args(flags)
+    assert ours.cfg.to_dict() == theirs.to_dict()
+    assert ours.cfg.sae.d_in == 7  # so that the flags were read at all
+    assert {"d_in", "adam_beta1", "nostreaming"} <= ours.given
+
+
+def test_values_that_saelens_cannot_read_are_read():
+    flags = ["--seqpos-slice", "1", "None", "--exclude-special-tokens", "[0, 5]", "--output_path", "None"]
+    cfg = parse([*flags, "--checkpoint_path=None", "--hook_head_index", "None"]).cfg
+    assert (cfg.seqpos_slice, cfg.exclude_special_tokens) == ((1, None), [0, 5])
+    assert (cfg.output_path, cfg.checkpoint_path, cfg.hook_head_index) == (None, None, None)
+
+
+def test_defaults_on_another_model_are_saelens_s_but_for_wandb():
+    ours, theirs = (
+        parse(["--model_name", "gpt2", "--wandb_id", "x"]).cfg,
+        _parse_cfg_args(["--architecture", "joint_nfm", "--model_name", "gpt2", "--wandb_id", "x"]),
+    )
+    assert ours.logger.log_to_wandb is False
+    ours.logger.log_to_wandb = True
+    assert ours.to_dict() == theirs.to_dict()
+
+
+def test_matryoshka_widths_unless_given():
+    flags = ["--architecture", "matryoshka_batchtopk", "--d_sae", "48"]
+    assert parse(flags).cfg.sae.matryoshka_widths == [6, 12, 24, 48]
+    assert parse([*flags, "--matryoshka_widths", "3", "48"]).cfg.sae.matryoshka_widths == [3, 48]
+
+
+def test_dashes_and_underscores_in_names_only():
+    assert underscored(["--hook-name", "a-b", "-k", "--x-y=a-b", "-5"]) == [
+        "--hook_name",
+        "a-b",
+        "-k",
+        "--x_y=a-b",
+        "-5",
+    ]
+    assert dashed(["--hook_name", "a_b", "--x_y=a_b"]) == ["--hook-name", "a_b", "--x-y=a_b"]
+
+
+def told_of_a_mistake(capsys, *argv: str) -> str:
+    """The one line on stderr."""
+    assert main(argv) == 2
+    out, told = capsys.readouterr()
+    assert out == ""
+    assert told.startswith("sae-nfm: ")
+    assert told.count("\n") == 1
+    assert told.endswith("\n")
+    return told
+
+
+def test_push_says_what_is_wrong_with_its_source(capsys):
+    assert "'nowhere'" in told_of_a_mistake(capsys, "push", "nowhere", "user/repository")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["train", "--foo", "1"], "--foo 1; .*`sae-nfm train --help`"),
+        (["train", "--lr", "x"], "--lr: .*'x'.*`sae-nfm train --help`"),
+        (["train", "--architecture", "tok"], f"'tok'.*{', '.join(SAE_TRAINING_CLASS_REGISTRY)}"),
+        (["train", "--k", "99", "--d_sae", "9"], r"\bk\b.*\b99\b.*\bd_sae\b.*\b9\b"),
+        (["train", "--record_every", "0"], r"\brecord_every\b.*\b0\b"),
+        (["evaluate"], r"\bSAE\b.*`sae-nfm evaluate --help`"),
+        (["demo", "--k", "0"], r"\bk\b.*\b0\b"),
+        (["demo", "--foo"], "--foo; .*`sae-nfm demo --help`"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(argv, told, capsys):
+    assert re.search(told, told_of_a_mistake(capsys, *argv))

@@ -1,0 +1,242 @@
+"""The main job end to end, small, on the embedded model; and what it refuses."""
+
+import base64
+import io
+import json
+import re
+from contextlib import redirect_stdout
+from copy import deepcopy
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import SAE
+
+from sae_nfm import demo
+from sae_nfm.architectures.joint_config import parameter_count
+from sae_nfm.comparison.benchmark import (
+    BenchmarkConfig,
+    ablations,
+    count_parameters,
+    in_canonical_gauge,
+    run_benchmark,
+    sae_configs,
+    train_saes,
+)
+from sae_nfm.comparison.benchmark_results import BenchmarkResult
+from sae_nfm.data import datasets
+from sae_nfm.models.load import Site, find_site
+from sae_nfm.training.recorder import read_training_record
+from sae_nfm_cli import main
+
+TINY = {
+    "training_tokens": 1024, "validation_tokens": 256, "context_size": 32, "d_sae": 96, "k": 8, "nfm_dim": 4,
+    "batch_size": 128,
+}  # fmt: skip
+TINY_FLAGS = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    cfg = BenchmarkConfig(**TINY, output=str(output))
+    state = torch.get_rng_state()
+    result = run_benchmark(cfg, command="a command")
+    assert torch.equal(torch.get_rng_state(), state), "the run must scope its random state"
+    return cfg, output, result
+
+
+@pytest.fixture(scope="module")
+def commanded(tmp_path_factory):
+    """The output folders of one command given twice, on a text file, and what was printed the first time."""
+    folder = tmp_path_factory.mktemp("commanded")
+    text, printed = folder / "text.jsonl", io.StringIO()
+    words = demo.load_model().to_string(torch.tensor(demo.load_tokens("train")[:60]["tokens"])[:, 1:])
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
+    arguments = ["demo", *TINY_FLAGS, "--nfm-top-fraction", "1", "--dataset", str(text), "--validation", str(text)]
+    with redirect_stdout(printed):
+        assert main([*arguments, "--output", str(folder / "first")]) == 0
+    torch.rand(3)  # whatever the caller did before must not matter
+    with redirect_stdout(io.StringIO()):
+        assert main([*arguments, "--output", str(folder / "again")]) == 0
+    return folder / "first", folder / "again", printed.getvalue()
+
+
+def test_rows_are_the_saes_and_every_combination_of_paths(finished):
+    _, _, result = finished
+    assert [row.name for row in result.rows] == [
+        "joint_nfm",
+        "joint_nfm: direct only",
+        "joint_nfm: direct + linear",
+        "joint_nfm: direct + nonlinear",
+        "joint_nfm square",
+        "joint_nfm square: direct only",
+        "joint_nfm square: direct + nonlinear",
+        "joint_nfm square: direct + square",
+        "topk",
+        "topk matched",
+    ]
+    for row in result.rows:
+        assert 0 < row.fidelity.l0 <= 8
+        assert 0 < row.fidelity.fvu < 1.5
+        assert row.fidelity.kl_nats > 0
+        assert (row.training_tokens_per_second is not None) == (":" not in row.name)
+
+
+def test_parameters_are_counted_and_matched(finished):
+    _, output, result = finished
+    for name in ("joint_nfm", "joint_nfm square", "topk", "topk matched"):
+        sae = SAE.load_from_disk(output / "saes" / name)
+        assert result.row(name).parameters == sum(p.numel() for p in sae.parameters())
+    largest = max(result.row(name).parameters for name in ("joint_nfm", "joint_nfm square"))
+    # one feature of a TopK SAE has 2 d_in + 1 numbers: matching can miss by half of that
+    assert abs(result.row("topk matched").parameters - largest) <= (2 * 256 + 1) / 2
+    assert result.row("topk").parameters < largest
+
+
+def test_all_saes_see_the_same_stream(finished):
+    cfg, output, _ = finished
+    record = read_training_record(output / "training.jsonl")
+    by_sae = {line["sae"] for line in record}
+    assert by_sae == {"joint_nfm", "joint_nfm square", "topk", "topk matched"}
+    last = [line for line in record if line["tokens"] == cfg.training_tokens]
+    assert {line["sae"] for line in last} == by_sae
+    assert "metrics/fvu_direct" in next(line for line in record if line["sae"] == "joint_nfm")
+
+
+def test_equal_saes_stay_equal_because_they_share_seed_and_stream(tmp_path):
+    cfg = BenchmarkConfig(**TINY, output=str(tmp_path))
+    model = demo.load_model()
+    sae_cfgs = sae_configs(cfg, find_site(model, cfg.hook_name))
+    twins = {"one": sae_cfgs["topk"], "joint": sae_cfgs["joint_nfm"], "two": deepcopy(sae_cfgs["topk"])}
+    saes, _ = train_saes(cfg, twins, model, demo.load_tokens("train"), cfg.context_size)
+    for name, tensor in saes["one"].state_dict().items():
+        assert torch.equal(tensor, saes["two"].state_dict()[name]), name
+    assert not torch.equal(saes["one"].W_dec, saes["joint"].W_dec)
+
+
+def test_the_seed_orders_the_training_file_and_leaves_the_held_out_one(tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(50)))
+    source = str(tmp_path / "text.jsonl")
+    (train_0, held_0), (train_1, held_1) = (datasets.load_splits(source, source, "any", seed) for seed in (0, 1))
+    assert train_0["text"] != train_1["text"]
+    assert sorted(train_0["text"]) == sorted(train_1["text"])
+    assert list(held_0["text"]) == list(held_1["text"])
+
+
+def test_one_seed_gives_one_table(commanded):
+    one, other = (BenchmarkResult.load(folder / "results.json").table() for folder in commanded[:2])
+    assert one == other
+
+
+def test_another_seed_gives_other_saes(finished, tmp_path):
+    cfg, output, _ = finished
+    run_benchmark(replace(cfg, output=str(tmp_path / "other"), seed=1, validation_tokens=cfg.context_size))
+    for name in ("joint_nfm", "joint_nfm square", "topk", "topk matched"):
+        one, other = (SAE.load_from_disk(folder / "saes" / name) for folder in (output, tmp_path / "other"))
+        assert not torch.equal(one.W_enc, other.W_enc), name
+
+
+def test_results_file_says_how_to_repeat_it(finished):
+    cfg, output, result = finished
+    loaded = BenchmarkResult.load(output / "results.json")
+    assert loaded == result
+    provenance = json.loads((output / "results.json").read_text())["provenance"]
+    assert provenance["seeds"] == [cfg.seed]
+    assert provenance["command"] == "a command"
+    assert provenance["config"]["d_sae"] == 96
+    assert provenance["versions"]["sae-lens"]
+    assert not list(output.rglob("*.partial"))
+
+
+def test_the_canonical_gauge_row_exists_where_all_features_are_read():
+    site = Site(hook_name="blocks.2.hook_resid_post", d_in=16, reshape_activations="none")
+    arms = sae_configs(BenchmarkConfig(**TINY, nfm_top_fraction=1), site)
+    assert arms["joint_nfm"].nfm_top_k is None
+    sae = SAE.from_dict(arms["joint_nfm"].get_inference_sae_cfg_dict())
+    canonical = in_canonical_gauge(sae)
+    assert canonical is not None
+    assert canonical is not sae
+    assert in_canonical_gauge(SAE.from_dict(arms["joint_nfm square"].get_inference_sae_cfg_dict())) is None
+    assert in_canonical_gauge(SAE.from_dict(arms["topk"].get_inference_sae_cfg_dict())) is None
+    assert ablations(SAE.from_dict(arms["topk"].get_inference_sae_cfg_dict())) == {}
+    assert count_parameters(sae) == parameter_count(sae.cfg)
+
+
+def test_command_line_on_a_text_file_prints_the_table_and_both_figures(commanded):
+    output, _, printed = commanded
+    assert "joint_nfm: direct only, canonical gauge" in printed
+    assert printed.count("The paper's figure") == 2
+    assert printed.count("The fair figure") == 2
+    assert "One seed (0)" in printed
+    assert "no evidence about real text" not in printed
+    files = ["explorer.json.gz", "report.html", "results.json", "saes", "training.jsonl"]
+    assert sorted(path.name for path in output.iterdir()) == files
+
+
+def test_one_seed_gives_one_page(commanded):
+    output, other, _ = commanded
+    first, again = (data_of(folder / "report.html") for folder in (output, other))
+    assert first == again
+    assert any(name.startswith("fidelity-") for name in first)
+    assert any(name.startswith("training-") for name in first)
+    assert base64.b64decode(first["explorer-data"]) == (output / "explorer.json.gz").read_bytes()
+
+
+def data_of(page: Path) -> dict[str, str]:
+    """The data sections of a report."""
+    return dict(
+        re.findall(r'<script type="application/[^"]+" id="([^"]+)">(.*?)</script>', page.read_text(), re.DOTALL)
+    )
+
+
+def test_help_describes_every_option(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["demo", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert exit_info.value.code == 0
+    for field in fields(BenchmarkConfig):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "Features of each SAE but the one matched in parameters." in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--hook-name", "blocks.2.hook_resid_pst"], ["'blocks.2.hook_resid_pst'", "hook_resid_"]),
+        (["--hook-name", "blocks.0.attn.hook_pattern"], ["(1, 4, 2, 2)", "[batch, pos, d_in]"]),
+        (["--k", "0"], ["k is 0"]),
+        (["--k", "99"], ["k is 99", "d_sae = 96"]),
+        (["--nfm-top-fraction", "0"], ["nfm_top_fraction is 0.0", "(0, 1]"]),
+        (["--training-tokens", "100"], ["training_tokens is 100", "128"]),
+        (["--dataset", "none.parquet"], ["--dataset", "'none.parquet'", "held-out"]),
+        (["--validation", "x.txt"], ["no --dataset"]),
+        (["--dataset", "no.txt", "--validation", "no.txt"], ["no.txt"]),
+        (["--dataset", "EMPTY.txt", "--validation", "EMPTY.txt"], ["EMPTY.txt", "no text"]),
+        (["--model-name", "gpt2"], ["embedded", "--dataset", "--validation"]),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(flags, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sae_nfm.comparison.benchmark.load_model", lambda name, device: demo.load_model(device))
+    (tmp_path / "EMPTY.txt").write_text("\n\n")
+    status = main(["demo", *TINY_FLAGS, *flags, "--output", "run"])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("sae-nfm: ")
+    assert [words for words in named if words not in error] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreachable_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"'no/such'.*hub"):
+        datasets.load_splits("no/such", None, demo.MODEL_NAME)
+
+
+def test_held_out_text_too_short(tmp_path):
+    (tmp_path / "short.txt").write_text("a few words")
+    _, validation = datasets.load_splits(str(tmp_path / "short.txt"), str(tmp_path / "short.txt"), demo.MODEL_NAME)
+    with pytest.raises(ValueError, match=r"\bone row of 64 tokens\b"):
+        datasets.held_out_tokens(demo.load_model(), validation, 64, 1000)

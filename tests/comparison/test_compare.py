@@ -1,0 +1,376 @@
+"""A comparison end to end, small, on the embedded model; its pieces against slower ways to get the same; what it refuses."""
+
+import json
+from dataclasses import asdict, fields, replace
+from math import inf, nan
+from shutil import copytree
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from builders import D_MODEL, inference_sae, tiny_model, token_dataset, training_config
+from sae_lens import SAE
+
+from sae_nfm import demo
+from sae_nfm.comparison.arms import ALL_ARMS, DEFAULT_ARMS, JOINT, ArmSizes, training_arms
+from sae_nfm.comparison.benchmark import BenchmarkConfig, sae_configs, train_saes
+from sae_nfm.comparison.claims import CLAIMS, answers
+from sae_nfm.comparison.lr_sweep import SweepRow, chosen_rates
+from sae_nfm.comparison.results import CompareResult
+from sae_nfm.comparison.rows import _interpolated
+from sae_nfm.comparison.run import CompareConfig, run_compare
+from sae_nfm.data import datasets
+from sae_nfm.data.documents import held_out_rows
+from sae_nfm.evaluation.fidelity import Arm, evaluate
+from sae_nfm.evaluation.held_out_sums import SUMS, figures, held_out_sums
+from sae_nfm.models.load import find_site
+from sae_nfm.training.multi_arm import StreamConfig, train_arms
+from sae_nfm.training.recorder import read_training_record
+from sae_nfm_cli.commands import COMMANDS
+
+TINY = {
+    "training_tokens": 1024, "validation_tokens": 384, "context_size": 32, "d_sae": 96, "k": (16,), "nfm_dim": 4,
+    "batch_size": 128, "seeds": (0, 1), "learning_rates": (5e-3, 1e-2), "sweep_tokens": 256, "sweep_validation_tokens": 128,
+    "standard_l1": (0.01, 2.0),
+}  # fmt: skip
+ARMS = ("joint_nfm", "topk", "topk matched", "standard")
+SAES = ("joint_nfm", "topk", "topk matched", "standard 0.01", "standard 2")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("comparison") / "run"
+    cfg = CompareConfig(**TINY, arms=ARMS, output=str(output))
+    state = torch.get_rng_state()
+    result = run_compare(cfg, command="a command")
+    assert torch.equal(torch.get_rng_state(), state), "the run must scope its random state"
+    return cfg, output, result
+
+
+def row_of(result, arm, seed=0):
+    return next(row for row in result.rows if row.arm == arm and row.seed == seed)
+
+
+def test_rows_are_every_arm_of_every_seed(finished):
+    _, output, result = finished
+    own = ["joint_nfm", "joint_nfm: direct only", "joint_nfm: direct only, canonical gauge", "topk", "topk matched",
+           "standard 0.01", "standard 2", "standard"]  # fmt: skip
+    assert [(row.seed, row.arm) for row in result.rows] == [(seed, arm) for seed in (0, 1) for arm in own]
+    for row in result.rows:
+        if row.kind == "trained":
+            sae = SAE.load_from_disk(output / "k16" / f"seed-{row.seed}" / row.arm)
+            assert row.parameters == sum(parameter.numel() for parameter in sae.parameters())
+            assert row.training_tokens_per_second > 0
+            assert 0 <= row.dead_fraction <= 1
+    assert {row.l0 for row in result.rows if row.arm == "topk"} != {None}
+    with (output / "rows.csv").open() as file:
+        assert len(file.readlines()) == 1 + len(result.rows)
+
+
+def test_the_figures_are_those_of_evaluate(finished):
+    cfg, output, result = finished
+    model = demo.load_model()
+    tokens = datasets.held_out_tokens(model, demo.load_tokens("validation"), cfg.context_size, cfg.validation_tokens)
+    arms = [Arm(name=name, sae=SAE.load_from_disk(output / "k16" / "seed-0" / name).eval()) for name in SAES]
+    for name, fidelity in evaluate(model, tokens, arms).items():
+        row = row_of(result, name)
+        # sums of float32 figures in another order
+        assert [row.l0, row.fvu, row.kl_nats, row.ce_nats] == pytest.approx(
+            [fidelity.l0, fidelity.fvu, fidelity.kl_nats, fidelity.ce_nats], rel=1e-5
+        )
+        assert row.ce_delta_nats == pytest.approx(fidelity.ce_delta_nats, abs=1e-5)
+        assert row.tokens == fidelity.tokens
+
+
+def test_the_rows_are_sums_over_the_documents_file(finished):
+    _, output, result = finished
+    documents = pd.read_parquet(output / "documents.parquet")
+    assert list(documents.columns) == ["k", "seed", "arm", "document", *SUMS]
+    for (seed, arm), own in documents.groupby(["seed", "arm"]):
+        row = row_of(result, arm, seed)
+        assert row.fvu == pytest.approx(own["error_energy"].sum() / own["variance_energy"].sum(), rel=1e-12)
+        assert row.kl_nats == pytest.approx(own["kl_nats"].sum() / own["tokens"].sum(), rel=1e-12)
+    per_document = documents.pivot_table(index="document", columns=["seed", "arm"], values="variance_energy")
+    # the text is one, so is its variance
+    np.testing.assert_allclose(per_document.to_numpy(), per_document.to_numpy()[:, :1].repeat(per_document.shape[1], 1))
+
+
+def test_each_arm_has_the_rate_that_its_own_sweep_chose(finished):
+    cfg, output, result = finished
+    assert [(row.learning_rate, row.arm) for row in result.sweep] == [(r, a) for r in cfg.learning_rates for a in SAES]
+    rates = chosen_rates(result.sweep, cfg.learning_rates)
+    for row in result.rows:
+        assert row.learning_rate == rates[row.family]
+    for arm in SAES:
+        record = read_training_record(output / "k16" / "seed-1" / arm / "training.jsonl")
+        assert record[-1]["tokens"] == cfg.training_tokens
+    best = min((row for row in result.sweep if row.arm == "topk"), key=lambda row: row.fvu)
+    assert rates["topk"] == best.learning_rate
+    model, validation = demo.load_model(), demo.load_tokens("validation")
+    compared = held_out_rows(model, validation, cfg.context_size, cfg.validation_tokens)
+    swept = held_out_rows(model, validation, cfg.context_size, cfg.sweep_validation_tokens, compared.tokens.numel())
+    assert not {tuple(row) for row in compared.tokens.tolist()} & {tuple(row) for row in swept.tokens.tolist()}
+
+
+def sweep_row(arm, rate, fvu, l0=4.0, family=None):
+    return SweepRow(k=4, arm=arm, family=family or arm, learning_rate=rate, l0=l0, fvu=fvu)
+
+
+def test_chosen_rates_by_hand():
+    rows = [sweep_row("topk", 1e-3, 0.3), sweep_row("topk", 1e-2, 0.2), sweep_row("joint", 1e-3, 0.1)]
+    rows += [sweep_row("joint", 1e-2, nan)]  # diverged
+    # at L0 4, half way in log between 2 and 8: 0.25 at 1e-3; at 1e-2 no coefficient is as dense as 4
+    rows += [sweep_row("l1 1", 1e-3, 0.2, 8, "l1"), sweep_row("l1 2", 1e-3, 0.3, 2, "l1")]
+    rows += [sweep_row("l1 1", 1e-2, 0.1, 3, "l1"), sweep_row("l1 2", 1e-2, 0.1, 2, "l1")]
+    rows += [sweep_row("dead", 1e-3, nan), sweep_row("dead", 1e-2, inf)]
+    assert chosen_rates(rows, (1e-3, 1e-2)) == {"topk": 1e-2, "joint": 1e-3, "l1": 1e-3, "dead": 1e-2}
+
+
+def test_an_l0_that_no_coefficient_reaches_is_not_extrapolated():
+    arms = [pd.DataFrame({name: [1.0] for name in SUMS} | {"document": [0], "active": [l0]}) for l0 in (10.0, 20.0)]
+    assert _interpolated("standard", arms, 9.0) is None
+    assert _interpolated("standard", arms, 15.0) is not None
+
+
+def test_interpolated_arms_have_joint_nfms_l0_or_say_that_it_was_not_reached(finished):
+    result = finished[2]
+    assert row_of(result, "standard").l0 is not None
+    for seed in (0, 1):
+        low, high = sorted((row_of(result, f"standard {c}", seed) for c in ("0.01", "2")), key=lambda row: row.l0)
+        between, target = row_of(result, "standard", seed), row_of(result, "joint_nfm", seed).l0
+        if not low.l0 <= target <= high.l0:
+            assert (between.l0, between.fvu, between.kl_nats) == (None, None, None)
+            continue
+        share = np.log(target / low.l0) / np.log(high.l0 / low.l0)
+        assert between.l0 == target
+        for name in ("fvu", "kl_nats", "ce_delta_nats"):
+            expected = (1 - share) * getattr(low, name) + share * getattr(high, name)
+            assert getattr(between, name) == pytest.approx(expected, rel=1e-9)
+
+
+def test_results_load_back_and_say_how_to_repeat_them(finished, tmp_path):
+    cfg, output, result = finished
+    assert CompareResult.load(output / "results.json") == result
+    assert result.provenance["command"] == "a command"
+    assert result.provenance["config"]["d_sae"] == 96
+    assert result.provenance["config"]["arms"] == list(cfg.arms)
+    assert not list(output.rglob("*.partial"))
+    assert sorted(path.name for path in (output / "k16").iterdir()) == ["seed-0", "seed-1", "sweep.json"]
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other\.json.*sae-nfm compare.*\brows\b"):
+        CompareResult.load(tmp_path / "other.json")
+
+
+def test_the_words_name_ablations_and_limits(finished):
+    words = finished[2].words()
+    fair, ablations = words.split("Ablations, the paper's figure")
+    assert "joint_nfm against topk matched, fvu:" in fair
+    assert "direct only" not in fair.split("Against arms trained on their own:")[1]
+    assert "joint_nfm against joint_nfm: direct only, canonical gauge, kl_nats:" in ablations
+    assert words.count("2 seeds: no claim") == len(finished[2].answers)
+    assert "no evidence about real text" in words
+    assert "Learning rates by a sweep of 0.005, 0.01 for every arm." in words
+
+
+def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(finished, tmp_path, monkeypatch):
+    cfg, output, result = finished
+    cfg = replace(cfg, output=str(copytree(output, tmp_path / "copy")))
+    names: list[str] = []
+
+    def watched(stream, arms, rates, *rest):
+        names.extend(f"{stream.seed} {name}" for name in arms if not (rest[-1] / name).exists())
+        train_arms(stream, arms, rates, *rest)
+
+    monkeypatch.setattr("sae_nfm.comparison.run.train_arms", watched)
+    monkeypatch.setattr("sae_nfm.comparison.lr_sweep.train_arms", watched)
+    assert run_compare(cfg).table() == result.table()
+    assert names == []
+    more = run_compare(replace(cfg, arms=("topk", "batchtopk"), seeds=(1, 2)))
+    assert names == ["1000 batchtopk"] * 2 + ["1 batchtopk", "2 topk", "2 batchtopk"]
+    (one,) = (row for row in more.table() if (row.seed, row.arm) == (1, "topk"))
+    assert one in result.table()
+
+
+def test_arms_are_trained_as_the_main_job_trains_its_saes(tmp_path):
+    cfg = BenchmarkConfig(
+        **{name: value for name, value in TINY.items() if name in {f.name for f in fields(BenchmarkConfig)} - {"k"}},
+        k=8, nfm_top_fraction=1, lr=1e-2, seed=3, output=str(tmp_path / "main"),
+    )  # fmt: skip
+    model, dataset = demo.load_model(), demo.load_tokens("train")
+    names = ("joint_nfm", "topk")
+    main_cfgs = sae_configs(cfg, find_site(model, cfg.hook_name))
+    saes, _ = train_saes(cfg, {name: main_cfgs[name] for name in names}, model, dataset, cfg.context_size)
+    stream = StreamConfig(
+        model_name=cfg.model_name, hook_name=cfg.hook_name, dataset="embedded", training_tokens=cfg.training_tokens,
+        context_size=cfg.context_size, batch_size=cfg.batch_size, seed=cfg.seed,
+    )  # fmt: skip
+    arms = training_arms(names, ArmSizes(d_in=256, d_sae=96, k=8, nfm_dim=4), {})
+    train_arms(stream, arms, dict.fromkeys(names, cfg.lr), model, dataset, tmp_path / "arms")
+    for name in names:
+        for key, tensor in SAE.load_from_disk(tmp_path / "arms" / name).state_dict().items():
+            assert torch.equal(tensor, saes[name].state_dict()[key]), (name, key)
+
+
+def test_held_out_sums_by_hand():
+    """Two documents of different length, figures against a direct computation."""
+    model, dataset = tiny_model(), token_dataset(6)
+    rows = held_out_rows(model, dataset, 16, 96)
+    sae = inference_sae(training_config("joint_nfm"))
+    sums = held_out_sums(model, rows, {"one": Arm(name="one", sae=sae).intervention}, batch_rows=4)
+    _, cache = model.run_with_cache(rows.tokens, names_filter=["blocks.0.hook_resid_post"])
+    x = cache["blocks.0.hook_resid_post"][:, 1:].reshape(-1, D_MODEL).double()
+    documents = rows.documents[:, 1:].reshape(-1)
+    error = (sae(x.float()) - x).square().sum(-1).double()
+    variance = (x - x.mean(0)).square().sum(-1)
+    active = (sae.encode(x.float()) != 0).sum(-1)
+    assert list(sums["document"]) == list(range(6))
+    for number, row in sums.set_index("document").iterrows():
+        mine = documents == number
+        assert row["tokens"] == 15
+        assert row["predictions"] == 14
+        assert row["active"] == active[mine].sum()
+        assert row["error_energy"] == pytest.approx(error[mine].sum().item(), rel=1e-5)  # float32 activations
+        assert row["variance_energy"] == pytest.approx(variance[mine].sum().item(), rel=1e-5)
+    assert figures(sums).fvu == pytest.approx((error.sum() / variance.sum()).item(), rel=1e-5)
+
+
+def document_rows(arms, seeds=range(5), documents=20, noise=0.01):
+    generator = np.random.default_rng(0)
+    return pd.DataFrame(
+        [
+            {"k": 32, "seed": seed, "arm": arm, "document": d, "tokens": 10.0, "active": 320.0,
+             "error_energy": 5 * level + noise * e, "variance_energy": 50.0, "kl_nats": 10 * level + noise * e}
+            for arm, level in arms.items() for seed in seeds for d, e in enumerate(generator.normal(size=documents))
+        ]
+    )  # fmt: skip
+
+
+def test_answers_point_the_right_way_and_correct_the_fair_claims_together():
+    rows = document_rows({JOINT: 1.0, "topk": 1.2, "joint_nfm mlp": 1.0, f"{JOINT}: direct only": 3.0})
+    found, missing = answers(rows, [32], 5)
+    assert missing == []
+    said = {(a.claim.against, a.verdict.measure): a for a in found}
+    assert {key: answer.verdict.words for key, answer in said.items()} == {
+        ("topk", "fvu"): "better",
+        ("topk", "kl_nats"): "better",
+        ("joint_nfm mlp", "fvu"): "no difference shown",
+        ("joint_nfm mlp", "kl_nats"): "no difference shown",
+        ("joint_nfm: direct only", "fvu"): "better",
+        ("joint_nfm: direct only", "kl_nats"): "better",
+    }
+    # 5 x 1 / 50 against 5 x 1.2 / 50, up to the noise
+    assert said["topk", "fvu"].verdict.difference.estimate == pytest.approx(-0.02, abs=1e-3)
+    assert said["topk", "fvu"].verdict.difference.correction == "Holm over 4 tests"
+    assert said["joint_nfm: direct only", "fvu"].claim.kind == "ablation"
+    assert said["joint_nfm: direct only", "fvu"].verdict.difference.correction is None
+
+
+def test_claims_without_all_seeds_or_with_a_diverged_arm_have_a_reason_in_place_of_a_verdict():
+    rows = document_rows({JOINT: 1.0, "topk": 1.2, "jumprelu": 1.1})
+    rows = rows[(rows["arm"] != "jumprelu") | (rows["seed"] < 3)]
+    rows.loc[(rows["arm"] == "topk") & (rows["seed"] == 2) & (rows["document"] == 7), "kl_nats"] = nan
+    found, missing = answers(rows, [32], 5)
+    assert found == []
+    assert missing == [
+        "joint_nfm against topk at k = 32: topk diverged",
+        "joint_nfm against jumprelu at k = 32: jumprelu has figures for 3 of 5 seeds",
+    ]
+
+
+def test_arms_of_unequal_sparsity_are_not_judged():
+    rows = document_rows({JOINT: 1.0, "batchtopk": 1.2, "matryoshka": 1.1})
+    rows.loc[rows["arm"] == "batchtopk", "active"] *= 1.06
+    rows.loc[rows["arm"] == "matryoshka", "active"] *= 1.04
+    found, missing = answers(rows, [32], 5)
+    assert {answer.claim.against for answer in found} == {"matryoshka"}
+    told = "joint_nfm against batchtopk at k = 32: L0 is 32.0 and 33.9: figures at unequal sparsity say nothing"
+    assert missing == [told]
+
+
+def test_every_claim_is_about_arms_that_exist():
+    for claim in CLAIMS:
+        assert claim.arm in ALL_ARMS
+        assert claim.against.partition(":")[0] in ALL_ARMS
+        assert (claim.kind == "ablation") == (":" in claim.against)
+    assert {claim.against for claim in CLAIMS if claim.arm == JOINT and claim.kind == "fair"} >= set(DEFAULT_ARMS) - {
+        JOINT,
+        "joint_nfm square",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training_tokens": 8192}, r"\btraining_tokens\b.*\b8192\b.*\b1024\b.*run'"),
+        ({"learning_rates": (1e-3,)}, r"\blearning_rates\b.*\[0\.001\].*\[0\.005, 0\.01\]"),
+        ({"validation_tokens": 512}, r"\bvalidation_tokens\b.*\b512\b.*\b384\b"),
+        ({"d_sae": 97}, r"\bd_sae\b.*\b97\b.*\b96\b"),
+    ],
+)  # fmt: skip
+def test_a_changed_configuration_is_an_error_that_names_the_field(changes, message, finished):
+    cfg, output, _ = finished
+    before = (output / "results.json").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        run_compare(replace(cfg, **changes))
+    assert (output / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ("topk", "topq")}, r"\barm\b.*'topq'.*'joint_nfm', 'joint_nfm half', "),
+        ({"arms": ()}, r"\barms\b.*\[\]"),
+        ({"seeds": (1, 1)}, r"\bseeds\b.*\[1, 1\]"),
+        ({"seeds": (0, 1000)}, r"\bseeds\b.*\[0, 1000\].*\bsweep_seed\b.*\b1000\b"),
+        ({"seeds": (-1, 0)}, r"\bseeds\b.*\[-1, 0\].*\bfrom 0\b"),
+        ({"k": (0,)}, r"\bk\b.*\[0\]"),
+        ({"learning_rates": (0.1, -0.1)}, r"\blearning_rates\b.*\[0\.1, -0\.1\]"),
+        ({"d_sae": 0}, r"\bd_sae\b.*\b0\b"),
+        ({"context_size": 1}, r"\bcontext_size\b.*\b1\b.*\b2\b"),
+        ({"sweep_tokens": 100}, r"\bsweep_tokens\b.*\b100\b.*\b2048\b"),
+    ],
+)  # fmt: skip
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        CompareConfig(**changes)
+
+
+def test_bad_input_leaves_nothing(tmp_path):
+    output = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"\bk\b.*\b200\b.*\bd_sae\b.*\b96\b"):
+        run_compare(CompareConfig(**(TINY | {"k": (200,)}), output=str(output)))
+    with pytest.raises(ValueError, match=r"\bone row of 32 tokens\b.*\bskip_tokens\b"):
+        run_compare(CompareConfig(**(TINY | {"validation_tokens": 10**9}), output=str(output)))
+    assert not output.exists()
+    output.mkdir()
+    (output / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"\boutput\b.*run.*\bnew folder\b"):
+        run_compare(CompareConfig(**TINY, output=str(output)))
+    assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+
+
+def test_all_arms_by_one_word():
+    assert CompareConfig(arms=("all",)).chosen_arms == ALL_ARMS
+    assert json.loads(json.dumps(asdict(CompareConfig())))["arms"] == list(DEFAULT_ARMS)
+
+
+def test_flags_of_several_values():
+    flags = [
+        "--k",
+        "16",
+        "64",
+        "--seeds",
+        "3",
+        "4",
+        "--learning-rates",
+        "1e-3",
+        "--jumprelu-l0",
+        "0.5",
+        "5",
+        "--arms",
+        "topk",
+    ]
+    cfg = COMMANDS["compare"].parse("compare", [*flags, "joint_nfm mlp"])
+    assert (cfg.k, cfg.seeds, cfg.learning_rates, cfg.jumprelu_l0) == ((16, 64), (3, 4), (1e-3,), (0.5, 5.0))
+    assert cfg.chosen_arms == ("topk", "joint_nfm mlp")

@@ -1,0 +1,163 @@
+"""The chapter on behaviour: means of a measurement by arm, in their roles, with ratios of errors."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from report_runs import figures, labels, marks, plots, run_of
+
+from sae_nfm.evaluation.error_controls import error_ratios
+from sae_nfm.evaluation.kl_by_arm import has_controls, kl_by_arm
+from sae_nfm.evaluation.token_table import VALUES, Activations, Manifest, begin, table, write_part
+from sae_nfm.report.behaviour_section import section
+from sae_nfm.report.blocks import Heading, Prose
+
+MEANS = {
+    "sae": 0.2, "isotropic": 0.1, "covariance": 0.4, "flipped error": 0.3, "error x 0": 0.0, "error x 0.5": 0.05,
+    "error x 2": 0.9, "none": 0.0, "zero": 5.0, "direct only": 0.8, "direct only, means kept": 0.7, "topk": 0.25,
+    "sequential": 0.15, "sequential: direct only": 0.25, "sequential: isotropic": 0.1,
+}  # fmt: skip
+
+
+def measured(folder, means=MEANS, parts=1):
+    """Two documents of two tokens: KL a tenth below the mean in one and a tenth above it in the other."""
+    names = list(means)
+    same = {name: "x" for name in names}
+    begin(folder, Manifest(model="m", tokens="t", documents="d", arms=same, hook_names=same, seed=0, batch_rows=1,
+                           batches_per_part=1, parts=parts))  # fmt: skip
+    places = {"document": np.array([0, 0, 1, 1]), "row": np.arange(4), "position": np.arange(4)}
+    spread = np.array([0.9, 0.9, 1.1, 1.1])
+    tables = [
+        table(name, names, places | dict.fromkeys(VALUES, np.ones(4)) | {"kl_nats": spread * mean})
+        for name, mean in means.items()
+    ]
+    write_part(folder, 0, tables, {"x": Activations.of(places["document"], np.ones((4, 2)))})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return measured(tmp_path_factory.mktemp("run") / "rows")
+
+
+@pytest.fixture(scope="module")
+def by_arm(folder):
+    return kl_by_arm(folder)
+
+
+@pytest.fixture(scope="module")
+def there(folder):
+    return section(run_of(folder.parent, measurements=[folder]))
+
+
+def test_nothing_without_a_measurement_beside_controls(tmp_path):
+    assert section(run_of(tmp_path)) is None
+    folder = measured(tmp_path / "rows", {"primary as it is": 0.1, "hidden code: zero": 0.2})
+    assert not has_controls(folder)
+    assert section(run_of(tmp_path, measurements=[folder])) is None
+
+
+def test_arms_have_their_roles(by_arm):
+    found = {arm.arm: (arm.of, arm.name, arm.role, arm.scale) for arm in by_arm.arms}
+    assert found == {
+        "sae": ("sae", "sae", "SAE", 1.0),
+        "isotropic": ("sae", "isotropic", "control", None),
+        "covariance": ("sae", "covariance", "control", None),
+        "flipped error": ("sae", "flipped error", "control", -1.0),
+        "error x 0": ("sae", "error x 0", "scaled error", 0.0),
+        "error x 0.5": ("sae", "error x 0.5", "scaled error", 0.5),
+        "error x 2": ("sae", "error x 2", "scaled error", 2.0),
+        "none": ("sae", "none", "anchor", None),
+        "zero": ("sae", "zero", "anchor", None),
+        "direct only": ("sae", "direct only", "part", None),
+        "direct only, means kept": ("sae", "direct only, means kept", "part", None),
+        "topk": ("topk", "topk", "other", None),
+        "sequential": ("sequential", "sequential", "SAE", 1.0),
+        "sequential: direct only": ("sequential", "direct only", "part", None),
+        "sequential: isotropic": ("sequential", "isotropic", "control", None),
+    }
+
+
+def test_means_and_intervals_by_hand(by_arm):
+    sae = by_arm.arms[0].kl
+    assert (sae.n, sae.n_clusters) == (4, 2)
+    assert sae.estimate == pytest.approx(0.2, abs=1e-7)  # the rows are float32
+    # document means 0.18 and 0.22: jackknife error 0.02, one degree of freedom
+    assert sae.high - sae.estimate == pytest.approx(0.02 * 12.7062047, abs=1e-6)
+
+
+def test_ratios_are_those_of_error_ratios(folder, by_arm):
+    ratios = by_arm.ratios
+    assert {sae: list(own) for sae, own in ratios.items()} == {
+        "sae": ["isotropic", "covariance", "flipped error"], "sequential": ["isotropic"],
+    }  # fmt: skip
+    assert ratios["sae"] == error_ratios(folder, controls=("isotropic", "covariance", "flipped error"))
+    assert ratios["sequential"]["isotropic"].estimate == pytest.approx(1.5, abs=1e-6)
+
+
+def test_every_arm_is_a_mark_under_its_role(there):
+    arms, scales, ratios, sequential, _ = figures(there)
+    assert labels(arms.plot) == [
+        "Whole", "all paths", "Its parts", "direct only", "direct only, means kept", "Controls at its distance", "isotropic",
+        "covariance", "flipped error", "Other SAEs", "topk", "Ablations of the hook point", "zero",
+    ]  # fmt: skip  # "none" moves nothing: not on a logarithmic axis
+    shown = {(row, group): x for row, group, x, *_ in marks(arms)}
+    assert shown == pytest.approx(
+        {
+            ("all paths", "the SAE"): 0.2,
+            ("direct only", "paths switched off"): 0.8,
+            ("direct only, means kept", "paths switched off"): 0.7,
+            ("isotropic", "control"): 0.1,
+            ("covariance", "control"): 0.4,
+            ("flipped error", "control"): 0.3,
+            ("topk", "another SAE"): 0.25,
+            ("zero", "everything removed"): 5.0,
+        },
+        abs=1e-6,
+    )
+    assert [shape.x0 for shape in arms.plot.layout.shapes] == pytest.approx([0.2], abs=1e-6)
+    assert sorted(arms.data["value"]) == pytest.approx(sorted(shown.values()), abs=1e-6)
+    line = scales.plot.data[0]
+    assert list(line.x) == [-1.0, 0.0, 0.5, 2.0]
+    assert list(line.y) == pytest.approx([0.3, 0.0, 0.05, 0.9], abs=1e-6)
+    assert {t.name: (t.x[0], round(t.y[0], 6)) for t in scales.plot.data[1:]} == {
+        "isotropic": (1.0, 0.1), "covariance": (1.0, 0.4),
+    }  # fmt: skip
+    assert len(scales.data) == 6
+    assert labels(sequential.plot)[:4] == ["Whole", "all paths", "Its parts", "direct only"]
+    assert "topk" not in labels(sequential.plot)
+    assert len(ratios.data) == 3 + 2
+
+
+def test_published_ratios_stand_beside_isotropic_only(there):
+    ratios = figures(there)[2]
+    shown = {(row, group): x for row, group, x, *_ in marks(ratios)}
+    first = "isotropic: a random direction"
+    assert shown[first, "this SAE"] == pytest.approx(2.0, abs=1e-6)
+    assert shown[first, "published: arXiv 2507.00269, not measured here"] == 2.99
+    assert (first, "published: Gurnee 2024, range", 3.25, 2.0, 4.5) in marks(ratios)
+    assert {row for row, group in shown if group.startswith("published")} == {first}
+
+
+def test_verdicts_have_every_control(there):
+    said = there.verdicts
+    assert [line.partition(":")[0] for line in said] == [
+        "KL of the SAE over that of a change of equal distance", "KL of sequential over that of a change of equal distance",
+    ]  # fmt: skip
+    assert [part.split(" ")[0] for part in said[0].partition(": ")[2].split("; ")] == ["2.00", "0.50", "0.67"]
+
+
+def test_an_unfinished_measurement_is_named_and_left_out(tmp_path):
+    there = section(run_of(tmp_path, measurements=[measured(tmp_path / "a"), measured(tmp_path / "b", parts=2)]))
+    assert next(block.text for block in there.blocks if isinstance(block, Heading)) == "a"
+    (prose,) = [block for block in there.blocks if isinstance(block, Prose)]
+    assert prose.lines[0].startswith("b is left out: the measurement is not finished: 1 of 2 parts are there;")
+    assert str(tmp_path) not in prose.lines[0]
+
+
+def test_the_same_twice_and_numbers_that_json_has(folder, there):
+    assert plots(section(run_of(folder.parent, measurements=[folder]))) == plots(there)
+    for figure in figures(there):
+        json.loads(figure.data.to_json(), parse_constant=lambda name: pytest.fail(name))
+        assert not any(isinstance(v, float) and math.isinf(v) for v in figure.data.to_numpy().ravel())

@@ -1,0 +1,199 @@
+"""The section on interactions: a layout that repeats, pairs, correlations beside their null, effects of single pairs."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from report_inputs import RUN, figures_by_name, traces
+from report_runs import run_of
+
+from sae_nfm.attribution.corpus_summary import CorpusAttribution
+from sae_nfm.attribution.graph import FeatureNode, InteractionGraph, PairEdge
+from sae_nfm.attribution.graph_layout import graph_layout
+from sae_nfm.attribution.pair_table import Context
+from sae_nfm.attribution.prompt import PairEffect, TokenAttribution, Written
+from sae_nfm.attribution.run import Attribution
+from sae_nfm.attribution.weight_only import Correlation, PairControls
+from sae_nfm.report import interactions_section
+from sae_nfm.report.blocks import Table
+from sae_nfm.report.html import section_html
+
+FREQUENCY = "co-activation frequency"
+
+
+def edge(first, second, share=0.1, effect=None):
+    return PairEdge(
+        first=first,
+        second=second,
+        tokens=10,
+        frequency=0.1,
+        norm_mean=0.5,
+        norm_max=1.0,
+        energy_share=share,
+        effect_mean=effect,
+        weight=0.2,
+    )
+
+
+EDGES = (edge(1, 2, 0.4, 0.3), edge(2, 3, 0.2, -0.1), edge(1, 4, 0.1, 0.2), edge(7, 8, 0.05, -0.2))
+
+
+def written(name, direct, gradient):
+    return Written(name=name, norm=0.5, direct=direct, gradient=gradient, promotes=(" a", "b"), suppresses=("<c>",))
+
+
+def corpus(**changes):
+    found = CorpusAttribution(
+        tokens=100,
+        pairs=50,
+        firings=500,
+        complete=True,
+        slack_share=0.0,
+        target="the logit of ' x'",
+        graph=InteractionGraph(
+            nodes=tuple(FeatureNode(feature=f, tokens=5 * f, mean_activation=1.0) for f in (1, 2, 3, 4, 7, 8)),
+            edges=EDGES,
+        ),
+        contexts=((Context(row=0, position=3, norm=1.0, effect=None, text="one[[ two]]\n three"),), ()),
+        controls=PairControls(
+            tokens=100,
+            pairs=40,
+            min_tokens=5,
+            weights_against_tokens=(),
+            cooccurrence=(
+                Correlation(
+                    measure="total",
+                    against=FREQUENCY,
+                    pearson=0.3,
+                    spearman=0.45,
+                    null_pearson=(0.1,),
+                    null_spearman=(0.53, 0.5),
+                ),
+                Correlation(measure="covariance", against=FREQUENCY, pearson=0.3, spearman=0.2),
+            ),
+        ),
+    )
+    return replace(found, **changes)
+
+
+TOKEN = TokenAttribution(
+    position=3,
+    token=" two",
+    target="the logit of ' x'",
+    value=1.5,
+    path_norm=1.0,
+    gates_open=0.5,
+    pairs_firing=6,
+    sum_error=0.0,
+    all_pairs=written("all pairs", 0.1, 0.1),
+    biases=(),
+    pairs=(
+        PairEffect(
+            first=1,
+            second=2,
+            product=2.0,
+            written=written("1 x 2", None, -0.25),
+            frozen=-0.5,
+            free=-0.75,
+            flipped=0.125,
+            prediction_error=0.0,
+        ),
+    ),
+    features=(),
+)
+
+
+def attribution(**changes):
+    return Attribution(**({"sae": "s", "hook_name": "h", "tokens": (), "corpus": None, "provenance": {}} | changes))
+
+
+@pytest.fixture(scope="module")
+def of_corpus():
+    return interactions_section.section(run_of(RUN, attribution(corpus=corpus())))
+
+
+def test_the_layout_repeats_and_lies_in_the_unit_square():
+    places = graph_layout(EDGES)
+    assert places == graph_layout(EDGES)
+    assert sorted(places) == [1, 2, 3, 4, 7, 8]
+    points = np.array(list(places.values()))
+    assert points.min() >= 0
+    assert points.max() <= 1
+    assert len({tuple(point) for point in points}) == 6
+
+
+def test_neighbours_stand_closer_than_others():
+    star = [edge(0, i) for i in range(1, 6)] + [edge(10, i) for i in range(11, 16)] + [edge(0, 10)]
+    places = {feature: np.array(point) for feature, point in graph_layout(star).items()}
+
+    def apart(pairs):
+        return np.mean([np.linalg.norm(places[i] - places[j]) for i, j in pairs])
+
+    assert 2 * apart([(one.first, one.second) for one in star]) < apart(
+        (i, j) for i in range(1, 6) for j in range(11, 16)
+    )
+
+
+def test_parts_that_are_not_connected_do_not_overlap():
+    places = graph_layout(EDGES)
+    assert max(places[7][1], places[8][1]) < min(places[feature][1] for feature in (1, 2, 3, 4))
+
+
+def test_one_pair_is_laid_out():
+    assert set(graph_layout([edge(3, 9)])) == {3, 9}
+
+
+def test_edges_are_lines_between_their_features(of_corpus):
+    drawn = figures_by_name(of_corpus)["graph-0"]
+    places = graph_layout(EDGES)
+    lines = {(trace.name, tuple(trace.x), tuple(trace.y)): trace for trace in drawn.plot.data if trace.mode == "lines"}
+    assert len(lines) == 4
+    for one in EDGES:
+        (x0, y0), (x1, y1) = places[one.first], places[one.second]
+        sign = "raises the target" if (one.effect_mean or 0) > 0 else "lowers the target"
+        width = lines[sign, (x0, x1), (y0, y1)].line.width
+        assert width == pytest.approx(max(1.0, 9 * (one.energy_share / 0.4) ** 0.5), abs=0.005)  # rounded to 0.01
+    assert drawn.data["energy_share"].tolist() == [0.4, 0.2, 0.1, 0.05]
+
+
+def test_correlations_stand_before_what_dealt_out_embeddings_give(of_corpus):
+    drawn = figures_by_name(of_corpus)["controls-0"]
+    assert list(traces(drawn)["this SAE"].x) == [0.45]
+    assert list(traces(drawn)["by chance"].x) == [0.5, 0.53, None]
+    assert drawn.data[["chance_low", "chance_high"]].to_numpy().tolist() == [[0.5, 0.53]]
+
+
+def test_what_is_said_of_a_corpus(of_corpus):
+    assert of_corpus is not None
+    assert of_corpus.verdicts == [
+        "50 pairs fire on 100 tokens; the strongest, 1 x 2, has 40.0% of their energy.",
+        "Energy of pairs correlates at +0.45 with co-activation frequency; with embeddings dealt out anew at +0.50 to +0.53.",
+    ]
+    (table,) = (block for block in of_corpus.blocks if isinstance(block, Table))
+    assert [row[0] for row in table.rows] == ["1 x 2", "2 x 3"]
+    assert table.rows[0][-1] == "one[[ two]] three"
+
+
+def test_predicted_and_measured_effects_of_a_pair():
+    section = interactions_section.section(run_of(RUN, attribution(tokens=(TOKEN,))))
+    drawn = figures_by_name(section)["effects-0-0"]
+    found = {name: list(trace.x) for name, trace in traces(drawn).items()}
+    assert found == {"gradient": [-0.25], "frozen": [-0.5], "free": [-0.75]}  # there is no direct path here
+    assert section is not None
+    (table,) = (block for block in section.blocks if isinstance(block, Table))
+    assert table.rows[0] == ("1 x 2", "0.5", "", "-0.2500", "-0.5000", "-0.7500", "12%", "' a' 'b'", "'<c>'")
+
+
+def test_nothing_fired():
+    empty = corpus(graph=InteractionGraph(nodes=(), edges=()), contexts=())
+    section = interactions_section.section(run_of(RUN, attribution(corpus=empty)))
+    assert figures_by_name(section) == {}
+
+
+def test_made_twice_it_is_the_same():
+    run = run_of(RUN, attribution(corpus=corpus(), tokens=(TOKEN,)))
+    one, other = (interactions_section.section(run) for _ in range(2))
+    assert one is not None
+    assert other is not None
+    assert section_html(one) == section_html(other)
+    assert interactions_section.section(run_of(RUN)) is None

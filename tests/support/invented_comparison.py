@@ -1,0 +1,95 @@
+"""Small invented results of comparisons for the report's tests: every number is chosen, none is measured."""
+
+from typing import Any
+
+from sae_nfm.comparison.claims import Answer, Claim
+from sae_nfm.comparison.lr_sweep import SweepRow
+from sae_nfm.comparison.results import CompareResult, CompareRow
+from sae_nfm.stats.estimates import Estimate
+from sae_nfm.stats.seed_document_test import Verdict
+
+
+def compare_row(arm: str, fvu: float | None, kl: float | None, **changes: Any) -> CompareRow:
+    fields: dict[str, Any] = {
+        "k": 32, "seed": 0, "kind": "trained", "family": arm.partition(":")[0], "parameters": 100, "training_flops": 2e6,
+        "learning_rate": 0.005, "training_tokens_per_second": 1234.5, "dead_fraction": 0.0, "l0": 32.0, "ce_nats": 4.0,
+        "ce_delta_nats": 0.125, "tokens": 1000,
+    }  # fmt: skip
+    return CompareRow(arm=arm, fvu=fvu, kl_nats=kl, **(fields | changes))
+
+
+def answer(
+    arm: str, against: str, measure: str, change: float, *, kind: Any = "fair", n_seeds: int = 5, p: float = 0.5
+) -> Answer:
+    """A verdict with an interval of 0.01 on both sides."""
+
+    def estimate(value: float) -> Estimate:
+        return Estimate(
+            estimate=value,
+            low=value - 0.01,
+            high=value + 0.01,
+            n=50,
+            n_clusters=10,
+            test="t",
+            p_value=p,
+            correction=None,
+        )
+
+    verdict = Verdict(
+        arm=arm, against=against, measure=measure, difference=estimate(change / 10), relative=estimate(change),
+        n_seeds=n_seeds, relabelled=0.03,
+    )  # fmt: skip
+    return Answer(claim=Claim(kind=kind, question="why?", arm=arm, against=against), k=32, verdict=verdict)
+
+
+SEEDS = (0, 1, 2)
+ROWS = tuple(
+    row
+    for seed in SEEDS
+    for row in (
+        compare_row("joint_nfm", 0.10 + 0.01 * seed, 0.20, seed=seed),
+        compare_row("joint_nfm: direct only", 0.40, 0.50, seed=seed, kind="ablation", dead_fraction=None),
+        compare_row("topk", 0.12, 0.25, seed=seed),
+    )
+)
+ANSWERS = (
+    answer("joint_nfm", "joint_nfm: direct only", "fvu", -0.75, kind="ablation", p=0.001),
+    answer("joint_nfm", "joint_nfm: direct only", "kl_nats", -0.60, kind="ablation", p=0.001),
+    answer("joint_nfm", "topk", "fvu", -0.05, p=0.001),
+    answer("joint_nfm", "topk", "kl_nats", 0.02),
+)
+SWEEP = (
+    SweepRow(k=32, arm="joint_nfm", family="joint_nfm", learning_rate=0.001, l0=32.0, fvu=0.3),
+    SweepRow(k=32, arm="joint_nfm", family="joint_nfm", learning_rate=0.002, l0=32.0, fvu=0.2),
+    SweepRow(k=32, arm="joint_nfm", family="joint_nfm", learning_rate=0.004, l0=32.0, fvu=float("nan")),
+    SweepRow(k=32, arm="topk", family="topk", learning_rate=0.001, l0=32.0, fvu=0.35),
+    SweepRow(k=32, arm="topk", family="topk", learning_rate=0.002, l0=32.0, fvu=0.25),
+    SweepRow(k=32, arm="topk", family="topk", learning_rate=0.004, l0=32.0, fvu=0.15),
+)
+
+
+def compared(**changes: Any) -> CompareResult:
+    config = {
+        "model_name": "m", "hook_name": "blocks.0.hook_resid_post", "dataset": "t.parquet", "k": [32],
+        "training_tokens": 400, "learning_rates": [0.001, 0.002, 0.004],
+    }  # fmt: skip
+    fields: dict[str, Any] = {
+        "rows": ROWS, "answers": ANSWERS, "sweep": SWEEP, "missing": (), "provenance": {"config": config},
+    }  # fmt: skip
+    return CompareResult(**(fields | changes))
+
+
+def sparsity_rows() -> tuple[CompareRow, ...]:
+    """Three k of two arms, and an arm whose sparsity a coefficient sets, with two seeds."""
+    rows: list[CompareRow] = []
+    for seed in (0, 1):
+        for k, fvu in ((16, 0.20), (32, 0.10), (64, 0.05)):
+            same: dict[str, Any] = {"k": k, "seed": seed}
+            rows.append(compare_row("joint_nfm", fvu + 0.01 * seed, 2 * fvu, l0=float(k), **same))
+            rows.append(compare_row("topk", 1.1 * fvu, 2.3 * fvu, l0=float(k), **same))
+        for coefficient, l0, fvu in ((3, 20.0, 0.22), (1, 50.0, 0.09)):
+            name = f"standard {coefficient}"
+            rows.append(compare_row(name, fvu, 2.5 * fvu, l0=l0, family="standard", seed=seed))
+        rows.append(compare_row("standard", 0.15, 0.4, kind="interpolated", seed=seed))
+        rows.append(compare_row("gated", None, None, kind="interpolated", l0=None, seed=seed))
+    return tuple(rows)
