@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from sae_nfm.evaluation.kl_by_arm import MeasuredKL, has_controls, kl_by_arm
+from sae_nfm.evaluation.error_controls import MeasuredKL, has_controls, kl_by_arm
 from sae_nfm.interventions import UNDER_TEST
 from sae_nfm.report.behaviour_figures import arms_figure, ratios_figure, scales_figure
 from sae_nfm.report.blocks import Block, Heading, Prose, Section
