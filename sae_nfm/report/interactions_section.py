@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from sae_nfm.attribution import LEGEND, Attribution, Context, CorpusAttribution, TokenAttribution
-from sae_nfm.attribution.graph_layout import graph_layout
+from sae_nfm.attribution.graph import graph_layout
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, Table
 from sae_nfm.report.dot_plot import Axis
 from sae_nfm.report.dot_rows import dot_data, dot_rows

@@ -13,8 +13,7 @@ from sae_lens import SAE
 from scipy import stats
 from torch import Tensor
 
-from sae_nfm.analysis import FeatureEnergies, gauge, varies
-from sae_nfm.analysis.path_contributions import feature_energies, token_paths
+from sae_nfm.analysis import FeatureEnergies, feature_energies, gauge, token_paths, varies
 from sae_nfm.experiments.dynamics.checkpoints import Checkpoint, load_checkpoint
 from sae_nfm.experiments.dynamics.results import (
     CANONICAL,
@@ -25,8 +24,7 @@ from sae_nfm.experiments.dynamics.results import (
     Movement,
     Transitions,
 )
-from sae_nfm.stats import Estimate, Floats
-from sae_nfm.stats.clustered import StudentT, interval
+from sae_nfm.stats import Estimate, Floats, StudentT, interval
 
 
 def tertiles(shares: Sequence[Floats]) -> tuple[float, float]:
