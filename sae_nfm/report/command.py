@@ -58,5 +58,5 @@ def write_run_report(cfg: ReportConfig) -> WrittenReport:
         path=path,
         size=path.stat().st_size,
         sections=tuple(section.title for section in there),
-        missing=tuple((chapter.title, chapter.command) for chapter in missing),
+        missing=tuple((chapter.TITLE, " or ".join(chapter.COMMANDS)) for chapter in missing),
     )

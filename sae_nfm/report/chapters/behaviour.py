@@ -1,18 +1,21 @@
-"""KL of an SAE, its parts and its controls; over the scale of the error; as ratios."""
+"""What an SAE's error does to the model, beside other changes of its size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from sae_nfm.evaluation import ArmKL, MeasuredKL, Role
+from sae_nfm.evaluation.kl_by_arm import ArmKL, MeasuredKL, Role, has_controls, kl_by_arm
 from sae_nfm.experiments.reproduce import GURNEE_RATIOS, PAPER_RATIO
 from sae_nfm.interventions import UNDER_TEST
-from sae_nfm.report.blocks import Figure
-from sae_nfm.report.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot, drawn
-from sae_nfm.report.theme import PALETTE, SYMBOLS, styled
+from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
+from sae_nfm.report.plots.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot, drawn
+from sae_nfm.report.plots.theme import PALETTE, SYMBOLS, styled
+from sae_nfm.report.run_folder import Run
 from sae_nfm.stats import Estimate
 
+TITLE = "Behaviour: what the error does to the model"
+COMMANDS = ("sae-nfm reproduce --output RUN/reproduce",)
 ROLES: Mapping[Role, tuple[str, Group]] = {
     "SAE": ("Whole", Group(name="the SAE", colour=PALETTE[0], symbol="circle", size=13)),
     "part": ("Its parts", Group(name="paths switched off", colour=PALETTE[3], symbol="diamond-open")),
@@ -30,6 +33,59 @@ CONTROLS = {
     "flipped error": "the error with its sign turned",
 }
 """What a control puts in place, in words."""
+
+
+def section(run: Run) -> Section | None:
+    """The chapter; None without a measurement of an SAE beside its controls."""
+    measured = [folder for folder in run.measurements if has_controls(folder)]
+    if not measured:
+        return None
+    blocks: list[Block] = []
+    verdicts: list[str] = []
+    for number, folder in enumerate(measured, 1):
+        if len(measured) > 1:
+            blocks.append(Heading(text=run.label(folder)))
+        try:
+            kl = kl_by_arm(folder)
+        except ValueError as error:  # one that was interrupted: the other chapters are still worth having
+            blocks.append(Prose(lines=[f"{run.label(folder)} is left out: {_without_folder(error, folder)}."]))
+            continue
+        blocks += _blocks(kl, number)
+        verdicts += _said(kl)
+    return Section(
+        id="behaviour",
+        title=TITLE,
+        lead="An SAE in place of the activations moves the model's predictions. Is that more than any change of the "
+        "same size would do? It depends on which change.",
+        blocks=blocks,
+        verdicts=verdicts,
+    )
+
+
+def _without_folder(error: ValueError, folder: object) -> str:
+    return str(error).replace(f"in {str(folder)!r} ", "")
+
+
+def _blocks(measured: MeasuredKL, number: int) -> Iterator[Block]:
+    for sae in measured.ratios:
+        name = sae.replace(" ", "-")
+        if len(measured.ratios) > 1:
+            yield Heading(text="The SAE under test" if sae == UNDER_TEST else sae)
+        yield arms_figure(measured, sae, f"arms-{number}-{name}")
+        scales = scales_figure(measured, sae, f"scales-{number}-{name}")
+        if scales is not None:
+            yield scales
+        yield ratios_figure(measured.ratios[sae], f"ratios-{number}-{name}")
+
+
+def _said(measured: MeasuredKL) -> Iterator[str]:
+    for sae, ratios in measured.ratios.items():
+        words = [f"{_ratio(ratio)} against {control}" for control, ratio in ratios.items()]
+        yield f"KL of {'the SAE' if sae == 'sae' else sae} over that of a change of equal distance: {'; '.join(words)}."
+
+
+def _ratio(ratio: Estimate) -> str:
+    return f"{ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
 def arms_figure(measured: MeasuredKL, sae: str, name: str) -> Figure:

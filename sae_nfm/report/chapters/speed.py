@@ -7,16 +7,15 @@ import plotly.graph_objects as go
 
 from sae_nfm.profiling import TOPK
 from sae_nfm.profiling.results import Scan, SpeedResult, SpeedRow
-from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table
-from sae_nfm.report.dot_plot import Axis
-from sae_nfm.report.dot_rows import Dot, dot_data, dot_rows
+from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table, section_of
+from sae_nfm.report.plots.dot_plot import Axis
+from sae_nfm.report.plots.dot_rows import Dot, dot_data, dot_rows
+from sae_nfm.report.plots.theme import AXIS, DASHES, PALETTE, SYMBOLS, styled
 from sae_nfm.report.run_folder import Found, Run
-from sae_nfm.report.several import section_of
-from sae_nfm.report.theme import AXIS, DASHES, PALETTE, SYMBOLS, styled
 from sae_nfm.stats import Estimate
 
 TITLE = "Speed"
-COMMAND = "sae-nfm speed --json RUN/speed/speed.json"
+COMMANDS = ("sae-nfm speed --output RUN/speed/speed.json",)
 STEP, PEAK = "training step", "peak memory"
 RATIO_AXIS = Axis(title="times topk's (1: the same)", form=".2f", reference=1, from_zero=True)
 AXES: dict[Scan, str] = {"d_sae": "features (d_sae)", "nfm_dim": "interaction dimensions"}

@@ -10,15 +10,14 @@ from sae_nfm.experiments.secondary.results import (
     SecondaryRow,
     cells,
 )
-from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table
-from sae_nfm.report.dot_plot import Axis
-from sae_nfm.report.dot_rows import Dot, dot_data, dot_rows
+from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table, section_of
+from sae_nfm.report.plots.dot_plot import Axis
+from sae_nfm.report.plots.dot_rows import Dot, dot_data, dot_rows
 from sae_nfm.report.run_folder import Found, Run
-from sae_nfm.report.several import section_of
 from sae_nfm.stats import Estimate
 
 TITLE = "Secondary SAEs"
-COMMAND = "sae-nfm secondary SAE --output RUN/secondary"
+COMMANDS = ("sae-nfm secondary SAE --output RUN/secondary",)
 TRUE, PERMUTED, ACROSS, OTHER = (
     "hidden code",
     "permuted code (control)",

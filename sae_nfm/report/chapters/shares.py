@@ -6,12 +6,12 @@ from sae_nfm.analysis import Figure as Value
 from sae_nfm.experiments.reproduce import ReproducedRow
 from sae_nfm.experiments.reproduce.results import ReproduceResult
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
-from sae_nfm.report.dot_plot import Axis
-from sae_nfm.report.dot_rows import Dot, dot_data, dot_rows
+from sae_nfm.report.plots.dot_plot import Axis
+from sae_nfm.report.plots.dot_rows import Dot, dot_data, dot_rows
 from sae_nfm.report.run_folder import Found, Run
 
 TITLE = "Shares of the paths"
-COMMAND = "sae-nfm reproduce --output RUN/reproduce"
+COMMANDS = ("sae-nfm reproduce --output RUN/reproduce",)
 PUBLISHED, HERE, CONTROL = "arXiv 2507.00269", "this SAE, as published", "this SAE, under a control"
 CHANCE, DEALT_OUT = "chance: unrelated rows", "rows dealt out"
 LEAD = (

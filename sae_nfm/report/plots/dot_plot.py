@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_nfm.report.theme import styled, wrapped
+from sae_nfm.report.plots.theme import styled, wrapped
 
 LINE, ROW_MARGIN, LEGEND, BELOW, BETWEEN = 16, 12, 64, 64, 76
 """Pixels: a line of a label, the space around it, what stands above and below the rows, and between two panels."""

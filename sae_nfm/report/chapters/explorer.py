@@ -10,7 +10,7 @@ from sae_nfm.report.blocks import Block, Embedded, Prose, Section
 from sae_nfm.report.run_folder import Run
 
 TITLE = "Features and pairs, one by one"
-COMMAND = "sae-nfm explore SAE --output RUN/explorer"
+COMMANDS = ("sae-nfm explore SAE --output RUN/explorer",)
 LARGEST_PAGE, REST = 10_000_000, 1_000_000
 """Bytes of a page, and those of it that are neither the explorer's data nor plotly's script."""
 FALLBACK = "The explorer of features and pairs needs JavaScript; nothing is fetched."
@@ -70,7 +70,7 @@ def _embedded(run: Run, path: Path) -> Block:
         lines=[
             f"{run.label(path)} is left out: with its {len(data) / 1e6:.1f} MB the page would have {size / 1e6:.1f} MB, "
             f"more than {LARGEST_PAGE / 1e6:.0f} MB. Make it smaller with fewer --contexts, --quantile-contexts or "
-            f"--pairs: {COMMAND}"
+            f"--pairs: {COMMANDS[0]}"
         ]
     )
 

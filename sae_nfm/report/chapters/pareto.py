@@ -1,4 +1,4 @@
-"""FVU and KL over L0, a line for each arm."""
+"""Error and KL against sparsity: whether an arm is better at every L0, or at one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,9 +8,36 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_nfm.comparison import ArmMean
-from sae_nfm.report.blocks import Figure
-from sae_nfm.report.fidelity_figures import PANELS
-from sae_nfm.report.theme import DASHES, PALETTE, SYMBOLS, styled
+from sae_nfm.comparison.arm_means import arm_means, lines_over_l0
+from sae_nfm.comparison.results import CompareResult
+from sae_nfm.report.blocks import Block, Figure, Heading, Section
+from sae_nfm.report.chapters.fidelity import PANELS
+from sae_nfm.report.plots.theme import DASHES, PALETTE, SYMBOLS, styled
+from sae_nfm.report.run_folder import Run
+
+TITLE = "Sparsity: error and KL against L0"
+COMMANDS = ("sae-nfm compare --k 16 32 64 --output RUN/compare",)
+
+
+def section(run: Run) -> Section | None:
+    """The chapter; None without a comparison that has SAEs of several L0s."""
+    compared = [(found.label, arm_means(found.result.rows)) for found in run.of(CompareResult)]
+    several = [(label, means) for label, means in compared if lines_over_l0(means)]
+    blocks: list[Block] = []
+    for number, (label, means) in enumerate(several, 1):
+        if len(several) > 1:
+            blocks.append(Heading(text=label))
+        between = [mean for mean in means if mean.kind == "interpolated"]
+        blocks.append(pareto_figure(lines_over_l0(means), between, number))
+    if not blocks:
+        return None
+    return Section(
+        id="pareto",
+        title=TITLE,
+        lead="More active features explain more. An architecture is better where its line lies below the others' at "
+        "the same L0.",
+        blocks=blocks,
+    )
 
 
 def pareto_figure(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmMean], number: int) -> Figure:
