@@ -104,7 +104,7 @@ class AttributeConfig:
 class Attribution(SavedResult):
     """What `sae-nfm attribute` found."""
 
-    command: ClassVar[str] = "sae-nfm attribute"
+    kind: ClassVar[str] = "attribute/1"
 
     sae: str
     """The SAE, as given."""

@@ -53,7 +53,7 @@ class Comparison:
 class BenchmarkResult(SavedResult):
     """Everything a benchmark found, and what is needed to repeat it."""
 
-    command: ClassVar[str] = "sae-nfm demo"
+    kind: ClassVar[str] = "demo/1"
 
     rows: tuple[Row, ...]
     """The table, whole SAEs each followed by their ablations."""

@@ -17,9 +17,12 @@ from sae_lens import SAE, HookedSAETransformer
 from torch import Tensor
 
 from sae_nfm.common import write_json
+from sae_nfm.common.results import with_kind, without_kind
 from sae_nfm.comparison.arms import interpolation_weights
 from sae_nfm.evaluation.fidelity import Arm, evaluate
 from sae_nfm.training import StreamConfig, TrainingArm, train_arms
+
+SWEEP_KIND = "sweep/1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,11 @@ def sweep(
 def read_sweep(folder: Path) -> list[SweepRow]:
     """The rows that are there."""
     path = folder / "sweep.json"
-    return [SweepRow(**row) for row in json.loads(path.read_text())] if path.is_file() else []
+    if not path.is_file():
+        return []
+    content = json.loads(path.read_text())
+    rows = content if isinstance(content, list) else without_kind(SWEEP_KIND, content)["rows"]  # a list in 0.1.0
+    return [SweepRow(**row) for row in rows]
 
 
 def chosen_rates(rows: Sequence[SweepRow], candidates: Sequence[float]) -> dict[str, float]:
@@ -105,4 +112,4 @@ def _fvu_at_k(members: Sequence[SweepRow]) -> float:
 
 
 def _write(rows: Sequence[SweepRow], folder: Path) -> None:
-    write_json(folder / "sweep.json", [asdict(row) for row in rows])
+    write_json(folder / "sweep.json", with_kind(SWEEP_KIND, {"rows": [asdict(row) for row in rows]}))

@@ -60,7 +60,7 @@ class CompareRow:
 class CompareResult(SavedResult):
     """Everything a comparison found, and what is needed to repeat it. `documents.parquet` beside it has the sums behind it."""
 
-    command: ClassVar[str] = "sae-nfm compare"
+    kind: ClassVar[str] = "compare/1"
 
     rows: tuple[CompareRow, ...]
     """The table."""

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from sae_nfm import demo
 from sae_nfm.common import whole, write_json
+from sae_nfm.common.results import with_kind
 from sae_nfm.comparison.arms import ArmSizes, training_arms
 from sae_nfm.comparison.claims import answers
 from sae_nfm.comparison.config import CompareConfig
@@ -177,7 +178,7 @@ def _claim_folder(output: Path, cfg: CompareConfig, comparison: _Comparison) -> 
     if not path.exists():
         if output.exists() and (not output.is_dir() or any(p.name != "compare.json.partial" for p in output.iterdir())):
             raise ValueError(f"output is {str(output)!r}, which holds other things; give a new folder")
-        write_json(path, wanted)
+        write_json(path, with_kind("compare-settings/1", wanted))
         return
     found = json.loads(path.read_text())
     for name, value in wanted.items():

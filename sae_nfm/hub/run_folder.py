@@ -7,11 +7,10 @@ from pathlib import Path
 
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
+from sae_nfm.common.results import REPORT_FILENAME, RESULTS_FILENAME
 from sae_nfm.comparison import ALL_PATHS, BenchmarkResult
 from sae_nfm.hub.card import CardSAE
 from sae_nfm.hub.release import ReleasedSAE, release_entry
-
-RESULTS_FILENAME, REPORT_FILENAME = "results.json", "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import simple_parsing
 
 from sae_nfm.common import whole
-from sae_nfm.hub import REPORT_FILENAME
+from sae_nfm.common.results import REPORT_FILENAME
 from sae_nfm.report.chapters import sections
 from sae_nfm.report.page import page
 from sae_nfm.report.run_folder import read_run

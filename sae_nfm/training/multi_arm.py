@@ -25,11 +25,14 @@ from sae_lens import (
 from sae_lens.registry import get_sae_training_class
 from sae_lens.util import temporary_seed
 
+from sae_nfm.common import write_json
+from sae_nfm.common.results import with_kind, without_kind
 from sae_nfm.loading import quiet_saelens
 from sae_nfm.training.matched_runner import MatchedRunner
-from sae_nfm.training.recorder import read_training_record, record_training
+from sae_nfm.training.recorder import read_training_record, record_line, record_training
 from sae_nfm.training.resume import checkpoint_folder, exact_resume
 
+TRAINED_KIND = "trained/1"
 TRAINED_FILENAME, RECORD_FILENAME = "trained.json", "training.jsonl"
 
 
@@ -94,7 +97,7 @@ class Trained:
     @classmethod
     def load(cls, folder: Path) -> "Trained":
         """Read it from the folder of a finished arm."""
-        return cls(**json.loads((folder / TRAINED_FILENAME).read_text()))
+        return cls(**without_kind(TRAINED_KIND, json.loads((folder / TRAINED_FILENAME).read_text())))
 
 
 def train_arms(
@@ -261,7 +264,7 @@ def runner_config(
 
 
 def _publish(made: Path, trained: Trained, lines: Sequence[dict[str, Any]], folder: Path) -> None:
-    (made / RECORD_FILENAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (made / TRAINED_FILENAME).write_text(json.dumps(asdict(trained), indent=1) + "\n")
+    (made / RECORD_FILENAME).write_text("".join(map(record_line, lines)))
+    write_json(made / TRAINED_FILENAME, with_kind(TRAINED_KIND, asdict(trained)))
     folder.parent.mkdir(parents=True, exist_ok=True)
     made.rename(folder)
