@@ -1,9 +1,15 @@
 """Files written whole, saved results, what is said of hub errors."""
 
-from sae_nfm.common.demo_outputs import written_whole
-from sae_nfm.common.files import whole, write_json
+from sae_nfm.common.files import (
+    check_output,
+    discard_unstarted,
+    partial_folder,
+    publish,
+    whole,
+    write_json,
+    written_whole,
+)
 from sae_nfm.common.hub_errors import LOG_IN, explained
-from sae_nfm.common.output_folder import check_output, discard_unstarted, partial_folder, publish
 
 __all__ = [
     "LOG_IN",

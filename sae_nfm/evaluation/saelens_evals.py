@@ -26,7 +26,7 @@ from typing_extensions import override
 from sae_nfm import demo
 from sae_nfm.cli.parser import CommandParser, underscored
 from sae_nfm.data import held_out_tokens, open_dataset
-from sae_nfm.evaluation.saelens_metrics import Evaluation
+from sae_nfm.evaluation.results import Evaluation
 from sae_nfm.loading import load_sae, quiet_saelens
 from sae_nfm.models import LanguageModel, check_context, check_device, model_of, refuse_heads_of_a_bridge
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from sae_nfm.evaluation.kl_by_arm import ArmKL, MeasuredKL, Role, has_controls, kl_by_arm
+from sae_nfm.evaluation.error_controls import ArmKL, MeasuredKL, Role, has_controls, kl_by_arm
 from sae_nfm.experiments.reproduce import GURNEE_RATIOS, PAPER_RATIO
 from sae_nfm.interventions import UNDER_TEST
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section

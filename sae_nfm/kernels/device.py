@@ -1,7 +1,11 @@
-"""How fast a device makes matrix products and gathers rows: what `kernels.choose` weighs."""
+"""What depends on the device: where Triton kernels replace torch's operations, the type of a product, the rates that
+`dispatch.choose` compares: matrix products and gathers of rows.
+"""
 
+import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import cache
 from statistics import median
 from typing import Any, NamedTuple
@@ -9,8 +13,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_nfm.kernels import devices
-from sae_nfm.kernels.sparse_sums import sum_by_token
+TRITON_DEVICES: tuple[str, ...] = ("cuda",)
+"""Types of the devices whose tensors Triton kernels work on. With its interpreter it could be "cpu"."""
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether work on a tensor is done by Triton kernels: on a GPU, where Triton is installed."""
+    return tensor.device.type in TRITON_DEVICES and _has_triton()
+
+
+@contextmanager
+def without_triton() -> Generator[None]:
+    """Within it, torch's operations do all the work: to compare with them."""
+    global TRITON_DEVICES
+    before, TRITON_DEVICES = TRITON_DEVICES, ()
+    try:
+        yield
+    finally:
+        TRITON_DEVICES = before
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The type in which a matrix product with a weight is made: its own, or autocast's."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 class DeviceRates(NamedTuple):
@@ -42,7 +75,7 @@ def device_rates(device: torch.device | str, dtype: torch.dtype = torch.float32)
     if not torch.cuda.is_available():
         return CUDA.get(dtype, CUDA[torch.float32])
     index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore[reportUnnecessaryComparison]
-    return _measured(index, dtype, _float32_precision(), "cuda" in devices.TRITON_DEVICES)
+    return _measured(index, dtype, _float32_precision(), "cuda" in TRITON_DEVICES)
 
 
 @cache
@@ -64,6 +97,8 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
+    from sae_nfm.kernels.sparse_sums import sum_by_token  # which asks this module for the device
+
     generator = torch.Generator(device).manual_seed(0)
     rows = torch.randn(FEATURES, WIDTH, device=device, generator=generator)
     indices = torch.randint(FEATURES, (TOKENS, ACTIVE), device=device, generator=generator)

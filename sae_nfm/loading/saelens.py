@@ -1,5 +1,8 @@
 """SAEs by the names that users give them: a folder, or release:sae_id."""
 
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +38,20 @@ def load_sae(sae: str, sae_id: str | None = None, device: str = "cpu", dtype: st
         )
     with explained(f"the SAE {release}:{name}"):
         return SAE.from_pretrained(release, name, device=device, dtype=dtype or "float32")
+
+
+EXPECTED_WARNINGS = (
+    "The training dataset contains fewer samples",  # rows are counted as if each were one token
+    "Dataset is not tokenized",
+    "pretokenized dataset has context_size",
+    "To copy construct from a tensor",
+)
+
+
+@contextmanager
+def quiet_saelens() -> Generator[None]:
+    """Hide what SAELens's activation store says about data sets that are used as intended."""
+    with warnings.catch_warnings():
+        for message in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=rf"\s*{message}")
+        yield
