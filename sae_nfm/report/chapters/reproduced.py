@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from sae_nfm.analysis import Figure as Value
+from sae_nfm.analysis.results import Figure as Value
 from sae_nfm.experiments.reproduce import NOT_MEASURED, SINGLE, Published, ReproducedRow, published_share
 from sae_nfm.experiments.reproduce.results import ReproduceResult, written
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, Table, section_of

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from sae_nfm.analysis import Figure as Value
+from sae_nfm.analysis.results import Figure as Value
 from sae_nfm.experiments.reproduce import ReproducedRow
 from sae_nfm.experiments.reproduce.results import ReproduceResult
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
