@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from typing_extensions import override
 
-from sae_nfm.common import whole
+from sae_nfm.common import aligned, whole
 from sae_nfm.common.results import SavedResult
 from sae_nfm.comparison.claims import Answer
 from sae_nfm.comparison.lr_sweep import SweepRow
@@ -90,7 +90,7 @@ class CompareResult(SavedResult):
         lines: list[str] = []
         for k in self.provenance["config"]["k"]:
             own = [row for row in self.rows if row.k == k]
-            lines += [f"k = {k}: mean (standard deviation) over {_seeds(own)}", "", *_aligned(cells(own)), ""]
+            lines += [f"k = {k}: mean (standard deviation) over {_seeds(own)}", "", *aligned(cells(own)), ""]
             for kind, heading in (("fair", FAIR), ("ablation", ABLATION)):
                 chosen = [answer for answer in self.answers if answer.k == k and answer.claim.kind == kind]
                 lines += [heading, *(f"  {answer.verdict.sentence}" for answer in chosen), ""] if chosen else []
@@ -149,12 +149,3 @@ def _spread(values: Sequence[float | None], form: str) -> str:
     if len(there) < len(values):
         return "not reached"
     return f"{mean(there):{form}}" + (f" ({stdev(there):{form.lstrip('+')}})" if len(there) > 1 else "")
-
-
-def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in lines
-    ]
-    return [texts[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *texts[1:]]

@@ -17,7 +17,6 @@ Source: the controls that arXiv 2507.00269 lacks, see `claims`.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 import sys
@@ -31,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_nfm import demo
-from sae_nfm.common import whole, write_json
+from sae_nfm.common import provenance, whole, write_json
 from sae_nfm.common.results import with_kind
 from sae_nfm.comparison.arms import ArmSizes, training_arms
 from sae_nfm.comparison.claims import answers
@@ -194,13 +193,10 @@ def _sha256(tokens: Tensor) -> str:
 
 
 def _provenance(cfg: CompareConfig, comparison: _Comparison, command: str | None) -> dict[str, Any]:
-    packages = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
-    return {
-        "config": json.loads(json.dumps(asdict(cfg) | {"arms": cfg.chosen_arms})),
-        "seeds": list(cfg.seeds),
-        "command": command,
-        "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": platform.python_version()},
-        "platform": f"{sys.platform} {platform.machine()}, {torch.get_num_threads()} threads",
-        "held_out_tokens_sha256": _sha256(comparison.held_out.tokens),
-    }
+    return provenance(
+        json.loads(json.dumps(asdict(cfg) | {"arms": cfg.chosen_arms})),
+        command=command,
+        seeds=list(cfg.seeds),
+        platform=f"{sys.platform} {platform.machine()}, {torch.get_num_threads()} threads",
+        held_out_tokens_sha256=_sha256(comparison.held_out.tokens),
+    )

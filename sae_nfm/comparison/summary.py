@@ -1,5 +1,6 @@
 """A benchmark result in plain text: the table, and what it says in words, whichever way it points."""
 
+from sae_nfm.common import aligned
 from sae_nfm.comparison.benchmark_results import BenchmarkResult, Comparison
 
 PAPER_HEADING = "The paper's figure (the model against a part of itself that was never trained to stand alone)"
@@ -37,14 +38,7 @@ def cells(result: BenchmarkResult) -> list[tuple[str, ...]]:
 
 def table(result: BenchmarkResult) -> str:
     """The table in aligned columns."""
-    lines = [COLUMNS, *cells(result)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-
-    def aligned(line: tuple[str, ...]) -> str:
-        rest = (text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))
-        return "  ".join([line[0].ljust(widths[0]), *rest]).rstrip()
-
-    return "\n".join([aligned(COLUMNS), "-" * len(aligned(COLUMNS)), *map(aligned, lines[1:])])
+    return "\n".join(aligned([COLUMNS, *cells(result)]))
 
 
 def sentence(comparison: Comparison) -> str:

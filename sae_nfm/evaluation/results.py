@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
+from sae_nfm.common import listed
 from sae_nfm.common.results import SavedResult
 
 
@@ -45,17 +46,13 @@ class Evaluation(SavedResult):
             lines.append(f"The data were read {self.passes} times: there are fewer rows than asked for.")
         for group, values in self.metrics.items():
             lines += ["", group.replace("_", " ")]
-            lines += [f"    {name:<{width}}  {_figure(value):>14}" for name, value in values.items()]
+            lines += listed(values, width)
         return "\n".join(lines)
 
     @override
     def content(self) -> dict[str, Any]:
         """What is no number (a mean over nothing) is null."""
         return _finite(json.loads(json.dumps(asdict(self), default=str)))
-
-
-def _figure(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _finite(value: Any) -> Any:
