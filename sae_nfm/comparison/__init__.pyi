@@ -6,7 +6,6 @@ from .config import ALL_ARMS as ALL_ARMS
 from .config import CompareConfig as CompareConfig
 from .config import DemoConfig as DemoConfig
 from .config import SizeOptions as SizeOptions
-from .config import require_positive as require_positive
 from .run import Prepared as Prepared
 from .run import compare_once as compare_once
 from .run import run_compare as run_compare

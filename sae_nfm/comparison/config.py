@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from sae_nfm.common import check_positive
 from sae_nfm.common.options import ModelOptions, TextOptions
 from sae_nfm.comparison.results import ArmName
 
@@ -36,7 +37,7 @@ class SizeOptions(TextOptions, ModelOptions):
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot work."""
-        require_positive(self, "d_sae", "nfm_dim", "training_tokens", "validation_tokens", "batch_size")
+        check_positive(self, "d_sae", "nfm_dim", "training_tokens", "validation_tokens", "batch_size")
         if self.context_size < 2:
             raise ValueError(f"context_size must be at least 2, got {self.context_size}: position 0 is left out")
         require_a_batch(self, "training_tokens")
@@ -83,7 +84,7 @@ class CompareConfig(SizeOptions):
         """Refuse what cannot work."""
         super().__post_init__()
         if self.sweeps:
-            require_positive(self, "sweep_tokens", "sweep_validation_tokens")
+            check_positive(self, "sweep_tokens", "sweep_validation_tokens")
             require_a_batch(self, "sweep_tokens")
         for name in ("arms", "seeds", "k", "learning_rates"):
             values = getattr(self, name)
@@ -133,7 +134,7 @@ class DemoConfig(SizeOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         super().__post_init__()
-        require_positive(self, "k")
+        check_positive(self, "k")
         self.comparison()  # refuses the others
 
     def comparison(self) -> CompareConfig:
@@ -148,13 +149,6 @@ class DemoConfig(SizeOptions):
             learning_rates=(self.lr,),
             output=self.output,
         )
-
-
-def require_positive(config: Any, *names: str) -> None:
-    """Raise a ValueError for the first of these fields that is not > 0."""
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name} must be > 0, got {getattr(config, name)}")
 
 
 def require_a_batch(config: Any, name: str) -> None:

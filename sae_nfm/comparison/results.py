@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from typing_extensions import override
 
-from sae_nfm.common import whole
+from sae_nfm.common import aligned, whole
 from sae_nfm.common.results import SavedResult
 from sae_nfm.stats import Verdict, paired_t
 
@@ -285,7 +285,7 @@ class CompareResult(SavedResult):
             own = [row for row in self.rows if row.k == k]
             if not self.changes:
                 lines += [f"k = {k}: mean (standard deviation) over {_seeds(own)}", ""]
-            lines += [*_aligned([self.columns, *cells(own, self.columns)]), ""]
+            lines += [*aligned([self.columns, *cells(own, self.columns)]), ""]
             for kind in (ClaimKind.FAIR, ClaimKind.ABLATION):
                 chosen = [answer for answer in self.answers if answer.k == k and answer.claim.kind is kind]
                 if chosen:
@@ -396,15 +396,6 @@ def cells(rows: Sequence[CompareRow], columns: Sequence[str]) -> list[tuple[str,
     """The table of one k as text, a line for each arm: mean (standard deviation) over seeds."""
     by_arm = [[row for row in rows if row.arm == arm] for arm in dict.fromkeys(row.arm for row in rows)]
     return [tuple(COLUMNS[name][0](own) for name in columns) for own in by_arm]
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in lines
-    ]
-    return [texts[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *texts[1:]]
 
 
 # Means over seeds, for figures.

@@ -19,7 +19,6 @@ Source: the controls that arXiv 2507.00269 lacks, see `claims`.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 import shutil
@@ -34,9 +33,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_nfm import demo
-from sae_nfm.common import whole, write_json
+from sae_nfm.common import provenance, whole, write_json
 from sae_nfm.common.results import RESULTS_FILENAME, with_kind, without_kind
-from sae_nfm.common.results import with_kind
 from sae_nfm.comparison.arms import ArmSizes, training_arms
 from sae_nfm.comparison.claims import answers
 from sae_nfm.comparison.config import CompareConfig
@@ -125,16 +123,13 @@ class Prepared:
 
     def provenance(self, command: str | None) -> dict[str, Any]:
         """What a result of this configuration has to say for itself."""
-        packages = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
-        return {
-            "config": json.loads(json.dumps(asdict(self.cfg) | {"arms": self.cfg.chosen_arms})),
-            "seeds": list(self.cfg.seeds),
-            "command": command,
-            "versions": {name: importlib.metadata.version(name) for name in packages}
-            | {"python": platform.python_version()},
-            "platform": f"{sys.platform} {platform.machine()}, {torch.get_num_threads()} threads",
-            "held_out_tokens_sha256": _sha256(self.held_out.tokens),
-        }
+        return provenance(
+            json.loads(json.dumps(asdict(self.cfg) | {"arms": self.cfg.chosen_arms})),
+            command=command,
+            seeds=list(self.cfg.seeds),
+            platform=f"{sys.platform} {platform.machine()}, {torch.get_num_threads()} threads",
+            held_out_tokens_sha256=_sha256(self.held_out.tokens),
+        )
 
 
 def compare_once(prepared: Prepared, *, command: str | None = None) -> CompareResult:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_nfm.common import write_json
+from sae_nfm.common import listed, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +41,12 @@ class Evaluation:
             lines.append(f"The data were read {self.passes} times: there are fewer rows than asked for.")
         for group, values in self.metrics.items():
             lines += ["", group.replace("_", " ")]
-            lines += [f"    {name:<{width}}  {_figure(value):>14}" for name, value in values.items()]
+            lines += listed(values, width)
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, under a temporary name first; what is no number (a mean over nothing) is null."""
         write_json(path, _finite(asdict(self)), allow_nan=False, default=str)
-
-
-def _figure(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _finite(value: Any) -> Any:

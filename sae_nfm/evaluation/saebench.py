@@ -31,7 +31,7 @@ from sae_lens import SAE, ActivationsStore, HookedSAETransformer, TrainingSAE
 from sae_lens.util import temporary_seed
 
 from sae_nfm import demo
-from sae_nfm.common import whole, write_json
+from sae_nfm.common import listed, whole, write_json
 from sae_nfm.data import open_dataset, refuse_without_tokenizer
 from sae_nfm.evaluation.saelens_evals import store_as_in_training
 from sae_nfm.loading import load_sae, quiet_saelens
@@ -114,8 +114,7 @@ class Score:
 
     def words(self) -> str:
         """The figures, aligned, and where the file is."""
-        width = max(map(len, self.metrics))
-        lines = [f"    {name:<{width}}  {value:>12.4f}" for name, value in self.metrics.items()]
+        lines = listed(self.metrics, max(map(len, self.metrics)))
         return "\n".join([f"{self.sae}: SAEBench {self.evaluation}", *lines, f"    {self.file}"])
 
 
