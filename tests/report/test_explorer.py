@@ -6,7 +6,7 @@ import random
 import pytest
 from invented_explorer import content, packed
 
-from sae_nfm.explorer.data import Explorer
+from sae_nfm.explorer.results import Explorer
 from sae_nfm.report.blocks import Embedded, Prose
 from sae_nfm.report.chapters.explorer import COMMANDS, section
 from sae_nfm.report.run_folder import EXPLORER_FILENAME, read_run

@@ -4,11 +4,9 @@ import pytest
 from report_inputs import RUN, estimate, figures_by_name, traces
 from report_runs import run_of
 
-from sae_nfm.experiments.dynamics.results import CheckpointRow, DynamicsResult, Movement
-from sae_nfm.experiments.dynamics.transitions import Counted, Transitions
+from sae_nfm.experiments.dynamics.results import CheckpointRow, Counted, DynamicsResult, Movement, Transitions
 from sae_nfm.experiments.secondary.results import MEAN, PRIMARY, ZERO, Reconstruction, SecondaryResult, SecondaryRow
-from sae_nfm.profiling.arms import Rates
-from sae_nfm.profiling.results import SpeedResult, SpeedRow
+from sae_nfm.profiling.results import Rates, SpeedResult, SpeedRow
 from sae_nfm.report.blocks import Table
 from sae_nfm.report.chapters import dynamics as dynamics_chapter
 from sae_nfm.report.chapters import secondary as secondary_chapter

@@ -8,7 +8,9 @@ from report_inputs import RUN, estimate, figures_by_name, traces
 from report_runs import run_of
 from sae_lens import TopKSAE, TopKSAEConfig
 
-from sae_nfm.analysis.norm_histograms import AS_TRAINED, CANONICAL, INITIAL, TOPK, squared_norms
+from sae_nfm.analysis.norm_histograms import squared_norms
+from sae_nfm.analysis.path_shares import AS_TRAINED, CANONICAL
+from sae_nfm.analysis.results import INITIAL, TOPK
 from sae_nfm.experiments.reproduce.results import ReproduceResult
 from sae_nfm.experiments.reproduce.rows import ReproducedRow
 from sae_nfm.report.chapters import norms as norms_chapter
