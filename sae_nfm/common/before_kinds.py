@@ -17,7 +17,7 @@ def kind_by_keys(content: Mapping[str, Any], results: Iterable[type[SavedResult]
     for result in results:
         known: Any = fields(result)  # pyright: ignore[reportArgumentType]  (every result is a dataclass)
         required = {field.name for field in known if field.default is MISSING and field.default_factory is MISSING}
-        if required <= content.keys() <= {field.name for field in known}:
+        if required <= result.from_0_1_0(dict(content)).keys() <= {field.name for field in known}:
             try:
                 as_result(result, content)
             except ValueError:  # the fields of another class have the same names

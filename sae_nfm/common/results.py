@@ -35,6 +35,11 @@ class SavedResult:
         """The fields as JSON has them."""
         return asdict(self)  # pyright: ignore[reportArgumentType]  (every result is a dataclass)
 
+    @classmethod
+    def from_0_1_0(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """The content of a file of 0.1.0 in today's form, where that has changed; goes with `before_kinds`."""
+        return content
+
     def save(self, path: str | Path) -> None:
         """Write as JSON, under a temporary name first."""
         write_json(path, with_kind(self.kind, self.content()))
@@ -62,6 +67,7 @@ def as_result(result: type[S], content: Any) -> S:
         ValueError: when its kind or its fields are others; in one line.
     """
     given = without_kind(result.kind, content)
+    given = given if KIND in content else result.from_0_1_0(given)
     unknown = given.keys() - {field.name for field in fields(result)}  # pyright: ignore[reportArgumentType]
     if unknown:
         raise ValueError(f"unknown field {min(unknown)!r}")

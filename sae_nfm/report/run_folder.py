@@ -9,7 +9,6 @@ from typing import Any, Generic, TypeVar
 from sae_nfm.attribution import Attribution
 from sae_nfm.common.before_kinds import kind_by_keys
 from sae_nfm.common.results import KIND, RESULTS_FILENAME, SavedResult, as_result
-from sae_nfm.comparison import BenchmarkResult
 from sae_nfm.comparison.results import CompareResult
 from sae_nfm.experiments.dynamics.results import DynamicsResult
 from sae_nfm.experiments.factorial.results import FactorialResult
@@ -18,7 +17,6 @@ from sae_nfm.experiments.secondary.results import SecondaryResult
 from sae_nfm.profiling.results import SpeedResult
 
 RESULTS: tuple[type[SavedResult], ...] = (
-    BenchmarkResult,
     CompareResult,
     ReproduceResult,
     FactorialResult,

@@ -25,6 +25,7 @@ from sae_lens import (
     TrainingSAE,
     TrainingSAEConfig,
 )
+from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.util import temporary_seed
@@ -77,6 +78,8 @@ class StreamConfig:
     """Seed of initialisation, data order and what training steps draw."""
     n_checkpoints: int = 0
     """Exact checkpoints during the training, besides the one an interruption leaves."""
+    fewest_steps_counted: int = 0
+    """Last steps, at least, over which active features are counted for `sparsity.safetensors`; else the last half."""
     device: str = "cpu"
     """Device of the SAEs."""
 
@@ -163,7 +166,8 @@ def _settings(stream: StreamConfig, arm: TrainingArm, learning_rate: float) -> d
     """All that the outcome depends on, as JSON has it."""
     own = {"learning_rate": learning_rate, "decoder_rate": arm.decoder_rate}
     everything = arm.sae.to_dict() | asdict(stream) | own
-    kept = {key: value for key, value in everything.items() if key not in ("metadata", "n_checkpoints")}
+    ignored = ("metadata", "n_checkpoints", "fewest_steps_counted")
+    kept = {key: value for key, value in everything.items() if key not in ignored}
     return json.loads(json.dumps(kept))
 
 
@@ -225,7 +229,9 @@ def _train_round(
             tokens_per_second=record.tokens_per_second(name),
             settings=_settings(stream, arm, learning_rates[name]),
         )
-        _publish(unfinished / "saes" / name, trained, [line for line in lines if line["sae"] == name], folder / name)
+        made = unfinished / "saes"
+        _write_runner_cfg(made, name, learning_rates[name])
+        _publish(made / name, trained, [line for line in lines if line["sae"] == name], folder / name)
 
 
 def initialised(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
@@ -257,7 +263,8 @@ def runner_config(
         lr_decay_steps=steps // 5,
         n_batches_for_norm_estimate=min(10, steps),
         dead_feature_window=max(20, steps // 4),
-        feature_sampling_window=steps // 2 + 1,  # so that the last count is of half the training
+        # so that the last count is of half the training
+        feature_sampling_window=max(stream.fewest_steps_counted, steps // 2 + 1),
         device=stream.device,
         seed=stream.seed,
         logger=LoggingConfig(log_to_wandb=False),
@@ -266,6 +273,13 @@ def runner_config(
         resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
         output_path=str(unfinished / "saes"),
     )
+
+
+def _write_runner_cfg(made: Path, name: str, learning_rate: float) -> None:
+    """SAELens's file of settings for one of the SAEs that it trained together, with its own learning rate."""
+    cfg = json.loads((made / RUNNER_CFG_FILENAME).read_text())
+    cfg |= {"saes": {name: cfg["saes"][name]}, "lr": learning_rate, "lr_end": learning_rate / 10}
+    (made / name / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg))
 
 
 def _publish(made: Path, trained: Trained, lines: Sequence[dict[str, Any]], folder: Path) -> None:

@@ -7,9 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_nfm.comparison import ArmMean
-from sae_nfm.comparison.arm_means import arm_means, lines_over_l0
-from sae_nfm.comparison.results import CompareResult
+from sae_nfm.comparison.results import ArmMean, CompareResult, RowKind, arm_means, lines_over_l0
 from sae_nfm.report.blocks import Block, Figure, Heading, Section
 from sae_nfm.report.chapters.fidelity import PANELS
 from sae_nfm.report.plots.theme import DASHES, PALETTE, SYMBOLS, styled
@@ -27,7 +25,7 @@ def section(run: Run) -> Section | None:
     for number, (label, means) in enumerate(several, 1):
         if len(several) > 1:
             blocks.append(Heading(text=label))
-        between = [mean for mean in means if mean.kind == "interpolated"]
+        between = [mean for mean in means if mean.row.kind is RowKind.INTERPOLATED]
         blocks.append(pareto_figure(lines_over_l0(means), between, number))
     if not blocks:
         return None
@@ -60,7 +58,10 @@ def pareto_figure(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmM
         "others. Arms have different numbers of parameters: the verdicts compare at matched ones, and this figure "
         "tests nothing.",
         data=pd.DataFrame(
-            [(m.family, m.arm, m.k, m.kind, m.measure, m.l0, m.mean, m.low, m.high, len(m.seeds)) for m in rows],
+            [
+                (m.row.family, m.row.arm, m.row.k, str(m.row.kind), m.metric, m.l0, m.mean, m.low, m.high, len(m.seeds))
+                for m in rows
+            ],
             columns=["family", "arm", "k", "kind", "measure", "L0", "mean", "low", "high", "seeds"],
         ),
     )
@@ -68,11 +69,11 @@ def pareto_figure(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmM
 
 def _plot(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmMean]) -> go.Figure:
     figure: Any = make_subplots(rows=len(PANELS), cols=1, shared_xaxes=True, vertical_spacing=0.07)
-    families = list(dict.fromkeys([*lines, *(mean.family for mean in between)]))
+    families = list(dict.fromkeys([*lines, *(mean.row.family for mean in between)]))
     for panel, (measure, title) in enumerate(PANELS.items(), 1):
         for place, family in enumerate(families):
-            trained = [mean for mean in lines.get(family, ()) if mean.measure == measure]
-            hollow = [mean for mean in between if (mean.family, mean.measure) == (family, measure)]
+            trained = [mean for mean in lines.get(family, ()) if mean.metric == measure]
+            hollow = [mean for mean in between if (mean.row.family, mean.metric) == (family, measure)]
             if trained:
                 figure.add_trace(_trace(trained, place, legend=panel == 1), row=panel, col=1)
             if hollow:
@@ -83,7 +84,7 @@ def _plot(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmMean]) ->
             title=title.replace(", ", "<br>", 1), type="log", dtick="D2", tickformat="~g", row=panel, col=1
         )
     figure.update_xaxes(type="log", dtick="D2", tickformat="~g", tickangle=0)
-    ks = sorted({mean.k for line in lines.values() for mean in line})
+    ks = sorted({mean.row.k for line in lines.values() for mean in line})
     if len(ks) > 1:
         figure.update_xaxes(tickvals=ks)
     figure.update_xaxes(title="L0, active features per token", row=len(PANELS), col=1)
@@ -93,7 +94,7 @@ def _plot(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmMean]) ->
 
 
 def _trace(means: Sequence[ArmMean], place: int, *, legend: bool, hollow: bool = False) -> go.Scatter:
-    family, several = means[0].family, any(mean.low is not None for mean in means)
+    family, several = means[0].row.family, any(mean.low is not None for mean in means)
     symbol = SYMBOLS[place % len(SYMBOLS)]
     ends = [
         (m.mean - m.low, m.high - m.mean) if m.low is not None and m.high is not None else (None, None) for m in means
@@ -120,6 +121,6 @@ def _trace(means: Sequence[ArmMean], place: int, *, legend: bool, hollow: bool =
         name=family,
         legendgroup=family,
         showlegend=legend,
-        hovertext=[f"{mean.arm}{', interpolated' * hollow}<br>L0 {mean.l0:.1f}: {mean.mean:.4f}" for mean in means],
+        hovertext=[f"{mean.row.arm}{', interpolated' * hollow}<br>L0 {mean.l0:.1f}: {mean.mean:.4f}" for mean in means],
         hoverinfo="text",
     )

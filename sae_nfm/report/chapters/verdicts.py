@@ -5,36 +5,37 @@ from math import isfinite
 
 import pandas as pd
 
-from sae_nfm.comparison import Answer, SweepRow, chosen_rates
-from sae_nfm.comparison.results import CompareResult
+from sae_nfm.comparison.results import Answer, ClaimKind, CompareResult, SweepRow
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, section_of
+from sae_nfm.report.chapters.fidelity import CHANGE, HEADINGS, METRICS
 from sae_nfm.report.plots.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot
 from sae_nfm.report.plots.theme import PALETTE, SYMBOLS
 from sae_nfm.report.run_folder import Run
+from sae_nfm.stats import Outcome
 
 TITLE = "Verdicts: which differences hold"
 COMMANDS = ("sae-nfm compare --output RUN/compare",)
 MEASURES = {"fvu": "FVU", "kl_nats": "KL"}
-CHANGE = Axis(title="change (left of zero: better)", tickformat="+.0%", form="+.1%", reference=0.0)
-WORDS = {
-    "better": Group(name="better", colour=PALETTE[2], symbol="circle"),
-    "worse": Group(name="worse", colour=PALETTE[4], symbol="square"),
-    "no difference shown": Group(name="no difference shown", colour="#6b6b6b", symbol="circle-open"),
-    "no claim": Group(name="too few seeds: no claim", colour=PALETTE[3], symbol="x"),
+OUTCOMES = {
+    Outcome.BETTER: Group(name="better", colour=PALETTE[2], symbol="circle"),
+    Outcome.WORSE: Group(name="worse", colour=PALETTE[4], symbol="square"),
+    Outcome.NO_DIFFERENCE: Group(name="no difference shown", colour="#6b6b6b", symbol="circle-open"),
+    Outcome.NO_CLAIM: Group(name="too few seeds: no claim", colour=PALETTE[3], symbol="x"),
 }
+SHOWN = (Outcome.BETTER, Outcome.WORSE)
 INTERVALS = "Lines: 95 % intervals over seeds and documents"
 INSIDE = Group(name="chosen", colour="#000000", symbol="circle-open", size=19)
 EDGE = Group(name="chosen, at an edge of the sweep", colour=PALETTE[4], symbol="square-open", size=19)
 
 
 def section(run: Run) -> Section | None:
-    """The chapter; None without a comparison."""
+    """The chapter; None without a comparison over seeds."""
     return section_of(
-        run.of(CompareResult),
+        [found for found in run.of(CompareResult) if not found.result.changes],
         id="verdicts",
         title=TITLE,
         lead="Does one arm do better than another by more than seeds and documents scatter? Fair claims compare "
-        "SAEs trained on their own; the paper's figure compares an SAE with a part of itself, and is kept apart.",
+        "SAEs trained on their own; the paper's comparison of an SAE with a part of itself stands apart.",
         blocks=lambda found, number: _blocks(found.result, number),
         findings=lambda result: _said(result.answers),
     )
@@ -44,7 +45,7 @@ def _blocks(result: CompareResult, number: int) -> Iterator[Block]:
     ks = list(dict.fromkeys(answer.k for answer in result.answers))
     for k in ks:
         own = [answer for answer in result.answers if answer.k == k]
-        fair = [answer for answer in own if answer.claim.kind == "fair"]
+        fair = [answer for answer in own if answer.claim.kind is ClaimKind.FAIR]
         if len(ks) > 1:
             yield Heading(text=f"k = {k}")
         yield one_scale_figure(own, number)
@@ -61,18 +62,17 @@ def _rates(sweep: Sequence[SweepRow], number: int) -> Iterator[Block]:
 
 
 def _said(answers: Sequence[Answer]) -> Iterator[str]:
-    """The paper's figures, each fair claim that holds, and the names of those that do not."""
-    fair = [answer for answer in answers if answer.claim.kind == "fair"]
+    """The paper's comparisons, each fair claim that holds, and the names of those that do not."""
+    fair = [answer for answer in answers if answer.claim.kind is ClaimKind.FAIR]
     for answer in answers:
-        if answer.claim.kind == "ablation":
-            yield f"The paper's figure, an ablation: {_sentence(answer)}"
+        if answer.claim.kind is ClaimKind.ABLATION:
+            yield f"The paper's comparison, an ablation: {_sentence(answer)}"
     for answer in fair:
-        if answer.verdict.words in ("better", "worse"):
+        if answer.verdict.outcome in SHOWN:
             yield _sentence(answer)
-    for words in dict.fromkeys(answer.verdict.words for answer in fair):
+    for words in dict.fromkeys(answer.verdict.words for answer in fair if answer.verdict.outcome not in SHOWN):
         without = [answer for answer in fair if answer.verdict.words == words]
-        if words not in ("better", "worse"):
-            yield f"{words[0].upper()}{words[1:]} in {len(without)} of {len(fair)} fair tests: {_named(without)}."
+        yield f"{words[0].upper()}{words[1:]} in {len(without)} of {len(fair)} fair tests: {_named(without)}."
 
 
 def _sentence(answer: Answer) -> str:
@@ -94,23 +94,15 @@ def one_scale_figure(answers: Sequence[Answer], number: int) -> Figure:
         answers: of one k.
         number: of the comparison in the run, from 1, for the figure's name.
     """
-    groups = (
-        Group(name="FVU", colour=PALETTE[0], symbol="circle", offset=-0.16, size=10),
-        Group(name="KL", colour=PALETTE[1], symbol="diamond", offset=0.16, size=10),
-    )
-    kinds = (
-        ("ablation", "The paper's comparison: with a part of itself"),
-        ("fair", "Fair: with SAEs trained on their own"),
-    )
     rows: list[Row] = []
-    for kind, heading in kinds:
-        own = [Row(key=_pair(answer), label=_pair(answer)) for answer in answers if answer.claim.kind == kind]
-        rows += [Row(key=kind, label=heading, heading=True), *dict.fromkeys(own)] if own else []
+    for kind, heading in HEADINGS.items():
+        own = [Row(key=_pair(answer), label=_pair(answer)) for answer in answers if answer.claim.kind is kind]
+        rows += [Row(key=str(kind), label=heading, heading=True), *dict.fromkeys(own)] if own else []
     marks = [_mark(answer, group=MEASURES[answer.verdict.measure]) for answer in answers]
     return Figure(
         name=f"one-scale-{number}-k{answers[0].k}",
-        title="What is left of the paper's figure against SAEs trained on their own",
-        plot=dot_plot(marks, groups, rows, CHANGE, label_width=46, narrow_width=24),
+        title="What is left of the paper's difference against SAEs trained on their own",
+        plot=dot_plot(marks, METRICS, rows, CHANGE, label_width=46, narrow_width=24),
         caption="Relative difference of the reconstruction error (FVU) and of KL; left of zero the first arm is "
         "better. Above, as the paper compares: all paths against a part of the same SAE, which was never trained to "
         f"stand alone. Below, the control: SAEs trained on their own on the same tokens. {INTERVALS}; where none is "
@@ -127,7 +119,10 @@ def fair_figure(answers: Sequence[Answer], number: int) -> Figure:
         number: of the comparison in the run, from 1, for the figure's name.
     """
     rows = list(dict.fromkeys(Row(key=_pair(answer), label=_pair(answer)) for answer in answers))
-    marks = [_mark(answer, group=_word(answer).name, panel=MEASURES[answer.verdict.measure]) for answer in answers]
+    marks = [
+        _mark(answer, group=OUTCOMES[answer.verdict.outcome].name, panel=MEASURES[answer.verdict.measure])
+        for answer in answers
+    ]
     n = answers[0].verdict.n_seeds
     corrections = dict.fromkeys(a.verdict.difference.correction for a in answers if a.verdict.difference.correction)
     return Figure(
@@ -135,7 +130,7 @@ def fair_figure(answers: Sequence[Answer], number: int) -> Figure:
         title="The fair comparisons, closer",
         plot=dot_plot(
             marks,
-            tuple(WORDS.values()),
+            tuple(OUTCOMES.values()),
             rows,
             Axis(title=CHANGE.title, tickformat="+.1%", form="+.1%", reference=0.0),
             panels=tuple(MEASURES.values()),
@@ -152,10 +147,6 @@ def fair_figure(answers: Sequence[Answer], number: int) -> Figure:
 
 def _pair(answer: Answer) -> str:
     return f"{answer.claim.arm} against {answer.claim.against}"
-
-
-def _word(answer: Answer) -> Group:
-    return WORDS.get(answer.verdict.words, WORDS["no claim"])
 
 
 def _mark(answer: Answer, *, group: str, panel: str = "") -> Mark:
@@ -176,7 +167,7 @@ def _data(answers: Sequence[Answer]) -> pd.DataFrame:
     """What is drawn, with the words."""
     rows = [
         (
-            a.claim.kind,
+            str(a.claim.kind),
             a.claim.arm,
             a.claim.against,
             MEASURES[a.verdict.measure],
@@ -216,13 +207,12 @@ def rates_figure(sweep: Sequence[SweepRow], number: int) -> Figure:
         Group(name=f"{rate:g}", colour=PALETTE[place % len(PALETTE)], symbol=SYMBOLS[place % len(SYMBOLS)])
         for place, rate in enumerate(candidates)
     ]
-    chosen = chosen_rates(sweep, candidates)
     rows = [Row(key=arm, label=arm) for arm in dict.fromkeys(row.arm for row in sweep)]
     marks: list[Mark] = []
     for row in sweep:
         if isfinite(row.fvu):
             marks.append(Mark(row=row.arm, group=f"{row.learning_rate:g}", x=row.fvu, note=f"L0 {row.l0:.1f}"))
-            if row.learning_rate == chosen[row.family]:
+            if row.chosen:
                 ring = EDGE if row.learning_rate in (candidates[0], candidates[-1]) else INSIDE
                 marks.append(Mark(row=row.arm, group=ring.name, x=row.fvu, note=f"learning rate {row.learning_rate:g}"))
     return Figure(
@@ -240,7 +230,7 @@ def rates_figure(sweep: Sequence[SweepRow], number: int) -> Figure:
         "coefficient sets the sparsity, FVU is interpolated at one L0, so the lowest mark need not be the chosen "
         "one. At an edge the best rate may lie beyond; a rate without a mark diverged. One seed.",
         data=pd.DataFrame(
-            [(r.arm, r.family, r.learning_rate, r.l0, r.fvu, r.learning_rate == chosen[r.family]) for r in sweep],
+            [(r.arm, r.family, r.learning_rate, r.l0, r.fvu, r.chosen) for r in sweep],
             columns=["arm", "family", "learning rate", "L0", "FVU", "chosen"],
         ),
     )
