@@ -24,7 +24,7 @@ from sae_nfm.analysis import gauge
 from sae_nfm.analysis.path_shares import AS_TRAINED, CANONICAL
 from sae_nfm.analysis.results import INITIAL, TOPK, Measure, NormHistogram, SquaredNorms
 from sae_nfm.analysis.weight_norms import MIN_FEATURES, varies
-from sae_nfm.architectures import initialisation
+from sae_nfm.architectures import random_initialisation, training_config
 from sae_nfm.stats import dip_test
 
 BINS = 60
@@ -49,7 +49,7 @@ def squared_norms(sae: SAE[Any], *, topk: SAE[Any] | None, seed: int, bins: int 
     if topk is not None:
         saes[TOPK] = topk
     with suppress(ValueError):
-        saes[INITIAL] = initialisation.random_initialisation(initialisation.training_config(sae), seed)
+        saes[INITIAL] = random_initialisation(training_config(sae), seed)
     values = {name: _values(one) for name, one in saes.items()}
     return tuple(
         _histograms(measure, {name: own[measure] for name, own in values.items()}, bins, reason)

@@ -21,7 +21,7 @@ from sae_nfm.analysis.path_contributions import FeatureEnergies, token_paths
 from sae_nfm.analysis.path_statistics import FunctionalFigures, Inhibition, functional_figures
 from sae_nfm.analysis.results import Figure, FigureRow
 from sae_nfm.analysis.weight_norms import MIN_FEATURES, N_PERMUTATIONS, WeightFigures, correlation, weight_figures
-from sae_nfm.architectures import initialisation
+from sae_nfm.architectures import random_initialisation, training_config
 from sae_nfm.stats import PermutedCorrelation
 
 DEALT_OUT = "rows dealt out to other features, p = {:.2g}"
@@ -88,7 +88,7 @@ def gauge_report(
     fixed, reason = _canonical(sae)
     tokens = token_paths(sae, x, documents)
     paths = functional_figures(sae, tokens, seed=seed, n_permutations=n_permutations)
-    cfg = initialisation.training_config(sae) if initial == "from metadata" else initial
+    cfg = training_config(sae) if initial == "from metadata" else initial
     weights = _weight_report(sae, fixed, reason, cfg, paths.energies, seed, n_permutations)
     canonical_paths = paths if fixed is not None else None
     if tokens.paths.linear is not None and fixed is not None:
@@ -117,7 +117,7 @@ def _weight_report(
 ) -> WeightReport:
     settings: Any = {"seed": seed, "n_permutations": n_permutations}
     as_trained = weight_figures(gauge.as_trained(sae), **settings)
-    reference = None if initial is None else initialisation.random_initialisation(initial, seed)
+    reference = None if initial is None else random_initialisation(initial, seed)
     return WeightReport(
         as_trained=as_trained,
         one_unit=_in_one_unit(sae, settings),

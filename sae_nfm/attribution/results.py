@@ -12,9 +12,10 @@ from xml.etree import ElementTree
 
 import networkx
 import pandas as pd
+from pydantic import TypeAdapter
 
 from sae_nfm.common import whole, write_json
-from sae_nfm.common.results import SavedResult, as_result
+from sae_nfm.common.results import SavedResult
 
 Point = tuple[float, float]
 DRAWN = 50
@@ -110,10 +111,10 @@ class InteractionGraph:
                 nodes = [data for _, data in graph.nodes(data=True)]
                 edges: list[dict[str, Any]] = [{"effect_mean": None} | data for *_, data in graph.edges(data=True)]
                 edges.sort(key=lambda edge: (-edge["energy_share"], edge["first"], edge["second"]))
-            return cls(nodes=as_result(tuple[FeatureNode, ...], nodes), edges=as_result(tuple[PairEdge, ...], edges))
+            return TypeAdapter(cls).validate_python({"nodes": nodes, "edges": edges})
         except (ValueError, KeyError, TypeError, networkx.NetworkXError, ElementTree.ParseError) as error:
             raise ValueError(
-                f"{path} is not an interaction graph ({error}); write one with `sae-nfm attribute`"
+                f"{path} is not an interaction graph ({str(error).splitlines()[0]}); write one with `sae-nfm attribute`"
             ) from error
 
 
@@ -390,7 +391,7 @@ def _quoted(tokens: tuple[str, ...]) -> str:
 class Attribution(SavedResult):
     """What `sae-nfm attribute` found."""
 
-    command: ClassVar[str] = "sae-nfm attribute"
+    kind: ClassVar[str] = "attribute/1"
 
     sae: str
     """The SAE, as given."""

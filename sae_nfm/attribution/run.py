@@ -1,9 +1,8 @@
 """The job of `sae-nfm attribute`: which features interact on a token, what that writes, where else, and what without it."""
 
 import hashlib
-import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,10 @@ from sae_nfm.attribution.pair_table import CAPACITY, pair_sums, top_contexts
 from sae_nfm.attribution.prompt import RankBy, attribute_token
 from sae_nfm.attribution.results import DRAWN, Attribution, CorpusAttribution, TokenAttribution
 from sae_nfm.attribution.weight_only import pair_controls
+from sae_nfm.common import provenance
 from sae_nfm.data import held_out_corpus
 from sae_nfm.loading import load_sae
 from sae_nfm.models import LanguageModel, check_context, check_device, device_of, model_of
-
-PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +116,9 @@ def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribu
         hook_name=str(sae.cfg.metadata.hook_name),
         tokens=() if config.corpus else _prompt(model, sae, tokens[0], config),
         corpus=_corpus(model, sae, tokens, config) if config.corpus else None,
-        provenance={
-            "config": asdict(config),
-            "command": command,
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "tokens_sha256": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
-        },
+        provenance=provenance(
+            config, command=command, tokens_sha256=hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
+        ),
     )
     if config.graph is not None and found.corpus is not None:
         found.corpus.graph.save(config.graph)

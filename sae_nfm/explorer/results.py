@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_nfm.common import whole
+from sae_nfm.common.results import without_kind
 
 FULL = 255
 """Strength of a mark at the feature's largest activation."""
 
-FORMAT = "sae-nfm explorer 1"
+KIND = "explore/1"
 
 FILENAME = "explorer.json.gz"
 
@@ -196,18 +197,15 @@ class Explorer:
 
         Raises:
             FileNotFoundError: when there is no such file.
-            ValueError: when it is damaged, or of another format.
+            ValueError: when it is damaged, or of another kind.
         """
         path = Path(path) / FILENAME if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}; give an {FILENAME}, or make one with `sae-nfm explore`")
         try:
-            content = json.loads(gzip.decompress(path.read_bytes()))
+            content = without_kind(KIND, json.loads(gzip.decompress(path.read_bytes())))
         except (OSError, EOFError, zlib.error, ValueError) as error:
             raise ValueError(f"{path} is damaged, or no {FILENAME} ({error}); {REMEDY}") from error
-        given = content.get("format") if isinstance(content, dict) else None
-        if given != FORMAT:
-            raise ValueError(f"{path} has the format {given!r}, this version reads {FORMAT!r}; {REMEDY}")
         try:
             return _explorer(content)
         except (KeyError, TypeError, ValueError) as error:
@@ -218,7 +216,7 @@ def _content(explorer: Explorer) -> dict[str, Any]:
     features, pairs = explorer.features, explorer.pairs
     gauges = list(features.shares)
     return {
-        "format": FORMAT,
+        "kind": KIND,
         **{name: getattr(explorer, name) for name in PLAIN},
         "paths": list(features.shares[gauges[0]]),
         "gauges": gauges,

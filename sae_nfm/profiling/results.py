@@ -3,6 +3,7 @@
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal
 
+from sae_nfm.common import aligned
 from sae_nfm.common.results import SavedResult
 
 
@@ -86,7 +87,7 @@ class SpeedRow:
 class SpeedResult(SavedResult):
     """Everything a run of `sae-nfm speed` found."""
 
-    command: ClassVar[str] = "sae-nfm speed --output FILE"
+    kind: ClassVar[str] = "speed/1"
 
     rows: tuple[SpeedRow, ...]
     """The arms, for each size."""
@@ -116,15 +117,9 @@ class SpeedResult(SavedResult):
         header = ["arm", "step ms", "quartiles", "/ topk", "/ floor", "peak MiB", "/ topk"]
         header = [*header, "/ before", "/ first"] if scan else [*header, "infer ms", "/ topk"]
         lines = [(_cells(row, scan), row.reason) for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(header, *(cells for cells, _ in lines), strict=True)]
-
-        def aligned(cells: list[str]) -> str:
-            rest = (text.rjust(width) for text, width in zip(cells[1:], widths[1:], strict=True))
-            return "  ".join([cells[0].ljust(widths[0]), *rest]).rstrip()
-
-        ruler = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        body = [_fitting(f"{aligned(cells)}  {reason or ''}".rstrip()) for cells, reason in lines]
-        return [aligned(header), ruler, *body]
+        head, ruler, *rows = aligned([header, *(cells for cells, _ in lines)])
+        body = [_fitting(f"{row}  {reason or ''}".rstrip()) for row, (_, reason) in zip(rows, lines, strict=True)]
+        return [head, ruler, *body]
 
 
 def _cells(row: SpeedRow, scan: Scan | None) -> list[str]:

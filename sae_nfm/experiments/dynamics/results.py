@@ -96,7 +96,7 @@ class Movement:
 class DynamicsResult(SavedResult):
     """What was found, and what is needed to repeat it."""
 
-    command: ClassVar[str] = "sae-nfm dynamics"
+    kind: ClassVar[str] = "dynamics/1"
 
     hook_name: str
     """Where the SAE is."""

@@ -81,7 +81,7 @@ class SecondaryRow:
 class SecondaryResult(SavedResult):
     """The table, and what is needed to repeat it."""
 
-    command: ClassVar[str] = "sae-nfm secondary"
+    kind: ClassVar[str] = "secondary/1"
 
     rows: tuple[SecondaryRow, ...]
     """The primary as it is, its hidden code by mean and by zero, then an SAE each."""

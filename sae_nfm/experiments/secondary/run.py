@@ -6,9 +6,7 @@ In the output folder: `saes/<source>/k<k>` (SAELens's files), `rows/` (a row for
 finished is not done again.
 """
 
-import importlib.metadata
-import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from sae_lens import SAE
 
 from sae_nfm import demo
 from sae_nfm.architectures import check_primary, primary_digest
+from sae_nfm.common import provenance
 from sae_nfm.data import TokenRows, datasets, held_out_rows
 from sae_nfm.experiments.secondary.measure import secondary_rows
 from sae_nfm.experiments.secondary.results import SecondaryResult
@@ -27,7 +26,6 @@ from sae_nfm.training import StreamConfig
 
 PACKAGED = f"{demo.MODEL_NAME}:blocks.2.hook_resid_post"
 """The SAE that comes with the package."""
-PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +120,10 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
 
 
 def _provenance(cfg: SecondaryConfig, primary: SAE[Any], rows: TokenRows, command: str | None) -> dict[str, Any]:
-    return {
-        "config": asdict(cfg),
-        "command": command,
-        "primary": {
-            "architecture": primary.cfg.architecture(),
-            "digest": primary_digest(primary),
-            "d_sae": primary.cfg.d_sae,
-            "nfm_dim": primary.cfg.nfm_dim,
-        },
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-        "held_out_tokens": digest({"tokens": rows.tokens}),
+    described = {
+        "architecture": primary.cfg.architecture(),
+        "digest": primary_digest(primary),
+        "d_sae": primary.cfg.d_sae,
+        "nfm_dim": primary.cfg.nfm_dim,
     }
+    return provenance(cfg, command=command, primary=described, held_out_tokens=digest({"tokens": rows.tokens}))
