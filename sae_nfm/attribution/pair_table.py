@@ -27,6 +27,7 @@ from torch import Tensor
 from sae_nfm.architectures import PathWeights
 from sae_nfm.attribution.corpus import Corpus, TokenBatch
 from sae_nfm.attribution.pairs import TokenPairs, along, norms
+from sae_nfm.attribution.results import Context
 
 CAPACITY = 1_000_000
 """Pairs kept. With 500,000 of them a run took 0.5 GB beside model and SAE, merges and batches included."""
@@ -201,22 +202,6 @@ def pair_rows(batch: TokenBatch, weights: PathWeights, only: NDArray[np.int64] |
     rows: Any = {name: column.double().cpu().numpy() for name, column in columns.items()}
     rows["token"] = chosen.nonzero()[:, 0].cpu().numpy()
     return pd.DataFrame(rows, index=keys[chosen].cpu().numpy())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Context:
-    """A token on which a pair fires."""
-
-    row: int
-    """Row of the corpus."""
-    position: int
-    """Position in it."""
-    norm: float
-    """||o_ij|| there."""
-    effect: float | None
-    """<o_ij, direction> there."""
-    text: str
-    """The token in its text, in [[double brackets]]."""
 
 
 def strongest_firings(corpus: Corpus, keys: NDArray[np.int64], *, n: int) -> pd.DataFrame:

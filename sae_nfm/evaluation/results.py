@@ -1,16 +1,21 @@
 """The result of evaluating one SAE: SAELens's figures with what they were measured on, as text and as JSON."""
 
+import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from sae_nfm.common import listed, write_json
+from typing_extensions import override
+
+from sae_nfm.common import listed
+from sae_nfm.common.results import SavedResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(SavedResult):
     """What SAELens measured of one SAE."""
+
+    kind: ClassVar[str] = "evaluate/1"
 
     sae: str
     """Folder, or release:sae_id."""
@@ -44,9 +49,10 @@ class Evaluation:
             lines += listed(values, width)
         return "\n".join(lines)
 
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, under a temporary name first; what is no number (a mean over nothing) is null."""
-        write_json(path, _finite(asdict(self)), allow_nan=False, default=str)
+    @override
+    def content(self) -> dict[str, Any]:
+        """What is no number (a mean over nothing) is null."""
+        return _finite(json.loads(json.dumps(asdict(self), default=str)))
 
 
 def _finite(value: Any) -> Any:

@@ -30,8 +30,7 @@ import numpy as np
 import simple_parsing
 
 from sae_nfm.common import whole
-from sae_nfm.explorer.contexts import FULL
-from sae_nfm.explorer.data import Contexts, Explorer, TokenEffects
+from sae_nfm.explorer.results import FULL, Contexts, Explorer, TokenEffects
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 

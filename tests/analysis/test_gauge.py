@@ -11,8 +11,8 @@ from sae_lens import SAE, TopKTrainingSAEConfig
 from scipy.stats import spearmanr
 
 from sae_nfm.analysis import gauge
-from sae_nfm.analysis.published_table import FigureRow, figure_rows
-from sae_nfm.analysis.sae_report import gauge_report
+from sae_nfm.analysis.results import FigureRow
+from sae_nfm.analysis.sae_report import figure_rows, gauge_report
 from sae_nfm.analysis.weight_norms import (
     PathNorms,
     PathRows,

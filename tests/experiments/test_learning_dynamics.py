@@ -20,9 +20,15 @@ from sae_nfm.analysis.path_contributions import feature_energies, token_paths
 from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig
 from sae_nfm.architectures.joint_training import JointNFMTrainingSAE
 from sae_nfm.experiments.dynamics.checkpoints import Checkpoint, checkpoints_of_run, load_checkpoint
+from sae_nfm.experiments.dynamics.measure import (
+    PATHS,
+    GroupedTokens,
+    MeanShares,
+    grouped_energies,
+    tertiles,
+    transitions,
+)
 from sae_nfm.experiments.dynamics.run import DynamicsConfig, run_dynamics
-from sae_nfm.experiments.dynamics.shares import PATHS, GroupedTokens, MeanShares, grouped_energies
-from sae_nfm.experiments.dynamics.transitions import tertiles, transitions
 from sae_nfm.stats.estimates import clustered_mean
 
 HOOK, D_IN, D_SAE, K = "blocks.2.hook_resid_post", 256, 30, 6

@@ -9,9 +9,17 @@ import invented_explorer
 import numpy as np
 import pytest
 
-from sae_nfm.explorer.contexts import starts_of
-from sae_nfm.explorer.data import Contexts, Explorer, FeatureFigures, PairFigures, TokenEffects, TokenTable
-from sae_nfm.explorer.file import FILENAME, rounded
+from sae_nfm.explorer.results import (
+    FILENAME,
+    Contexts,
+    Explorer,
+    FeatureFigures,
+    PairFigures,
+    TokenEffects,
+    TokenTable,
+    rounded,
+    starts_of,
+)
 
 N_VOCAB, ROWS, WIDTH, WINDOW = 20_000, 160, 256, (14, 6)
 
@@ -160,7 +168,7 @@ def damaged(path: tuple[str, ...], value: Any) -> bytes:
         (gzip.compress(b"{}", mtime=0)[:-6], r"explorer\.json\.gz.*damaged"),
         (gzip.compress(b"{no json", mtime=0), r"explorer\.json\.gz.*damaged"),
         (gzip.compress(b"[]", mtime=0), r"\bNone\b.*'sae-nfm explorer 1'.*`sae-nfm explore`"),
-        (damaged(("format",), "sae-nfm explorer 9"), r"'sae-nfm explorer 9'.*'sae-nfm explorer 1'"),
+        (damaged(("kind",), "explore/9"), r"'explore/9'.*'explore/1'"),
         (damaged(("features", "max"), [1.0]), r"\(1,\).*\b8 numbers\b.*`sae-nfm explore`"),
         (damaged(("stream", "ids"), [10**6]), r"damaged.*\bstarts\b.*\b1 entries\b"),
         (damaged(("logits", "token", 0), 999), r"\bindex outside 0\b"),

@@ -22,7 +22,6 @@ from sae_nfm.profiling.arms import (
     JOINT_TORCH,
     PUBLISHED,
     PublishedNFMTrainingSAE,
-    Rates,
     Sizes,
     Stepper,
     activations,
@@ -31,7 +30,7 @@ from sae_nfm.profiling.arms import (
     time_cases,
 )
 from sae_nfm.profiling.peak_memory import peak_of_steps
-from sae_nfm.profiling.results import SpeedResult
+from sae_nfm.profiling.results import Rates, SpeedResult
 from sae_nfm.profiling.run import SpeedConfig, floor_seconds, measure_speed
 
 TINY = {"d_in": 16, "d_sae": 64, "k": 4, "nfm_dim": 8, "batch": 32, "repeats": 3, "warm_up": 1, "memory": False}

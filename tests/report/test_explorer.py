@@ -6,9 +6,9 @@ import random
 import pytest
 from invented_explorer import content, packed
 
-from sae_nfm.explorer.data import Explorer
+from sae_nfm.explorer.results import Explorer
 from sae_nfm.report.blocks import Embedded, Prose
-from sae_nfm.report.explorer_section import COMMAND, section
+from sae_nfm.report.chapters.explorer import COMMANDS, section
 from sae_nfm.report.run_folder import EXPLORER_FILENAME, read_run
 
 
@@ -24,7 +24,7 @@ def test_the_invented_explorer_is_of_the_format(tmp_path):
     run = run_with(tmp_path, "a")
     explorer = Explorer.load(run.explorers[0])
     explorer.save(tmp_path / "again.json.gz")
-    assert gzip.decompress((tmp_path / "again.json.gz").read_bytes()).startswith(b'{"format":"sae-nfm explorer 1"')
+    assert gzip.decompress((tmp_path / "again.json.gz").read_bytes()).startswith(b'{"kind":"explore/1"')
     assert list(content()["features"]) == [
         "tokens",
         "max",
@@ -68,7 +68,9 @@ def test_what_would_make_the_page_too_large_is_left_out_and_said(tmp_path):
     said = found.blocks[1]
     assert isinstance(said, Prose)
     assert said.lines[0].startswith("a/explorer.json.gz is left out: with its ")
-    assert said.lines[0].endswith(f"Make it smaller with fewer --contexts, --quantile-contexts or --pairs: {COMMAND}")
+    assert said.lines[0].endswith(
+        f"Make it smaller with fewer --contexts, --quantile-contexts or --pairs: {COMMANDS[0]}"
+    )
 
 
 def test_a_damaged_explorer_is_an_error(tmp_path):

@@ -28,16 +28,16 @@ from sae_nfm.experiments.dynamics.checkpoints import checkpoints_of_run, load_ch
 from sae_nfm.experiments.dynamics.measure import (
     REFERENCE,
     RUN,
+    GroupedTokens,
     Measured,
     canonical_of,
     checkpoint_row,
     measured,
     movement,
+    tertiles,
     trajectories,
 )
 from sae_nfm.experiments.dynamics.results import DynamicsResult
-from sae_nfm.experiments.dynamics.shares import GroupedTokens
-from sae_nfm.experiments.dynamics.transitions import tertiles
 from sae_nfm.models import check_context, check_device, load_model
 
 

@@ -13,7 +13,7 @@ from sae_nfm.stats import Estimate
 class ReproduceResult(SavedResult):
     """The table, and what is needed to repeat it."""
 
-    command: ClassVar[str] = "sae-nfm reproduce"
+    kind: ClassVar[str] = "reproduce/1"
 
     rows: tuple[ReproducedRow, ...]
     """Every published figure, once for each control."""
