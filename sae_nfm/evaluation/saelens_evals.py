@@ -108,10 +108,6 @@ class HashedStore(ActivationsStore):
 def parse(argv: Sequence[str], *, examples: Sequence[tuple[str, str]] = ()) -> EvaluateConfig:
     """Understand a command line after `sae-nfm evaluate`.
 
-    Args:
-        argv: the command line.
-        examples: for the help.
-
     Raises:
         ValueError: for a flag or value that does not work, in one line.
     """
@@ -144,10 +140,6 @@ ce_loss_with_sae do not depend on it."""
 
 def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Evaluation:
     """Evaluate one SAE; writes `config.output` where that is given.
-
-    Args:
-        config: what to do.
-        command: how to repeat it, for the provenance.
 
     Raises:
         ValueError, FileNotFoundError: for an SAE, model or data set that does not work; nothing is written.
