@@ -27,7 +27,7 @@ from sae_nfm.comparison.benchmark import (
 from sae_nfm.comparison.benchmark_results import BenchmarkResult
 from sae_nfm.data import datasets
 from sae_nfm.models.load import Site, find_site
-from sae_nfm.training.recorder import read_training_record
+from sae_nfm.training.results import read_training_record
 from sae_nfm_cli import main
 
 TINY = {

@@ -26,7 +26,7 @@ from sae_nfm.evaluation.fidelity import Arm, evaluate
 from sae_nfm.evaluation.held_out_sums import SUMS, figures, held_out_sums
 from sae_nfm.models.load import find_site
 from sae_nfm.training.multi_arm import StreamConfig, train_arms
-from sae_nfm.training.recorder import read_training_record
+from sae_nfm.training.results import read_training_record
 from sae_nfm_cli.commands import COMMANDS
 
 TINY = {

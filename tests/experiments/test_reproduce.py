@@ -21,7 +21,7 @@ from sae_nfm.experiments.reproduce.rows import KEPT, NOT_MEASURED, PUBLISHED_WEI
 from sae_nfm.experiments.reproduce.run import ReproduceConfig, behaviour_arms, run_reproduce
 from sae_nfm.models.load import load_model
 from sae_nfm.stats.estimates import Estimate
-from sae_nfm.training.multi_arm import Trained
+from sae_nfm.training.results import Trained
 
 pytest_plugins = ["finished_runs"]
 CONTEXT, ROWS = SMALL["context_size"], SMALL["validation_tokens"] // SMALL["context_size"]
