@@ -5,10 +5,10 @@ from pathlib import Path
 
 from sae_lens import SAE
 
+from sae_nfm.common.results import RESULTS_FILENAME
 from sae_nfm.comparison import DemoConfig, Prepared, compare_once
 from sae_nfm.comparison.results import ArmName, CompareResult
 from sae_nfm.explorer import FILENAME, explore
-from sae_nfm.common.results import RESULTS_FILENAME
 from sae_nfm.report.command import ReportConfig, write_run_report
 
 EXPLORED_TOKENS = 20_000

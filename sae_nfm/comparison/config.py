@@ -100,7 +100,9 @@ class CompareConfig(SizeOptions):
         if not 0 < self.nfm_top_fraction <= 1:
             raise ValueError(f"nfm_top_fraction must be in (0, 1], got {self.nfm_top_fraction}")
         if not self.shuffle and len(self.seeds) > 1:
-            raise ValueError(f"without shuffle all seeds would have one order of the data; give one, got {list(self.seeds)}")
+            raise ValueError(
+                f"without shuffle all seeds would have one order of the data; give one, got {list(self.seeds)}"
+            )
         refuse_unknown_arms(self.chosen_arms)
 
     @property

@@ -158,9 +158,7 @@ def compare_once(prepared: Prepared, *, command: str | None = None) -> CompareRe
         partial.write_text("".join(map(record_line, lines)))
     shutil.rmtree(saes, ignore_errors=True)
     unfinished.rename(saes)
-    rows = evaluated_once(
-        prepared.model, prepared.held_out.tokens, arms, saes, k=k, seed=seed, device=cfg.device
-    )
+    rows = evaluated_once(prepared.model, prepared.held_out.tokens, arms, saes, k=k, seed=seed, device=cfg.device)
     result = CompareResult(rows=tuple(rows), changes=changes(rows), provenance=prepared.provenance(command))
     result.save(output / RESULTS_FILENAME)
     return result
@@ -239,7 +237,9 @@ def _claim_folder(output: Path, prepared: Prepared) -> None:
         write_json(path, with_kind("compare-settings/1", wanted))
         return
     # folders of 0.1.0 have older names, and not what had one value only
-    found = {"nfm_top_fraction": 1.0, "shuffle": True} | renamed(without_kind(SETTINGS_KIND, json.loads(path.read_text())))
+    found = {"nfm_top_fraction": 1.0, "shuffle": True} | renamed(
+        without_kind(SETTINGS_KIND, json.loads(path.read_text()))
+    )
     for name, value in wanted.items():
         if found.get(name) != value:
             raise ValueError(

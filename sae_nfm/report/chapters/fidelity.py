@@ -147,7 +147,12 @@ def whole_figure(means: Sequence[ArmMean], number: int) -> Figure:
         name=f"arms-{number}-k{chosen[0].row.k}",
         title="Whole SAEs, each trained on its own",
         plot=dot_plot(
-            marks, (SEED, *GROUPS.values(), OFF), rows, Axis(title="lower is better"), panels=tuple(PANELS.values()), label_width=32
+            marks,
+            (SEED, *GROUPS.values(), OFF),
+            rows,
+            Axis(title="lower is better"),
+            panels=tuple(PANELS.values()),
+            label_width=32,
         ),
         caption=f"Mean over {_seeds(chosen)}{_interval(chosen)}; small dots: the seeds. The axes do not begin at "
         "zero, so that small differences can be seen. All arms see the same tokens in the same order, so their "

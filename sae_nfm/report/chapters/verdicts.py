@@ -119,7 +119,10 @@ def fair_figure(answers: Sequence[Answer], number: int) -> Figure:
         number: of the comparison in the run, from 1, for the figure's name.
     """
     rows = list(dict.fromkeys(Row(key=_pair(answer), label=_pair(answer)) for answer in answers))
-    marks = [_mark(answer, group=OUTCOMES[answer.verdict.outcome].name, panel=MEASURES[answer.verdict.measure]) for answer in answers]
+    marks = [
+        _mark(answer, group=OUTCOMES[answer.verdict.outcome].name, panel=MEASURES[answer.verdict.measure])
+        for answer in answers
+    ]
     n = answers[0].verdict.n_seeds
     corrections = dict.fromkeys(a.verdict.difference.correction for a in answers if a.verdict.difference.correction)
     return Figure(
