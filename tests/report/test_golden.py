@@ -60,7 +60,7 @@ def test_one_page_shows_them_all(run):
 
 def test_the_files_that_no_chapter_draws():
     assert SteeringComparison.load(GOLDEN / "steering" / "steering.json").pair == (9, 11)
-    assert len(read_sweep(GOLDEN / "compare" / "k8")) == 8
+    assert len(read_sweep(GOLDEN / "compare" / "k8" / "sweep.json")) == 8
     assert Trained.load(GOLDEN / "compare" / "k8" / "seed-0" / "joint_nfm").arm == "joint_nfm"
     assert {line["sae"] for line in read_training_record(GOLDEN / "train" / "training.jsonl")} == {"sae"}
     assert len(Explorer.load(GOLDEN / "explore").vocab) > 0
