@@ -19,7 +19,6 @@ class FigureRow:
     """One line: a statistic and a control."""
 
     name: str
-    """What is measured."""
     published: Figure
     """As arXiv 2507.00269 defines it, or plain where it reports none; None where the SAE has no such thing."""
     controlled: Figure
@@ -33,7 +32,6 @@ class NormHistogram:
     """A squared norm over the features of one SAE."""
 
     name: str
-    """Which SAE, in which gauge."""
     counts: tuple[int, ...]
     """Features in each bin; the upper end of the last bin belongs to it."""
     mean: float
@@ -47,9 +45,7 @@ class SquaredNorms:
     """One measure, for the SAE and what it is compared with."""
 
     measure: Measure
-    """Which squared norm."""
     edges: tuple[float, ...]
-    """Edges of the bins, the same for all."""
     histograms: tuple[NormHistogram, ...]
     """The SAE as trained, then what there is of canonical gauge, TopK SAE and random initialisation."""
     not_canonical: str | None
