@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sae_nfm.evaluation.error_controls import ArmKL, MeasuredKL, Role, has_controls, kl_by_arm
-from sae_nfm.experiments.reproduce import GURNEE_RATIOS, PAPER_RATIO
+from sae_nfm.experiments.reproduce.results import GURNEE_RATIOS, PAPER_RATIO
 from sae_nfm.interventions import UNDER_TEST
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
 from sae_nfm.report.plots.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot, drawn
@@ -202,9 +202,9 @@ def ratios_figure(ratios: Mapping[str, Estimate], name: str) -> Figure:
     ]
     marks = [Mark(row=control, group=here.name, x=r.estimate, low=r.low, high=r.high) for control, r in ratios.items()]
     if "isotropic" in ratios:
-        middle = (GURNEE_RATIOS.low + GURNEE_RATIOS.high) / 2
-        marks.append(Mark(row="isotropic", group=paper.name, x=PAPER_RATIO.low))
-        marks.append(Mark(row="isotropic", group=gurnee.name, x=middle, low=GURNEE_RATIOS.low, high=GURNEE_RATIOS.high))
+        low, high = GURNEE_RATIOS
+        marks.append(Mark(row="isotropic", group=paper.name, x=PAPER_RATIO))
+        marks.append(Mark(row="isotropic", group=gurnee.name, x=(low + high) / 2, low=low, high=high))
     return Figure(
         name=name,
         title="The error beside other changes of its size, control by control",
