@@ -7,20 +7,17 @@ The outcome of a stimulus is the change of the words' own interaction pattern, b
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from sae_nfm.experiments.factorial.clamp_tests import PRIMARY_SCALE
-from sae_nfm.experiments.factorial.results import ArmResult, FactorialResult
-from sae_nfm.stats import Cells, Estimate, FactorialTest, Floats, StudentT, by_bucket, interval, paired_t, word_pattern
-
-CHANGES_FILENAME = "changes.parquet"
-CONFIDENCE = 0.95
-CELLS = range(4)
+from sae_nfm.experiments.factorial.clamp_tests import cell_estimates, contrast_estimate
+from sae_nfm.experiments.factorial.results import PRIMARY_SCALE, ArmResult, FactorialResult
+from sae_nfm.experiments.factorial.run import CHANGES_FILENAME
+from sae_nfm.stats import Cells, Estimate, FactorialTest, Floats, by_bucket, word_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +25,6 @@ class ArmCells:
     """The cells of one arm; nats of log-probability."""
 
     arm: ArmResult
-    """The arm."""
     cells: tuple[Estimate | float, ...]
     """Mean over the stimuli of each cell; a number without the changes, and for a cell of one stimulus."""
     contrast: Estimate
@@ -74,32 +70,6 @@ def outcomes(rows: pd.DataFrame) -> tuple[Floats, Cells]:
     cells = frame["item_cell"].to_numpy(dtype=np.int64).reshape(n_items, -1)[:, 0]
     word_cells = frame["word_cell"].to_numpy(dtype=np.int64)[: changes.shape[1]]
     return word_pattern(by_bucket(changes, word_cells)), cells
-
-
-def cell_estimates(values: Floats, cells: Cells) -> tuple[Estimate | float, ...]:
-    """The mean of each cell over its stimuli, by Student's t; a cell of one stimulus has no interval."""
-    own = [values[cells == cell] for cell in CELLS]
-    return tuple(
-        float(one.mean())
-        if len(one) < 2
-        else replace(paired_t(one, confidence=CONFIDENCE), test="mean, t interval over stimuli", p_value=None)
-        for one in own
-    )
-
-
-def contrast_estimate(test: FactorialTest) -> Estimate:
-    """The interaction's contrast with its interval: F is the square of L over its standard error."""
-    error = abs(test.contrast) / test.f**0.5 if test.f else 0.0
-    low, high = interval(test.contrast, error, StudentT(df=test.df).critical(CONFIDENCE))
-    return Estimate(
-        estimate=test.contrast,
-        low=low,
-        high=high,
-        confidence=CONFIDENCE,
-        n=test.partial_eta_squared.n,
-        test=f"contrast, t interval with {test.df} degrees of freedom",
-        p_value=test.p_value,
-    )
 
 
 def largest_clamps(found: Sequence[ArmCells]) -> list[ArmCells]:

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from sae_nfm.attribution import (
+from sae_nfm.attribution.graph import graph_layout
+from sae_nfm.attribution.results import (
     LEGEND,
     Attribution,
     Context,
@@ -16,7 +17,6 @@ from sae_nfm.attribution import (
     Point,
     TokenAttribution,
 )
-from sae_nfm.attribution.graph_layout import graph_layout
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, Table
 from sae_nfm.report.plots.dot_plot import Axis
 from sae_nfm.report.plots.dot_rows import Dot, dot_data, dot_rows
