@@ -1,6 +1,7 @@
 """What `reproduce` and the report save and draw of an analysis of one SAE."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal
 
 from sae_nfm.stats import ALPHA, DipTest, Estimate
@@ -14,12 +15,30 @@ PUBLISHED_MEANS = (0.05, 0.37)
 Figure = Estimate | float | None
 
 
+class Statistic(StrEnum):
+    """Statistics that have a value for each path, and are drawn together."""
+
+    NORM_SHARE = "share of weight norm"
+    CORRELATION = "Spearman of squared norm and share"
+    WRITTEN = "share of what the integration paths write"
+    OTHER = "other"
+
+    def of(self, path: str) -> str:
+        """Name of the statistic of one path."""
+        return f"{self}, {path}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class FigureRow:
     """One line: a statistic and a control."""
 
     name: str
-    """What is measured."""
+    statistic: Statistic = Statistic.OTHER
+    """Which statistic that is; several lines about one have the same name."""
+    path: str = ""
+    """Of which path; "" where it is about no single one."""
+    p_value: float | None = None
+    """Of a control that permutes what it is compared with: `controlled` is their mean, what unrelated rows give."""
     published: Figure
     """As arXiv 2507.00269 defines it, or plain where it reports none; None where the SAE has no such thing."""
     controlled: Figure
@@ -33,7 +52,6 @@ class NormHistogram:
     """A squared norm over the features of one SAE."""
 
     name: str
-    """Which SAE, in which gauge."""
     counts: tuple[int, ...]
     """Features in each bin; the upper end of the last bin belongs to it."""
     mean: float
@@ -47,9 +65,7 @@ class SquaredNorms:
     """One measure, for the SAE and what it is compared with."""
 
     measure: Measure
-    """Which squared norm."""
     edges: tuple[float, ...]
-    """Edges of the bins, the same for all."""
     histograms: tuple[NormHistogram, ...]
     """The SAE as trained, then what there is of canonical gauge, TopK SAE and random initialisation."""
     not_canonical: str | None

@@ -19,12 +19,12 @@ from torch import Tensor
 from sae_nfm.analysis import gauge
 from sae_nfm.analysis.path_contributions import FeatureEnergies, token_paths
 from sae_nfm.analysis.path_statistics import FunctionalFigures, Inhibition, functional_figures
-from sae_nfm.analysis.results import Figure, FigureRow
+from sae_nfm.analysis.results import Figure, FigureRow, Statistic
 from sae_nfm.analysis.weight_norms import MIN_FEATURES, N_PERMUTATIONS, WeightFigures, correlation, weight_figures
 from sae_nfm.architectures import random_initialisation, training_config
 from sae_nfm.stats import PermutedCorrelation
 
-DEALT_OUT = "rows dealt out to other features, p = {:.2g}"
+PERMUTED, PAIRED = "rows permuted over features", "random pairing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +32,12 @@ class WeightReport:
     """Figures of a feature's weights, as published and under controls."""
 
     as_trained: WeightFigures
-    """The published figures."""
     one_unit: WeightFigures
     """Rows as read, times the trained encoder's scale: all read one activation, with the published decoder norms. Differs from
     `as_trained` under rescaling only."""
     canonical: WeightFigures | None
     """In the canonical gauge and that unit; None where there is none."""
     not_canonical: str | None
-    """Why there is none."""
     weighted: WeightFigures | None
     """Rows times the root-mean-square activation on tokens, in the canonical gauge where there is one; split at the median. Of
     features that are active on the tokens only; None when those are fewer than 10."""
@@ -54,9 +52,7 @@ class GaugeReport:
     """Everything about one SAE."""
 
     weights: WeightReport
-    """What the weights are."""
     paths: FunctionalFigures
-    """What the paths do on tokens, in the SAE's own gauge."""
     canonical_paths: FunctionalFigures | None
     """The same in the canonical gauge, less `residual`, which no gauge changes; `paths` itself without a linear path, None where
     there is no such gauge."""
@@ -167,53 +163,66 @@ def _references(weights: WeightReport, gauge: str) -> Iterator[FigureRow]:
     trained = _summary(weights.as_trained)
     for control, figures in references.items():
         other = {} if figures is None else _summary(figures)
-        for name, published in trained.items():
-            yield FigureRow(name=name, published=published, controlled=other.get(name), control=control)
+        for what, published in trained.items():
+            yield FigureRow(**_named(*what), published=published, controlled=other.get(what), control=control)
 
 
-def _summary(figures: WeightFigures) -> dict[str, float | None]:
+def _named(statistic: Statistic | str, path: str) -> dict[str, Any]:
+    """Name, statistic and path of a line: a statistic of a path, or another one by its name."""
+    if isinstance(statistic, Statistic):
+        return {"name": statistic.of(path), "statistic": statistic, "path": path}
+    return {"name": statistic}
+
+
+def _summary(figures: WeightFigures) -> dict[tuple[Statistic | str, str], float | None]:
     dip, mixture = figures.dip, figures.mixture
+    correlations = figures.share_correlations.items()
     return (
         {
-            "mean squared decoder norm": float(figures.squared_norm.double().mean()),
-            "modes of the squared norm: p-value of the dip test": None if dip is None else dip.p_value,
-            "modes of the squared norm: Gaussians preferred by BIC": (
+            ("mean squared decoder norm", ""): float(figures.squared_norm.double().mean()),
+            ("modes of the squared norm: p-value of the dip test", ""): None if dip is None else dip.p_value,
+            ("modes of the squared norm: Gaussians preferred by BIC", ""): (
                 None if mixture is None else float(mixture.preferred.n_components)
             ),
-            "components for 90 % of variance": float(figures.components),
+            ("components for 90 % of variance", ""): float(figures.components),
         }
-        | {f"share of weight norm, {name}": float(one.double().mean()) for name, one in figures.shares.named().items()}
-        | {f"Spearman of squared norm and share, {name}": _rho(one) for name, one in figures.share_correlations.items()}
+        | {(Statistic.NORM_SHARE, path): float(one.double().mean()) for path, one in figures.shares.named().items()}
+        | {(Statistic.CORRELATION, path): _rho(one) for path, one in correlations}
     )
 
 
 def _nulls(weights: WeightReport, paths: FunctionalFigures) -> Iterator[FigureRow]:
     """Correlations beside what they are for unrelated rows."""
-    trained, units = weights.as_trained, {"": weights.as_trained, ", canonical gauge": weights.canonical}
-    units[", weighted"] = weights.weighted
-    for unit, figures in units.items():
-        for name, found in figures.share_correlations.items() if figures else ():
-            yield from _null(f"Spearman of squared norm and share{unit}, {name}", found, DEALT_OUT)
-    for name, found in trained.norm_correlations.items():
-        published, own = trained.share_correlations[name], _rho(found)
-        control = "the path's own norm in place of its share"
+    trained = weights.as_trained
+    for path, found in trained.share_correlations.items():
+        yield from _null(Statistic.CORRELATION, path, found)
+    for unit, figures in {"canonical gauge": weights.canonical, "weighted": weights.weighted}.items():
+        for path, found in figures.share_correlations.items() if figures else ():
+            yield from _null(f"{Statistic.CORRELATION}, {unit}, {path}", "", found)
+    for path, found in trained.norm_correlations.items():
         yield FigureRow(
-            name=f"Spearman of squared norm and share, {name}",
-            published=_rho(published),
-            controlled=own,
-            control=control,
+            **_named(Statistic.CORRELATION, path),
+            published=_rho(trained.share_correlations[path]),
+            controlled=_rho(found),
+            control="the path's own norm in place of its share",
         )
-    for name, found in paths.share_correlations.items():
-        yield from _null(f"Spearman of energy and share of contributions on tokens, {name}", found, DEALT_OUT)
-    pairing = "random pairing, p = {:.2g}"
-    yield from _null("Spearman of squared norm and participation ratio", trained.participation, pairing)
-    yield from _null("Spearman of squared norm and firing frequency", weights.frequency, pairing)
+    for path, found in paths.share_correlations.items():
+        yield from _null(f"Spearman of energy and share of contributions on tokens, {path}", "", found)
+    yield from _null("Spearman of squared norm and participation ratio", "", trained.participation, PAIRED)
+    yield from _null("Spearman of squared norm and firing frequency", "", weights.frequency, PAIRED)
 
 
-def _null(name: str, found: PermutedCorrelation | None, control: str) -> Iterator[FigureRow]:
+def _null(
+    statistic: Statistic | str, path: str, found: PermutedCorrelation | None, control: str = PERMUTED
+) -> Iterator[FigureRow]:
     if found is not None:
-        control = control.format(found.p_value)
-        yield FigureRow(name=name, published=found.observed, controlled=found.null_mean, control=control)
+        yield FigureRow(
+            **_named(statistic, path),
+            published=found.observed,
+            controlled=found.null_mean,
+            control=f"{control}, p = {found.p_value:.2g}",
+            p_value=found.p_value,
+        )
 
 
 def _sides(trained: WeightFigures) -> Iterator[FigureRow]:
@@ -222,7 +231,7 @@ def _sides(trained: WeightFigures) -> Iterator[FigureRow]:
     for side, split in (("below", trained.below), ("above", trained.above)):
         for name, share in trained.shares.named().items():
             yield FigureRow(
-                name=f"share of weight norm, {name}, squared norm {side} {trained.threshold}",
+                name=f"{Statistic.NORM_SHARE.of(name)}, squared norm {side} {trained.threshold}",
                 published=None if split.shares is None else float(split.shares.named()[name]),
                 controlled=float(share.double().mean()),
                 control=f"all {n} features; {split.n} are {side}",
@@ -236,8 +245,7 @@ def _sizes(paths: FunctionalFigures, canonical: FunctionalFigures | None, gauge:
             f"energy about the mean, {gauge}": None if canonical is None else canonical.energy_shares[name],
         }
         for control, controlled in controls.items():
-            label = f"share of what the integration paths write, {name}"
-            yield FigureRow(name=label, published=share, controlled=controlled, control=control)
+            yield FigureRow(**_named(Statistic.WRITTEN, name), published=share, controlled=controlled, control=control)
 
 
 def _residual(paths: FunctionalFigures) -> Iterator[FigureRow]:
@@ -246,19 +254,16 @@ def _residual(paths: FunctionalFigures) -> Iterator[FigureRow]:
         return
     share, of_path, gain = paths.magnitude_shares["interaction"], residual.r2, residual.gain_of_path
     left = replace(of_path, estimate=1 - of_path.estimate, low=1 - of_path.high, high=1 - of_path.low)
+    of_output = "nonlinear share of what is written"
     lines: list[tuple[str, Figure, Figure, str]] = [
-        ("nonlinear share of what is written", share, paths.nonlinear_of_output, "energy, of the whole output"),
-        (
-            "nonlinear share of what is written",
-            share,
-            residual.of_output,
-            "the same, less what is linear in f (held out)",
-        ),
+        (of_output, share, paths.nonlinear_of_output, "energy, of the whole output"),
+        (of_output, share, residual.of_output, "the same, less what is linear in f (held out)"),
         ("nonlinear share of the interaction path", 1.0, left, "less what is linear in f (held out); published: all"),
         ("error the path saves over its mean", gain, residual.gain_of_residual, "over its own linear prediction"),
     ]
     for name, published, controlled, control in lines:
-        yield FigureRow(name=name, published=published, controlled=controlled, control=control)
+        of = Statistic.WRITTEN if name == of_output else Statistic.OTHER
+        yield FigureRow(name=name, statistic=of, published=published, controlled=controlled, control=control)
 
 
 def _gains(paths: FunctionalFigures) -> Iterator[FigureRow]:

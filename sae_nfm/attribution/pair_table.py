@@ -43,21 +43,16 @@ class PairSums:
     """By key first * d_sae + second: `tokens` on which the pair fires, sums there of `norm` ||o_ij||, `energy` ||o_ij||^2,
     `product` f_i f_j and `effect` <o_ij, direction> (0 without a direction), and `norm_max`. Descending by energy."""
     d_sae: int
-    """Number of features."""
     tokens: int
-    """Tokens looked at."""
     firings: int
-    """Pairs that fired, summed over tokens."""
     energy: float
     """Sum of all pairs' energy over all tokens, of those not in the table too. Pairs are not orthogonal: it is not the path's."""
     slack: float
     """The most energy that a pair which is not in the table can have; 0 when every pair that fired is in it."""
     feature_tokens: Float[Tensor, " d_sae"]
-    """Tokens on which each feature is read."""
     feature_sum: Float[Tensor, " d_sae"]
     """Sum of each feature's activations as read."""
     feature_squares: Float[Tensor, " d_sae"]
-    """Sum of their squares."""
     gates: Float[Tensor, " nfm_dim"]
     """Share of tokens on which each gate is open."""
 

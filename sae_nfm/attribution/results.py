@@ -32,7 +32,6 @@ class FeatureNode:
     """A feature."""
 
     feature: int
-    """Its number."""
     tokens: int
     """Tokens on which the interaction path reads it."""
     mean_activation: float
@@ -44,9 +43,7 @@ class PairEdge:
     """A pair of features over a corpus."""
 
     first: int
-    """The lower feature."""
     second: int
-    """The higher feature."""
     tokens: int
     """Tokens on which the pair fires."""
     frequency: float
@@ -68,9 +65,7 @@ class InteractionGraph:
     """Features and pairs: nodes by number, edges by descending energy."""
 
     nodes: tuple[FeatureNode, ...]
-    """Features that have an edge."""
     edges: tuple[PairEdge, ...]
-    """Pairs."""
 
     def save(self, path: str | Path) -> None:
         """Write as .graphml or .json, under a temporary name first.
@@ -128,9 +123,7 @@ class Context:
     """A token on which a pair fires."""
 
     row: int
-    """Row of the corpus."""
     position: int
-    """Position in it."""
     norm: float
     """||o_ij|| there."""
     effect: float | None
@@ -144,9 +137,7 @@ class Correlation:
     """Two measures of pairs against each other."""
 
     measure: str
-    """One."""
     against: str
-    """The other."""
     pearson: float | None
     """Pearson's r; None where one of them has one value throughout."""
     spearman: float | None
@@ -162,7 +153,6 @@ class PairControls:
     """What the strength of pairs goes with, over the pairs that fire often enough."""
 
     tokens: int
-    """Tokens looked at, in memory at once."""
     pairs: int
     """Pairs compared: those that fire on at least `min_tokens` of them. Pairs that never do have no strength on tokens."""
     min_tokens: int
@@ -180,7 +170,6 @@ class CorpusAttribution:
     tokens: int
     """Tokens looked at: not special, not in position 0."""
     pairs: int
-    """Pairs in the table."""
     firings: int
     """Pairs that fired, summed over tokens."""
     complete: bool
@@ -190,11 +179,8 @@ class CorpusAttribution:
     target: str | None
     """What effects are on: a target's direct effect, at the token where the pair fires."""
     graph: InteractionGraph
-    """The strongest pairs with their figures, and their features."""
     contexts: tuple[tuple[Context, ...], ...]
-    """Where the first of them write most."""
     controls: PairControls
-    """What pair strength goes with."""
     places: dict[int, Point] | None = None
     """Where to draw the features of the `DRAWN` pairs of most energy, in the unit square; None in files of 0.1.0."""
 
@@ -280,7 +266,6 @@ class Written:
     """A vector that a path writes on a token, and what it does to the target."""
 
     name: str
-    """Which term it is."""
     norm: float
     """Its norm, in the SAE's normalised space."""
     direct: float | None
@@ -290,7 +275,6 @@ class Written:
     promotes: tuple[str, ...]
     """Tokens whose logits it raises most on the direct path, strongest first."""
     suppresses: tuple[str, ...]
-    """Tokens whose logits it lowers most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,11 +282,8 @@ class PairEffect:
     """A pair on a token."""
 
     first: int
-    """The lower feature."""
     second: int
-    """The higher feature."""
     product: float
-    """f_i f_j."""
     written: Written
     """What it writes with the gates held, and that vector's predicted effects."""
     frozen: float
@@ -320,9 +301,7 @@ class TokenAttribution:
     """One token of a prompt."""
 
     position: int
-    """Where."""
     token: str
-    """The token."""
     target: str
     """What effects are on, read at this position."""
     value: float
@@ -336,11 +315,9 @@ class TokenAttribution:
     sum_error: float
     """Distance of the sum of all terms from what passed hook_nfm_interaction, relative to its norm."""
     all_pairs: Written
-    """All pairs together."""
     biases: tuple[Written, ...]
     """b_2 and (b_1 * D) W_2."""
     pairs: tuple[PairEffect, ...]
-    """The strongest pairs, by what was asked for."""
     features: tuple[Written, ...]
     """The strongest single features of the linear path, by the same; empty where that path is off."""
 
@@ -394,11 +371,8 @@ class Attribution(SavedResult):
     kind: ClassVar[str] = "attribute/1"
 
     sae: str
-    """The SAE, as given."""
     hook_name: str
-    """Where it is."""
     tokens: tuple[TokenAttribution, ...]
-    """The chosen tokens of the prompt."""
     corpus: CorpusAttribution | None
     """Pairs over held-out text."""
     provenance: dict[str, Any]

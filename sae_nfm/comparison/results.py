@@ -46,9 +46,9 @@ class ArmGroup(StrEnum):
 
 
 A = ArmName
-ARM_GROUPS: Mapping[str, ArmGroup] = dict.fromkeys(
-    (A.JOINT, A.HALF, A.SQUARE, A.WITHOUT_LINEAR, A.WITHOUT_NONLINEAR, A.MLP), ArmGroup.JOINT
-) | dict.fromkeys((A.TOPK, A.DOUBLED, A.MATCHED, A.MATCHED_FOLDED, A.MATCHED_FLOPS), ArmGroup.TOPK)
+_JOINT = (A.JOINT, A.HALF, A.SQUARE, A.WITHOUT_LINEAR, A.WITHOUT_NONLINEAR, A.MLP)
+_TOPK = (A.TOPK, A.DOUBLED, A.MATCHED, A.MATCHED_FOLDED, A.MATCHED_FLOPS)
+ARM_GROUPS = {str(arm): ArmGroup.JOINT for arm in _JOINT} | {str(arm): ArmGroup.TOPK for arm in _TOPK}
 """Groups by arm; those without one are `ArmGroup.OTHER`."""
 
 

@@ -45,7 +45,6 @@ class TokenTable:
     row_starts: Ints
     """Where each piece begins in `ids`, and where the last one ends."""
     ids: Ints
-    """The tokens, piece after piece."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,7 +79,6 @@ class FeatureFigures:
     tokens: Ints
     """Tokens on which it fires (its activation is positive)."""
     max: Floats
-    """Largest activation."""
     mean: Floats
     """Mean activation where it fires."""
     histogram: Ints
@@ -96,7 +94,6 @@ class TokenEffects:
     starts: Ints
     """Of each feature or pair; one more than there are."""
     token: Ints
-    """The token."""
     value: Floats
     """What its logit gains, less the mean over all tokens."""
 
@@ -106,11 +103,8 @@ class PairFigures:
     """Pairs of features, descending by energy."""
 
     first: Ints
-    """The lower feature."""
     second: Ints
-    """The higher one."""
     tokens: Ints
-    """Tokens on which both are read."""
     share: Floats
     """Part of the summed energy ||o_ij||^2 of all pairs that fired."""
     norm: Floats
@@ -136,31 +130,20 @@ class Explorer:
     """Everything about one SAE on held-out text."""
 
     sae: str
-    """The SAE, as given."""
     architecture: str
-    """SAELens's name of its architecture."""
     model_name: str
-    """The language model."""
     hook_name: str
-    """Where the SAE is."""
     d_in: int
-    """Width there."""
     d_sae: int
-    """Number of features."""
     k: int | None
     """Features active on a token, where that is fixed."""
     tokens: int
     """Tokens looked at: not special, not in position 0."""
     documents: int
-    """Documents they are from."""
     vocab: tuple[str, ...]
-    """Texts of the tokens that occur anywhere in it."""
     stream: TokenTable
-    """The text."""
     features: FeatureFigures
-    """Figures of the features."""
     contexts: Contexts
-    """Where each fires most."""
     quantile_contexts: Contexts
     """Firings of each from its whole range, at evenly spaced ranks."""
     window: tuple[int, int]
@@ -168,7 +151,6 @@ class Explorer:
     logits: TokenEffects
     """What a unit of each feature adds to the logits on the direct path."""
     logit_count: int
-    """Logits up, and as many down."""
     logit_direction: str
     """Along which rows: "W_dec", or "W_dec + W_lin"."""
     logits_note: str

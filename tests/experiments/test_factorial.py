@@ -122,7 +122,7 @@ def test_result_as_json(experiments, tmp_path):
     result.save(tmp_path / "results.json")
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["arms"][0]["tests"]["items"].keys() == set(SCALES)
-    assert content == json.loads(json.dumps(dataclasses.asdict(result)))
+    assert content == json.loads(json.dumps({"kind": result.kind} | dataclasses.asdict(result)))
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 

@@ -95,7 +95,6 @@ class GroupedTokens:
     """Activations and the group of documents that each is from."""
 
     x: Float[Tensor, "tokens d_in"]
-    """What is reconstructed."""
     groups: Int[Tensor, " tokens"]
     """0, 1, ..."""
 
@@ -117,7 +116,6 @@ class GroupedEnergies:
     """Sums of energies by group of documents."""
 
     tokens: Int[Tensor, " groups"]
-    """Tokens."""
     active: Float[Tensor, "groups d_sae"]
     """Tokens on which each feature is active."""
     sums: Float[Tensor, "groups figures d_sae"]
@@ -151,7 +149,6 @@ class MeanShares:
     """A mean over features on all tokens and without each group of documents."""
 
     whole: float
-    """On all tokens."""
     without: Floats
     """[groups], without each."""
     tokens: Floats
@@ -212,7 +209,6 @@ class Measured:
     run: str
     """`RUN` or `REFERENCE`."""
     tokens: int
-    """Tokens trained on."""
     energies: Mapping[str, GroupedEnergies]
     """By gauge: raw, and canonical where there is one."""
     norms: Mapping[str, Tensor]

@@ -35,7 +35,6 @@ class Candidates:
     """Features, or pairs of them, on stimuli."""
 
     kind: Kind
-    """What they are."""
     indices: tuple[tuple[int, ...], ...]
     """[candidates], a feature or two."""
     values: Floats

@@ -25,7 +25,6 @@ class ArmCells:
     """The cells of one arm; nats of log-probability."""
 
     arm: ArmResult
-    """The arm."""
     cells: tuple[Estimate | float, ...]
     """Mean over the stimuli of each cell; a number without the changes, and for a cell of one stimulus."""
     contrast: Estimate

@@ -38,17 +38,12 @@ class Arm:
     """One clamp of one unit, or of two together."""
 
     units: tuple[Unit, ...]
-    """What is clamped."""
     role: str
-    """Why."""
     control: bool
-    """Whether it is a control."""
     clamp: str
-    """At what, in words."""
     times: float | None
     """At what, in units of the typical activation; None for an absolute value."""
     edits: tuple[SAEEdit, ...]
-    """How."""
 
     def intervention(self, sae: SAE[Any], secondary: SAE[Any] | None) -> Splice:
         """The SAE in place with this clamped."""

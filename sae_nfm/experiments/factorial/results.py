@@ -26,13 +26,10 @@ class Unit:
     """A feature, a pair or a secondary feature that is clamped."""
 
     kind: Kind
-    """What it is."""
     index: tuple[int, ...]
-    """Its number, or the two of a pair."""
     role: str
     """Why it is clamped: what it was selected for, or what it is a control of."""
     control: bool
-    """Whether it is a control."""
     typical: float
     """Mean activation where active (of a pair of f_i f_j), over the stimuli."""
     frequency: float
@@ -81,7 +78,6 @@ class SelectedUnit:
     """What was selected, and whether its own activation differs between cells on stimuli it was not selected on."""
 
     unit: Unit
-    """What."""
     test: SelectedTest
     """Of its activation (of a pair: of what it writes)."""
     null: ProcedureNull
@@ -93,19 +89,14 @@ class ArmResult:
     """One clamp and its tests."""
 
     name: str
-    """Unique name."""
     role: str
     """Why it is clamped."""
     units: tuple[Unit, ...]
-    """What is clamped."""
     clamp: str
-    """At what."""
     times: float | None
     """The same in units of the typical activation; None for an absolute value."""
     control: bool
-    """Whether it is a control."""
     tests: ClampTests
-    """What it did."""
     cells: tuple[Estimate | float, ...] | None = None
     """Mean change of log-probability over the stimuli of each cell, nats, with an interval where it has more than one; None in
     files of 0.1.0."""
@@ -118,7 +109,6 @@ class SecondaryShift:
     """How far the selected secondary feature moves, among all, while primary features are clamped."""
 
     arm: str
-    """The clamp."""
     change: float
     """Mean change of its activation over the held-out stimuli."""
     above: float
@@ -134,7 +124,6 @@ class FactorialResult(SavedResult):
     kind: ClassVar[str] = "factorial/1"
 
     design: str
-    """Factors and levels."""
     items: tuple[int, int]
     """Stimuli selected on, and tested on."""
     selected: tuple[SelectedUnit, ...]
@@ -144,7 +133,6 @@ class FactorialResult(SavedResult):
     secondary_shifts: tuple[SecondaryShift, ...]
     """Stage 3: secondary features under clamped primaries; none without a secondary SAE."""
     provenance: dict[str, Any]
-    """Configuration, stimuli, versions, command."""
 
     def words(self) -> str:
         """The three stages, each with its verdict."""
