@@ -23,7 +23,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             config="sae_nfm.comparison.benchmark:BenchmarkConfig",
             run="sae_nfm.cli.demo:run_demo",
             keeps_command=True,
-            dashes=True,
         ),
         "report": Command(
             summary="one offline page of every result found in a folder",
@@ -34,9 +33,8 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ("of one run, under another name", "sae-nfm report runs/demo --output demo.html"),
             ),
             config="sae_nfm.report.command:ReportConfig",
-            arguments="RUN",
+            arguments=("run",),
             run="sae_nfm.report.command:write_run_report",
-            dashes=True,
         ),
     },
     "train": {
@@ -50,8 +48,7 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ),
                 ("a joint_nfm that begins as a TopK SAE", "sae-nfm train --warm_start runs/demo/saes/topk"),
             ),
-            config="sae_nfm.training.arguments:parse",
-            parser="sae_nfm.training.arguments:make_parser",
+            parser="sae_nfm.cli.train:make_parser",
             run="sae_nfm.training.run:train",
         ),
         "convert": Command(
@@ -69,7 +66,7 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ),
             ),
             config="sae_nfm.convert.run:ConvertConfig",
-            arguments="SOURCE OUTPUT",
+            arguments=("source", "output"),
             run="sae_nfm.convert.run:convert",
         ),
         "dry-run": Command(
@@ -82,13 +79,18 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ("a run of yours, at rates measured here", "sae-nfm dry-run mine.yaml --measure_rates"),
             ),
             config="sae_nfm.profiling.requirements:DryRunConfig",
-            arguments="[EXPERIMENT]",
+            arguments=("experiment",),
             run="sae_nfm.profiling.requirements:check",
         ),
     },
     "compare and trust": {
         "evaluate": Command(
             summary="SAELens's metrics of a saved or released SAE, on held-out text",
+            description="Evaluate a saved or released SAE of any architecture with SAELens's own evaluation "
+            "(`sae_lens.evals.run_evals`), spliced into its language model, on held-out text.\n\n"
+            "Special tokens that the SAE was trained without bypass it and are left out of every mean. The ablation that "
+            "SAELens compares with zeroes the hook point everywhere, at special tokens too, so scores relative to it flatter "
+            "an SAE; kl_div_with_sae and ce_loss_with_sae do not depend on it.",
             examples=(
                 ("the packaged SAE, offline", f"sae-nfm evaluate {RELEASED}"),
                 (
@@ -96,8 +98,8 @@ GROUPS: dict[str, dict[str, Command]] = {
                     "sae-nfm evaluate runs/mine --dataset_path held_out.parquet --output mine.json",
                 ),
             ),
-            config="sae_nfm.evaluation.saelens_evals:parse",
-            parser="sae_nfm.evaluation.saelens_evals:make_parser",
+            config="sae_nfm.evaluation.saelens_evals:EvaluateConfig",
+            arguments=("sae", "sae_id"),
             run="sae_nfm.evaluation.saelens_evals:evaluate_saved",
             keeps_command=True,
         ),
@@ -116,7 +118,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             config="sae_nfm.comparison.run:CompareConfig",
             run="sae_nfm.comparison.run:run_compare",
             keeps_command=True,
-            dashes=True,
         ),
         "reproduce": Command(
             summary="each published figure beside ours and the control that it needs",
@@ -129,7 +130,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             config="sae_nfm.experiments.reproduce.run:ReproduceConfig",
             run="sae_nfm.experiments.reproduce.run:run_reproduce",
             keeps_command=True,
-            dashes=True,
         ),
         "speed": Command(
             summary="what a training step costs, beside SAELens's TopK and a floor",
@@ -157,10 +157,9 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ("one of a demo, beside its results", "sae-nfm explore runs/demo/saes/joint_nfm --output runs/demo"),
             ),
             config="sae_nfm.explorer.run:ExploreConfig",
-            arguments="[SAE]",
+            arguments=("sae",),
             run="sae_nfm.explorer.run:run_explore",
             keeps_command=True,
-            dashes=True,
         ),
         "attribute": Command(
             summary="which features interact on a token; what removing a pair does",
@@ -182,10 +181,9 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ),
             ),
             config="sae_nfm.attribution.run:AttributeConfig",
-            arguments="[PROMPT]",
+            arguments=("prompt",),
             run="sae_nfm.attribution.run:attribute",
             keeps_command=True,
-            dashes=True,
         ),
         "factorial": Command(
             summary="a 2x2 experiment: do features act on two factors together?",
@@ -201,7 +199,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             config="sae_nfm.experiments.factorial.run:FactorialConfig",
             run="sae_nfm.experiments.factorial.run:run_factorial",
             keeps_command=True,
-            dashes=True,
         ),
         "secondary": Command(
             summary="which features the hidden code of the interactions has",
@@ -213,10 +210,9 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ("one of a demo, at two sparsities", "sae-nfm secondary runs/demo/saes/joint_nfm --k 8 16"),
             ),
             config="sae_nfm.experiments.secondary.run:SecondaryConfig",
-            arguments="[PRIMARY]",
+            arguments=("primary",),
             run="sae_nfm.experiments.secondary.run:run_secondary",
             keeps_command=True,
-            dashes=True,
         ),
         "dynamics": Command(
             summary="how features move over the checkpoints of a training run",
@@ -229,10 +225,9 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ("the same beside a topk run", "sae-nfm dynamics checkpoints/mine --reference checkpoints/topk"),
             ),
             config="sae_nfm.experiments.dynamics.run:DynamicsConfig",
-            arguments="RUN_CHECKPOINTS",
+            arguments=("checkpoints",),
             run="sae_nfm.experiments.dynamics.run:run_dynamics",
             keeps_command=True,
-            dashes=True,
         ),
     },
     "share": {
@@ -245,7 +240,7 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ("one, for yourself alone", "sae-nfm push runs/mine me/my-saes --sae_id mine --private"),
             ),
             config="sae_nfm.hub.push_pull:PushConfig",
-            arguments="SOURCE REPO_ID",
+            arguments=("source", "repo_id"),
             run="sae_nfm.hub.push_pull:push",
         ),
         "pull": Command(
@@ -253,7 +248,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             description="Fetch SAEs that `sae-nfm push` has published, every file verified by its sha256.",
             examples=(("all SAEs of a repository", "sae-nfm pull me/my-saes saes"),),
             config="sae_nfm.hub.push_pull:PullConfig",
-            arguments="REPO_ID OUTPUT",
+            arguments=("repo_id", "output"),
             run="sae_nfm.hub.push_pull:pull",
         ),
         "export": Command(
@@ -265,9 +260,8 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ("compressed, and the pairs beside it", "sae-nfm export runs/explorer features.jsonl.gz --pairs"),
             ),
             config="sae_nfm.explorer.neuronpedia:ExportConfig",
-            arguments="EXPLORER OUTPUT",
+            arguments=("explorer", "output"),
             run="sae_nfm.explorer.neuronpedia:export",
-            dashes=True,
         ),
     },
     "in the shell": {
@@ -284,7 +278,7 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ("zsh, for good", 'sae-nfm completion zsh > "${fpath[1]}/_sae-nfm"'),
             ),
             config="sae_nfm.cli.completion:CompletionConfig",
-            arguments="SHELL",
+            arguments=("shell",),
             run="sae_nfm.cli.completion:completion",
         ),
     },

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-import simple_parsing
 import torch
 from sae_lens import SAE
 from tqdm.auto import tqdm
@@ -35,7 +34,7 @@ removing the pair really does. promotes, suppresses: on the direct path."""
 class AttributeConfig:
     """Which SAE, on what, effects on what."""
 
-    prompt: str | None = simple_parsing.field(default=None, positional=True, nargs="?")
+    prompt: str | None = None
     """Text whose tokens are looked at; leave it out with --corpus."""
     sae: str = f"{demo.MODEL_NAME}:blocks.2.hook_resid_post"
     """Folder of a saved SAE with pairs (joint_nfm or sequential_nfm, head fm), or release:sae_id of a released one."""

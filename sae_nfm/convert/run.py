@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import simple_parsing
 from sae_lens import SAE
 from sae_lens.constants import SAE_WEIGHTS_FILENAME, SPARSIFY_WEIGHTS_FILENAME
 
@@ -43,9 +42,9 @@ METADATA = ("model_name", "hook_name", "context_size", "prepend_bos")
 class ConvertConfig:
     """What to convert, and what its files do not say."""
 
-    source: Path = simple_parsing.field(positional=True, metavar="SOURCE")  # noqa: RUF009 (a dataclass field)
+    source: Path
     """Folder of one SAE, or the .pt file of one."""
-    output: Path = simple_parsing.field(positional=True, metavar="OUTPUT")  # noqa: RUF009 (a dataclass field)
+    output: Path
     """Folder to write; an SAE that is there is kept beside it."""
     format: Format = "auto"
     """Whose format it is: the paper's author's, SAELens's, dictionary_learning's or sparsify's; auto looks at the file names."""

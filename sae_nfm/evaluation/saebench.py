@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import simple_parsing
+import tyro
 import torch
 from sae_lens import SAE, ActivationsStore, HookedSAETransformer, TrainingSAE
 from sae_lens.util import temporary_seed
@@ -254,7 +254,7 @@ def _digest(sae: SAE[Any], config: SAEBenchConfig) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see `--help`. Returns 2 for a mistake, which is told in one line."""
     try:
-        scores = evaluate_saved(simple_parsing.parse(SAEBenchConfig, args=argv))
+        scores = evaluate_saved(tyro.cli(SAEBenchConfig, args=argv))
     except (ImportError, ValueError, FileNotFoundError) as error:
         print(f"sae_nfm.evaluation.saebench: {error}", file=sys.stderr)
         return 2

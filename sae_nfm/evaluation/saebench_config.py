@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import simple_parsing
 import torch
 
 EvaluationName = Literal["core", "sparse_probing", "mdl"]
@@ -14,7 +13,7 @@ EvaluationName = Literal["core", "sparse_probing", "mdl"]
 class SAEBenchConfig:
     """Which SAEs, which evaluation, on what."""
 
-    saes: tuple[str, ...] = simple_parsing.field(positional=True, default=(), metavar="SAE")
+    saes: tuple[str, ...] = ()
     """Folders of saved SAEs, or released ones as release:sae_id."""
     evaluation: EvaluationName = "sparse_probing"
     """core: KL, cross-entropy, reconstruction, sparsity. sparse_probing: sae-probes. mdl: description length (needs CUDA)."""

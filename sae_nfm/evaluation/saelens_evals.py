@@ -11,11 +11,10 @@ The figures are those of `sae_lens.evals.run_evals`, under its names. What one h
 
 import hashlib
 import importlib.metadata
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
-import simple_parsing
 import torch
 from sae_lens import SAE, ActivationsStore
 from sae_lens.evals import EvalConfig, run_evals
@@ -24,7 +23,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm import demo
-from sae_nfm.cli.parser import CommandParser, underscored
 from sae_nfm.data import held_out_tokens, open_dataset
 from sae_nfm.evaluation.saelens_metrics import Evaluation
 from sae_nfm.loading import load_sae, quiet_saelens
@@ -37,9 +35,9 @@ PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch", "transformers", 
 class EvaluateConfig:
     """Which SAE, on what, by which metrics."""
 
-    sae: str = simple_parsing.field(positional=True, metavar="SAE")
+    sae: str
     """Folder of a saved SAE, or a released one as release:sae_id or release sae_id."""
-    sae_id: str | None = simple_parsing.field(default=None, positional=True, nargs="?")
+    sae_id: str | None = None
     """Id of the SAE in its release."""
     model_name: str | None = None
     """The language model: a name or a local Hugging Face folder; the one in the SAE's metadata unless given."""
@@ -105,43 +103,6 @@ class HashedStore(ActivationsStore):
     def _iterate_tokenized_sequences(self) -> Generator[Tensor, None, None]:
         self.passes += 1
         return super()._iterate_tokenized_sequences()
-
-
-def parse(argv: Sequence[str], *, examples: Sequence[tuple[str, str]] = ()) -> EvaluateConfig:
-    """Understand a command line after `sae-nfm evaluate`.
-
-    Args:
-        argv: the command line.
-        examples: for the help.
-
-    Raises:
-        ValueError: for a flag or value that does not work, in one line.
-    """
-    return make_parser(examples=examples).parse_args(underscored(argv)).config
-
-
-def make_parser(*, examples: Sequence[tuple[str, str]] = ()) -> CommandParser:
-    """The parser, with examples for its help."""
-    parser = CommandParser(
-        prog="sae-nfm evaluate",
-        usage="%(prog)s SAE [SAE_ID] [options]",
-        description=DESCRIPTION,
-        examples=examples,
-        sections={"SAE, model and data": SHOWN_FIRST},
-        titles={EvaluateConfig.__name__: "metrics and output"},
-    )
-    parser.add_arguments(EvaluateConfig, dest="config")
-    return parser
-
-
-SHOWN_FIRST = ("sae", "sae_id", "model_name", "model_class_name", "dataset_path", "split", "context_size", "device")
-DESCRIPTION = """\
-Evaluate a saved or released SAE of any architecture with SAELens's own evaluation (`sae_lens.evals.run_evals`), spliced into
-its language model, on held-out text.
-
-Special tokens that the SAE was trained without pass it by and are left out of every mean. The ablation that SAELens compares
-with zeroes the hook point everywhere, at special tokens too, so scores relative to it flatter an SAE; kl_div_with_sae and
-ce_loss_with_sae do not depend on it."""
 
 
 def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Evaluation:

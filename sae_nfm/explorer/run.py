@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simple_parsing
 from jaxtyping import Int
 from sae_lens import SAE
 from torch import Tensor
@@ -36,7 +35,7 @@ PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
 class Explored:
     """Which SAE, on what text."""
 
-    sae: str = simple_parsing.field(default=f"{demo.MODEL_NAME}:blocks.2.hook_resid_post", positional=True, nargs="?")
+    sae: str = f"{demo.MODEL_NAME}:blocks.2.hook_resid_post"
     """Folder of a saved SAE of any architecture, or release:sae_id of a released one."""
     dataset_path: str | None = None
     """Held-out text: a .parquet, .jsonl or .txt file, a folder, a data set on disk or on the hub; the embedded model's

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import simple_parsing
 
 from sae_nfm.common import whole
 from sae_nfm.hub import REPORT_FILENAME
@@ -16,7 +15,7 @@ from sae_nfm.report.run_folder import read_run
 class ReportConfig:
     """What to show, and where the page goes."""
 
-    run: str = simple_parsing.field(positional=True)
+    run: str
     """Folder of a run, or of several: every result in it is shown."""
     output: str | None = None
     """The HTML file; report.html in the run's folder unless given."""

@@ -1,6 +1,6 @@
 """Training one SAE, or several on one activation stream; resuming and recording."""
 
-from sae_nfm.training.arguments import TrainArguments, parse
+from sae_nfm.training.arguments import TrainArguments, train_arguments
 from sae_nfm.training.fused_adam import fuse, layer_trainer
 from sae_nfm.training.multi_arm import StreamConfig, Trained, TrainingArm, initialised, train_arms
 from sae_nfm.training.record_curves import Curve, TrainingCurves, training_curves
@@ -20,9 +20,9 @@ __all__ = [
     "initialised",
     "layer_runners",
     "layer_trainer",
-    "parse",
     "read_training_record",
     "record_training",
+    "train_arguments",
     "train_arms",
     "training_curves",
 ]

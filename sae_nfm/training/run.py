@@ -23,7 +23,6 @@ from typing_extensions import override
 
 from sae_nfm import demo
 from sae_nfm.architectures import SequentialNFM
-from sae_nfm.cli.parser import underscored
 from sae_nfm.common import check_output, discard_unstarted, partial_folder, publish
 from sae_nfm.convert import write_adapter
 from sae_nfm.data import explained_hub, held_out_tokens, local_dataset, open_dataset, refuse_without_tokenizer
@@ -261,7 +260,7 @@ def how_to_go_on(arguments: TrainArguments) -> str:
 
 def _without_resume(argv: Sequence[str]) -> list[str]:
     """The arguments without the flag that says where to resume from."""
-    plain = [arg.partition("=")[0] for arg in underscored(argv)]
-    flags = [i for i, arg in enumerate(plain) if arg == "--resume_from_checkpoint"]
+    plain = [arg.partition("=")[0].replace("-", "_") for arg in argv]
+    flags = [i for i, arg in enumerate(plain) if arg == "__resume_from_checkpoint"]
     values = [i + 1 for i in flags if "=" not in argv[i] and not "".join(argv[i + 1 : i + 2]).startswith("--")]
     return [arg for i, arg in enumerate(argv) if i not in {*flags, *values}]

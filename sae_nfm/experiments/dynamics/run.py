@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import simple_parsing
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -49,7 +48,7 @@ PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
 class DynamicsConfig:
     """Which checkpoints, on what, and where the results go."""
 
-    checkpoints: str = simple_parsing.field(positional=True, metavar="RUN_CHECKPOINTS")
+    checkpoints: str
     """Folder of the checkpoints of one joint_nfm run, as `sae-nfm train --n_checkpoints` leaves it: folders named by tokens."""
     reference: str | None = None
     """The same of a topk run on the same data, for norms and firing."""

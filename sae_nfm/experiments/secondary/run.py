@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import simple_parsing
 from sae_lens import SAE
 
 from sae_nfm import demo
@@ -34,7 +33,7 @@ PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
 class SecondaryConfig:
     """Which primary, what to train, and where the results go."""
 
-    primary: str = simple_parsing.field(default=PACKAGED, positional=True, nargs="?", metavar="PRIMARY")
+    primary: str = PACKAGED
     """Folder of a saved SAE with an interaction path, or a released one as release:sae_id."""
     model_name: str | None = None
     """A TransformerLens model name or a local Hugging Face folder; the one in the primary's metadata unless given."""
