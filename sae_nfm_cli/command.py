@@ -53,7 +53,7 @@ class Command:
             description=self.description or f"{self.summary[0].upper()}{self.summary[1:]}.",
             examples=self.examples,
             options=options_of(config_class, positional=self.arguments),
-            build=lambda values, given: config_class(**values),
+            build=lambda values, _given: config_class(**values),
         )
 
     def result(self, config: Any, line: str = "") -> Result:

@@ -1,6 +1,6 @@
 """The command line of one command: options are the fields of dataclasses, their docstrings the help; tyro reads them.
 
-    argv -> old spellings rewritten (spelling.py) -> tyro -> values by name -> the command's configuration
+argv -> old spellings rewritten (spelling.py) -> tyro -> values by name -> the command's configuration
 """
 
 import io
@@ -9,7 +9,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -22,11 +22,18 @@ import tyro
 from sae_nfm.cli.spelling import Option, respelt
 from sae_nfm_cli.command import WIDTH
 
-COMMON = ("sae", "model", "hook", "dataset", "held_out", "device", "output")
+COMMON = ("sae", "model", "hook", "dataset", "held_out", "split", "context_size", "device", "output", "save")
 """Options that mean the same in every command; they come last in the help."""
+METAVARS = {"output": "FOLDER", "save": "FILE"}
 SCALARS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
 SWITCHES = (
-    Option(name="json", type=bool, default=False, section="common", help="Print the result as JSON to stdout; progress goes to stderr."),
+    Option(
+        name="json",
+        type=bool,
+        default=False,
+        section="common",
+        help="Print the result as JSON to stdout; progress goes to stderr.",
+    ),
     Option(name="debug", type=bool, default=False, section="common", help="Print the traceback of an error."),
 )
 """Options of every command; `sae_nfm.cli.main` acts on them."""
@@ -131,11 +138,8 @@ class CommandParser:
         """The help: usage, description, examples, options by section."""
         width = min(shutil.get_terminal_size().columns, WIDTH)
         shown = io.StringIO()
-        with _columns(width), redirect_stdout(shown):
-            try:
-                self._cli(self.root(), ["--help"])
-            except SystemExit:
-                pass
+        with _columns(width), redirect_stdout(shown), suppress(SystemExit):
+            self._cli(self.root(), ["--help"])
         usage, _, options = _unboxed(shown.getvalue()).partition("\n")
         examples = "\n".join(f"  # {told}\n  {line}" for told, line in self.examples)
         parts = (usage, _wrapped(self.description, width), examples and f"examples:\n{examples}", options.strip("\n"))
@@ -147,7 +151,9 @@ class CommandParser:
         sections: dict[str, list[tuple[str, Any, Any]]] = {}
         for option in shown:
             where = "" if option.positional else option.section
-            sections.setdefault(where, []).append((_identifier(option.name), self._annotated(option, shown=options is None), _default(option)))
+            sections.setdefault(where, []).append(
+                (_identifier(option.name), self._annotated(option, shown=options is None), _default(option))
+            )
         name = "".join(word.capitalize() for word in re.findall(r"\w+", self.prog))
         parts = [
             (f"section{i}", Annotated[make_dataclass(f"{name}{i}", found, kw_only=True), tyro.conf.arg(name=title)])
@@ -159,8 +165,10 @@ class CommandParser:
         kind = option.type if option.convert is None else str | None
         markers = [tyro.conf.Positional] if option.positional else []
         if shown and option.is_flag and option.default is False:
-            markers.append(tyro.conf.FlagCreatePairsOff)  # of --x and --no-x the help names the one that changes something
-        metavar = option.metavar or _metavar(option.type)
+            markers.append(
+                tyro.conf.FlagCreatePairsOff
+            )  # of --x and --no-x the help names the one that changes something
+        metavar = option.metavar or METAVARS.get(option.name) or _metavar(option.type)
         if option.positional:
             metavar = option.name.upper() if option.default is MISSING else f"[{option.name.upper()}]"
         argument: Any = tyro.conf.arg(
@@ -229,7 +237,11 @@ def _hint(option: Option) -> str:
     """What stands after an option's help: its default as it would be typed."""
     if option.hint is not None:
         return option.hint
-    return "" if option.default is False or option.default in (None, "", (), [], (None,), {}) else f"(default: {typed(option.default)})"
+    return (
+        ""
+        if option.default is False or option.default in (None, "", (), [], (None,), {})
+        else f"(default: {typed(option.default)})"
+    )
 
 
 def typed(value: Any) -> str:
@@ -253,7 +265,7 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def _unboxed(told: str) -> str:
-    """tyro's sections without a terminal: a title over a rule, and what follows; here "title:" and what follows."""
+    """Tyro's sections without a terminal: a title over a rule, and what follows; here "title:" and what follows."""
     return re.sub(r" *$", "", re.sub(r"^ (\S.*?) *\n -+ *$", r"\1:", told, flags=re.MULTILINE), flags=re.MULTILINE)
 
 

@@ -7,14 +7,14 @@ from typing import Any, get_args
 
 RENAMED = {
     "model_name": "model",
-    "model_class_name": "model_class",
     "hook_name": "hook",
+    "dataset_path": "held_out",
     "validation": "held_out",
     "validation_tokens": "held_out_tokens",
     "sweep_validation_tokens": "sweep_held_out_tokens",
-    "dataset_path": "dataset",
+    "output": "save",
 }
-"""The options of 0.1 that have another name now, wherever a command has that one."""
+"""Options of 0.1 with another name now, in commands that have the new one and not the old one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,7 @@ class Option:
         return self.type in (bool, bool | None)
 
 
-def respelt(
-    argv: Sequence[str], options: Sequence[Option], *, underscores: bool
-) -> tuple[list[str], frozenset[str]]:
+def respelt(argv: Sequence[str], options: Sequence[Option], *, underscores: bool) -> tuple[list[str], frozenset[str]]:
     """Arguments in today's spelling, and the names of the options among them. A line on stderr names what is spelt otherwise.
 
     Args:

@@ -25,8 +25,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import tyro
 import torch
+import tyro
 from sae_lens import SAE, ActivationsStore, HookedSAETransformer, TrainingSAE
 from sae_lens.util import temporary_seed
 
@@ -118,9 +118,9 @@ def evaluate_saved(config: SAEBenchConfig) -> tuple[Score, ...]:
     saes = {
         sae.strip("/").replace("/", "_").replace(":", "_"): load_sae(sae, device=config.device) for sae in config.saes
     }
-    names = {config.model_name or sae.cfg.metadata.model_name for sae in saes.values()}
+    names = {config.model or sae.cfg.metadata.model_name for sae in saes.values()}
     if len(names) > 1 or None in names:
-        raise ValueError(f"the SAEs' metadata name the models {', '.join(map(str, names))}; give one with --model_name")
+        raise ValueError(f"the SAEs' metadata name the models {', '.join(map(str, names))}; give one with --model")
     return evaluate(saes, load_model(str(*names), config.device), config)
 
 
@@ -136,7 +136,7 @@ def _core(name: str, sae: SAE[Any], model: HookedSAETransformer, config: SAEBenc
         batch_size_prompts=config.batch_size_prompts,
         n_eval_reconstruction_batches=config.batches,
         n_eval_sparsity_variance_batches=config.batches,
-        dataset=config.dataset_path or demo.MODEL_NAME,
+        dataset=config.held_out or demo.MODEL_NAME,
         context_size=config.context_size or sae.cfg.metadata.context_size,
         exclude_special_tokens_from_reconstruction=excluded,
         **dict.fromkeys(computed, True),
@@ -229,7 +229,7 @@ def _store(sae: SAE[Any], model: HookedSAETransformer, config: SAEBenchConfig) -
     refuse_without_tokenizer(model, dataset)
     context_size = config.context_size or metadata.context_size
     if context_size is None:
-        raise ValueError("the SAE's metadata has no context_size; give --context_size")
+        raise ValueError("the SAE's metadata has no context_size; give --context-size")
     check_context(model, context_size)
     with quiet_saelens():
         return store_as_in_training(
@@ -238,9 +238,9 @@ def _store(sae: SAE[Any], model: HookedSAETransformer, config: SAEBenchConfig) -
 
 
 def _dataset(config: SAEBenchConfig) -> Any:
-    if config.dataset_path is None:
+    if config.held_out is None:
         return demo.load_tokens("validation")
-    return open_dataset(config.dataset_path, split="validation")
+    return open_dataset(config.held_out, split="validation")
 
 
 def _digest(sae: SAE[Any], config: SAEBenchConfig) -> str:

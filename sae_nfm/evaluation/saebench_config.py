@@ -5,21 +5,22 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+import tyro
+
+from sae_nfm.common.options import SavedSAEOptions
 
 EvaluationName = Literal["core", "sparse_probing", "mdl"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAEBenchConfig:
+class SAEBenchConfig(SavedSAEOptions):
     """Which SAEs, which evaluation, on what."""
 
-    saes: tuple[str, ...] = ()
+    saes: tyro.conf.Positional[tuple[str, ...]] = ()
     """Folders of saved SAEs, or released ones as release:sae_id."""
     evaluation: EvaluationName = "sparse_probing"
     """core: KL, cross-entropy, reconstruction, sparsity. sparse_probing: sae-probes. mdl: description length (needs CUDA)."""
-    model_name: str | None = None
-    """The language model, by name or as a local Hugging Face folder; the one in the SAE's metadata unless given."""
-    dataset_path: str | None = None
+    held_out: str | None = None
     """Text or tokens for core and mdl: a file, a folder or a hub name; the embedded model's held-out tokens unless given."""
     context_size: int | None = None
     """Tokens in a row for core; the one in the SAE's metadata unless given."""
@@ -33,8 +34,6 @@ class SAEBenchConfig:
     """How many features a probe reads."""
     seed: int = 42
     """Seed of the probes' splits and of mdl."""
-    device: str = "cpu"
-    """Device of the language model and the SAE."""
     output: str = "runs/saebench"
     """Folder for SAEBench's result files, the probes and the cached activations of the model. The cache goes by the model's
     name: take another folder for another model of that name."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm import demo
+from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_tokens, open_dataset
 from sae_nfm.evaluation.saelens_metrics import Evaluation
 from sae_nfm.loading import load_sae, quiet_saelens
@@ -32,24 +33,18 @@ PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch", "transformers", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(SavedSAEOptions, HeldOutOptions):
     """Which SAE, on what, by which metrics."""
 
     sae: str
     """Folder of a saved SAE, or a released one as release:sae_id or release sae_id."""
     sae_id: str | None = None
     """Id of the SAE in its release."""
-    model_name: str | None = None
-    """The language model: a name or a local Hugging Face folder; the one in the SAE's metadata unless given."""
+    held_out: str | None = None
+    """Held-out text or tokens: a .parquet, .jsonl or .txt file, a folder, a data set on disk or on the hub. By default the
+    embedded model's held-out tokens with that model, else the data set the SAE was trained on."""
     model_class_name: str | None = None
     """HookedTransformer, TransformerBridge or AutoModelForCausalLM; the one in the SAE's metadata unless given."""
-    dataset_path: str | None = None
-    """Held-out text or tokens: a .parquet, .jsonl or .txt file, a folder, a data set on disk or on the hub. Without it: the
-    embedded model's held-out tokens with that model, else the data set the SAE was trained on."""
-    split: str = "validation"
-    """Split of dataset_path, where it has several."""
-    context_size: int | None = None
-    """Tokens in a row; the one in the SAE's metadata unless given."""
     batch_size_prompts: int = 16
     """Rows in a batch."""
     n_eval_reconstruction_batches: int = 10
@@ -72,10 +67,8 @@ class EvaluateConfig:
     """For each feature: norms, encoder bias, cosine of encoder and decoder (in the JSON file)."""
     exclude_special_tokens: bool | None = None
     """Whether BOS, EOS and padding are left out; as in the SAE's metadata unless given, and left out where that is silent."""
-    device: str = "cpu"
-    """Device of the language model and the SAE."""
-    output: str | None = None
-    """JSON file for every figure, with configuration, versions and the sha256 of the tokens."""
+    save: str | None = None
+    """JSON file for every number, with configuration, versions and the sha256 of the tokens."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot work."""
@@ -106,7 +99,7 @@ class HashedStore(ActivationsStore):
 
 
 def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Evaluation:
-    """Evaluate one SAE; writes `config.output` where that is given.
+    """Evaluate one SAE; writes `config.save` where that is given.
 
     Args:
         config: what to do.
@@ -122,7 +115,7 @@ def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Eva
     dataset, data = _data(sae, config)
     context_size = config.context_size or metadata.context_size
     if context_size is None:
-        raise ValueError("the SAE's metadata has no context_size; give --context_size")
+        raise ValueError("the SAE's metadata has no context_size; give --context-size")
     check_context(model, context_size)
     held_out_tokens(model, dataset, context_size, 1)  # says so where the text fills no row
     with quiet_saelens():
@@ -133,7 +126,7 @@ def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Eva
     result = Evaluation(
         sae=config.sae if config.sae_id is None else f"{config.sae}:{config.sae_id}",
         architecture=sae.cfg.architecture(),
-        model_name=config.model_name or metadata.model_name,
+        model_name=config.model or metadata.model_name,
         hook_name=metadata.hook_name,
         data=data,
         context_size=context_size,
@@ -142,14 +135,14 @@ def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Eva
         feature_metrics=feature_metrics,
         provenance=_provenance(config, sae, store, command),
     )
-    if config.output is not None:
-        result.save(config.output)
+    if config.save is not None:
+        result.save(config.save)
     return result
 
 
 def _load_model(sae: SAE[Any], config: EvaluateConfig) -> LanguageModel:
     """The SAE's model; the SAE's hook name becomes the model's own for it."""
-    model, site = model_of(sae, config.device, model_name=config.model_name, model_class_name=config.model_class_name)
+    model, site = model_of(sae, config.device, model_name=config.model, model_class_name=config.model_class_name)
     refuse_heads_of_a_bridge(model, site.hook_name)
     sae.cfg.metadata.hook_name = site.hook_name
     return model
@@ -158,13 +151,13 @@ def _load_model(sae: SAE[Any], config: EvaluateConfig) -> LanguageModel:
 def _data(sae: SAE[Any], config: EvaluateConfig) -> tuple[Any, str]:
     """The data set, and what to call it."""
     trained_on = sae.cfg.metadata.dataset_path
-    if config.dataset_path is not None:
-        return open_dataset(config.dataset_path, split=config.split), config.dataset_path
-    if (config.model_name or sae.cfg.metadata.model_name) == demo.MODEL_NAME:
+    if config.held_out is not None:
+        return open_dataset(config.held_out, split=config.split), config.held_out
+    if (config.model or sae.cfg.metadata.model_name) == demo.MODEL_NAME:
         return demo.load_tokens("validation"), "held-out tokens of the embedded model"
     if not trained_on:
-        raise ValueError("the SAE's metadata names no data set; give held-out text with --dataset_path")
-    label = f"{trained_on}, on which the SAE was trained: not held out (give --dataset_path)"
+        raise ValueError("the SAE's metadata names no data set; give held-out text with --held-out")
+    label = f"{trained_on}, on which the SAE was trained: not held out (give --held-out)"
     return open_dataset(trained_on, split="train"), label
 
 

@@ -51,7 +51,7 @@ class SpeedRow:
 class SpeedResult(SavedResult):
     """Everything a run of `sae-nfm speed` found."""
 
-    command: ClassVar[str] = "sae-nfm speed --output FILE"
+    command: ClassVar[str] = "sae-nfm speed --save FILE"
 
     rows: tuple[SpeedRow, ...]
     """The arms, for each size."""

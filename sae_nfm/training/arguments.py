@@ -30,6 +30,7 @@ EMBEDDED_SAE = {"d_sae": 2_048, "k": 32, "normalize_activations": "expected_aver
 SAELENS_SAE = {"d_in": 512, "d_sae": 1_024}
 """SAELens's own command line gives these to fields that have no default."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class RecordConfig:
     """What is measured while training."""
@@ -121,7 +122,9 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
         hints = get_type_hints(config)
         found = {option: name for option, name in options.items() if option in values}
         built[config] = {name: _checked(option, hints[name], values[option]) for option, name in found.items()}
-    if "matryoshka_widths" in names[sae_class] and not built[sae_class].get("matryoshka_widths"):  # SAELens has no default
+    if "matryoshka_widths" in names[sae_class] and not built[sae_class].get(
+        "matryoshka_widths"
+    ):  # SAELens has no default
         built[sae_class]["matryoshka_widths"] = sorted({max(1, values["d_sae"] // part) for part in (8, 4, 2, 1)})
     return TrainArguments(
         cfg=LanguageModelSAERunnerConfig(

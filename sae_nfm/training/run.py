@@ -219,9 +219,7 @@ def _data(arguments: TrainArguments) -> tuple[Any, Any]:
     cfg, held_out = arguments.cfg, arguments.record.held_out
     embedded = cfg.dataset_path in ("", demo.MODEL_NAME)
     if embedded and cfg.model_name != demo.MODEL_NAME:
-        raise ValueError(
-            f"the embedded tokens suit the embedded model only; give --dataset_path for {cfg.model_name!r}"
-        )
+        raise ValueError(f"the embedded tokens suit the embedded model only; give --dataset for {cfg.model_name!r}")
     if embedded:
         cfg.dataset_path = demo.MODEL_NAME
     dataset = demo.load_tokens("train") if embedded else local_dataset(cfg.dataset_path, seed=cfg.seed)
