@@ -3,6 +3,7 @@
 Importing the package registers the architectures `joint_nfm` and `sequential_nfm` with SAELens.
 """
 
+from sae_nfm._old_names import answer_to_old_names
 from sae_nfm._registration import register
 from sae_nfm.architectures import (
     JointNFMSAE,
@@ -32,4 +33,5 @@ __all__ = [
     "record_training",
 ]
 
+answer_to_old_names()
 register()

@@ -1,0 +1,127 @@
+"""Modules of 0.1.0 that its documentation named, importable under their old names until 0.3, with a warning."""
+
+import sys
+import warnings
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from typing_extensions import override
+
+MOVED: dict[str, str] = {
+    "adapter": "convert.adapter",
+    "attribute": "attribution.run",
+    "baselines": "comparison.arms",
+    "behaviour": "evaluation.fidelity",
+    "benchmark": "comparison.benchmark",
+    "claims": "comparison.claims",
+    "compare": "comparison.run",
+    "compare_config": "comparison.config",
+    "compare_results": "comparison.results",
+    "config": "architectures.joint_config",
+    "controls": "interventions.equal_norm_controls",
+    "corpus_attribution": "attribution.corpus_summary",
+    "dictionary_learning_checkpoint": "convert.dictionary_learning",
+    "direct_path": "attribution.direct_logits",
+    "distributions": "stats.distributions",
+    "documents": "data.documents",
+    "dry_run": "profiling.requirements",
+    "dry_run_result": "profiling.dry_run_results",
+    "editing": "interventions.apply_edits",
+    "edits": "interventions.edits",
+    "error_ratios": "evaluation.error_controls",
+    "experiment": "profiling.run_spec",
+    "explore": "explorer.run",
+    "explorer_data": "explorer.data",
+    "explorer_file": "explorer.file",
+    "explorer_parts": "explorer.assemble",
+    "factorial": "experiments.factorial.run",
+    "factorial_result": "experiments.factorial.results",
+    "figure_rows": "analysis.published_table",
+    "functional": "analysis.path_contributions",
+    "gauge": "analysis.gauge architectures.initialisation",
+    "gauge_report": "analysis.sae_report",
+    "heads": "kernels.heads",
+    "hooks": "interventions.intervene",
+    "interaction": "kernels.reference",
+    "interaction_graph": "attribution.graph",
+    "learning_dynamics": "experiments.dynamics.run",
+    "learning_dynamics_result": "experiments.dynamics.results",
+    "linear_part": "analysis.linear_component",
+    "matched_training": "training.multi_arm",
+    "neuronpedia": "explorer.neuronpedia",
+    "nfm_fields": "architectures.nfm_config",
+    "norms": "analysis.weight_norms",
+    "pair_batches": "attribution.corpus",
+    "pair_corpus": "attribution.pair_table",
+    "pair_effects": "attribution.pair_effects",
+    "pair_weights": "attribution.weight_only",
+    "pairing": "stats.paired",
+    "paths": "architectures.nfm_paths",
+    "pretrained": "hub.directory",
+    "prompt_attribution": "attribution.prompt",
+    "release": "hub.release",
+    "reproduce": "experiments.reproduce.run",
+    "reproduced_result": "experiments.reproduce.results",
+    "resampling": "stats.clustered",
+    "results": "comparison.benchmark_results",
+    "resume": "training.resume",
+    "sae": "architectures.joint_sae",
+    "sae_by_name": "loading.by_name",
+    "saebench": "evaluation.saebench",
+    "saebench_config": "evaluation.saebench_config",
+    "secondary": "architectures.secondary interventions.secondary_splice",
+    "secondary_command": "experiments.secondary.run",
+    "secondary_figures": "experiments.secondary.measure",
+    "secondary_result": "experiments.secondary.results",
+    "secondary_training": "experiments.secondary.training",
+    "sequential": "architectures.sequential_sae",
+    "sequential_config": "architectures.sequential_config",
+    "sequential_training": "architectures.sequential_training",
+    "sources": "data.sources",
+    "sparsify_checkpoint": "convert.sparsify",
+    "speed": "profiling.run",
+    "speed_result": "profiling.results",
+    "splicing": "models.splicing",
+    "statistics": "stats.estimates",
+    "steering": "interventions.steering",
+    "steering_result": "interventions.results",
+    "stimuli": "experiments.factorial.stimuli",
+    "token_reads": "attribution.path_activations",
+    "token_rows": "evaluation.token_table",
+    "training_sae": "architectures.joint_training",
+    "verdicts": "stats.seed_document_test",
+    "warm_start": "convert.warm_start",
+}
+"""The old module, and the new one with others that took some of its names; their package is looked in last."""
+
+
+class OldNames(MetaPathFinder, Loader):
+    """Finds what no other finder does."""
+
+    @override
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        return ModuleSpec(fullname, self) if package == "sae_nfm" and name in MOVED else None
+
+    @override
+    def exec_module(self, module: ModuleType) -> None:
+        new, *others = (f"sae_nfm.{name}" for name in MOVED[module.__name__.rpartition(".")[2]].split())
+        warnings.warn(f"{module.__name__} is {new} now; the old name goes with 0.3", FutureWarning, stacklevel=2)
+        places = [import_module(name) for name in (new, *others, new.rpartition(".")[0])]
+
+        def found(name: str) -> Any:
+            for place in places:
+                if not name.startswith("__") and hasattr(place, name):
+                    return getattr(place, name)
+            raise AttributeError(f"{new} has no {name!r}, nor has its package")
+
+        module.__dict__["__getattr__"] = found
+
+
+def answer_to_old_names() -> None:
+    """Install the finder, once."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != OldNames.__name__]
+    sys.meta_path.append(OldNames())
