@@ -20,7 +20,7 @@ GROUPS: dict[str, dict[str, Command]] = {
                     "sae-nfm demo --model gpt2 --dataset NeelNanda/pile-10k",
                 ),
             ),
-            config="sae_nfm.comparison.benchmark:BenchmarkConfig",
+            config="sae_nfm.comparison.config:DemoConfig",
             run="sae_nfm.cli.demo:run_demo",
             keeps_command=True,
         ),

@@ -53,11 +53,12 @@ def once(request, tmp_path_factory) -> Callable[[str, Callable[[Path], object]],
 
 @pytest.fixture
 def triton_on_cpu(monkeypatch):
-    """What `devices.uses_triton` decides goes to the kernels, as it would on a GPU."""
-    from sae_nfm.kernels import devices
+    """What `device.uses_triton` decides goes to the kernels, as it would on a GPU."""
 
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton has no package for this platform")
     if Version(version("triton")) < Version("3.7") and Version(version("numpy")) >= Version("2.4"):
         pytest.skip("the interpreter of Triton before 3.7 fails with numpy from 2.4: arrays of one number as int()")
-    monkeypatch.setattr(devices, "TRITON_DEVICES", ("cpu",))
+    from sae_nfm.kernels import device
+
+    monkeypatch.setattr(device, "TRITON_DEVICES", ("cpu",))

@@ -12,8 +12,7 @@ tested); the dip test, the canonical gauge and the product are this package's.
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,55 +21,14 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_nfm.analysis import gauge
+from sae_nfm.analysis.path_shares import AS_TRAINED, CANONICAL
+from sae_nfm.analysis.results import INITIAL, TOPK, Measure, NormHistogram, SquaredNorms
 from sae_nfm.analysis.weight_norms import MIN_FEATURES, varies
-from sae_nfm.architectures import initialisation
-from sae_nfm.stats import ALPHA, DipTest, dip_test
+from sae_nfm.architectures import random_initialisation, training_config
+from sae_nfm.stats import dip_test
 
-Measure = Literal["decoder", "encoder x decoder"]
-PUBLISHED_MEANS = (0.05, 0.37)
-"""Means of the two modes that arXiv 2507.00269 reports of the joint model's squared decoder norms."""
-AS_TRAINED, CANONICAL, TOPK, INITIAL = "as trained", "canonical gauge", "TopK SAE", "random initialisation"
 BINS = 60
 """Bins of a histogram."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NormHistogram:
-    """A squared norm over the features of one SAE."""
-
-    name: str
-    """Which SAE, in which gauge."""
-    counts: tuple[int, ...]
-    """Features in each bin; the upper end of the last bin belongs to it."""
-    mean: float
-    """Mean over features."""
-    dip: DipTest | None
-    """One mode against several; None where all features have one norm, up to rounding."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SquaredNorms:
-    """One measure, for the SAE and what it is compared with."""
-
-    measure: Measure
-    """Which squared norm."""
-    edges: tuple[float, ...]
-    """Edges of the bins, the same for all."""
-    histograms: tuple[NormHistogram, ...]
-    """The SAE as trained, then what there is of canonical gauge, TopK SAE and random initialisation."""
-    not_canonical: str | None
-    """Why there is no canonical gauge; None where there is one."""
-
-    def findings(self) -> list[str]:
-        """Whether several modes are shown, and what fixing the gauge does to the mean."""
-        by_name = {histogram.name: histogram for histogram in self.histograms}
-        found = [_modes(self.measure, histogram) for histogram in self.histograms if histogram.name != INITIAL]
-        if CANONICAL in by_name:
-            before, after = by_name[AS_TRAINED].mean, by_name[CANONICAL].mean
-            found.append(
-                f"Fixing the gauge, which leaves the output as it is, takes the mean from {before:.3g} to {after:.3g}."
-            )
-        return found
 
 
 @torch.no_grad()
@@ -91,7 +49,7 @@ def squared_norms(sae: SAE[Any], *, topk: SAE[Any] | None, seed: int, bins: int 
     if topk is not None:
         saes[TOPK] = topk
     with suppress(ValueError):
-        saes[INITIAL] = initialisation.random_initialisation(initialisation.training_config(sae), seed)
+        saes[INITIAL] = random_initialisation(training_config(sae), seed)
     values = {name: _values(one) for name, one in saes.items()}
     return tuple(
         _histograms(measure, {name: own[measure] for name, own in values.items()}, bins, reason)
@@ -122,17 +80,3 @@ def _histograms(measure: Measure, values: Mapping[str, Tensor], bins: int, reaso
         ),
         not_canonical=reason,
     )
-
-
-def _modes(measure: Measure, histogram: NormHistogram) -> str:
-    what = f"Squared norm, {measure}, {histogram.name}"
-    if histogram.dip is None:
-        return f"{what}: all features have one, {histogram.mean:.3g}."
-    p = histogram.dip.p_value
-    told = "more than one mode" if p < ALPHA else "one mode is not rejected"
-    return f"{what}: {told} (dip test, {p_words(p)}, {histogram.dip.n:,} features)."
-
-
-def p_words(p: float) -> str:
-    """A p-value in words."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"

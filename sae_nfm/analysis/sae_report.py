@@ -7,7 +7,8 @@ functions serve joint_nfm and plain TopK SAEs; what an SAE does not have is None
 Source: arXiv 2507.00269, analysis of decoder norms and components; the controls are this package's.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from sae_nfm.analysis import gauge
 from sae_nfm.analysis.path_contributions import FeatureEnergies, token_paths
-from sae_nfm.analysis.path_statistics import FunctionalFigures, functional_figures
+from sae_nfm.analysis.path_statistics import FunctionalFigures, Inhibition, functional_figures
+from sae_nfm.analysis.results import Figure, FigureRow, Statistic
 from sae_nfm.analysis.weight_norms import MIN_FEATURES, N_PERMUTATIONS, WeightFigures, correlation, weight_figures
-from sae_nfm.architectures import initialisation
+from sae_nfm.architectures import random_initialisation, training_config
 from sae_nfm.stats import PermutedCorrelation
+
+PERMUTED, PAIRED = "rows permuted over features", "random pairing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,7 @@ def gauge_report(
     fixed, reason = _canonical(sae)
     tokens = token_paths(sae, x, documents)
     paths = functional_figures(sae, tokens, seed=seed, n_permutations=n_permutations)
-    cfg = initialisation.training_config(sae) if initial == "from metadata" else initial
+    cfg = training_config(sae) if initial == "from metadata" else initial
     weights = _weight_report(sae, fixed, reason, cfg, paths.energies, seed, n_permutations)
     canonical_paths = paths if fixed is not None else None
     if tokens.paths.linear is not None and fixed is not None:
@@ -113,7 +117,7 @@ def _weight_report(
 ) -> WeightReport:
     settings: Any = {"seed": seed, "n_permutations": n_permutations}
     as_trained = weight_figures(gauge.as_trained(sae), **settings)
-    reference = None if initial is None else initialisation.random_initialisation(initial, seed)
+    reference = None if initial is None else random_initialisation(initial, seed)
     return WeightReport(
         as_trained=as_trained,
         one_unit=_in_one_unit(sae, settings),
@@ -135,3 +139,173 @@ def _weighted(sae: SAE[Any], energies: FeatureEnergies, settings: Any) -> Weight
     if len(rows.direct) < MIN_FEATURES:
         return None
     return weight_figures(rows, threshold=float(rows.direct.norm(dim=-1).square().median()), **settings)
+
+
+def figure_rows(report: GaugeReport) -> list[FigureRow]:
+    """Every figure with its controls, norms first, then what paths do on tokens."""
+    weights, paths, canonical = report.weights, report.paths, report.canonical_paths
+    gauge = "canonical gauge" + (f": none, {weights.not_canonical}" if weights.not_canonical else "")
+    return [
+        *_references(weights, gauge),
+        *_nulls(weights, paths),
+        *_sides(weights.as_trained),
+        *_sizes(paths, canonical, gauge),
+        *_residual(paths),
+        *_gains(paths),
+        *_inhibition(paths, canonical, gauge),
+    ]
+
+
+def _references(weights: WeightReport, gauge: str) -> Iterator[FigureRow]:
+    """Figures of the weights beside the same ones in another gauge, another unit, or before training."""
+    references = {
+        "rows in one unit": weights.one_unit,
+        f"rows in one unit, {gauge}": weights.canonical,
+        "rows times root-mean-square activation": weights.weighted,
+        "random initialisation": weights.initial,
+    }
+    trained = _summary(weights.as_trained)
+    for control, figures in references.items():
+        other = {} if figures is None else _summary(figures)
+        for what, published in trained.items():
+            yield FigureRow(**_named(*what), published=published, controlled=other.get(what), control=control)
+
+
+def _named(statistic: Statistic | str, path: str) -> dict[str, Any]:
+    """Name, statistic and path of a line: a statistic of a path, or another one by its name."""
+    if isinstance(statistic, Statistic):
+        return {"name": statistic.of(path), "statistic": statistic, "path": path}
+    return {"name": statistic}
+
+
+def _summary(figures: WeightFigures) -> dict[tuple[Statistic | str, str], float | None]:
+    dip, mixture = figures.dip, figures.mixture
+    correlations = figures.share_correlations.items()
+    return (
+        {
+            ("mean squared decoder norm", ""): float(figures.squared_norm.double().mean()),
+            ("modes of the squared norm: p-value of the dip test", ""): None if dip is None else dip.p_value,
+            ("modes of the squared norm: Gaussians preferred by BIC", ""): (
+                None if mixture is None else float(mixture.preferred.n_components)
+            ),
+            ("components for 90 % of variance", ""): float(figures.components),
+        }
+        | {(Statistic.NORM_SHARE, path): float(one.double().mean()) for path, one in figures.shares.named().items()}
+        | {(Statistic.CORRELATION, path): _rho(one) for path, one in correlations}
+    )
+
+
+def _nulls(weights: WeightReport, paths: FunctionalFigures) -> Iterator[FigureRow]:
+    """Correlations beside what they are for unrelated rows."""
+    trained = weights.as_trained
+    for path, found in trained.share_correlations.items():
+        yield from _null(Statistic.CORRELATION, path, found)
+    for unit, figures in {"canonical gauge": weights.canonical, "weighted": weights.weighted}.items():
+        for path, found in figures.share_correlations.items() if figures else ():
+            yield from _null(f"{Statistic.CORRELATION}, {unit}, {path}", "", found)
+    for path, found in trained.norm_correlations.items():
+        yield FigureRow(
+            **_named(Statistic.CORRELATION, path),
+            published=_rho(trained.share_correlations[path]),
+            controlled=_rho(found),
+            control="the path's own norm in place of its share",
+        )
+    for path, found in paths.share_correlations.items():
+        yield from _null(f"Spearman of energy and share of contributions on tokens, {path}", "", found)
+    yield from _null("Spearman of squared norm and participation ratio", "", trained.participation, PAIRED)
+    yield from _null("Spearman of squared norm and firing frequency", "", weights.frequency, PAIRED)
+
+
+def _null(
+    statistic: Statistic | str, path: str, found: PermutedCorrelation | None, control: str = PERMUTED
+) -> Iterator[FigureRow]:
+    if found is not None:
+        yield FigureRow(
+            **_named(statistic, path),
+            published=found.observed,
+            controlled=found.null_mean,
+            control=f"{control}, p = {found.p_value:.2g}",
+            p_value=found.p_value,
+        )
+
+
+def _sides(trained: WeightFigures) -> Iterator[FigureRow]:
+    """Shares on both sides of the published squared norm."""
+    n = len(trained.squared_norm)
+    for side, split in (("below", trained.below), ("above", trained.above)):
+        for name, share in trained.shares.named().items():
+            yield FigureRow(
+                name=f"{Statistic.NORM_SHARE.of(name)}, squared norm {side} {trained.threshold}",
+                published=None if split.shares is None else float(split.shares.named()[name]),
+                controlled=float(share.double().mean()),
+                control=f"all {n} features; {split.n} are {side}",
+            )
+
+
+def _sizes(paths: FunctionalFigures, canonical: FunctionalFigures | None, gauge: str) -> Iterator[FigureRow]:
+    for name, share in paths.magnitude_shares.items():
+        controls: dict[str, Figure] = {
+            "energy about the mean": paths.energy_shares[name],
+            f"energy about the mean, {gauge}": None if canonical is None else canonical.energy_shares[name],
+        }
+        for control, controlled in controls.items():
+            yield FigureRow(**_named(Statistic.WRITTEN, name), published=share, controlled=controlled, control=control)
+
+
+def _residual(paths: FunctionalFigures) -> Iterator[FigureRow]:
+    residual = paths.residual
+    if residual is None:
+        return
+    share, of_path, gain = paths.magnitude_shares["interaction"], residual.r2, residual.gain_of_path
+    left = replace(of_path, estimate=1 - of_path.estimate, low=1 - of_path.high, high=1 - of_path.low)
+    lines: list[tuple[str, Figure, Figure, str]] = [
+        ("nonlinear share of what is written", share, paths.nonlinear_of_output, "energy, of the whole output"),
+        (
+            "nonlinear share of what is written",
+            share,
+            residual.of_output,
+            "the same, less what is linear in f (held out)",
+        ),
+        ("nonlinear share of the interaction path", 1.0, left, "less what is linear in f (held out); published: all"),
+        ("error the path saves over its mean", gain, residual.gain_of_residual, "over its own linear prediction"),
+    ]
+    for name, published, controlled, control in lines:
+        of = Statistic.WRITTEN if name == lines[0][0] else Statistic.OTHER
+        yield FigureRow(name=name, statistic=of, published=published, controlled=controlled, control=control)
+
+
+def _gains(paths: FunctionalFigures) -> Iterator[FigureRow]:
+    one, other = paths.gains, paths.gains_keeping_means
+    for name in ("linear", "nonlinear", "both", "overlap") if one and other else ():
+        published, controlled = getattr(one, name), getattr(other, name)
+        control = "a path's mean kept in place when it is off"
+        yield FigureRow(
+            name=f"gain on squared error, {name}", published=published, controlled=controlled, control=control
+        )
+
+
+def _inhibition(paths: FunctionalFigures, canonical: FunctionalFigures | None, gauge: str) -> Iterator[FigureRow]:
+    one, other = paths.inhibition, paths.gauge_free_inhibition
+    control = "nonlinear along direct + linear, about their means: free of the gauge"
+
+    def figure(found: Inhibition | None, name: str) -> Figure:
+        return None if found is None else getattr(found, name)
+
+    if one is not None:
+        for field, name in (
+            ("fraction_negative", "tokens on which integration opposes the direct path"),
+            ("mean", "mean projection of integration on the direct path"),
+        ):
+            yield FigureRow(name=name, published=figure(one, field), controlled=figure(other, field), control=control)
+    if paths.pairs is not None:
+        pairs = None if canonical is None else canonical.pairs
+        yield FigureRow(
+            name="pair outputs that oppose a feature of theirs",
+            published=paths.pairs.fraction_negative,
+            controlled=None if pairs is None else pairs.fraction_negative,
+            control=gauge,
+        )
+
+
+def _rho(found: PermutedCorrelation | None) -> float | None:
+    return None if found is None else found.observed

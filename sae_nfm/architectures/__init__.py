@@ -1,6 +1,5 @@
 """`joint_nfm`, `sequential_nfm` and secondary SAEs as SAELens configs and modules."""
 
-from sae_nfm.architectures.initialisation import random_initialisation
 from sae_nfm.architectures.joint_config import JointNFMSAEConfig, JointNFMTrainingSAEConfig, parameter_count
 from sae_nfm.architectures.joint_sae import FEW_FEATURES, JointNFMSAE, NFMDecoder
 from sae_nfm.architectures.joint_training import JointNFMTrainingSAE
@@ -14,7 +13,7 @@ from sae_nfm.architectures.nfm_config import (
 from sae_nfm.architectures.nfm_paths import SECONDARY_HOOKS, NFMPaths, Paths, Secondary
 from sae_nfm.architectures.path_metrics import TrainedPaths
 from sae_nfm.architectures.path_weights import PathWeights, attributable
-from sae_nfm.architectures.registry import INFERENCE_CONFIGS
+from sae_nfm.architectures.registry import INFERENCE_CONFIGS, random_initialisation, training_config
 from sae_nfm.architectures.secondary import (
     HIDDEN,
     PRIMARY_DIGEST,
@@ -71,4 +70,5 @@ __all__ = [
     "refuse_missing_keys",
     "refuse_unknown_keys",
     "through",
+    "training_config",
 ]

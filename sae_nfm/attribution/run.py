@@ -1,9 +1,8 @@
 """The job of `sae-nfm attribute`: which features interact on a token, what that writes, where else, and what without it."""
 
 import hashlib
-import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -17,13 +16,13 @@ from sae_nfm.attribution.direct_logits import Target
 from sae_nfm.attribution.pair_effects import PromptRun, run_prompt
 from sae_nfm.attribution.pair_table import CAPACITY
 from sae_nfm.attribution.prompt import RankBy, TokenAttribution, attribute_token
+from sae_nfm.common import provenance
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
 from sae_nfm.common.results import SavedResult
 from sae_nfm.data import held_out_corpus
 from sae_nfm.loading import load_sae
 from sae_nfm.models import LanguageModel, check_context, check_device, device_of, model_of
 
-PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
 LEGEND = """\
 effects: with the term less without it, on the target. direct: through the unembedding alone, the final scale held; gradient: to
 first order through the rest of the model; frozen: pair removed, gates held, model rerun; free: gates free to flip, which is what
@@ -92,7 +91,7 @@ class AttributeConfig(SavedSAEOptions, HeldOutOptions):
 class Attribution(SavedResult):
     """What `sae-nfm attribute` found."""
 
-    command: ClassVar[str] = "sae-nfm attribute"
+    kind: ClassVar[str] = "attribute/1"
 
     sae: str
     """The SAE, as given."""
@@ -133,12 +132,9 @@ def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribu
         hook_name=str(sae.cfg.metadata.hook_name),
         tokens=() if config.corpus else _prompt(model, sae, tokens[0], config),
         corpus=_corpus(model, sae, tokens, config) if config.corpus else None,
-        provenance={
-            "config": asdict(config),
-            "command": command,
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "tokens_sha256": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
-        },
+        provenance=provenance(
+            config, command=command, tokens_sha256=hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
+        ),
     )
     if config.graph is not None and found.corpus is not None:
         found.corpus.graph.save(config.graph)

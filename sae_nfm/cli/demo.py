@@ -1,14 +1,14 @@
-"""The job of `sae-nfm demo`: the benchmark and its table in words, one of its SAEs to look into, and the page of it all."""
+"""The job of `sae-nfm demo`: a small comparison and its table in words, one of its SAEs to look into, and the page of it all."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from sae_lens import SAE
 
-from sae_nfm.comparison import JOINT, BenchmarkConfig, BenchmarkResult, Sources, run_benchmark, table, words
-from sae_nfm.data import held_out_rows
+from sae_nfm.common.results import RESULTS_FILENAME
+from sae_nfm.comparison import DemoConfig, Prepared, compare_once
+from sae_nfm.comparison.results import ArmName, CompareResult
 from sae_nfm.explorer import FILENAME, explore
-from sae_nfm.hub import RESULTS_FILENAME
 from sae_nfm.report.command import ReportConfig, write_run_report
 
 EXPLORED_TOKENS = 20_000
@@ -19,7 +19,7 @@ EXPLORED_TOKENS = 20_000
 class Demo:
     """What `sae-nfm demo` found, and where it is."""
 
-    benchmark: BenchmarkResult
+    comparison: CompareResult
     """The table, and what it says."""
     results: Path
     """The same as a file."""
@@ -28,11 +28,10 @@ class Demo:
 
     def words(self) -> str:
         """The table, what it says, and where everything is."""
-        told = words(self.benchmark)
-        return f"\n{table(self.benchmark)}\n\n{told}\n\nResults: {self.results}\nReport:  {self.report}"
+        return f"\n{self.comparison.words()}\n\nResults: {self.results}\nReport:  {self.report}"
 
 
-def run_demo(cfg: BenchmarkConfig, *, command: str | None = None) -> Demo:
+def run_demo(cfg: DemoConfig, *, command: str | None = None) -> Demo:
     """Train, evaluate, explore, and write results.json, explorer.json.gz and report.html.
 
     Args:
@@ -40,19 +39,14 @@ def run_demo(cfg: BenchmarkConfig, *, command: str | None = None) -> Demo:
         command: how to repeat it, for the provenance.
 
     Raises:
-        ValueError, FileNotFoundError: as `run_benchmark`.
+        ValueError, FileNotFoundError: as `Prepared.of`; nothing is written then.
     """
-    sources = Sources.of(cfg)
-    found = run_benchmark(cfg, command=command, sources=sources)
-    _explore(cfg, sources)
+    prepared, output = Prepared.of(cfg.comparison()), Path(cfg.output)
+    found = compare_once(prepared, command=command)
+    rows = prepared.held_out
+    n_rows = max(1, min(EXPLORED_TOKENS, cfg.held_out_tokens) // rows.tokens.shape[1])
+    sae = SAE.load_from_disk(output / "saes" / ArmName.JOINT, device=cfg.device).eval()
+    explored = explore(prepared.model, sae, rows.tokens[:n_rows], rows.documents[:n_rows], name=str(ArmName.JOINT))
+    explored.save(output / FILENAME)
     report = write_run_report(ReportConfig(run=cfg.output)).path
-    return Demo(benchmark=found, results=Path(cfg.output) / RESULTS_FILENAME, report=report)
-
-
-def _explore(cfg: BenchmarkConfig, sources: Sources) -> None:
-    """Look into the joint NFM-SAE."""
-    folder, model = Path(cfg.output) / "saes" / JOINT, sources.model
-    n_tokens = min(EXPLORED_TOKENS, cfg.validation_tokens)
-    rows = held_out_rows(model, sources.validation, min(cfg.context_size, model.cfg.n_ctx), n_tokens)
-    sae = SAE.load_from_disk(folder, device=cfg.device).eval()
-    explore(model, sae, rows.tokens, rows.documents, name=JOINT).save(Path(cfg.output) / FILENAME)
+    return Demo(comparison=found, results=output / RESULTS_FILENAME, report=report)

@@ -1,6 +1,6 @@
 """The arms of a fair comparison for one hook point: joint NFM-SAEs, their controls, and SAEs trained on their own.
 
-    joint_nfm                      linear and interaction path over all k active features (n = None)
+    joint_nfm                      linear and interaction path over all k active features (n = None), or the strongest n of them
     joint_nfm half                 the same over the strongest half (n = k / 2)
     joint_nfm square               square path in place of the linear one
     joint_nfm without linear       interaction path alone beside the direct one
@@ -37,10 +37,9 @@ from sae_lens import (
 )
 
 from sae_nfm.architectures import JointNFMTrainingSAEConfig, parameter_count
+from sae_nfm.comparison.config import refuse_unknown_arms
+from sae_nfm.comparison.results import ArmName
 from sae_nfm.training import TrainingArm
-
-JOINT, SQUARE = "joint_nfm", "joint_nfm square"
-DOUBLED = "topk doubled decoder rate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +54,8 @@ class ArmSizes:
     """Active features a token."""
     nfm_dim: int = 64
     """Interaction dimensions m of the joint arms."""
+    nfm_top_k: int | None = None
+    """How many of the strongest features their linear and interaction path read; None for all k."""
     nfm_dropout: float = 0.0
     """Dropout on the pooled interactions of the joint arms."""
     warm_up_steps: int = 0
@@ -75,7 +76,7 @@ def training_arms(
     """
     refuse_unknown_arms(names)
     arms: list[TrainingArm] = []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(map(str, names)):
         if name in WITH_COEFFICIENT:
             if not coefficients.get(name):
                 raise ValueError(f"{name} has no coefficients; give at least two, one on each side of the wanted L0")
@@ -85,19 +86,9 @@ def training_arms(
                 for value in coefficients[name]
             ]
         else:
-            rate = 2.0 if name == DOUBLED else 1.0
+            rate = 2.0 if name == ArmName.DOUBLED else 1.0
             arms.append(TrainingArm(name=name, family=name, sae=WITH_K[name](sizes), decoder_rate=rate))
     return {arm.name: arm for arm in arms}
-
-
-def refuse_unknown_arms(names: Sequence[str]) -> None:
-    """Raise a ValueError that names every arm which does not exist."""
-    unknown = [name for name in names if name not in ALL_ARMS]
-    if unknown:
-        raise ValueError(
-            f"no arm {', '.join(map(repr, unknown))}; give names from {', '.join(map(repr, ALL_ARMS))}, in quotes where "
-            "they have spaces"
-        )
 
 
 def matched_width(parameters: int, d_in: int) -> int:
@@ -190,7 +181,7 @@ def _shared(sizes: ArmSizes) -> dict[str, Any]:
 
 
 def _joint(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
-    nfm: dict[str, Any] = {"k": sizes.k, "nfm_dim": sizes.nfm_dim, "nfm_dropout": sizes.nfm_dropout}
+    nfm = {name: getattr(sizes, name) for name in ("k", "nfm_dim", "nfm_top_k", "nfm_dropout")}
     return JointNFMTrainingSAEConfig(**(_shared(sizes) | nfm | changes))
 
 
@@ -247,37 +238,24 @@ def _jumprelu(sizes: ArmSizes, l0: float) -> JumpReLUTrainingSAEConfig:
 
 
 WITH_K: dict[str, Callable[[ArmSizes], TrainingSAEConfig]] = {
-    JOINT: _joint,
-    "joint_nfm half": lambda sizes: _joint(sizes, nfm_top_k=max(1, sizes.k // 2)),
-    SQUARE: _square,
-    "joint_nfm without linear": lambda sizes: _joint(sizes, use_linear_path=False),
-    "joint_nfm without nonlinear": lambda sizes: _joint(sizes, head="none"),
-    "joint_nfm mlp": lambda sizes: _joint(sizes, head="mlp"),
-    "topk": _topk,
-    DOUBLED: _topk,
-    "topk matched": lambda sizes: _topk(sizes, matched_width(parameter_count(_joint(sizes)), sizes.d_in)),
-    "topk matched folded": _matched_folded,
-    "topk matched flops": lambda sizes: _topk(sizes, flop_matched_width(_joint(sizes))),
-    "batchtopk": lambda sizes: BatchTopKTrainingSAEConfig(**_batch_topk(sizes)),
-    "matryoshka": _matryoshka,
+    ArmName.JOINT: _joint,
+    ArmName.HALF: lambda sizes: _joint(sizes, nfm_top_k=max(1, sizes.k // 2)),
+    ArmName.SQUARE: _square,
+    ArmName.WITHOUT_LINEAR: lambda sizes: _joint(sizes, use_linear_path=False),
+    ArmName.WITHOUT_NONLINEAR: lambda sizes: _joint(sizes, head="none"),
+    ArmName.MLP: lambda sizes: _joint(sizes, head="mlp"),
+    ArmName.TOPK: _topk,
+    ArmName.DOUBLED: _topk,
+    ArmName.MATCHED: lambda sizes: _topk(sizes, matched_width(parameter_count(_joint(sizes)), sizes.d_in)),
+    ArmName.MATCHED_FOLDED: _matched_folded,
+    ArmName.MATCHED_FLOPS: lambda sizes: _topk(sizes, flop_matched_width(_joint(sizes))),
+    ArmName.BATCHTOPK: lambda sizes: BatchTopKTrainingSAEConfig(**_batch_topk(sizes)),
+    ArmName.MATRYOSHKA: _matryoshka,
 }
 """Arms whose L0 is k."""
 WITH_COEFFICIENT: dict[str, Callable[[ArmSizes, float], TrainingSAEConfig]] = {
-    "standard": _standard,
-    "gated": _gated,
-    "jumprelu": _jumprelu,
+    ArmName.STANDARD: _standard,
+    ArmName.GATED: _gated,
+    ArmName.JUMPRELU: _jumprelu,
 }
 """Arms whose L0 a coefficient sets."""
-ALL_ARMS = (*WITH_K, *WITH_COEFFICIENT)
-DEFAULT_ARMS = (
-    JOINT,
-    SQUARE,
-    "joint_nfm without linear",
-    "joint_nfm without nonlinear",
-    "joint_nfm mlp",
-    "topk",
-    "topk matched",
-    "topk matched folded",
-    "topk matched flops",
-)
-"""Those that the claims need."""

@@ -1,48 +1,71 @@
-"""Configuration of a comparison; its docstrings are the help of `sae-nfm compare`."""
+"""Settings of `sae-nfm compare` and of its preset `sae-nfm demo`; their docstrings are the help."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
-from sae_nfm import demo
-from sae_nfm.comparison.arms import ALL_ARMS, DEFAULT_ARMS, refuse_unknown_arms
+from sae_nfm.common import check_positive
+from sae_nfm.common.options import ModelOptions, TextOptions
+from sae_nfm.comparison.results import ArmName
+
+A = ArmName
+ALL_ARMS = tuple(map(str, ArmName))
+DEFAULT_ARMS = tuple(map(str, (A.JOINT, A.SQUARE, A.WITHOUT_LINEAR, A.WITHOUT_NONLINEAR, A.MLP, A.TOPK, A.MATCHED)))
+DEFAULT_ARMS += (str(A.MATCHED_FOLDED), str(A.MATCHED_FLOPS))
+"""Those that the claims need."""
+DEMO_ARMS = tuple(map(str, (A.JOINT, A.SQUARE, A.TOPK, A.MATCHED)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class SizeOptions(TextOptions, ModelOptions):
+    """What SAEs are trained and evaluated on, and how large they are."""
+
+    d_sae: int = 2_048
+    """Features of each SAE but the matched ones."""
+    nfm_dim: int = 64
+    """Interaction dimensions."""
+    nfm_dropout: float = 0.0
+    """Dropout on the pooled interactions (the paper's is 0.15)."""
+    training_tokens: int = 400_000
+    """Activations that each SAE is trained on."""
+    held_out_tokens: int = 40_000
+    """Held-out tokens evaluated on, at most."""
+    batch_size: int = 2_048
+    """Activations per training step."""
+    context_size: int = 256
+    """Tokens per row, BOS included; at most the model's context."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot work."""
+        check_positive(self, "d_sae", "nfm_dim", "training_tokens", "held_out_tokens", "batch_size")
+        if self.context_size < 2:
+            raise ValueError(f"context_size must be at least 2, got {self.context_size}: position 0 is left out")
+        require_a_batch(self, "training_tokens")
+
+    def sizes(self) -> dict[str, Any]:
+        """These options alone."""
+        return {field.name: getattr(self, field.name) for field in fields(SizeOptions)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(SizeOptions):
     """What to compare, on what, and where the results go."""
 
-    model_name: str = demo.MODEL_NAME
-    """A TransformerLens model name or a local Hugging Face folder; the default is the embedded model."""
-    hook_name: str = "blocks.2.hook_resid_post"
-    """The TransformerLens hook point whose activations are reconstructed."""
-    dataset: str | None = None
-    """Training text: a parquet, jsonl or txt file, or a hub name; None takes tokens sampled from the embedded model."""
-    validation: str | None = None
-    """Held-out text, likewise; None takes a hub data set's validation split, or the embedded tokens."""
     arms: tuple[str, ...] = DEFAULT_ARMS
     """Which arms, in quotes where a name has spaces; "all" takes every one there is (`sae_nfm.comparison.arms`)."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of initialisation and data order; verdicts need five."""
     k: tuple[int, ...] = (32,)
     """Active features per token; several values make several comparisons."""
-    d_sae: int = 2_048
-    """Features of each arm but the matched ones."""
-    nfm_dim: int = 64
-    """Interaction dimensions."""
-    nfm_dropout: float = 0.0
-    """Dropout on the pooled interactions (the paper's is 0.15)."""
-    training_tokens: int = 400_000
-    """Activations that each arm is trained on, for each seed."""
-    validation_tokens: int = 40_000
-    """Held-out tokens that arms are compared on, at most."""
-    batch_size: int = 2_048
-    """Activations per training step."""
-    context_size: int = 256
-    """Tokens per row, BOS included; at most the model's context."""
+    nfm_top_fraction: float = 1.0
+    """Share of the k active features that the linear and the interaction path read; 1 gives the model a canonical gauge."""
+    shuffle: bool = True
+    """Whether each seed has the training data in another order; without, only the documents of a file are shuffled."""
     learning_rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2)
     """Adam's learning rates to try for each arm; a single one is taken as it is, for all."""
     sweep_tokens: int = 200_000
     """Activations that each arm is trained on at each of these rates."""
-    sweep_validation_tokens: int = 10_000
+    sweep_held_out_tokens: int = 10_000
     """Held-out tokens that the rates are chosen on; they follow those that arms are compared on."""
     sweep_seed: int = 1_000
     """Seed of the sweep; none of the compared."""
@@ -54,33 +77,32 @@ class CompareConfig:
     """Coefficients of the arm "jumprelu", likewise."""
     n_checkpoints: int = 0
     """Exact checkpoints within a training, besides the one an interruption leaves."""
-    device: str = "cpu"
-    """Device of the language model and the SAEs."""
     output: str = "runs/compare"
     """Folder for SAEs, tables and results."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        positive = ("training_tokens", "validation_tokens", "d_sae", "nfm_dim", "batch_size")
-        for name in (*positive, "sweep_tokens", "sweep_validation_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        super().__post_init__()
+        if self.sweeps:
+            check_positive(self, "sweep_tokens", "sweep_held_out_tokens")
+            require_a_batch(self, "sweep_tokens")
         for name in ("arms", "seeds", "k", "learning_rates"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} is {list(values)}; give at least one value, each once")
         for name in ("k", "learning_rates"):
             if min(getattr(self, name)) <= 0:
-                raise ValueError(f"{name} is {list(getattr(self, name))}; give positive numbers")
-        if self.sweep_seed in self.seeds or min(*self.seeds, self.sweep_seed) < 0:
+                raise ValueError(f"{name} must be > 0, got {list(getattr(self, name))}")
+        if (self.sweeps and self.sweep_seed in self.seeds) or min(*self.seeds, self.sweep_seed) < 0:
             raise ValueError(
                 f"seeds are {list(self.seeds)} and sweep_seed is {self.sweep_seed}; give seeds from 0, the sweep's not among them"
             )
-        if self.context_size < 2:
-            raise ValueError(f"context_size is {self.context_size}; give at least 2: position 0 is left out")
-        for name in ("training_tokens", "sweep_tokens"):
-            if getattr(self, name) < self.batch_size:
-                raise ValueError(f"{name} is {getattr(self, name)}, less than one batch of {self.batch_size}; raise it")
+        if not 0 < self.nfm_top_fraction <= 1:
+            raise ValueError(f"nfm_top_fraction must be in (0, 1], got {self.nfm_top_fraction}")
+        if not self.shuffle and len(self.seeds) > 1:
+            raise ValueError(
+                f"without shuffle all seeds would have one order of the data; give one, got {list(self.seeds)}"
+            )
         refuse_unknown_arms(self.chosen_arms)
 
     @property
@@ -92,3 +114,56 @@ class CompareConfig:
     def sweeps(self) -> bool:
         """Whether there are learning rates to choose from."""
         return len(self.learning_rates) > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(SizeOptions):
+    """What to train, on what, and where the results go."""
+
+    k: int = 32
+    """Active features per token."""
+    nfm_top_fraction: float = 0.5
+    """Share of the k active features that the linear and the interaction path read; 1 gives the model a canonical gauge."""
+    lr: float = 5e-3
+    """Adam's learning rate, the same for every SAE; warmed up over the first twentieth of the steps, decayed over the
+    last fifth. The default is where the same-width TopK SAE did best on real text, of 1e-3, 2e-3, 3e-3, 5e-3 (7e-3 was
+    level, 1e-2 worse)."""
+    seed: int = 0
+    """Seed of initialisation and data order. The caller's random state is left as it was."""
+    output: str = "runs/demo"
+    """Folder for the SAEs, the training record, results.json and report.html."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        super().__post_init__()
+        check_positive(self, "k")
+        self.comparison()  # refuses the others
+
+    def comparison(self) -> CompareConfig:
+        """The comparison that this is: one seed, one learning rate, four SAEs, the data in its own order."""
+        return CompareConfig(
+            **self.sizes(),
+            arms=DEMO_ARMS,
+            seeds=(self.seed,),
+            k=(self.k,),
+            nfm_top_fraction=self.nfm_top_fraction,
+            shuffle=False,
+            learning_rates=(self.lr,),
+            output=self.output,
+        )
+
+
+def require_a_batch(config: Any, name: str) -> None:
+    """Raise a ValueError where so many tokens do not fill one batch."""
+    if getattr(config, name) < config.batch_size:
+        raise ValueError(f"{name} must be at least a batch of {config.batch_size}, got {getattr(config, name)}")
+
+
+def refuse_unknown_arms(names: Sequence[str]) -> None:
+    """Raise a ValueError that names every arm which does not exist."""
+    unknown = [name for name in names if name not in ALL_ARMS]
+    if unknown:
+        raise ValueError(
+            f"no arm {', '.join(map(repr, unknown))}; give names from {', '.join(map(repr, ALL_ARMS))}, in quotes where "
+            "they have spaces"
+        )

@@ -7,7 +7,7 @@ lowest held-out FVU. Where a coefficient sets the L0, FVUs are comparable at one
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,13 @@ from sae_lens import SAE, HookedSAETransformer
 from torch import Tensor
 
 from sae_nfm.common import write_json
+from sae_nfm.common.results import with_kind, without_kind
 from sae_nfm.comparison.arms import interpolation_weights
+from sae_nfm.comparison.results import SweepRow
 from sae_nfm.evaluation.fidelity import Arm, evaluate
 from sae_nfm.training import StreamConfig, TrainingArm, train_arms
 
-
-@dataclass(frozen=True, kw_only=True)
-class SweepRow:
-    """One SAE of the sweep."""
-
-    k: int
-    """Active features a token that the arms are compared at."""
-    arm: str
-    """Name of the SAE."""
-    family: str
-    """The arm it belongs to."""
-    learning_rate: float
-    """Peak of Adam's learning rate."""
-    l0: float
-    """Active features per held-out token."""
-    fvu: float
-    """Fraction of held-out variance unexplained; NaN where training diverged."""
+SWEEP_KIND = "sweep/1"
 
 
 def sweep(
@@ -50,12 +36,13 @@ def sweep(
     held_out: Int[Tensor, "rows pos"],
     folder: Path,
 ) -> list[SweepRow]:
-    """Train and evaluate each arm at each rate, those that `folder/sweep.json` does not have yet; the SAEs are not kept.
+    """Train and evaluate each arm at each rate that `folder/sweep.json` does not have yet; the SAEs are deleted.
 
     Raises:
         ValueError: when an SAE of an interrupted sweep was trained otherwise.
     """
-    rows = read_sweep(folder)
+    path = folder / "sweep.json"
+    rows = _read(path) if path.is_file() else []
     for rate in candidates:
         done = {row.arm for row in rows if row.learning_rate == rate}
         left = {name: arm for name, arm in arms.items() if name not in done}
@@ -67,15 +54,15 @@ def sweep(
         for name, fidelity in evaluate(model, held_out, saes).items():
             family, l0, fvu = arms[name].family, fidelity.l0, fidelity.fvu
             rows.append(SweepRow(k=k, arm=name, family=family, learning_rate=rate, l0=l0, fvu=fvu))
-        _write(rows, folder)
+        write_json(path, with_kind(SWEEP_KIND, {"rows": [asdict(row) for row in rows]}))
         shutil.rmtree(trained)
     return [row for row in rows if row.arm in arms]
 
 
-def read_sweep(folder: Path) -> list[SweepRow]:
-    """The rows that are there."""
-    path = folder / "sweep.json"
-    return [SweepRow(**row) for row in json.loads(path.read_text())] if path.is_file() else []
+def _read(path: Path) -> list[SweepRow]:
+    content = json.loads(path.read_text())
+    rows = content if isinstance(content, list) else without_kind(SWEEP_KIND, content)["rows"]  # a list in 0.1.0
+    return [SweepRow(**row) for row in rows]
 
 
 def chosen_rates(rows: Sequence[SweepRow], candidates: Sequence[float]) -> dict[str, float]:
@@ -102,7 +89,3 @@ def _fvu_at_k(members: Sequence[SweepRow]) -> float:
         return inf
     fvu = sum(weight * row.fvu for weight, row in zip(weights, members, strict=True) if weight)
     return fvu if isfinite(fvu) else inf
-
-
-def _write(rows: Sequence[SweepRow], folder: Path) -> None:
-    write_json(folder / "sweep.json", [asdict(row) for row in rows])

@@ -1,45 +1,123 @@
-"""Results of a comparison as plain frozen data: rows, the sweep of learning rates, answers; to and from JSON, and in words."""
+"""What `sae-nfm compare` and `sae-nfm demo` save: a table of arms by seed, verdicts, and the same in words."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from enum import StrEnum
+from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from typing_extensions import override
 
-from sae_nfm.common import whole
+from sae_nfm.common import aligned, whole
 from sae_nfm.common.results import SavedResult
-from sae_nfm.comparison.claims import Answer
-from sae_nfm.comparison.lr_sweep import SweepRow
+from sae_nfm.stats import Verdict, paired_t
 
-COLUMNS = ("arm", "parameters", "MFLOP/token", "learning rate", "L0", "FVU", "KL (nats)", "CE increase", "dead")
+
+class ArmName(StrEnum):
+    """The arms, as users name them; `sae_nfm.comparison.arms` says what each is."""
+
+    JOINT = "joint_nfm"
+    HALF = "joint_nfm half"
+    SQUARE = "joint_nfm square"
+    WITHOUT_LINEAR = "joint_nfm without linear"
+    WITHOUT_NONLINEAR = "joint_nfm without nonlinear"
+    MLP = "joint_nfm mlp"
+    TOPK = "topk"
+    DOUBLED = "topk doubled decoder rate"
+    MATCHED = "topk matched"
+    MATCHED_FOLDED = "topk matched folded"
+    MATCHED_FLOPS = "topk matched flops"
+    BATCHTOPK = "batchtopk"
+    MATRYOSHKA = "matryoshka"
+    STANDARD = "standard"
+    GATED = "gated"
+    JUMPRELU = "jumprelu"
+
+
+class ArmGroup(StrEnum):
+    """What sort of SAE an arm is."""
+
+    JOINT = "joint_nfm and variants"
+    TOPK = "TopK"
+    OTHER = "other architectures"
+
+
+A = ArmName
+_JOINT = (A.JOINT, A.HALF, A.SQUARE, A.WITHOUT_LINEAR, A.WITHOUT_NONLINEAR, A.MLP)
+_TOPK = (A.TOPK, A.DOUBLED, A.MATCHED, A.MATCHED_FOLDED, A.MATCHED_FLOPS)
+ARM_GROUPS = {str(arm): ArmGroup.JOINT for arm in _JOINT} | {str(arm): ArmGroup.TOPK for arm in _TOPK}
+"""Groups by arm; those without one are `ArmGroup.OTHER`."""
+
+
+class Paths(StrEnum):
+    """Which paths of an SAE write; the others are ablated."""
+
+    ALL = "all paths"
+    DIRECT = "direct only"
+    LINEAR = "direct + linear"
+    NONLINEAR = "direct + nonlinear"
+    SQUARE = "direct + square"
+    CANONICAL = "direct only, canonical gauge"
+
+    def of(self, arm: str) -> str:
+        """Name of a row: the arm's, with the paths where some are ablated."""
+        return arm if self is Paths.ALL else f"{arm}: {self}"
+
+
+class RowKind(StrEnum):
+    """How a row came about."""
+
+    TRAINED = "trained"
+    INTERPOLATED = "interpolated"
+    ABLATION = "ablation"
+
+
+class ClaimKind(StrEnum):
+    """Whether an arm is compared with an SAE trained on its own, or with a part of itself."""
+
+    FAIR = "fair"
+    ABLATION = "ablation"
+
+
+HEADINGS: Mapping[ClaimKind, str] = {
+    ClaimKind.ABLATION: "The paper's comparison (the model against a part of itself that was never trained to stand alone)",
+    ClaimKind.FAIR: "The fair comparison (against SAEs trained on their own, same tokens and steps)",
+}
+PUBLISHED = (
+    "For the paper's comparison arXiv 2507.00269 reports -41.3% reconstruction error and -51.6% KL "
+    "(OpenLLaMA-3B, 5M tokens; not measured here)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareRow:
-    """One arm of one seed. Figures are averages over held-out tokens; None where an L0 was not reached."""
+    """One arm of one seed. Metrics are averages over held-out tokens; None where an L0 was not reached."""
 
     k: int
     """Active features a token that the arms are compared at."""
     seed: int
     """Seed of initialisation and data order."""
     arm: str
-    """Name of the arm, unique for a seed and k."""
-    kind: Literal["trained", "interpolated", "ablation"]
-    """"trained": an SAE as it was trained. "interpolated": between trained SAEs, at the L0 of joint_nfm. "ablation": a trained
-    SAE with paths switched off."""
+    """Unique for a seed and k."""
+    kind: RowKind
+    """Trained; interpolated between trained SAEs at the L0 of joint_nfm; or a trained SAE with some paths ablated."""
     family: str
     """The arm that it is a part of: its own name, that of the SAE with all its paths, or that of all its coefficients."""
+    group: ArmGroup = ArmGroup.OTHER
+    """Of the family."""
+    paths: Paths = Paths.ALL
+    """Which paths write."""
     parameters: int
-    """Trainable numbers of the SAE."""
+    """Trainable numbers of the whole SAE."""
     training_flops: float | None
-    """FLOPs of a training step for each token, as `baselines.training_flops` counts them."""
+    """FLOPs of a training step for each token, as `arms.training_flops` counts them."""
     learning_rate: float
     """Peak of Adam's learning rate."""
     training_tokens_per_second: float | None
-    """Speed of training steps, the language model not counted."""
+    """Speed of training steps, the language model not counted; None for a row that was not trained."""
     dead_fraction: float | None
     """Share of features that no token of the last half of the training activated."""
     l0: float | None
@@ -57,64 +135,204 @@ class CompareRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareResult(SavedResult):
-    """Everything a comparison found, and what is needed to repeat it. `documents.parquet` beside it has the sums behind it."""
+class SweepRow:
+    """One SAE of the sweep of learning rates."""
 
-    command: ClassVar[str] = "sae-nfm compare"
+    k: int
+    """Active features a token that the arms are compared at."""
+    arm: str
+    """Name of the SAE."""
+    family: str
+    """The arm it belongs to."""
+    learning_rate: float
+    """Peak of Adam's learning rate."""
+    l0: float
+    """Active features per held-out token."""
+    fvu: float
+    """Fraction of held-out variance unexplained; NaN where training diverged."""
+    chosen: bool = False
+    """Whether the family was then trained at this rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One arm against another."""
+
+    kind: ClaimKind
+    """What it is compared with."""
+    question: str
+    """What the comparison tells apart."""
+    arm: str
+    """Name of the row."""
+    against: str
+    """Name of the row it is compared with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the seeds and documents say about a claim."""
+
+    claim: Claim
+    k: int
+    """Active features a token."""
+    verdict: Verdict
+    """Differences with their intervals; p-values of fair claims are adjusted for their number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Relative change of one row's metrics against another's, for one seed: negative is better; it has no interval."""
+
+    kind: ClaimKind
+    arm: str
+    """Name of the row."""
+    against: str
+    """Name of the row it is compared with."""
+    paths: Paths = Paths.ALL
+    """Which paths of that one write."""
+    fvu_change: float
+    """(FVU - other FVU) / other FVU."""
+    kl_change: float
+    """(KL - other KL) / other KL."""
+    parameter_ratio: float
+    """Parameters over the other's."""
+
+    @property
+    def sentence(self) -> str:
+        """In words, with which way this run points by the signs of both changes; not how surely."""
+        change = f"FVU {self.fvu_change:+.1%}, KL {self.kl_change:+.1%}"
+        if self.kind is ClaimKind.ABLATION:
+            gauge = " in the canonical gauge" if self.paths is Paths.CANONICAL else ""
+            return f"all paths against the direct path alone{gauge}: {change}"
+        signs = {self.fvu_change < 0, self.kl_change < 0}
+        verdict = "mixed" if len(signs) > 1 else "better on both" if True in signs else "no better on either"
+        return f"against {self.against} ({self.parameter_ratio:.2f} x its parameters): {change} ({verdict})"
+
+
+def changes(rows: Sequence[CompareRow]) -> tuple[Change, ...]:
+    """For each joint SAE: all its paths against its direct path alone, then against every SAE trained on its own."""
+    whole_ones = [row for row in rows if row.paths is Paths.ALL]
+    found: list[Change] = []
+    for row in (row for row in whole_ones if row.group is ArmGroup.JOINT):
+        direct = [r for r in rows if r.family == row.family and r.paths in (Paths.DIRECT, Paths.CANONICAL)]
+        found += [_change(ClaimKind.ABLATION, row, part) for part in direct]
+        found += [_change(ClaimKind.FAIR, row, other) for other in whole_ones if other.group is not ArmGroup.JOINT]
+    return tuple(found)
+
+
+def _change(kind: ClaimKind, row: CompareRow, other: CompareRow) -> Change:
+    def relative(value: float | None, reference: float | None) -> float:
+        assert value is not None
+        assert reference is not None, "a trained SAE has metrics"
+        return (value - reference) / reference
+
+    return Change(
+        kind=kind,
+        arm=row.arm,
+        against=other.arm,
+        paths=other.paths,
+        fvu_change=relative(row.fvu, other.fvu),
+        kl_change=relative(row.kl_nats, other.kl_nats),
+        parameter_ratio=row.parameters / other.parameters,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareResult(SavedResult):
+    """Everything a comparison found, and what is needed to repeat it.
+
+    Beside that of `compare` lies `documents.parquet`, the sums behind it; that of `demo` has `changes` in place of verdicts.
+    """
+
+    kind: ClassVar[str] = "compare/1"
 
     rows: tuple[CompareRow, ...]
-    """The table."""
-    sweep: tuple[SweepRow, ...]
+    """The table: trained SAEs, each followed by its ablations, then interpolated arms."""
+    sweep: tuple[SweepRow, ...] = ()
     """Every SAE of the sweep of learning rates; none where there was one candidate."""
-    answers: tuple[Answer, ...]
-    """A verdict for each claim and measure."""
-    missing: tuple[str, ...]
+    answers: tuple[Answer, ...] = ()
+    """A verdict for each claim and metric."""
+    changes: tuple[Change, ...] = ()
+    """The paper's comparison and the fair ones, where one seed is all there is."""
+    missing: tuple[str, ...] = ()
     """Claims without a verdict, each with its reason."""
     provenance: dict[str, Any]
     """Configuration, seeds, versions, hashes of the tokens, command."""
+
+    @override
+    @classmethod
+    def from_0_1_0(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """As the base class has it; `demo` and `compare` wrote different files then."""
+        return of_0_1_0(content)
+
+    def row(self, arm: str) -> CompareRow:
+        """The first row of that name."""
+        return next(row for row in self.rows if row.arm == arm)
 
     def table(self) -> list[CompareRow]:
         """The rows without timings: what two runs with the same seeds must agree on."""
         return [replace(row, training_tokens_per_second=None) for row in self.rows]
 
-    @override
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, and the rows as CSV beside it, each under a temporary name first."""
-        path = Path(path)
-        with whole(path.with_name("rows.csv")) as partial, partial.open("w", newline="") as file:
+    def save_rows(self, path: Path) -> None:
+        """The rows as CSV."""
+        with whole(path) as partial, partial.open("w", newline="") as file:
             csv.writer(file).writerows([[field.name for field in fields(CompareRow)], *map(astuple, self.rows)])
-        super().save(path)
 
     def words(self) -> str:
-        """The table, the fair claims, the ablations, and what limits them."""
+        """The table, the fair comparisons and the ablations, and what limits them."""
         lines: list[str] = []
-        for k in self.provenance["config"]["k"]:
+        for k in dict.fromkeys(row.k for row in self.rows):
             own = [row for row in self.rows if row.k == k]
-            lines += [f"k = {k}: mean (standard deviation) over {_seeds(own)}", "", *_aligned(cells(own)), ""]
-            for kind, heading in (("fair", FAIR), ("ablation", ABLATION)):
-                chosen = [answer for answer in self.answers if answer.k == k and answer.claim.kind == kind]
-                lines += [heading, *(f"  {answer.verdict.sentence}" for answer in chosen), ""] if chosen else []
+            if not self.changes:
+                lines += [f"k = {k}: mean (standard deviation) over {_seeds(own)}", ""]
+            lines += [*aligned([self.columns, *cells(own, self.columns)]), ""]
+            for kind in (ClaimKind.FAIR, ClaimKind.ABLATION):
+                chosen = [answer for answer in self.answers if answer.k == k and answer.claim.kind is kind]
+                if chosen:
+                    lines += [f"{HEADINGS[kind]}:", *(f"  {answer.verdict.sentence}" for answer in chosen), ""]
+        return "\n".join([*lines, self.findings()])
+
+    def findings(self) -> str:
+        """What is to be said of the table of one seed, and what limits it."""
+        lines = [*_changes_in_words(self.changes), ""] if self.changes else []
         lines += [f"* no verdict: {reason}" for reason in self.missing]
         return "\n".join([*lines, *(f"* {caveat}" for caveat in self.caveats())])
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Headings of the table."""
+        left_out = ("MFLOP/token", "learning rate", "dead") if self.changes else ("train tok/s",)
+        return tuple(name for name in COLUMNS if name not in left_out)
+
     def caveats(self) -> list[str]:
-        """What limits these figures."""
-        config = self.provenance["config"]
-        rates = config["learning_rates"]
-        told = [f"{config['training_tokens']:,} training tokens an SAE."]
+        """What limits these metrics."""
+        config, seeds = self.provenance["config"], self.provenance["seeds"]
+        rates, told = config["learning_rates"], list[str]()
+        if self.changes:
+            told.append(
+                f"One seed ({seeds[0]}): one run is one draw. Differences of a few per cent need several seeds before they "
+                "are a finding."
+            )
+        told.append(f"{config['training_tokens']:,} training tokens an SAE.")
         if len(rates) > 1:
             at_edge = sorted({row.family for row in self.rows if row.learning_rate in (min(rates), max(rates))})
             told.append(f"Learning rates by a sweep of {', '.join(f'{rate:g}' for rate in rates)} for every arm.")
             told += [f"At an edge of the sweep, so perhaps not at their best: {', '.join(at_edge)}."] if at_edge else []
         else:
-            told.append(f"One learning rate ({rates[0]:g}) for all arms, none was tuned by itself.")
+            told.append(f"One learning rate ({rates[0]:g}) for all SAEs; none was tuned by itself.")
         if config["dataset"] is None:
             told.append("The tokens were sampled from the embedded model itself: no evidence about real text.")
-        return told
+        return [*told, *([PUBLISHED] if self.changes else [])]
 
 
-FAIR = "Against arms trained on their own:"
-ABLATION = "Ablations, the paper's figure (against a part of the same model that was never trained to stand alone):"
+def _changes_in_words(found: Sequence[Change]) -> list[str]:
+    lines: list[str] = []
+    for name in dict.fromkeys(change.arm for change in found):
+        lines.append(name)
+        for kind, heading in HEADINGS.items():
+            own = [change for change in found if change.arm == name and change.kind is kind]
+            lines += [f"  {heading}:", *(f"    {change.sentence}" for change in own)]
+    return lines
 
 
 def _seeds(rows: Sequence[CompareRow]) -> str:
@@ -122,39 +340,187 @@ def _seeds(rows: Sequence[CompareRow]) -> str:
     return f"{n} seed{'s' * (n > 1)}"
 
 
-def cells(rows: Sequence[CompareRow]) -> list[tuple[str, ...]]:
-    """The table of one k as text, `COLUMNS` first: mean (standard deviation) over seeds."""
-    lines: list[tuple[str, ...]] = [COLUMNS]
-    for arm in dict.fromkeys(row.arm for row in rows):
-        own = [row for row in rows if row.arm == arm]
-        flops = own[0].training_flops
-        lines.append(
-            (
-                arm,
-                f"{own[0].parameters:,}",
-                "" if flops is None else f"{flops / 1e6:.2f}",
-                f"{own[0].learning_rate:g}",
-                _spread([row.l0 for row in own], ".1f"),
-                _spread([row.fvu for row in own], ".4f"),
-                _spread([row.kl_nats for row in own], ".4f"),
-                _spread([row.ce_delta_nats for row in own], "+.4f"),
-                "" if own[0].dead_fraction is None else _spread([row.dead_fraction for row in own], ".1%"),
-            )
-        )
-    return lines
+def _spread(name: str, form: str, scale: float = 1.0) -> Callable[[Sequence[CompareRow]], str]:
+    """The mean of a field over seeds, with the standard deviation where there are several."""
+
+    def written(rows: Sequence[CompareRow]) -> str:
+        values = [getattr(row, name) for row in rows]
+        there = [scale * value for value in values if value is not None]
+        if len(there) < len(values):
+            return "not reached"
+        return f"{mean(there):{form}}" + (f" ({stdev(there):{form.lstrip('+')}})" if len(there) > 1 else "")
+
+    return written
 
 
-def _spread(values: Sequence[float | None], form: str) -> str:
-    there = [value for value in values if value is not None]
-    if len(there) < len(values):
-        return "not reached"
-    return f"{mean(there):{form}}" + (f" ({stdev(there):{form.lstrip('+')}})" if len(there) > 1 else "")
+def _unless_none(name: str, written: Callable[[Sequence[CompareRow]], str]) -> Callable[[Sequence[CompareRow]], str]:
+    return lambda rows: "" if getattr(rows[0], name) is None else written(rows)
 
 
-def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in lines
+COLUMNS: Mapping[str, tuple[Callable[[Sequence[CompareRow]], str], str]] = {
+    "SAE": (lambda rows: rows[0].arm, ""),
+    "parameters": (lambda rows: f"{rows[0].parameters:,}", "trainable numbers of the SAE"),
+    "MFLOP/token": (
+        _unless_none("training_flops", lambda rows: f"{(rows[0].training_flops or 0) / 1e6:.2f}"),
+        "multiplications and additions of a training step",
+    ),
+    "learning rate": (lambda rows: f"{rows[0].learning_rate:g}", "peak of Adam's"),
+    "L0": (_spread("l0", ".1f"), "active features per token"),
+    "FVU": (_spread("fvu", ".4f"), "fraction of variance unexplained on held-out tokens; lower is better"),
+    "KL (nats)": (
+        _spread("kl_nats", ".4f"),
+        "KL(original || spliced) of the next-token distributions, per token; lower is better",
+    ),
+    "CE increase (nats)": (
+        _spread("ce_delta_nats", "+.4f"),
+        "rise of the language model's cross-entropy when the SAE is spliced in; lower is better",
+    ),
+    "dead": (
+        _unless_none("dead_fraction", _spread("dead_fraction", ".1%")),
+        "share of features that no token of the training's last half activated",
+    ),
+    "train tok/s": (
+        _unless_none("training_tokens_per_second", _spread("training_tokens_per_second", ",.0f")),
+        "training tokens per second of the SAE alone, all SAEs in one run on one machine",
+    ),
+}
+"""The table's columns: how each is written for the rows of one arm, one a seed, and what it means."""
+
+
+def legend(columns: Sequence[str]) -> str:
+    """What the columns mean."""
+    return "; ".join(f"{name}: {COLUMNS[name][1]}" for name in columns if COLUMNS[name][1])
+
+
+def cells(rows: Sequence[CompareRow], columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """The table of one k as text, a line for each arm: mean (standard deviation) over seeds."""
+    by_arm = [[row for row in rows if row.arm == arm] for arm in dict.fromkeys(row.arm for row in rows)]
+    return [tuple(COLUMNS[name][0](own) for name in columns) for own in by_arm]
+
+
+# Means over seeds, for figures.
+
+Metric = Literal["fvu", "kl_nats"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmMean:
+    """One metric of one arm: its mean over S seeds, with the interval of Student's t.
+
+    The seed is the unit: an interval needs two. Differences between arms are paired by seed (`Verdict`), so that two intervals
+    that overlap do not say that the arms are alike.
+    """
+
+    row: CompareRow
+    """Of the first seed: what is the same for all."""
+    metric: Metric
+    seeds: tuple[int, ...]
+    """Seeds with a value; those that diverged, or whose L0 was not reached, are left out."""
+    values: tuple[float, ...]
+    """A value for each of them."""
+    mean: float
+    low: float | None
+    """Lower end of the 95 % interval over seeds; None for one seed."""
+    high: float | None
+    """Upper end."""
+    l0: float
+    """Active features per token, mean over the same seeds."""
+
+
+def arm_means(rows: Sequence[CompareRow]) -> tuple[ArmMean, ...]:
+    """The mean of each metric for each arm and k, in the order of the rows; none for an arm without a value."""
+    found: list[ArmMean] = []
+    for k, arm in dict.fromkeys((row.k, row.arm) for row in rows):
+        own = [row for row in rows if (row.k, row.arm) == (k, arm)]
+        found += [average for metric in get_args(Metric) if (average := _mean(own, metric)) is not None]
+    return tuple(found)
+
+
+def _mean(rows: Sequence[CompareRow], metric: Metric) -> ArmMean | None:
+    there = {row.seed: (value, row.l0) for row in rows if (value := getattr(row, metric)) is not None}
+    there = {seed: (value, l0) for seed, (value, l0) in there.items() if isfinite(value) and l0 is not None}
+    if not there:
+        return None
+    values = tuple(float(value) for value, _ in there.values())
+    over_seeds = paired_t(values) if len(values) > 1 else None
+    return ArmMean(
+        row=rows[0],
+        metric=metric,
+        seeds=tuple(there),
+        values=values,
+        mean=sum(values) / len(values) if over_seeds is None else over_seeds.estimate,
+        low=None if over_seeds is None else over_seeds.low,
+        high=None if over_seeds is None else over_seeds.high,
+        l0=sum(l0 for _, l0 in there.values()) / len(there),
+    )
+
+
+def lines_over_l0(means: Sequence[ArmMean]) -> Mapping[str, tuple[ArmMean, ...]]:
+    """Trained SAEs of each family by L0, those of all k and coefficients together.
+
+    Returns:
+        A line for each family, both metrics in it; none at all where no family has SAEs of two L0s (equal to one decimal).
+    """
+    trained = [one for one in means if one.row.kind is RowKind.TRAINED]
+    lines = {
+        family: tuple(sorted((one for one in trained if one.row.family == family), key=lambda one: one.l0))
+        for family in dict.fromkeys(one.row.family for one in trained)
+    }
+    several = any(len({round(one.l0, 1) for one in line}) > 1 for line in lines.values())
+    return lines if several else {}
+
+
+# Files of 0.1.0, for one version.
+
+RENAMED = {
+    "model_name": "model",
+    "hook_name": "hook",
+    "validation": "held_out",
+    "validation_tokens": "held_out_tokens",
+    "sweep_validation_tokens": "sweep_held_out_tokens",
+}
+"""Settings by their names in 0.1.0."""
+
+
+def renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with today's names."""
+    return {RENAMED.get(name, name): value for name, value in config.items()}
+
+
+def of_0_1_0(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a results.json of `compare` or `demo` of 0.1.0 in today's form; any other as it is."""
+    if set(content) == {"rows", "comparisons", "provenance"}:
+        return _demo_of_0_1_0(content)
+    if set(content) != {"rows", "sweep", "answers", "missing", "provenance"}:
+        return content
+    rows = [_row_of_0_1_0(row) for row in content["rows"]]
+    rates = {(row["k"], row["family"]): row["learning_rate"] for row in rows}
+    sweep = [row | {"chosen": rates.get((row["k"], row["family"])) == row["learning_rate"]} for row in content["sweep"]]
+    config = renamed(content["provenance"]["config"])
+    return content | {"rows": rows, "sweep": sweep, "provenance": content["provenance"] | {"config": config}}
+
+
+def _row_of_0_1_0(row: dict[str, Any]) -> dict[str, Any]:
+    paths = row["arm"].removeprefix(row["family"]).removeprefix(": ") if row["kind"] == RowKind.ABLATION else Paths.ALL
+    return {"group": ARM_GROUPS.get(row["family"], ArmGroup.OTHER), "paths": paths} | row
+
+
+def _demo_of_0_1_0(content: dict[str, Any]) -> dict[str, Any]:
+    config = renamed(content["provenance"]["config"])
+    config |= {"k": [config["k"]], "seeds": content["provenance"]["seeds"], "learning_rates": [config["lr"]]}
+    rows = [
+        {"arm": Paths(row["paths"]).of(row["sae"]), "family": row["sae"], "paths": row["paths"]}
+        | {"kind": RowKind.TRAINED if row["paths"] == Paths.ALL else RowKind.ABLATION}
+        | {"group": ARM_GROUPS.get(row["sae"], ArmGroup.OTHER), "training_flops": None, "dead_fraction": None}
+        | {"k": config["k"][0], "seed": config["seeds"][0], "learning_rate": config["lr"], **row["fidelity"]}
+        | {name: row[name] for name in ("parameters", "training_tokens_per_second")}
+        for row in content["rows"]
     ]
-    return [texts[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *texts[1:]]
+    paths = {row["arm"]: row["paths"] for row in rows}
+    found = [
+        {"kind": ClaimKind.ABLATION if change["kind"] == "paper" else ClaimKind.FAIR}
+        | {"arm": change["row"], "paths": paths[change["against"]]}
+        | {name: change[name] for name in ("against", "fvu_change", "kl_change", "parameter_ratio")}
+        for change in content["comparisons"]
+    ]
+    return {"rows": rows, "changes": found, "provenance": content["provenance"] | {"config": config}}

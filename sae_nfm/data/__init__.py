@@ -1,9 +1,14 @@
 """From a text file, parquet, Arrow or hub data set to rows of tokens."""
 
-from sae_nfm.data.datasets import held_out_tokens, load_splits, refuse_without_tokenizer
-from sae_nfm.data.documents import TokenRows, held_out_rows
-from sae_nfm.data.held_out import held_out_corpus
-from sae_nfm.data.sources import explained_hub, local_dataset, open_dataset
+from sae_nfm.data.datasets import (
+    explained_hub,
+    held_out_tokens,
+    load_splits,
+    local_dataset,
+    open_dataset,
+    refuse_without_tokenizer,
+)
+from sae_nfm.data.documents import TokenRows, held_out_corpus, held_out_rows
 from sae_nfm.data.text_files import BOS_ID, read_documents, token_stream
 
 __all__ = [

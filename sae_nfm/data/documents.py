@@ -10,12 +10,13 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Int
-from sae_lens import ActivationsStore
+from sae_lens import SAE, ActivationsStore
 from torch import Tensor
 from typing_extensions import override
 
-from sae_nfm.data.datasets import first_rows, refuse_without_tokenizer
-from sae_nfm.models import LanguageModel, device_of, special_token_ids
+from sae_nfm import demo
+from sae_nfm.data.datasets import first_rows, open_dataset, refuse_without_tokenizer
+from sae_nfm.models import LanguageModel, check_context, device_of, special_token_ids
 
 NO_DOCUMENT = -1
 
@@ -103,3 +104,41 @@ class _DocumentStore(ActivationsStore):
 def _other(number: Any) -> Any:
     """Numbers of documents as negative ones, which no token id is; its own inverse."""
     return -1 - number
+
+
+def held_out_corpus(
+    model: LanguageModel,
+    sae: SAE[Any],
+    *,
+    model_name: str | None,
+    dataset_path: str | None,
+    split: str,
+    context_size: int | None,
+    n_tokens: int,
+) -> TokenRows:
+    """Rows of held-out text with their documents.
+
+    Args:
+        model: whose tokenizer is used.
+        sae: its metadata name the model and the length of a row.
+        model_name: another name of the model.
+        dataset_path: a file, a folder, or a data set on disk or the hub; None for the embedded model's held-out tokens.
+        split: of the data set, where it has several.
+        context_size: another length of a row.
+        n_tokens: tokens to take, at most (at least one row).
+
+    Raises:
+        ValueError, FileNotFoundError: for text or a length of row that does not work.
+    """
+    metadata = sae.cfg.metadata
+    if dataset_path is not None:
+        dataset = open_dataset(dataset_path, split=split)
+    elif (model_name or metadata.model_name) == demo.MODEL_NAME:
+        dataset = demo.load_tokens("validation")
+    else:
+        raise ValueError("the embedded tokens suit the embedded model only; give held-out text with --held-out")
+    size = context_size or metadata.context_size
+    if size is None:
+        raise ValueError("the SAE's metadata has no context_size; give --context-size")
+    check_context(model, size)
+    return held_out_rows(model, dataset, size, n_tokens)

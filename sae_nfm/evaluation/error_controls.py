@@ -7,13 +7,15 @@
 Source: W. Gurnee 2024, "SAE reconstruction errors are (empirically) pathological".
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from sae_nfm.evaluation.token_table import read_rows
+from sae_nfm.evaluation.token_table import read_manifest, read_rows
 from sae_nfm.interventions import EQUAL_DISTANCE, UNDER_TEST
-from sae_nfm.stats import Bootstrap, Estimate, ratio_of_means
+from sae_nfm.stats import Bootstrap, Estimate, clustered_mean, ratio_of_means
 
 
 def error_ratios(
@@ -55,3 +57,92 @@ def error_ratios(
 
 def _kl(folder: str | Path, arm: str) -> Any:
     return read_rows(folder, ["document", "kl_nats"], [arm])
+
+
+Role = Literal["SAE", "part", "control", "scaled error", "anchor", "other"]
+ANCHORS = ("none", "zero", "mean")
+_PART = re.compile(r"direct (only|\+ )")
+_SCALED = re.compile(r"error x (.+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmKL:
+    """One arm of a measurement."""
+
+    arm: str
+    """Its name among the measured."""
+    of: str
+    """The SAE that it is a part or a control of: "sae", or the one whose name begins its own; its own name for "other"."""
+    name: str
+    """Its name without that of the SAE."""
+    role: Role
+    """"SAE": the arm under test. "part": some of its paths off. "control": another change of equal distance. "scaled error": its
+    error, scaled. "anchor": no change, zero, the mean. "other": any other."""
+    scale: float | None
+    """What its error is multiplied with: 1 for the arm under test, -1 for the flipped error; None for the others."""
+    kl: Estimate
+    """Mean KL, nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredKL:
+    """All arms of a measurement, and the ratios of errors."""
+
+    arms: tuple[ArmKL, ...]
+    """In the order of the measurement."""
+    ratios: Mapping[str, Mapping[str, Estimate]]
+    """By SAE, then by control: mean KL of the SAE over that of the control (`error_ratios`)."""
+
+    def of(self, sae: str) -> tuple[ArmKL, ...]:
+        """The arms of one SAE."""
+        return tuple(arm for arm in self.arms if arm.of == sae)
+
+
+def has_controls(folder: str | Path) -> bool:
+    """Whether a measurement is one of an SAE beside its controls.
+
+    Raises:
+        FileNotFoundError, ValueError: as `token_rows.read_manifest`.
+    """
+    return {UNDER_TEST, EQUAL_DISTANCE[0]} <= set(read_manifest(Path(folder)).arms)
+
+
+def kl_by_arm(folder: str | Path) -> MeasuredKL:
+    """Mean KL of every arm; of the rows three columns are read.
+
+    Raises:
+        FileNotFoundError, ValueError: as `token_rows.read_rows`; for a single document.
+    """
+    names = tuple(read_manifest(Path(folder)).arms)
+    rows = read_rows(folder, ["arm", "document", "kl_nats"])
+    found: list[ArmKL] = []
+    for arm in names:
+        own = rows.loc[rows["arm"] == arm]
+        found.append(_classified(arm, names, clustered_mean(own["kl_nats"].to_numpy(), own["document"].to_numpy())))
+    ratios: dict[str, Mapping[str, Estimate]] = {}
+    for sae in dict.fromkeys(arm.of for arm in found if arm.role == "control"):
+        controls = {arm.arm: arm.name for arm in found if arm.of == sae and arm.role == "control"}
+        by_arm = error_ratios(folder, sae, tuple(controls))
+        ratios[sae] = {controls[arm]: estimate for arm, estimate in by_arm.items()}
+    return MeasuredKL(arms=tuple(found), ratios=ratios)
+
+
+def _classified(arm: str, arms: tuple[str, ...], kl: Estimate) -> ArmKL:
+    prefix, _, rest = arm.partition(": ")
+    of, name = (prefix, rest) if rest and prefix in arms else (UNDER_TEST, arm)
+    role, scale = _role(name)
+    if role == "other" and f"{arm}: {EQUAL_DISTANCE[0]}" in arms:
+        of, name, role, scale = arm, arm, "SAE", 1.0
+    return ArmKL(arm=arm, of=arm if role == "other" else of, name=name, role=role, scale=scale, kl=kl)
+
+
+def _role(name: str) -> tuple[Role, float | None]:
+    if name == UNDER_TEST:
+        return "SAE", 1.0
+    if name in EQUAL_DISTANCE:
+        return "control", -1.0 if name == "flipped error" else None
+    if name in ANCHORS:
+        return "anchor", None
+    if scaled := _SCALED.fullmatch(name):
+        return "scaled error", float(scaled[1])
+    return ("part" if _PART.match(name) else "other"), None

@@ -10,9 +10,8 @@ The figures are those of `sae_lens.evals.run_evals`, under its names. What one h
 """
 
 import hashlib
-import importlib.metadata
 from collections.abc import Generator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -23,13 +22,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm import demo
+from sae_nfm.common import provenance
 from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_tokens, open_dataset
-from sae_nfm.evaluation.saelens_metrics import Evaluation
+from sae_nfm.evaluation.results import Evaluation
 from sae_nfm.loading import load_sae, quiet_saelens
 from sae_nfm.models import LanguageModel, check_context, check_device, model_of, refuse_heads_of_a_bridge
-
-PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch", "transformers", "datasets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +131,9 @@ def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Eva
         passes=store.passes,
         metrics=metrics,
         feature_metrics=feature_metrics,
-        provenance=_provenance(config, sae, store, command),
+        provenance=provenance(
+            config, command=command, sae_config=sae.cfg.to_dict(), tokens_sha256=store.sha256.hexdigest()
+        ),
     )
     if config.save is not None:
         result.save(config.save)
@@ -200,13 +200,3 @@ def _run(
         for name in ("feature_density", "consistent_activation_heuristic"):
             feature_metrics.pop(name, None)
     return metrics, feature_metrics
-
-
-def _provenance(config: EvaluateConfig, sae: SAE[Any], store: HashedStore, command: str | None) -> dict[str, Any]:
-    return {
-        "config": asdict(config),
-        "sae_config": sae.cfg.to_dict(),
-        "command": command,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "tokens_sha256": store.sha256.hexdigest(),
-    }

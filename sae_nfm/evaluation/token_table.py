@@ -25,6 +25,10 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
+from sae_nfm.common import write_json
+from sae_nfm.common.results import with_kind, without_kind
+
+MANIFEST_KIND = "measurement/1"
 SCHEMA = pa.schema(
     [
         ("document", pa.int32()),  # number of the document in its data set
@@ -131,8 +135,7 @@ def begin(folder: str | Path, manifest: Manifest) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} holds other things and no manifest.json; give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    _partial(path).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
-    _partial(path).replace(path)
+    write_json(path, with_kind(MANIFEST_KIND, asdict(manifest)))
     return folder
 
 
@@ -261,8 +264,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no manifest.json, so nothing was measured there; run `measure`")
     try:
-        return Manifest(**json.loads(path.read_text()))
-    except (json.JSONDecodeError, TypeError) as error:
+        return Manifest(**without_kind(MANIFEST_KIND, json.loads(path.read_text())))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not the manifest of a measurement ({error}); give another folder") from error
 
 

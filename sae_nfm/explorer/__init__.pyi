@@ -1,4 +1,4 @@
 from .assemble import ExplorerSizes as ExplorerSizes
-from .data import Explorer as Explorer
-from .file import FILENAME as FILENAME
+from .results import FILENAME as FILENAME
+from .results import Explorer as Explorer
 from .run import explore as explore

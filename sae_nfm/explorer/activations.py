@@ -1,7 +1,13 @@
-"""Every firing of an SAE's features on held-out text, feature by feature.
+"""Every activation of an SAE's features on held-out text, feature by feature, and which of them are shown.
 
-One pass of the language model. All firings are kept: 12 bytes each while they are read (twice that when they are sorted by
-feature), so that 1M tokens with 100 active features take about 2.4 GB. What is said of a feature is therefore exact.
+One pass of the language model. All activations are held in memory: 12 bytes each while they are read (twice that when they are
+sorted by feature), so that 1M tokens with 100 active features take about 2.4 GB. What is said of a feature is therefore exact.
+Shown of each feature, with what is marked around them:
+
+    strongest    its largest activations, none in the window of a stronger one that is shown
+    quantiles    n activations at the middles of n equal parts of all of them, ranked: with 5 the ranks at 10, 30, 50, 70 and 90 %
+
+The strongest alone flatter a feature: what it does in the rest of its range is in the others. Equal activations go by position.
 """
 
 from dataclasses import dataclass
@@ -18,7 +24,10 @@ from tqdm.auto import tqdm
 
 from sae_nfm.analysis import PathSums, present_paths
 from sae_nfm.attribution import HIDDEN, OUTPUT, RECONS, SCALE, unit_written
+from sae_nfm.explorer.results import FULL, Contexts, Floats, Ints, starts_of
 from sae_nfm.models import LanguageModel, counted_tokens, keeping, splice
+
+Window = tuple[int, int]
 
 ACTS = "hook_sae_acts_post"
 MOST = 2**28
@@ -137,3 +146,87 @@ def _seen(model: LanguageModel, sae: SAE[Any], rows: Tensor) -> dict[str, Tensor
     with splice(model, sae) as found, found.hooks(hooks), model.hooks(fwd_hooks=scale):
         model(rows)
     return seen
+
+
+def feature_contexts(firings: Firings, *, n: int, quantiles: int, window: Window) -> tuple[Contexts, Contexts]:
+    """The strongest firings of every feature, and those from its whole range.
+
+    Args:
+        firings: of all features.
+        n: of the first for each feature, at most.
+        quantiles: of the second.
+        window: tokens before and after.
+
+    Returns:
+        Both, with positions row * pos + position in the rows as given.
+    """
+    width = firings.tokens.shape[1]
+    top, spread = list[Ints](), list[Ints]()
+    for feature in range(len(firings.count)):
+        places, values = firings.of(feature)
+        places = places.astype(np.int64)
+        order = np.lexsort((places, -values))
+        top.append(_apart(places[order], n, window, width))
+        spread.append(places[order[_middles(len(order), quantiles)]])
+    return _marked(firings, top, window), _marked(firings, spread, window)
+
+
+def histograms(firings: Firings, bins: int) -> Ints:
+    """Firings by activation, [d_sae, bins]; bin b of feature i is (b, b + 1] * max_i / bins."""
+    d_sae, feature = len(firings.count), firings.feature
+    largest = maxima(firings)[feature]
+    place = np.ceil(firings.values.astype(np.float64) / largest * bins).astype(np.int64) - 1
+    flat = np.bincount(feature * bins + place.clip(0, bins - 1), minlength=d_sae * bins)
+    return flat.reshape(d_sae, bins).astype(np.int64)
+
+
+def maxima(firings: Firings) -> Floats:
+    """Largest activation of each feature; 0 where it never fires."""
+    found = np.zeros(len(firings.count))
+    np.maximum.at(found, firings.feature, firings.values)
+    return found
+
+
+def _middles(total: int, n: int) -> Ints:
+    """Ranks at the middles of n equal parts, each once."""
+    return np.unique((2 * np.arange(n) + 1) * total // (2 * n)) if total else np.zeros(0, dtype=np.int64)
+
+
+def _apart(places: Ints, n: int, window: Window, width: int) -> Ints:
+    """The first n places of which none lies in the window of an earlier one."""
+    taken = list[int]()
+    for place in places.tolist():
+        if len(taken) == n:
+            break
+        if not any(-window[0] <= place - one <= window[1] and place // width == one // width for one in taken):
+            taken.append(place)
+    return np.asarray(taken, dtype=np.int64)
+
+
+def _marked(firings: Firings, chosen: list[Ints], window: Window) -> Contexts:
+    """Contexts at some places of each feature."""
+    width, offsets, strengths, counts = firings.tokens.shape[1], list[Ints](), list[Ints](), list[int]()
+    for feature, places in enumerate(chosen):
+        if not len(places):
+            continue
+        fires, values = firings.of(feature)
+        strength = np.rint(FULL * values.astype(np.float64) / values.max()).clip(1, FULL).astype(np.int64)
+        row = places - places % width
+        first = np.searchsorted(fires, np.maximum(places - window[0], row))
+        last = np.searchsorted(fires, np.minimum(places + window[1], row + width - 1), side="right")
+        for place, start, stop in zip(places, first, last, strict=True):
+            offsets.append(fires[start:stop] - place)
+            strengths.append(strength[start:stop])
+            counts.append(stop - start)
+    return Contexts(
+        starts=starts_of([len(places) for places in chosen]),
+        position=joined(chosen),
+        mark_starts=starts_of(counts),
+        offset=joined(offsets),
+        strength=joined(strengths),
+    )
+
+
+def joined(parts: list[Ints]) -> Ints:
+    """One array of several, or of none."""
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])

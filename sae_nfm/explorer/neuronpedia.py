@@ -29,8 +29,7 @@ from typing import Any
 import numpy as np
 
 from sae_nfm.common import whole
-from sae_nfm.explorer.contexts import FULL
-from sae_nfm.explorer.data import Contexts, Explorer, TokenEffects
+from sae_nfm.explorer.results import FULL, Contexts, Explorer, TokenEffects
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 

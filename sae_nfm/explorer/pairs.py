@@ -16,8 +16,7 @@ from torch import Tensor
 
 from sae_nfm.architectures import PathWeights, attributable
 from sae_nfm.attribution import CAPACITY, Corpus, PairSums, pair_sums, strongest_firings
-from sae_nfm.explorer.contexts import starts_of
-from sae_nfm.explorer.data import Floats, Ints
+from sae_nfm.explorer.results import Floats, Ints, starts_of
 from sae_nfm.models import LanguageModel
 
 

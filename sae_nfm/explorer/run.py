@@ -7,7 +7,6 @@ Source: the views are those of feature dashboards (Bricken et al. 2023, Towards 
 """
 
 import hashlib
-import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,17 +17,15 @@ from jaxtyping import Int
 from sae_lens import SAE
 from torch import Tensor
 
+from sae_nfm.common import provenance
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_corpus
 from sae_nfm.explorer.activations import firings_of
 from sae_nfm.explorer.assemble import ExplorerSizes, assembled
-from sae_nfm.explorer.data import Explorer
-from sae_nfm.explorer.file import FILENAME
 from sae_nfm.explorer.pairs import has_pairs, shown_pairs
+from sae_nfm.explorer.results import FILENAME, Explorer
 from sae_nfm.loading import load_sae, sha256_of
 from sae_nfm.models import LanguageModel, check_device, model_of
-
-PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,10 +197,9 @@ def explore(
             batch_rows=sizes.batch_rows,
             show_progress=show_progress,
         )
-    provenance = {
-        "config": dict(settings) if settings is not None else {f.name: getattr(sizes, f.name) for f in fields(sizes)},
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
-        "tokens_sha256": hashlib.sha256(firings.tokens.tobytes()).hexdigest(),
-        "sae_sha256": sha256_of(sae.state_dict()),
-    }
-    return assembled(model, sae, firings, pairs, documents, name=name, sizes=sizes, provenance=provenance)
+    origin = provenance(
+        settings if settings is not None else {f.name: getattr(sizes, f.name) for f in fields(sizes)},
+        tokens_sha256=hashlib.sha256(firings.tokens.tobytes()).hexdigest(),
+        sae_sha256=sha256_of(sae.state_dict()),
+    )
+    return assembled(model, sae, firings, pairs, documents, name=name, sizes=sizes, provenance=origin)

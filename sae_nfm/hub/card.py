@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from sae_nfm.architectures import INFERENCE_CONFIGS
 from sae_nfm.architectures.joint_config import ARCHITECTURE
 from sae_nfm.architectures.sequential_config import ARCHITECTURE as SEQUENTIAL
-from sae_nfm.comparison import COLUMN_HELP, COLUMNS, PUBLISHED, BenchmarkResult, cells, words
+from sae_nfm.comparison.results import PUBLISHED, CompareResult, cells, legend
 from sae_nfm.hub.release import ReleasedSAE
 
 TAGS = ("sparse-autoencoder", "interpretability", "saelens", "transformer-lens")
@@ -37,18 +37,18 @@ class CardSAE:
     runner: dict[str, Any] | None = None
     """Its runner_cfg.json, where there is one."""
     row: str | None = None
-    """Its row in the benchmark's table, where that is not its id."""
+    """Its row in the demo's table, where that is not its id."""
 
 
 def model_card(
-    load_from: str, saes: Sequence[CardSAE], *, result: BenchmarkResult | None = None, license: str | None = None
+    load_from: str, saes: Sequence[CardSAE], *, result: CompareResult | None = None, license: str | None = None
 ) -> str:
     """The card as Markdown with YAML front matter.
 
     Args:
         load_from: first argument of `SAE.from_pretrained`: a hub repository or a release.
         saes: every SAE there is.
-        result: the benchmark they come from; its table is printed as it is, the paper's figure beside the fair one.
+        result: the demo they come from; its table is printed as it is, the paper's comparison beside the fair one.
         license: the licence of the weights as the hub names it, such as "mit".
     """
     architectures = sorted({str(sae.config["architecture"]) for sae in saes})
@@ -121,18 +121,18 @@ def _load(load_from: str, saes: Sequence[CardSAE], architectures: Sequence[str])
     return "\n\n".join(lines)
 
 
-def _figures(saes: Sequence[CardSAE], result: BenchmarkResult) -> str:
-    legend = "; ".join(f"{name}: {text}" for name, text in COLUMN_HELP.items())
-    tokens = result.rows[0].fidelity.tokens
+def _figures(saes: Sequence[CardSAE], result: CompareResult) -> str:
+    meanings = legend(result.columns)
+    tokens = result.rows[0].tokens
     named = "".join(f"`{sae.entry.id}` is the row {sae.row}. " for sae in saes if sae.row is not None)
     return (
         f"{named}Spliced into the language model, averaged over {tokens:,} held-out tokens, special tokens and position 0 left "
-        "out. "
-        f"{legend[0].upper()}{legend[1:]}.\n\n{_table(COLUMNS, cells(result))}\n\n```\n{words(result)}\n```"
+        f"out. {meanings[0].upper()}{meanings[1:]}.\n\n{_table(result.columns, cells(result.rows, result.columns))}\n\n"
+        f"```\n{result.findings()}\n```"
     )
 
 
-def _training(saes: Sequence[CardSAE], result: BenchmarkResult | None) -> str:
+def _training(saes: Sequence[CardSAE], result: CompareResult | None) -> str:
     facts: dict[str, Any] = {}
     metadata = saes[0].config["metadata"]
     runner = saes[0].runner or {}
@@ -144,7 +144,7 @@ def _training(saes: Sequence[CardSAE], result: BenchmarkResult | None) -> str:
     facts["SAELens"] = metadata.get("sae_lens_training_version")
     if result is not None:
         config = result.provenance["config"]
-        facts["tokens trained on"], facts["learning rate"] = config["training_tokens"], config["lr"]
+        facts["tokens trained on"], facts["learning rate"] = config["training_tokens"], config["learning_rates"][0]
         facts["seeds"] = ", ".join(map(str, result.provenance["seeds"]))
         facts["versions"] = ", ".join(
             f"{name} {number}" for name, number in result.provenance.get("versions", {}).items()

@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
 from sae_nfm.common import LOG_IN, explained
-from sae_nfm.comparison import BenchmarkResult
+from sae_nfm.comparison.results import CompareResult
 from sae_nfm.hub.card import CardSAE, model_card
 from sae_nfm.hub.release import HubSource, Release, check_sha256, read_releases, releases_yaml, sha256
 from sae_nfm.hub.run_folder import REPORT_FILENAME, RESULTS_FILENAME, SavedSAEs, saved_saes
@@ -181,7 +181,7 @@ def _to_commit(config: PushConfig, saved: SavedSAEs, info: ModelInfo) -> tuple[R
     cards = [*(sae.card() for sae in saved.saes), *earlier]
     result = saved.result()
     if result is None and pushed_before and RESULTS_FILENAME in present:
-        result = BenchmarkResult.load(source.file(RESULTS_FILENAME))  # else the table of the earlier SAEs would go
+        result = CompareResult.load(source.file(RESULTS_FILENAME))  # else the table of the earlier SAEs would go
     release = Release(
         name=config.repo_id,  # once registered, SAE.from_pretrained(repo_id, id) is verified, too
         model=cards[0].config["metadata"].get("model_name") or "unknown",

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
-from sae_nfm.comparison import ALL_PATHS, BenchmarkResult
+from sae_nfm.common.results import REPORT_FILENAME, RESULTS_FILENAME
+from sae_nfm.comparison.results import CompareResult, RowKind
 from sae_nfm.hub.card import CardSAE
 from sae_nfm.hub.release import ReleasedSAE, release_entry
-
-RESULTS_FILENAME, REPORT_FILENAME = "results.json", "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +20,7 @@ class SavedSAE:
     folder: Path
     """Its folder."""
     runner: Path
-    """Its runner_cfg.json, which may not exist; SAEs trained together share one."""
+    """Its runner_cfg.json, which may not exist."""
     entry: ReleasedSAE
     """Its entry in a release."""
 
@@ -45,13 +44,13 @@ class SavedSAEs:
     saes: tuple[SavedSAE, ...]
     """The SAEs."""
     results: Path | None
-    """The benchmark's results.json, which `result` reads."""
+    """The demo's results.json, which `result` reads."""
     report: Path | None
-    """The benchmark's page."""
+    """The demo's page."""
 
-    def result(self) -> BenchmarkResult | None:
-        """The benchmark's result."""
-        return None if self.results is None else BenchmarkResult.load(self.results)
+    def result(self) -> CompareResult | None:
+        """The demo's result."""
+        return None if self.results is None else CompareResult.load(self.results)
 
 
 def saved_saes(source: str | Path, *, sae_id: str | None = None, names: Sequence[str] = ()) -> SavedSAEs:
@@ -87,12 +86,13 @@ def saved_saes(source: str | Path, *, sae_id: str | None = None, names: Sequence
 
 def _of_a_demo(source: Path, names: Sequence[str]) -> SavedSAEs:
     results, report = source / RESULTS_FILENAME, source / REPORT_FILENAME
-    rows = [row for row in BenchmarkResult.load(results).rows if row.paths == ALL_PATHS]
-    explained = {row.sae: 1 - row.fidelity.fvu for row in rows}
+    rows = [row for row in CompareResult.load(results).rows if row.kind is RowKind.TRAINED]
+    explained = {row.arm: 1 - row.fvu for row in rows if row.fvu is not None}
+    shared = source / "saes" / RUNNER_CFG_FILENAME  # of 0.1.0: one file for all
     saes = tuple(
         SavedSAE(
             folder=source / "saes" / name,
-            runner=source / "saes" / RUNNER_CFG_FILENAME,
+            runner=shared if shared.is_file() else source / "saes" / name / RUNNER_CFG_FILENAME,
             entry=release_entry(source / "saes" / name, sae_id=name, variance_explained=explained.get(name)),
         )
         for name in names

@@ -9,10 +9,10 @@ from .equal_norm_controls import control_arms as control_arms
 from .equal_norm_controls import fit_activations as fit_activations
 from .intervene import HookFunction as HookFunction
 from .intervene import Intervention as Intervention
+from .intervene import SecondarySplice as SecondarySplice
 from .intervene import Splice as Splice
 from .intervene import Substitution as Substitution
 from .intervene import counted_tokens as counted_tokens
 from .intervene import digest as digest
 from .intervene import path_means as path_means
 from .intervene import splice as splice
-from .secondary_splice import SecondarySplice as SecondarySplice

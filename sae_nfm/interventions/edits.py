@@ -19,13 +19,15 @@ from sae_lens import SAE
 from torch import Tensor
 from typing_extensions import override
 
-from sae_nfm.interventions.edit_targets import Where, check_where, where_text
-from sae_nfm.interventions.edited_entries import (
+from sae_nfm.interventions.edit_targets import (
     Index,
+    Where,
     check_hook_point,
     check_index,
+    check_where,
     check_width,
     entries_text,
+    where_text,
     width_of,
     with_entries,
 )

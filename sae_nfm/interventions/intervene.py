@@ -21,7 +21,7 @@ from sae_lens import SAE
 from torch import Tensor
 from typing_extensions import override
 
-from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths
+from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths, Secondary, check_secondary, place_secondary, through
 from sae_nfm.interventions.apply_edits import at_work, hook_functions
 from sae_nfm.interventions.edit_targets import TokensInTurn
 from sae_nfm.interventions.edits import SAEEdit
@@ -297,3 +297,45 @@ def _recorded(trace: Trace) -> tuple[dict[str, HookFunction], dict[str, HookFunc
         trace.acts = value
 
     return {"hook_sae_input": x}, {"hook_sae_output": x_hat, "hook_sae_acts_post": acts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondarySplice(Splice):
+    """An SAE in place of its hook point, a secondary SAE in place of its hidden code.
+
+    Raises:
+        ValueError: as `Splice` and `attach_secondary`.
+    """
+
+    secondary: SAE[Any]
+    """The secondary SAE."""
+    error_term: bool = False
+    """Whether what the secondary SAE does not reconstruct is added."""
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_secondary(self.sae, self.secondary)
+
+    @property
+    @override
+    def identity(self) -> str:
+        with self._attached():
+            return super().identity
+
+    @override
+    @contextmanager
+    def on(self, model: LanguageModel, generator: torch.Generator | None = None) -> Generator[Trace]:
+        with self._attached(), super().on(model, generator) as trace:
+            yield trace
+
+    @override
+    def reconstruct(self, x: Float[Tensor, "rows pos d"]) -> Float[Tensor, "rows pos d"]:
+        with self._attached():
+            return super().reconstruct(x)
+
+    def _attached(self) -> AbstractContextManager[Any]:
+        assert isinstance(
+            self.sae, NFMPaths
+        )  # `check_secondary`, whose digest takes seconds for a large SAE, is done once
+        return place_secondary(self.sae, Secondary(sae=self.secondary, error_term=self.error_term, through=through))

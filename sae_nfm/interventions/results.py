@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 
-from sae_nfm.common import write_json
+from sae_nfm.common.results import SavedResult
 from sae_nfm.stats import Estimate, corrected, mean_difference
 
 SIGNIFICANT = 0.05
@@ -33,8 +33,10 @@ class Steered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteeringComparison:
+class SteeringComparison(SavedResult):
     """Steering with a pair, the sum of its features, each of them and at random, over rows of text."""
+
+    kind: ClassVar[str] = "steering/1"
 
     pair: tuple[int, int]
     """Features i and j."""
@@ -100,10 +102,6 @@ class SteeringComparison:
                     f"({e.correction})"
                 )
         return "\n".join([*lines, "", "One SAE and one pair: nothing here is about other pairs or seeds."])
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, under a temporary name first."""
-        write_json(path, asdict(self))
 
 
 def _verdict(difference: Estimate) -> str:

@@ -1,6 +1,6 @@
 """The products of a training step, sparse and dense, on CPU and GPU."""
 
-from sae_nfm.kernels.devices import product_dtype, without_triton
+from sae_nfm.kernels.device import product_dtype, without_triton
 from sae_nfm.kernels.dispatch import Kernel
 from sae_nfm.kernels.heads import POOLS, check_head, interaction_head
 from sae_nfm.kernels.reference import (

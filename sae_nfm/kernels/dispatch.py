@@ -17,14 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae_nfm.kernels import reference
-from sae_nfm.kernels.device_rates import device_rates
-from sae_nfm.kernels.devices import product_dtype, uses_triton
+from sae_nfm.kernels.device import device_rates, product_dtype, uses_triton
 from sae_nfm.kernels.heads import POOLS
-from sae_nfm.kernels.pair_pool import PairPool
 from sae_nfm.kernels.reference import Acts, SparseActs
 from sae_nfm.kernels.sparse_sums import (
     BothDecoders,
     OfActive,
+    PairPool,
     Routing,
     RowNorms,
     TopHiddenPre,

@@ -12,17 +12,17 @@ functions can be differentiated once.
 
 import warnings
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from typing_extensions import override
 
 from sae_nfm.kernels import topk
-from sae_nfm.kernels.devices import product_dtype, uses_triton
+from sae_nfm.kernels.device import product_dtype, uses_triton
+from sae_nfm.kernels.routing import Routing, route
 
 Grads = tuple[Tensor | None, ...]
 TRANSPOSED_BYTES = 3 * 2**23
@@ -31,25 +31,6 @@ TRANSPOSED_ROWS = 256
 """Rows of W_enc in a piece, at most: with 512, the numbers of a column are 2 KiB apart and displace each other in the cache."""
 TRANSPOSED_FEATURES = 512
 """Features of a piece that are transposed at a time. Measured on CPU."""
-
-
-class Routing(NamedTuple):
-    """The active entries ordered by feature, for sums over the tokens of a feature; made by `route`."""
-
-    entries: Int[Tensor, " n_entries"]
-    """Positions in the flattened [n_tokens, k] activations; those of one feature are adjacent, in the order of tokens."""
-    tokens: Int[Tensor, " n_entries"]
-    """The token of each entry."""
-    starts: Int[Tensor, " d_sae_plus_1"]
-    """Where each feature's entries begin; the last number is n_entries."""
-
-
-def route(indices: Int[Tensor, "*batch k"], d_sae: int) -> Routing:
-    """Order the active entries by feature: once for all kernels that read features at the same indices."""
-    flat = indices.flatten()
-    entries = flat.int().argsort(stable=True)  # int32 sorts faster
-    counts = flat.new_zeros(d_sae + 1).index_add_(0, flat + 1, torch.ones_like(flat))  # bincount waits for a GPU
-    return Routing(entries, entries // indices.shape[-1], counts.cumsum(0))
 
 
 class TopHiddenPre(torch.autograd.Function):
@@ -284,3 +265,35 @@ def dots(indices: Tensor, by_token: Tensor, rows: Tensor) -> Tensor:
         pattern = torch.sparse_csr_tensor(starts, indices.flatten(), zeros, shape, check_invariants=False)
         products = torch.sparse.sampled_addmm(pattern, by_token, rows.to(by_token.dtype).T, beta=0.0)
     return products.values().reshape(n_tokens, k)
+
+
+class PairPool(torch.autograd.Function):
+    """`kernels.bi_interaction`, with the routing to share or None; indices and values [n_tokens, k]."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, indices: Tensor, values: Tensor, V: Tensor, routing: Routing | None) -> Tensor:
+        from sae_nfm.kernels import triton_pairs
+
+        wide_values = wide(values)
+        top = values.abs().argmax(dim=-1)
+        z, strongest, rest = triton_pairs.pool(indices, wide_values, V, top)
+        ctx.save_for_backward(indices, values, V, top, strongest, rest)
+        ctx.routing = routing
+        return z
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
+        from sae_nfm.kernels import triton_pairs
+
+        indices, values, V, top, strongest, rest = ctx.saved_tensors
+        pooled = (top, strongest, rest)
+        wide_values, grad_values, grad_V = wide(values), None, None
+        if ctx.needs_input_grad[1]:
+            grad_values = triton_pairs.grad_values(indices, wide_values, V, *pooled, grad)
+        if ctx.needs_input_grad[2]:
+            routing = ctx.routing or route(indices, len(V))
+            grad_V = triton_pairs.grad_V(routing, wide_values, V, *pooled, grad)
+        return None, grad_values, grad_V, None

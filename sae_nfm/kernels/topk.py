@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_nfm.kernels.devices import product_dtype, uses_triton
+from sae_nfm.kernels.device import product_dtype, uses_triton
 
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
 """Tokens whose scores [tokens, d_sae] exist at one time. CPU: measured, fewer read W_enc too often. CUDA: a guess."""

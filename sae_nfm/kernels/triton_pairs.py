@@ -12,16 +12,12 @@ case i = s stands apart since a GPU fuses product and difference: f_s v_s - f_s 
 See `triton_sums` for how programs are laid out and tested.
 """
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_nfm.kernels.routing import Routing
 from sae_nfm.kernels.triton_sums import launch, shares_of
-
-if TYPE_CHECKING:
-    from sae_nfm.kernels.sparse_sums import Routing
 
 
 def pool(indices: Tensor, values: Tensor, V: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +46,7 @@ def grad_values(
 
 
 def grad_V(
-    routing: "Routing", values: Tensor, V: Tensor, top: Tensor, strongest: Tensor, rest: Tensor, grad: Tensor
+    routing: Routing, values: Tensor, V: Tensor, top: Tensor, strongest: Tensor, rest: Tensor, grad: Tensor
 ) -> Tensor:
     """dL/dV [d_sae, nfm_dim]; arguments as above."""
     out, ordered = V.new_empty(V.shape), (routing.starts, routing.tokens, routing.entries)

@@ -11,15 +11,14 @@ first import, the kernels run on CPU tensors, one program after the other: slow,
 """
 
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sae_nfm.kernels.sparse_sums import Routing
+from sae_nfm.kernels.routing import Routing
 
 CHUNKS = (512, 256, 128)
 """Columns of a program, for matrices at least as wide as the last; the fewest columns beyond the matrix win."""
@@ -56,7 +55,7 @@ def sum_by_token(indices: Tensor, values: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
-def sum_by_feature(routing: "Routing", values: Tensor, by_token: Tensor) -> Tensor:
+def sum_by_feature(routing: Routing, values: Tensor, by_token: Tensor) -> Tensor:
     """`sum_b f_bi g_b`, [d_sae, d_out], 0 for features that no token uses."""
     d_sae, d_out = len(routing.starts) - 1, by_token.shape[1]
     out = by_token.new_empty(d_sae, d_out)

@@ -1,9 +1,7 @@
 """Weights, digests and SAEs by name: what every package needs of torch and SAELens."""
 
-from sae_nfm.loading.by_name import load_sae
-from sae_nfm.loading.digests import describe, digest
-from sae_nfm.loading.quiet import quiet_saelens
-from sae_nfm.loading.strict import SAVE_AGAIN, check_folder, check_state_dict, sha256_of, write_note
+from sae_nfm.loading.saelens import load_sae, quiet_saelens
+from sae_nfm.loading.strict import SAVE_AGAIN, check_folder, check_state_dict, describe, digest, sha256_of, write_note
 
 __all__ = [
     "SAVE_AGAIN",

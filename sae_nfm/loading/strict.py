@@ -8,8 +8,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from torch import Tensor
 
@@ -76,3 +78,14 @@ def write_note(path: str | Path) -> None:
     if not note.exists():
         architecture = json.loads((Path(path) / SAE_CFG_FILENAME).read_text())["architecture"]
         note.write_text(NOTE.format(architecture=architecture))
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The first 16 digits of `loading.sha256_of` named tensors."""
+    return sha256_of(tensors)[:16]
+
+
+def describe(sae: SAE[Any], where: str = "") -> str:
+    """An SAE by its weights and what its config says of how they are used."""
+    config = {name: value for name, value in sae.cfg.to_dict().items() if name not in ("metadata", "device")}
+    return f"SAE {digest(sae.state_dict())}{where}, config {json.dumps(config, sort_keys=True)}"

@@ -1,7 +1,18 @@
 """Loading a language model, naming its hook points, splicing an SAE into it."""
 
-from sae_nfm.models.compatibility import check_context, check_device, model_of, refuse_heads_of_a_bridge, site_at
-from sae_nfm.models.load import OFFLINE, LanguageModel, Site, device_of, find_site, load_model
+from sae_nfm.models.load import (
+    OFFLINE,
+    LanguageModel,
+    Site,
+    check_context,
+    check_device,
+    device_of,
+    find_site,
+    load_model,
+    model_of,
+    refuse_heads_of_a_bridge,
+    site_at,
+)
 from sae_nfm.models.local_hf import config_fields, is_folder
 from sae_nfm.models.splicing import (
     Attached,

@@ -27,9 +27,10 @@ from typing_extensions import override
 
 from sae_nfm.architectures import JointNFMTrainingSAE, JointNFMTrainingSAEConfig, Kernel, SequentialNFMTrainingSAE
 from sae_nfm.kernels import dispatch, reference, without_triton
+from sae_nfm.profiling.results import TOPK, Rates
 from sae_nfm.training import fuse
 
-TOPK, TOPK_FUSED = "topk", "topk fused Adam"
+TOPK_FUSED = "topk fused Adam"
 JOINT_AUTO, JOINT_TORCH, PUBLISHED = "joint_nfm auto", "joint_nfm no Triton", "joint_nfm published"
 N_BATCHES = 4
 """Different batches that the steps go round."""
@@ -65,16 +66,6 @@ class Sizes:
     """Where."""
     seed: int = 0
     """Seed of activations and initial weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """How fast the machine was in the run, at its best."""
-
-    flop_per_second: float
-    """Of a square matrix product in the type that products have."""
-    bytes_per_second: float
-    """Read and written by a copy of a large tensor."""
 
 
 Case = tuple[str, Sizes]

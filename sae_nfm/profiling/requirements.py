@@ -23,9 +23,9 @@ from sae_nfm.comparison import training_flops
 from sae_nfm.kernels import TOKENS_AT_ONCE, dispatch
 from sae_nfm.models import LanguageModel, check_context, check_device, site_at
 from sae_nfm.profiling.arms import Sizes, time_cases
-from sae_nfm.profiling.dry_run_results import DryRun, MemoryRow
 from sae_nfm.profiling.fake_run import Cost, activation_buffer, model_forward, sae_step, shape_of_model
-from sae_nfm.profiling.run_spec import Device, Experiment, load_experiment
+from sae_nfm.profiling.results import Device, DryRun, MemoryRow
+from sae_nfm.profiling.run_spec import Experiment, load_experiment
 from sae_nfm.training import TrainArguments
 
 GIB = 2**30

@@ -1,11 +1,47 @@
 """What `sae-nfm speed` found: rows, a table to print, to and from JSON."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal
 
+from sae_nfm.common import aligned
 from sae_nfm.common.results import SavedResult
-from sae_nfm.profiling.arms import Rates
 
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How fast the machine was in the run, at its best."""
+
+    flop_per_second: float
+    """Of a square matrix product in the type that products have."""
+    bytes_per_second: float
+    """Read and written by a copy of a large tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A device, and how fast it is at its best."""
+
+    name: str
+    """What it is called."""
+    memory_gib: float
+    """Memory in GiB."""
+    flop_per_second: float | None = None
+    """FLOP/s of matrix products in the SAE's type; measured unless given."""
+    bytes_per_second: float | None = None
+    """Bytes per second, read and written, of its memory; measured unless given."""
+    model_flop_per_second: float | None = None
+    """FLOP/s of matrix products in the model's type; flop_per_second unless given."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no amount."""
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            number = isinstance(value, int | float) and value > 0
+            if not number and not (value is None and field.default is not MISSING):
+                raise ValueError(f"the device's {field.name} is {value!r}; give a positive number (in YAML, 1.5e+12)")
+
+
+TOPK = "topk"
 Scan = Literal["d_sae", "nfm_dim"]
 COLUMNS = 110
 """Characters in a line of the table."""
@@ -51,7 +87,7 @@ class SpeedRow:
 class SpeedResult(SavedResult):
     """Everything a run of `sae-nfm speed` found."""
 
-    command: ClassVar[str] = "sae-nfm speed --save FILE"
+    kind: ClassVar[str] = "speed/1"
 
     rows: tuple[SpeedRow, ...]
     """The arms, for each size."""
@@ -81,15 +117,9 @@ class SpeedResult(SavedResult):
         header = ["arm", "step ms", "quartiles", "/ topk", "/ floor", "peak MiB", "/ topk"]
         header = [*header, "/ before", "/ first"] if scan else [*header, "infer ms", "/ topk"]
         lines = [(_cells(row, scan), row.reason) for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(header, *(cells for cells, _ in lines), strict=True)]
-
-        def aligned(cells: list[str]) -> str:
-            rest = (text.rjust(width) for text, width in zip(cells[1:], widths[1:], strict=True))
-            return "  ".join([cells[0].ljust(widths[0]), *rest]).rstrip()
-
-        ruler = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        body = [_fitting(f"{aligned(cells)}  {reason or ''}".rstrip()) for cells, reason in lines]
-        return [aligned(header), ruler, *body]
+        head, ruler, *rows = aligned([header, *(cells for cells, _ in lines)])
+        body = [_fitting(f"{row}  {reason or ''}".rstrip()) for row, (_, reason) in zip(rows, lines, strict=True)]
+        return [head, ruler, *body]
 
 
 def _cells(row: SpeedRow, scan: Scan | None) -> list[str]:
@@ -112,3 +142,91 @@ def _cells(row: SpeedRow, scan: Scan | None) -> list[str]:
 
 def _fitting(line: str) -> str:
     return line if len(line) <= COLUMNS else f"{line[: COLUMNS - 3]}..."  # the JSON has all of a long reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRow:
+    """One part of the memory."""
+
+    name: str
+    """What it is."""
+    gib: float
+    """GiB."""
+    phase: str
+    """When: "always", "step" (of the SAE) or "refill" (of the buffer, by the model)."""
+    device: str
+    """Where."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a training run would be and take."""
+
+    name: str
+    """The experiment's name."""
+    command: str
+    """The command line that it is."""
+    device: Device
+    """The device, with its rates."""
+    rates_measured: bool
+    """Whether the rates were measured here; else they are as given."""
+    hook_name: str
+    """Where activations are taken, by the model's own name."""
+    model_parameters: int
+    """Parameters of the language model."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of every parameter of the SAE."""
+    parameters: int
+    """Parameters of the SAE."""
+    topk_parameters: int
+    """Parameters of a TopK SAE of the same width."""
+    kernel: str
+    """Form of the SAE's step: "dense" or "sparse"."""
+    memory: tuple[MemoryRow, ...]
+    """All parts of the memory."""
+    needed_gib: float
+    """GiB needed on the SAE's device at the worse time of step and refill."""
+    steps: int
+    """Training steps."""
+    model_flops_per_token: float
+    """FLOPs of the model's forward pass up to the hook point."""
+    sae_flops_per_token: float
+    """FLOPs of a training step of the SAE."""
+    model_seconds: float
+    """Seconds that the model takes at least, for all tokens."""
+    sae_seconds: float
+    """Seconds that the SAE's steps take at least."""
+
+    @property
+    def more_than_topk(self) -> float:
+        """How many more parameters than a TopK SAE of the same width, as a fraction."""
+        return self.parameters / self.topk_parameters - 1
+
+    def words(self) -> str:
+        """The tables."""
+        shapes = [f"    {name:<8} {' x '.join(f'{n:,}' for n in shape)}" for name, shape in self.shapes.items()]
+        width = max(len(row.name) for row in self.memory)
+        memory = [f"    {row.name:<{width}}  {row.gib:>8.2f}  {row.phase:<7} {row.device}" for row in self.memory]
+        source = "measured here" if self.rates_measured else "as given"
+        device, hours = self.device, (self.model_seconds + self.sae_seconds) / 3600
+        assert device.flop_per_second is not None
+        assert device.bytes_per_second is not None
+        rates = f"{device.flop_per_second / 1e12:,.2f} TFLOP/s and {device.bytes_per_second / 1e9:,.0f} GB/s, {source}"
+        return "\n".join(
+            [
+                f"{self.name}: {self.command}",
+                "",
+                f"Activations at {self.hook_name} of a model of {self.model_parameters:,} parameters",
+                f"SAE: {self.parameters:,} parameters, {self.more_than_topk:+.1%} of a TopK SAE of the same width",
+                *shapes,
+                "",
+                "Memory in GiB",
+                *memory,
+                f"    needed at once on {device.name}: {self.needed_gib:.2f} of {device.memory_gib:g}",
+                "",
+                f"Time: {self.steps:,} steps ({self.kernel}), at least, at {rates}",
+                f"    model {self.model_flops_per_token / 1e9:,.2f} GFLOP a token, {self.model_seconds / 3600:,.2f} h",
+                f"    SAE   {self.sae_flops_per_token / 1e9:,.2f} GFLOP a token, {self.sae_seconds / 3600:,.2f} h",
+                f"    both  {hours:,.2f} h",
+            ]
+        )

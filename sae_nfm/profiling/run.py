@@ -4,7 +4,6 @@ All arms (`speed_arms.ARMS`) make their steps in turn, round after round, so tha
 them; a figure is the median over rounds. A step is SAELens's `SAETrainer.step`: forward, backward, clipping, Adam, statistics.
 """
 
-import importlib.metadata
 import platform
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -15,23 +14,12 @@ from typing import Any
 import torch
 
 from sae_nfm.architectures import parameter_count
+from sae_nfm.common import provenance
 from sae_nfm.models import check_device
-from sae_nfm.profiling.arms import (
-    ARMS,
-    JOINT_AUTO,
-    JOINT_TORCH,
-    TOPK,
-    Case,
-    Rates,
-    Sizes,
-    Timings,
-    joint_config,
-    time_cases,
-)
+from sae_nfm.profiling.arms import ARMS, JOINT_AUTO, JOINT_TORCH, Case, Sizes, Timings, joint_config, time_cases
 from sae_nfm.profiling.peak_memory import measure_peaks
-from sae_nfm.profiling.results import Scan, SpeedResult, SpeedRow
+from sae_nfm.profiling.results import TOPK, Rates, Scan, SpeedResult, SpeedRow
 
-PACKAGES = ("sae-nfm", "sae-lens", "torch")
 SCANNED = (JOINT_AUTO, TOPK)
 
 
@@ -203,10 +191,9 @@ def _threads(wanted: int | None) -> Generator[None]:
 
 def _provenance(config: SpeedConfig) -> dict[str, Any]:
     cuda = torch.device(config.device).type == "cuda"
-    return {
-        "config": asdict(config) | {"arms": list(config.arms)},
-        "device": torch.cuda.get_device_name(config.device) if cuda else f"{platform.machine()} {config.device}",
-        "threads": torch.get_num_threads(),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
+    return provenance(
+        asdict(config) | {"arms": list(config.arms)},
+        device=torch.cuda.get_device_name(config.device) if cuda else f"{platform.machine()} {config.device}",
+        threads=torch.get_num_threads(),
+        torch_cpu_capability=torch.backends.cpu.get_cpu_capability(),
+    )

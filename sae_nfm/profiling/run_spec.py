@@ -9,7 +9,7 @@ The file says nothing that the command line could not: `Experiment.command()` is
 
 import json
 import shlex
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +17,12 @@ import yaml
 from transformers import AutoConfig, PretrainedConfig
 
 from sae_nfm.models import is_folder
+from sae_nfm.profiling.results import Device
 from sae_nfm.training import TrainArguments, train_arguments
 
 CONFIGS = Path(__file__).parent / "configs"
 """Experiments that come with the package; each goes by its name without .yaml, too."""
 SECTIONS = ("train", "model", "device")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """A device, and how fast it is at its best."""
-
-    name: str
-    """What it is called."""
-    memory_gib: float
-    """Memory in GiB."""
-    flop_per_second: float | None = None
-    """FLOP/s of matrix products in the SAE's type; measured unless given."""
-    bytes_per_second: float | None = None
-    """Bytes per second, read and written, of its memory; measured unless given."""
-    model_flop_per_second: float | None = None
-    """FLOP/s of matrix products in the model's type; flop_per_second unless given."""
-
-    def __post_init__(self) -> None:
-        """Refuse what is no amount."""
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            number = isinstance(value, int | float) and value > 0
-            if not number and not (value is None and field.default is not MISSING):
-                raise ValueError(f"the device's {field.name} is {value!r}; give a positive number (in YAML, 1.5e+12)")
 
 
 @dataclass(frozen=True, kw_only=True)

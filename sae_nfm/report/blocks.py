@@ -1,10 +1,15 @@
 """What a page is made of: sections of prose, tables and figures, each figure with its data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pandas as pd
 import plotly.graph_objects as go
+
+from sae_nfm.report.run_folder import Found
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,3 +101,34 @@ class Section:
     """Its content."""
     verdicts: Sequence[str] = ()
     """What it found, in sentences for the summary: null results and losses as plainly as wins."""
+
+
+def section_of(
+    found: Sequence[Found[T]],
+    *,
+    id: str,
+    title: str,
+    lead: str,
+    blocks: Callable[[Found[T], int], Iterable[Block]],
+    findings: Callable[[T], Iterable[str]],
+) -> Section | None:
+    """The section of all results of one kind; None without any.
+
+    Args:
+        found: the results.
+        id: the section's anchor.
+        title: its heading.
+        lead: what question it answers.
+        blocks: of a result and its number, from 0.
+        findings: of a result, for the summary; where there are several each is told with its folder.
+    """
+    if not found:
+        return None
+    shown: list[Block] = []
+    verdicts: list[str] = []
+    for number, one in enumerate(found):
+        several = len(found) > 1
+        shown += [Heading(text=one.label)] if several else []
+        shown += blocks(one, number)
+        verdicts += [f"{one.label}: {told}" if several else told for told in findings(one.result)]
+    return Section(id=id, title=title, lead=lead, blocks=shown, verdicts=verdicts)

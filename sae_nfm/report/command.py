@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sae_nfm.common import whole
-from sae_nfm.hub import REPORT_FILENAME
+from sae_nfm.common.results import REPORT_FILENAME
 from sae_nfm.report.chapters import sections
 from sae_nfm.report.page import page
 from sae_nfm.report.run_folder import read_run
@@ -56,5 +56,5 @@ def write_run_report(cfg: ReportConfig) -> WrittenReport:
         path=path,
         size=path.stat().st_size,
         sections=tuple(section.title for section in there),
-        missing=tuple((chapter.title, chapter.command) for chapter in missing),
+        missing=tuple((chapter.TITLE, " or ".join(chapter.COMMANDS)) for chapter in missing),
     )

@@ -1,26 +1,22 @@
-"""What a run has left in a folder: the results of any of the commands, found by what is in the files."""
+"""What a run has left in a folder: the results of any of the commands, found by the kind that their files say."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-
 from sae_nfm.attribution import Attribution
-from sae_nfm.common.results import as_result
-from sae_nfm.comparison import BenchmarkResult
+from sae_nfm.common.before_kinds import kind_by_keys
+from sae_nfm.common.results import KIND, RESULTS_FILENAME, SavedResult, as_result
 from sae_nfm.comparison.results import CompareResult
 from sae_nfm.experiments.dynamics.results import DynamicsResult
 from sae_nfm.experiments.factorial.results import FactorialResult
 from sae_nfm.experiments.reproduce.results import ReproduceResult
 from sae_nfm.experiments.secondary.results import SecondaryResult
-from sae_nfm.hub import RESULTS_FILENAME
 from sae_nfm.profiling.results import SpeedResult
 
-RESULTS = (
-    BenchmarkResult,
+RESULTS: tuple[type[SavedResult], ...] = (
     CompareResult,
     ReproduceResult,
     FactorialResult,
@@ -29,7 +25,10 @@ RESULTS = (
     Attribution,
     SpeedResult,
 )
-"""Results that a page has a section for. A file is of the first whose fields it has."""
+"""Results that a chapter draws."""
+KINDS: Mapping[str, type[SavedResult]] = {result.kind: result for result in RESULTS}
+SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME = "cfg.json", "sae_weights.safetensors"
+"""SAELens's, which is not imported here."""
 EXPLORER_FILENAME, RECORD_FILENAME, MANIFEST_FILENAME = "explorer.json.gz", "training.jsonl", "manifest.json"
 LARGEST = 64 * 2**20
 """Bytes of the largest JSON file that is looked into."""
@@ -113,20 +112,27 @@ def _results(folder: Path, files: Sequence[Path]) -> Iterator[Found[Any]]:
             continue
         try:
             content = json.loads(path.read_text())
+            result = _result(content)
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); make it anew, or take it out of the folder") from error
-        result = _of_some_class(content)
+            raise ValueError(f"{path} is damaged ({error}); regenerate it, or take it out of the folder") from error
         if result is not None:
             named = path.parent if path.name == RESULTS_FILENAME else path
             yield Found(result=result, path=path, label=named.relative_to(folder).as_posix())
 
 
-def _of_some_class(content: Any) -> Any:
-    keys = set(content) if isinstance(content, dict) else set[str]()
-    for result in RESULTS:
-        if keys == {field.name for field in fields(result)}:
-            try:
-                return as_result(result, content)
-            except ValueError:  # the fields of another class are called the same
-                continue
+def _result(content: Any) -> SavedResult | None:
+    """The result in a file; None where no chapter draws it.
+
+    Raises:
+        ValueError: when it is of a known command in another version, or its fields are not those of its kind.
+    """
+    if not isinstance(content, dict):
+        return None
+    kind: Any = content[KIND] if KIND in content else kind_by_keys(content, RESULTS)
+    if kind in KINDS:
+        return as_result(KINDS[kind], content)
+    command = str(kind).partition("/")[0]
+    known = next((one for one in KINDS if one.partition("/")[0] == command), None)
+    if known is not None:
+        raise ValueError(f"its kind is {kind!r}, this version of sae-nfm reads {known!r}")
     return None

@@ -45,7 +45,7 @@ from sae_nfm.stats.permutation import (
     select_and_test,
     shuffled_procedure,
 )
-from sae_nfm.stats.seed_document_test import Verdict, corrected_verdicts, verdict_from_rows
+from sae_nfm.stats.seed_document_test import Outcome, Verdict, corrected_verdicts, verdict_from_rows
 
 __all__ = [
     "ALPHA",
@@ -60,6 +60,7 @@ __all__ = [
     "Half",
     "MixedModel",
     "MixtureComparison",
+    "Outcome",
     "PermutedCorrelation",
     "ProcedureNull",
     "Removability",

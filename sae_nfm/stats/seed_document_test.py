@@ -22,6 +22,7 @@ Source: Satterthwaite 1946, Biometrics Bulletin 2:110; Fieller 1954; `sae_nfm.st
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,15 @@ SEEDS_FOR_A_CLAIM = 5
 
 RELABELLED_AT_MOST = 2.0**-SEEDS_FOR_A_CLAIM
 """Share of relabellings of the seeds that may look as good: what five seeds reach when they agree."""
+
+
+class Outcome(StrEnum):
+    """What a verdict comes to."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    NO_DIFFERENCE = "no difference shown"
+    NO_CLAIM = "no claim"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +71,20 @@ class Verdict:
     """Share of the ways to swap the labels of the arms by seed that show as large a difference in this direction."""
 
     @property
-    def words(self) -> str:
-        """The verdict: "better", "worse", "no difference shown", or that there are too few seeds for a claim."""
+    def outcome(self) -> Outcome:
+        """The verdict; there is none for too few seeds."""
         if self.n_seeds < SEEDS_FOR_A_CLAIM:
-            return "one seed: no claim" if self.n_seeds == 1 else f"{self.n_seeds} seeds: no claim"
+            return Outcome.NO_CLAIM
         if not self._significant or self.relabelled > RELABELLED_AT_MOST:
-            return "no difference shown"
-        return "better" if self.difference.estimate < 0 else "worse"
+            return Outcome.NO_DIFFERENCE
+        return Outcome.BETTER if self.difference.estimate < 0 else Outcome.WORSE
+
+    @property
+    def words(self) -> str:
+        """The outcome, and how many seeds are too few."""
+        if self.outcome is not Outcome.NO_CLAIM:
+            return str(self.outcome)
+        return f"{'one seed' if self.n_seeds == 1 else f'{self.n_seeds} seeds'}: {self.outcome}"
 
     @property
     def _significant(self) -> bool:
@@ -78,7 +95,7 @@ class Verdict:
     def sentence(self) -> str:
         """The figures and the words, in one line."""
         d, r = self.difference, self.relative
-        disagree = self._significant and self.words == "no difference shown"
+        disagree = self._significant and self.outcome is Outcome.NO_DIFFERENCE
         notes = [note for note in (d.correction, "the seeds disagree" if disagree else None) if note]
         return (
             f"{self.arm} against {self.against}, {self.measure}: {d.estimate:+.4g} [{d.low:+.4g}, {d.high:+.4g}], "

@@ -116,7 +116,7 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
     unknown = set(given).difference(("architecture",), *names.values())
     if unknown:
         raise ValueError(f"`sae-nfm train` has no option {sorted(unknown)[0]}; `sae-nfm train --help` has every option")
-    values = defaults(sae_class, given.get("model_name", demo.MODEL_NAME)) | given
+    values = defaults(sae_class, given.get("model_name", demo.MODEL_NAME)) | dict(given)
     built: dict[type, dict[str, Any]] = {}
     for config, options in names.items():
         hints = get_type_hints(config)

@@ -9,27 +9,36 @@ Each arm ends in a folder of its own, written whole: SAELens's files, `training.
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens import (
     HookedSAETransformer,
     LoggingConfig,
+    MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
+    SAETrainer,
     TrainingSAE,
     TrainingSAEConfig,
 )
+from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.registry import get_sae_training_class
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.util import temporary_seed
+from torch import Tensor
+from typing_extensions import override
 
+from sae_nfm.common import write_json
+from sae_nfm.common.results import with_kind, without_kind
 from sae_nfm.loading import quiet_saelens
-from sae_nfm.training.matched_runner import MatchedRunner
-from sae_nfm.training.recorder import read_training_record, record_training
+from sae_nfm.training.recorder import read_training_record, record_line, record_training
 from sae_nfm.training.resume import checkpoint_folder, exact_resume
 
+TRAINED_KIND = "trained/1"
 TRAINED_FILENAME, RECORD_FILENAME = "trained.json", "training.jsonl"
 
 
@@ -69,6 +78,8 @@ class StreamConfig:
     """Seed of initialisation, data order and what training steps draw."""
     n_checkpoints: int = 0
     """Exact checkpoints during the training, besides the one an interruption leaves."""
+    fewest_steps_counted: int = 0
+    """Last steps, at least, over which active features are counted for `sparsity.safetensors`; else the last half."""
     device: str = "cpu"
     """Device of the SAEs."""
 
@@ -94,7 +105,7 @@ class Trained:
     @classmethod
     def load(cls, folder: Path) -> "Trained":
         """Read it from the folder of a finished arm."""
-        return cls(**json.loads((folder / TRAINED_FILENAME).read_text()))
+        return cls(**without_kind(TRAINED_KIND, json.loads((folder / TRAINED_FILENAME).read_text())))
 
 
 def train_arms(
@@ -155,7 +166,8 @@ def _settings(stream: StreamConfig, arm: TrainingArm, learning_rate: float) -> d
     """All that the outcome depends on, as JSON has it."""
     own = {"learning_rate": learning_rate, "decoder_rate": arm.decoder_rate}
     everything = arm.sae.to_dict() | asdict(stream) | own
-    kept = {key: value for key, value in everything.items() if key not in ("metadata", "n_checkpoints")}
+    ignored = ("metadata", "n_checkpoints", "fewest_steps_counted")
+    kept = {key: value for key, value in everything.items() if key not in ignored}
     return json.loads(json.dumps(kept))
 
 
@@ -217,7 +229,9 @@ def _train_round(
             tokens_per_second=record.tokens_per_second(name),
             settings=_settings(stream, arm, learning_rates[name]),
         )
-        _publish(unfinished / "saes" / name, trained, [line for line in lines if line["sae"] == name], folder / name)
+        made = unfinished / "saes"
+        _write_runner_cfg(made, name, learning_rates[name])
+        _publish(made / name, trained, [line for line in lines if line["sae"] == name], folder / name)
 
 
 def initialised(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
@@ -249,7 +263,8 @@ def runner_config(
         lr_decay_steps=steps // 5,
         n_batches_for_norm_estimate=min(10, steps),
         dead_feature_window=max(20, steps // 4),
-        feature_sampling_window=steps // 2 + 1,  # so that the last count is of half the training
+        # so that the last count is of half the training
+        feature_sampling_window=max(stream.fewest_steps_counted, steps // 2 + 1),
         device=stream.device,
         seed=stream.seed,
         logger=LoggingConfig(log_to_wandb=False),
@@ -260,8 +275,84 @@ def runner_config(
     )
 
 
+def _write_runner_cfg(made: Path, name: str, learning_rate: float) -> None:
+    """SAELens's file of settings for one of the SAEs that it trained together, with its own learning rate."""
+    cfg = json.loads((made / RUNNER_CFG_FILENAME).read_text())
+    cfg |= {"saes": {name: cfg["saes"][name]}, "lr": learning_rate, "lr_end": learning_rate / 10}
+    (made / name / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg))
+
+
 def _publish(made: Path, trained: Trained, lines: Sequence[dict[str, Any]], folder: Path) -> None:
-    (made / RECORD_FILENAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (made / TRAINED_FILENAME).write_text(json.dumps(asdict(trained), indent=1) + "\n")
+    (made / RECORD_FILENAME).write_text("".join(map(record_line, lines)))
+    write_json(made / TRAINED_FILENAME, with_kind(TRAINED_KIND, asdict(trained)))
     folder.parent.mkdir(parents=True, exist_ok=True)
     made.rename(folder)
+
+
+STEPS_PER_SEED = 2**32
+"""More than any run has: the seeds of the steps of two runs do not meet."""
+
+
+class MatchedRunner(MultiSAETrainingRunner):
+    """SAELens's runner for several SAEs.
+
+    Args:
+        cfg: SAELens's configuration; its learning rate is nobody's.
+        learning_rates: peak of Adam's learning rate, by name.
+        decoder_rates: factor on each of Adam's steps of W_dec, by name.
+        overrides: as for SAELens's runner.
+    """
+
+    def __init__(
+        self,
+        cfg: MultiSAETrainingRunnerConfig,
+        learning_rates: Mapping[str, float],
+        decoder_rates: Mapping[str, float],
+        **overrides: Any,
+    ) -> None:
+        super().__init__(cfg, **overrides)
+        self._learning_rates, self._decoder_rates = learning_rates, decoder_rates
+
+    @override
+    def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> dict[str, TrainingSAE[Any]]:
+        for name, one in trainer.trainers.items():
+            if one.n_training_samples == 0:  # else the checkpoint has set the rates
+                _set_learning_rate(one, self._learning_rates[name])
+            multiply_decoder_steps(one, self._decoder_rates[name])
+            _draw_apart(one, self.cfg.seed)
+        return super()._run_with_interruption_handling(trainer)
+
+
+def _set_learning_rate(trainer: SAETrainer[Any, Any], learning_rate: float) -> None:
+    """Take optimizer and schedule from a trainer made with that rate; it decays as a share of it."""
+    cfg = replace(trainer.cfg, lr=learning_rate, lr_end=learning_rate / 10)
+    made = SAETrainer(cfg, trainer.sae, iter(()))
+    trainer.cfg, trainer.optimizer, trainer.lr_scheduler = made.cfg, made.optimizer, made.lr_scheduler
+
+
+def multiply_decoder_steps(trainer: SAETrainer[Any, Any], factor: float) -> None:
+    """Make each of Adam's steps of W_dec longer: what a learning rate multiplied by `factor` would do to it alone."""
+    if factor == 1:
+        return
+    W_dec: Tensor = trainer.sae.W_dec
+    before = torch.empty_like(W_dec)
+
+    def keep(*_: Any) -> None:
+        before.copy_(W_dec.detach())
+
+    def lengthen(*_: Any) -> None:
+        W_dec.data.add_(W_dec.detach() - before, alpha=factor - 1)
+
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.optimizer.register_step_post_hook(lengthen)
+
+
+def _draw_apart(trainer: SAETrainer[Any, Any], seed: int) -> None:
+    """Let a step draw from a state made of seed and step, and leave the state of the stream as it was."""
+    step: Callable[[Tensor], Any] = trainer.step
+
+    def step_apart(batch: Tensor) -> Any:
+        with temporary_seed(seed * STEPS_PER_SEED + trainer.n_training_steps):
+            return step(batch)
+
+    trainer.step = step_apart  # pyright: ignore[reportAttributeAccessIssue]

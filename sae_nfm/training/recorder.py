@@ -19,8 +19,10 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
 from sae_nfm.architectures import TrainedPaths
+from sae_nfm.common.results import with_kind, without_kind
 from sae_nfm.loading import quiet_saelens
 
+RECORD_KIND = "training/1"
 Runner = LanguageModelSAETrainingRunner | MultiSAETrainingRunner
 
 
@@ -131,7 +133,7 @@ class _Recorder:
         """
         lines = [line for line in earlier if line["tokens"] <= trainer.n_training_samples]
         self._file.truncate(0)
-        self._file.writelines(json.dumps(line) + "\n" for line in lines)
+        self._file.writelines(map(record_line, lines))
         trainers: dict[str, SAETrainer[Any, Any]] = getattr(trainer, "trainers", {"sae": trainer})
         for name, one in trainers.items():
             last = next((line for line in reversed(lines) if line["sae"] == name), None)
@@ -170,7 +172,7 @@ class _Recorder:
             **trainer.build_train_step_log_dict(output, trainer.n_training_samples),
             **held_out,
         }
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(record_line(line))
         self._file.flush()
 
     @torch.no_grad()
@@ -242,11 +244,17 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def record_line(line: dict[str, Any]) -> str:
+    """A line of the file: each says its kind, so that a part of a record is one, too."""
+    return json.dumps(with_kind(RECORD_KIND, line)) + "\n"
+
+
 def read_training_record(path: str | Path) -> list[dict[str, Any]]:
     """The lines written by `record_training`."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [without_kind(RECORD_KIND, json.loads(line)) for line in Path(path).read_text().splitlines()]
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a record that broke off: the last one may be cut."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = path.read_text().splitlines(keepends=True)
+    return [without_kind(RECORD_KIND, json.loads(line)) for line in lines if line.endswith("\n")]

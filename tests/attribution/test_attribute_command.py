@@ -13,7 +13,7 @@ from sae_nfm.attribution.graph import InteractionGraph
 from sae_nfm.attribution.pair_effects import run_prompt
 from sae_nfm.attribution.pairs import TokenPairs, norms
 from sae_nfm.attribution.run import AttributeConfig, Attribution, attribute
-from sae_nfm.loading.by_name import load_sae
+from sae_nfm.loading.saelens import load_sae
 
 PROMPT = "The film was not as good as the book"
 SAE = "sae-nfm-demo:blocks.2.hook_resid_post"

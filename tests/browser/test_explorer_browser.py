@@ -23,7 +23,7 @@ from invented_explorer import (
 from playwright.sync_api import Page, expect
 
 from sae_nfm.report.blocks import Embedded, Section
-from sae_nfm.report.explorer_section import get_plotlyjs
+from sae_nfm.report.chapters.explorer import get_plotlyjs
 from sae_nfm.report.page import render
 
 pytest_plugins = ["browser"]

@@ -16,8 +16,8 @@ from playwright.sync_api import Locator, Page, expect
 
 from sae_nfm.report.blocks import Figure, Section
 from sae_nfm.report.page import render, render_run
+from sae_nfm.report.plots.theme import styled
 from sae_nfm.report.run_folder import EXPLORER_FILENAME, RECORD_FILENAME, read_run
-from sae_nfm.report.theme import styled
 
 pytest_plugins = ["browser"]
 MEGABYTES = 10

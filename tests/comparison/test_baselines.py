@@ -28,8 +28,7 @@ from sae_nfm.comparison.arms import (
     training_arms,
     training_flops,
 )
-from sae_nfm.training.matched_runner import multiply_decoder_steps
-from sae_nfm.training.multi_arm import StreamConfig, Trained, initialised, train_arms
+from sae_nfm.training.multi_arm import StreamConfig, Trained, initialised, multiply_decoder_steps, train_arms
 from sae_nfm.training.recorder import read_training_record
 
 SIZES = ArmSizes(d_in=D_MODEL, d_sae=48, k=4, nfm_dim=6)

@@ -31,7 +31,7 @@ from sae_nfm.training.recorder import read_training_record
 from sae_nfm_cli import main
 
 TINY = {
-    "training_tokens": 1024, "validation_tokens": 256, "context_size": 32, "d_sae": 96, "k": 8, "nfm_dim": 4,
+    "training_tokens": 1024, "held_out_tokens": 256, "context_size": 32, "d_sae": 96, "k": 8, "nfm_dim": 4,
     "batch_size": 128,
 }  # fmt: skip
 TINY_FLAGS = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -132,7 +132,7 @@ def test_one_seed_gives_one_table(commanded):
 
 def test_another_seed_gives_other_saes(finished, tmp_path):
     cfg, output, _ = finished
-    run_benchmark(replace(cfg, output=str(tmp_path / "other"), seed=1, validation_tokens=cfg.context_size))
+    run_benchmark(replace(cfg, output=str(tmp_path / "other"), seed=1, held_out_tokens=cfg.context_size))
     for name in ("joint_nfm", "joint_nfm square", "topk", "topk matched"):
         one, other = (SAE.load_from_disk(folder / "saes" / name) for folder in (output, tmp_path / "other"))
         assert not torch.equal(one.W_enc, other.W_enc), name

@@ -10,7 +10,7 @@ from sae_lens.util import temporary_seed
 from tiny_models import FAMILIES, HF_BLOCK, write_checkpoints
 
 from sae_nfm.evaluation.fidelity import Arm, evaluate, spliced
-from sae_nfm.loading.quiet import quiet_saelens
+from sae_nfm.loading.saelens import quiet_saelens
 from sae_nfm.models.load import find_site, load_model, resolve_hook_name
 
 HOOKS = ("hook_resid_post", "hook_mlp_out", "hook_attn_out", "attn.hook_z")

@@ -15,10 +15,10 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.training.activation_scaler import ActivationScaler
 from tiny_models import write_checkpoint
 
-from sae_nfm.data.sources import local_dataset
+from sae_nfm.data.datasets import local_dataset
+from sae_nfm.evaluation.results import Evaluation
 from sae_nfm.evaluation.saelens_evals import EvaluateConfig, evaluate_saved
-from sae_nfm.evaluation.saelens_metrics import Evaluation
-from sae_nfm.loading.quiet import quiet_saelens
+from sae_nfm.loading.saelens import quiet_saelens
 from sae_nfm.models.load import load_model
 from sae_nfm_cli import main
 

@@ -16,7 +16,7 @@ from sae_nfm.data.documents import TokenRows
 from sae_nfm.evaluation.fidelity import Arm, evaluate, measure
 from sae_nfm.evaluation.token_table import document_sums, read_rows
 from sae_nfm.interventions.intervene import Splice, Substitution
-from sae_nfm.loading.quiet import quiet_saelens
+from sae_nfm.loading.saelens import quiet_saelens
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,7 @@ from sae_lens import SAE, TopKTrainingSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from sae_nfm import demo
-from sae_nfm.evaluation.saebench import INSTALL, _digest, evaluate, main, require, selected_saes
-from sae_nfm.evaluation.saebench_config import SAEBenchConfig, Score
+from sae_nfm.evaluation.saebench import INSTALL, SAEBenchConfig, Score, _digest, evaluate, main, require, selected_saes
 from sae_nfm.evaluation.saelens_evals import EvaluateConfig
 from sae_nfm.evaluation.saelens_evals import evaluate_saved as evaluate_with_saelens
 

@@ -18,7 +18,7 @@ from tiny_models import write_checkpoint
 from sae_nfm import demo
 from sae_nfm.attribution.pair_effects import run_prompt
 from sae_nfm.explorer.assemble import ExplorerSizes
-from sae_nfm.explorer.data import Contexts, Explorer
+from sae_nfm.explorer.results import Contexts, Explorer
 from sae_nfm.explorer.run import ExploreConfig, explore, run_explore
 from sae_nfm.interventions.intervene import Splice
 from sae_nfm.models.load import load_model

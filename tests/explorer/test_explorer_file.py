@@ -9,9 +9,17 @@ import invented_explorer
 import numpy as np
 import pytest
 
-from sae_nfm.explorer.contexts import starts_of
-from sae_nfm.explorer.data import Contexts, Explorer, FeatureFigures, PairFigures, TokenEffects, TokenTable
-from sae_nfm.explorer.file import FILENAME, rounded
+from sae_nfm.explorer.results import (
+    FILENAME,
+    Contexts,
+    Explorer,
+    FeatureFigures,
+    PairFigures,
+    TokenEffects,
+    TokenTable,
+    rounded,
+    starts_of,
+)
 
 N_VOCAB, ROWS, WIDTH, WINDOW = 20_000, 160, 256, (14, 6)
 

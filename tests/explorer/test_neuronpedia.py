@@ -6,8 +6,8 @@ import json
 import invented_explorer as invented
 import pytest
 
-from sae_nfm.explorer.file import FILENAME
 from sae_nfm.explorer.neuronpedia import ExportConfig, export
+from sae_nfm.explorer.results import FILENAME
 
 
 @pytest.fixture

@@ -20,8 +20,7 @@ from tiny_models import write_checkpoint
 from sae_nfm.architectures.secondary import attach_secondary
 from sae_nfm.evaluation.fidelity import Arm, evaluate
 from sae_nfm.interventions.edits import Edit
-from sae_nfm.interventions.intervene import Splice, Substitution
-from sae_nfm.interventions.secondary_splice import SecondarySplice
+from sae_nfm.interventions.intervene import SecondarySplice, Splice, Substitution
 from sae_nfm.models.load import load_model, resolve_hook_name
 
 

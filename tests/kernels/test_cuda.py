@@ -14,7 +14,7 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
 from sae_nfm.kernels import dispatch, topk
-from sae_nfm.kernels.device_rates import device_rates
+from sae_nfm.kernels.device import device_rates
 from sae_nfm.kernels.reference import SparseActs
 
 pytestmark = pytest.mark.cuda

@@ -1,4 +1,6 @@
-"""A training step as a GPU makes it, on tensors without numbers: which kernels it launches, on what, and that it never waits."""
+"""What depends on the device: a training step as a GPU makes it, on tensors without numbers (which kernels it launches, and that
+it never waits); the choice of a form by the rates of a device, and how these are measured.
+"""
 
 from contextlib import nullcontext
 from functools import partial
@@ -11,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sae_nfm.kernels import devices
+from sae_nfm.kernels import device, dispatch
+from sae_nfm.kernels.device import CPU
 
 
 def device_types(arguments) -> set[str]:
@@ -40,7 +43,7 @@ def launched(monkeypatch) -> list[str]:
         assert device_types(args) == {"meta"}, kernel
         names.append(kernel.__name__)
 
-    monkeypatch.setattr(devices, "TRITON_DEVICES", ("meta",))
+    monkeypatch.setattr(device, "TRITON_DEVICES", ("meta",))
     for module, name in ((triton_sums, "launch"), (triton_sums, "_launch_blocks"), (triton_pairs, "launch")):
         monkeypatch.setattr(module, name, launch)
     monkeypatch.setattr(triton_sums, "transpose", partial(launch, triton_sums._transpose))
@@ -65,3 +68,67 @@ def test_a_step_stays_on_its_device_and_waits_for_nothing(launched, architecture
     # each weight's gradient, the decoders' together where they read the same; b_enc's, and that of the norms from both uses
     sums = 3 + (nfm_top_k is not None) + 1 + 2 * rescale
     assert launched.count("_sum_by_feature") == sums
+
+
+def test_the_choice_follows_the_rates():
+    flops, gathered = CPU
+    crossing = round(1_000_000 * gathered / (2 * flops))
+    assert dispatch.choose(1_000_000, crossing - 1, "cpu") == "sparse"
+    assert dispatch.choose(1_000_000, crossing + 1, "cpu") == "dense"
+
+
+@pytest.mark.parametrize(
+    ("d_sae", "k", "on", "dtype", "expected"),
+    [
+        (8192, 32, "cpu", torch.float32, "sparse"),
+        (50_000, 1024, "cpu", torch.float32, "sparse"),
+        (50_000, 25_000, "cpu", torch.float32, "dense"),
+        (50_000, 32, "mps", torch.float32, "dense"),
+        # a GPU by its data sheet, as none is there
+        (24_576, 32, "cuda", torch.float32, "sparse"),
+        (50_000, 32, "cuda", torch.bfloat16, "sparse"),
+        (50_000, 1024, "cuda", torch.bfloat16, "dense"),
+        (50_000, 512, "cuda", torch.float32, "sparse"),
+    ],
+)
+def test_the_choice_at_known_sizes(monkeypatch, d_sae, k, on, dtype, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dispatch.choose(d_sae, k, on, dtype) == expected
+
+
+def test_rates_are_work_over_time(monkeypatch):
+    """1 s for the product 2 * 8 * 4 * 16 FLOP, 2 s for 8 tokens' 3 rows of 4 float32."""
+    for name, size in {"TOKENS": 8, "ACTIVE": 3, "FEATURES": 16, "WIDTH": 4}.items():
+        monkeypatch.setattr(device, name, size)
+    seconds = iter([1.0, 2.0])
+
+    def timed(work, device):
+        work()
+        return next(seconds)
+
+    monkeypatch.setattr(device, "_seconds", timed)
+    before = torch.get_rng_state()
+    assert device.measure_rates(torch.device("cpu"), torch.bfloat16) == (1024, 192)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rates_of_float32_are_measured_in_float32_under_autocast(monkeypatch):
+    for name, size in {"TOKENS": 8, "ACTIVE": 3, "FEATURES": 16, "WIDTH": 4}.items():
+        monkeypatch.setattr(device, name, size)
+    made = []
+
+    def timed(work, device):
+        made.append(work().dtype)
+        return 1.0
+
+    monkeypatch.setattr(device, "_seconds", timed)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        device.measure_rates(torch.device("cpu"), torch.float32)
+    assert made == [torch.float32, torch.float32]
+
+
+def test_the_median_time_leaves_the_first_call_out(monkeypatch):
+    monkeypatch.setattr(device, "LAUNCHES", 1)
+    ticks = iter([0.0, 100.0, *(value for second in (1.0, 5.0, 3.0, 2.0, 4.0) for value in (0.0, second))])
+    monkeypatch.setattr(device.time, "perf_counter", lambda: next(ticks))
+    assert device._seconds(lambda: torch.zeros(()), torch.device("cpu")) == 3.0

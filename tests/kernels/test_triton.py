@@ -14,7 +14,7 @@ from kernel_inputs import TIGHT, assert_largest, decoded, encoder, gradients, ra
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
-from sae_nfm.kernels import devices, dispatch, sparse_sums, topk
+from sae_nfm.kernels import device, dispatch, sparse_sums, topk
 from sae_nfm.kernels.reference import SparseActs
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
@@ -40,7 +40,7 @@ def small_programs(monkeypatch):
 
 def in_torch(monkeypatch, function, *args):
     with monkeypatch.context() as context:
-        context.setattr(devices, "TRITON_DEVICES", ())
+        context.setattr(device, "TRITON_DEVICES", ())
         return function(*args)
 
 

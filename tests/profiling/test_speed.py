@@ -13,7 +13,7 @@ from sae_lens.saes.sae import TrainStepInput
 
 from sae_nfm.architectures.joint_config import parameter_count
 from sae_nfm.architectures.joint_training import JointNFMTrainingSAE
-from sae_nfm.kernels import devices
+from sae_nfm.kernels import device
 from sae_nfm.profiling import arms
 from sae_nfm.profiling.arms import (
     ARMS,
@@ -22,7 +22,6 @@ from sae_nfm.profiling.arms import (
     JOINT_TORCH,
     PUBLISHED,
     PublishedNFMTrainingSAE,
-    Rates,
     Sizes,
     Stepper,
     activations,
@@ -31,7 +30,7 @@ from sae_nfm.profiling.arms import (
     time_cases,
 )
 from sae_nfm.profiling.peak_memory import peak_of_steps
-from sae_nfm.profiling.results import SpeedResult
+from sae_nfm.profiling.results import Rates, SpeedResult
 from sae_nfm.profiling.run import SpeedConfig, floor_seconds, measure_speed
 
 TINY = {"d_in": 16, "d_sae": 64, "k": 4, "nfm_dim": 8, "batch": 32, "repeats": 3, "warm_up": 1, "memory": False}
@@ -199,10 +198,10 @@ def test_the_arm_without_triton(monkeypatch):
     sizes, seen = Sizes(**sizes_of(TINY)), {}
     for arm in (JOINT_AUTO, JOINT_TORCH):
         step = Stepper(arm, sizes, activations(sizes))
-        monkeypatch.setattr(step.trainer, "step", lambda _, arm=arm: seen.update({arm: devices.TRITON_DEVICES}))
+        monkeypatch.setattr(step.trainer, "step", lambda _, arm=arm: seen.update({arm: device.TRITON_DEVICES}))
         step()
     assert seen == {JOINT_AUTO: ("cuda",), JOINT_TORCH: ()}
-    assert devices.TRITON_DEVICES == ("cuda",)
+    assert device.TRITON_DEVICES == ("cuda",)
     said = "there are no Triton kernels on cpu: the same as joint_nfm auto"
     assert reason_against(JOINT_TORCH, sizes, 1.0) == said
     assert reason_against(JOINT_TORCH, replace(sizes, device="cuda:1"), 1.0) is None

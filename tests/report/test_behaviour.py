@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from report_runs import figures, labels, marks, plots, run_of
 
-from sae_nfm.evaluation.error_controls import error_ratios
-from sae_nfm.evaluation.kl_by_arm import has_controls, kl_by_arm
+from sae_nfm.evaluation.error_controls import error_ratios, has_controls, kl_by_arm
 from sae_nfm.evaluation.token_table import VALUES, Activations, Manifest, begin, table, write_part
-from sae_nfm.report.behaviour_section import section
 from sae_nfm.report.blocks import Heading, Prose
+from sae_nfm.report.chapters.behaviour import section
 
 MEANS = {
     "sae": 0.2, "isotropic": 0.1, "covariance": 0.4, "flipped error": 0.3, "error x 0": 0.0, "error x 0.5": 0.05,

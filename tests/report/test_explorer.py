@@ -6,9 +6,9 @@ import random
 import pytest
 from invented_explorer import content, packed
 
-from sae_nfm.explorer.data import Explorer
+from sae_nfm.explorer.results import Explorer
 from sae_nfm.report.blocks import Embedded, Prose
-from sae_nfm.report.explorer_section import COMMAND, section
+from sae_nfm.report.chapters.explorer import COMMANDS, section
 from sae_nfm.report.run_folder import EXPLORER_FILENAME, read_run
 
 
@@ -68,7 +68,9 @@ def test_what_would_make_the_page_too_large_is_left_out_and_said(tmp_path):
     said = found.blocks[1]
     assert isinstance(said, Prose)
     assert said.lines[0].startswith("a/explorer.json.gz is left out: with its ")
-    assert said.lines[0].endswith(f"Make it smaller with fewer --contexts, --quantile-contexts or --pairs: {COMMAND}")
+    assert said.lines[0].endswith(
+        f"Make it smaller with fewer --contexts, --quantile-contexts or --pairs: {COMMANDS[0]}"
+    )
 
 
 def test_a_damaged_explorer_is_an_error(tmp_path):

@@ -13,8 +13,8 @@ from sae_nfm.experiments.factorial.cell_means import (
     largest_clamps,
     outcomes,
 )
-from sae_nfm.report import factorial_section
 from sae_nfm.report.blocks import Table
+from sae_nfm.report.chapters import factorial as factorial_chapter
 from sae_nfm.report.html import section_html
 from sae_nfm.stats.anova_2x2 import factorial_test
 from sae_nfm.stats.estimates import Estimate
@@ -73,7 +73,7 @@ def test_lines_of_a_panel_are_the_cells(run):
     shown = largest_clamps(arm_cells(found.result, found.path.parent))
     assert [one.arm.times for one in shown] == [4.0, 4.0, 4.0]
     means = shown[0].arm.tests.items["log_prob"].cell_means
-    drawn = figures_by_name(factorial_section.section(run))["cells-0"]
+    drawn = figures_by_name(factorial_chapter.section(run))["cells-0"]
     for second, level in enumerate(LEVELS[1]):
         trace = traces(drawn)[level]
         assert list(trace.x) == list(LEVELS[0])
@@ -83,7 +83,7 @@ def test_lines_of_a_panel_are_the_cells(run):
 
 def test_every_arm_has_its_contrast(run):
     (found,) = run.results
-    drawn = figures_by_name(factorial_section.section(run))
+    drawn = figures_by_name(factorial_chapter.section(run))
     for kind, arms in (("feature", [0, 1, 3]), ("pair", [2])):
         data = drawn[f"contrast-{kind}-0"].data
         expected = [found.result.arms[arm].tests.items["log_prob"].contrast for arm in arms]
@@ -93,7 +93,7 @@ def test_every_arm_has_its_contrast(run):
 
 
 def test_a_null_result_is_said(run):
-    section = factorial_section.section(run)
+    section = factorial_chapter.section(run)
     assert section is not None
     assert "No clamp shows an interaction: of 3 tests none is left by Holm's correction." in section.verdicts
     selection, arms = (block for block in section.blocks if isinstance(block, Table))
@@ -104,7 +104,7 @@ def test_a_null_result_is_said(run):
 
 def test_without_the_changes_there_are_means_alone(run):
     (run.folder / "0" / "changes.parquet").unlink()
-    figure = figures_by_name(factorial_section.section(run))["cells-0"]
+    figure = figures_by_name(factorial_chapter.section(run))["cells-0"]
     assert figure.data["low"].isna().all()
     assert figure.data["mean_nats"].notna().all()
     assert "changes.parquet is not beside it" in figure.caption
@@ -123,11 +123,11 @@ def test_changes_of_another_experiment(run):
 
 
 def test_made_twice_it_is_the_same(run):
-    one, other = (factorial_section.section(run) for _ in range(2))
+    one, other = (factorial_chapter.section(run) for _ in range(2))
     assert one is not None
     assert other is not None
     assert section_html(one) == section_html(other)
 
 
 def test_a_run_without_experiments_has_no_section():
-    assert factorial_section.section(run_of(RUN)) is None
+    assert factorial_chapter.section(run_of(RUN)) is None

@@ -12,7 +12,7 @@ from report_runs import figures, labels, marks, plots, run_of
 from sae_nfm.comparison.arm_means import arm_means
 from sae_nfm.comparison.summary import COLUMNS
 from sae_nfm.report.blocks import Heading, Prose, Table
-from sae_nfm.report.fidelity_section import section
+from sae_nfm.report.chapters.fidelity import section
 
 FVU, KL = "FVU, fraction of variance unexplained", "KL, nats per token"
 

@@ -14,8 +14,8 @@ from sae_nfm.attribution.pair_table import Context
 from sae_nfm.attribution.prompt import PairEffect, TokenAttribution, Written
 from sae_nfm.attribution.run import Attribution
 from sae_nfm.attribution.weight_only import Correlation, PairControls
-from sae_nfm.report import interactions_section
 from sae_nfm.report.blocks import Table
+from sae_nfm.report.chapters import interactions as interactions_chapter
 from sae_nfm.report.html import section_html
 
 FREQUENCY = "co-activation frequency"
@@ -109,7 +109,7 @@ def attribution(**changes):
 
 @pytest.fixture(scope="module")
 def of_corpus():
-    return interactions_section.section(run_of(RUN, attribution(corpus=corpus())))
+    return interactions_chapter.section(run_of(RUN, attribution(corpus=corpus())))
 
 
 def test_the_layout_repeats_and_lies_in_the_unit_square():
@@ -175,7 +175,7 @@ def test_what_is_said_of_a_corpus(of_corpus):
 
 
 def test_predicted_and_measured_effects_of_a_pair():
-    section = interactions_section.section(run_of(RUN, attribution(tokens=(TOKEN,))))
+    section = interactions_chapter.section(run_of(RUN, attribution(tokens=(TOKEN,))))
     drawn = figures_by_name(section)["effects-0-0"]
     found = {name: list(trace.x) for name, trace in traces(drawn).items()}
     assert found == {"gradient": [-0.25], "frozen": [-0.5], "free": [-0.75]}  # there is no direct path here
@@ -186,14 +186,14 @@ def test_predicted_and_measured_effects_of_a_pair():
 
 def test_nothing_fired():
     empty = corpus(graph=InteractionGraph(nodes=(), edges=()), contexts=())
-    section = interactions_section.section(run_of(RUN, attribution(corpus=empty)))
+    section = interactions_chapter.section(run_of(RUN, attribution(corpus=empty)))
     assert figures_by_name(section) == {}
 
 
 def test_made_twice_it_is_the_same():
     run = run_of(RUN, attribution(corpus=corpus(), tokens=(TOKEN,)))
-    one, other = (interactions_section.section(run) for _ in range(2))
+    one, other = (interactions_chapter.section(run) for _ in range(2))
     assert one is not None
     assert other is not None
     assert section_html(one) == section_html(other)
-    assert interactions_section.section(run_of(RUN)) is None
+    assert interactions_chapter.section(run_of(RUN)) is None

@@ -4,15 +4,15 @@ import pytest
 from report_inputs import RUN, estimate, figures_by_name, traces
 from report_runs import run_of
 
-from sae_nfm.experiments.dynamics.results import CheckpointRow, DynamicsResult, Movement
-from sae_nfm.experiments.dynamics.transitions import Counted, Transitions
+from sae_nfm.experiments.dynamics.results import CheckpointRow, Counted, DynamicsResult, Movement, Transitions
 from sae_nfm.experiments.secondary.results import MEAN, PRIMARY, ZERO, Reconstruction, SecondaryResult, SecondaryRow
-from sae_nfm.profiling.arms import Rates
-from sae_nfm.profiling.results import SpeedResult, SpeedRow
-from sae_nfm.report import dynamics_section, secondary_section, speed_section
+from sae_nfm.profiling.results import Rates, SpeedResult, SpeedRow
 from sae_nfm.report.blocks import Table
+from sae_nfm.report.chapters import dynamics as dynamics_chapter
+from sae_nfm.report.chapters import secondary as secondary_chapter
+from sae_nfm.report.chapters import speed as speed_chapter
+from sae_nfm.report.chapters.secondary import ABLATED, ACROSS, CONTROL, ELSEWHERE, OTHER, PERMUTED, REPLACED, TRUE
 from sae_nfm.report.html import section_html
-from sae_nfm.report.secondary_section import ABLATED, ACROSS, CONTROL, ELSEWHERE, OTHER, PERMUTED, REPLACED, TRUE
 
 
 def secondary_row(name, rise, trained_on=None, explained=0.5, true=None):
@@ -46,7 +46,7 @@ SECONDARY = SecondaryResult(
 
 
 def test_variance_explained_beside_the_permuted_code():
-    drawn = figures_by_name(secondary_section.section(run_of(RUN, SECONDARY)))
+    drawn = figures_by_name(secondary_chapter.section(run_of(RUN, SECONDARY)))
     found = {name: list(trace.x) for name, trace in traces(drawn["explained-0"]).items()}
     assert found == {TRUE: [0.8], PERMUTED: [0.75], ACROSS: [0.51], OTHER: [0.7]}
     assert {name: list(trace.x) for name, trace in traces(drawn["rise-0"]).items()} == {
@@ -59,10 +59,10 @@ def test_variance_explained_beside_the_permuted_code():
 
 
 def test_no_difference_from_the_permuted_code_is_said():
-    section = secondary_section.section(run_of(RUN, SECONDARY))
+    section = secondary_chapter.section(run_of(RUN, SECONDARY))
     assert section is not None
     assert any("no difference shown: no structure across dimensions is shown" in told for told in section.verdicts)
-    assert secondary_section.section(run_of(RUN)) is None
+    assert secondary_chapter.section(run_of(RUN)) is None
 
 
 def counted(observed):
@@ -121,7 +121,7 @@ def dynamics():
 
 
 def test_shares_over_tokens_by_gauge():
-    drawn = figures_by_name(dynamics_section.section(run_of(RUN, dynamics())))
+    drawn = figures_by_name(dynamics_chapter.section(run_of(RUN, dynamics())))
     lines = [trace for trace in drawn["shares-0"].plot.data if trace.name == "linear"]
     assert [list(trace.y) for trace in lines] == [pytest.approx([0.19, 0.29])]  # in the canonical gauge there is none
     direct, fixed = (trace for trace in drawn["shares-0"].plot.data if trace.name == "direct")
@@ -131,7 +131,7 @@ def test_shares_over_tokens_by_gauge():
 
 
 def test_passages_stand_beside_shuffled_identities():
-    section = dynamics_section.section(run_of(RUN, dynamics()))
+    section = dynamics_chapter.section(run_of(RUN, dynamics()))
     drawn = figures_by_name(section)["transitions-0"]
     assert [tuple(trace.z[0]) for trace in drawn.plot.data] == [(1, 0, 1), (2, 0, 1), (1, 0, 1), (2, 0, 1)]
     assert len(drawn.data) == 4 * 9
@@ -139,7 +139,7 @@ def test_passages_stand_beside_shuffled_identities():
     (table,) = (block for block in section.blocks if isinstance(block, Table))
     assert table.rows[0] == ("Fixed thirds, as trained", "100", "200", "5 (4 [2, 6])", "1 (4 [2, 6])", "11 (4 [2, 6])")
     assert "told apart from no change in neither direction" in section.verdicts[1]
-    assert dynamics_section.section(run_of(RUN)) is None
+    assert dynamics_chapter.section(run_of(RUN)) is None
 
 
 def speed_row(arm, seconds, peak, d_sae=512, reason=None):
@@ -179,9 +179,9 @@ def test_ratios_to_topk_with_quartiles():
         speed_row("x", None, None, reason="does not fit"),
         speed_row("topk", 0.5, 4),
     )
-    section = speed_section.section(run_of(RUN, result))
+    section = speed_chapter.section(run_of(RUN, result))
     drawn = figures_by_name(section)["ratios-0"]
-    step, peak = (traces(drawn)[name] for name in (speed_section.STEP, speed_section.PEAK))
+    step, peak = (traces(drawn)[name] for name in (speed_chapter.STEP, speed_chapter.PEAK))
     assert (list(step.x), list(peak.x)) == ([0.5, 1.0], [0.5, 1.0])
     assert list(step.error_x.arrayminus) == pytest.approx([0.2, 0.2])
     assert list(step.error_x.array) == pytest.approx([0.4, 0.4])
@@ -196,18 +196,18 @@ def test_a_scan_stands_beside_a_cost_in_proportion():
         speed_row(arm, s, None, d)
         for arm, s, d in (("joint_nfm auto", 0.4, 512), ("topk", 0.5, 512), ("topk", 2.0, 2048))
     ]
-    drawn = figures_by_name(speed_section.section(run_of(RUN, speed(*rows, scan="d_sae"))))["scan-0"]
+    drawn = figures_by_name(speed_chapter.section(run_of(RUN, speed(*rows, scan="d_sae"))))["scan-0"]
     assert list(traces(drawn)["topk"].y) == [0.5, 2.0]
     guide = traces(drawn)["in proportion to the size"]
     assert (list(guide.x), list(guide.y)) == ([512, 2048], [0.4, 1.6])
-    assert speed_section.section(run_of(RUN)) is None
+    assert speed_chapter.section(run_of(RUN)) is None
 
 
 SPEED = speed(speed_row("topk", 0.5, 4))
 
 
 @pytest.mark.parametrize(
-    ("module", "result"), [(secondary_section, SECONDARY), (dynamics_section, dynamics()), (speed_section, SPEED)]
+    ("module", "result"), [(secondary_chapter, SECONDARY), (dynamics_chapter, dynamics()), (speed_chapter, SPEED)]
 )
 def test_several_results_keep_their_names_apart_and_repeat(module, result):
     one, other = (module.section(run_of(RUN, result, result)) for _ in range(2))

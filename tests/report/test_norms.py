@@ -8,13 +8,16 @@ from report_inputs import RUN, estimate, figures_by_name, traces
 from report_runs import run_of
 from sae_lens import TopKSAE, TopKSAEConfig
 
-from sae_nfm.analysis.norm_histograms import AS_TRAINED, CANONICAL, INITIAL, TOPK, squared_norms
+from sae_nfm.analysis.norm_histograms import squared_norms
+from sae_nfm.analysis.path_shares import AS_TRAINED, CANONICAL
+from sae_nfm.analysis.results import INITIAL, TOPK
 from sae_nfm.experiments.reproduce.results import ReproduceResult
 from sae_nfm.experiments.reproduce.rows import ReproducedRow
-from sae_nfm.report import norms_section, shares_section
-from sae_nfm.report.dot_rows import dot_data
+from sae_nfm.report.chapters import norms as norms_chapter
+from sae_nfm.report.chapters import shares as shares_chapter
+from sae_nfm.report.chapters.shares import CHANCE, CONTROL, HERE, PUBLISHED, dots, published_value
 from sae_nfm.report.html import section_html
-from sae_nfm.report.shares_section import CHANCE, CONTROL, HERE, PUBLISHED, dots, published_value
+from sae_nfm.report.plots.dot_rows import dot_data
 
 
 def joint(**overrides):
@@ -101,17 +104,17 @@ def test_the_section_draws_the_histograms_of_the_saved_saes(tmp_path):
     for folder, sae in zip(folders, (joint(), topk_sae()), strict=True):
         sae.save_model(folder)
     run = run_of(tmp_path, saes=folders)
-    section = norms_section.section(run)
+    section = norms_chapter.section(run)
     assert section is not None
     drawn = figures_by_name(section)["decoder-0"]
-    expected, _ = squared_norms(joint(), topk=topk_sae(), seed=norms_section.SEED)
+    expected, _ = squared_norms(joint(), topk=topk_sae(), seed=norms_chapter.SEED)
     for histogram in expected.histograms:
         assert tuple(traces(drawn)[histogram.name].y) == histogram.counts
     assert drawn.data["features"].sum() == 32 * len(expected.histograms)
-    again = norms_section.section(run)
+    again = norms_chapter.section(run)
     assert again is not None
     assert section_html(again) == section_html(section)
-    assert norms_section.section(run_of(tmp_path, saes=folders[1:])) is None
+    assert norms_chapter.section(run_of(tmp_path, saes=folders[1:])) is None
 
 
 def row(name, here, controlled, control, published="94 %", section="paths"):
@@ -139,7 +142,7 @@ SHARES = ReproduceResult(
 
 
 def test_published_and_controlled_stand_in_one_figure():
-    drawn = figures_by_name(shares_section.section(run_of(RUN, SHARES)))
+    drawn = figures_by_name(shares_chapter.section(run_of(RUN, SHARES)))
     assert {name: list(trace.x) for name, trace in traces(drawn["written-0"]).items()} == {
         PUBLISHED: [0.94],
         HERE: [0.86],
@@ -160,12 +163,12 @@ def test_a_control_that_is_not_there_is_left_out():
 
 
 def test_correlations_are_said_beside_chance():
-    section = shares_section.section(run_of(RUN, SHARES))
+    section = shares_chapter.section(run_of(RUN, SHARES))
     assert section is not None
     assert section.verdicts == [
         "Squared norm and linear share correlate at +0.360 (published -0.867); unrelated rows at -0.520 (p = 0.001)."
     ]
-    assert shares_section.section(run_of(RUN)) is None
+    assert shares_chapter.section(run_of(RUN)) is None
 
 
 @pytest.mark.parametrize(

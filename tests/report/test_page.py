@@ -14,13 +14,12 @@ from invented_benchmark import ROWS, result
 
 from sae_nfm.common.results import as_result
 from sae_nfm.comparison.benchmark_results import BenchmarkResult
-from sae_nfm.report.blocks import Embedded, Figure, Heading, Prose, Section, Table, Verbatim
-from sae_nfm.report.chapters import MODULES, chapters
+from sae_nfm.report.blocks import Embedded, Figure, Heading, Prose, Section, Table, Verbatim, section_of
+from sae_nfm.report.chapters import ORDER, chapters
 from sae_nfm.report.command import ReportConfig, write_run_report
 from sae_nfm.report.page import render
+from sae_nfm.report.plots.theme import styled, wrapped
 from sae_nfm.report.run_folder import Found, read_run
-from sae_nfm.report.several import section_of
-from sae_nfm.report.theme import styled, wrapped
 
 HOSTILE = '</script><script>alert(1)</script><b title="x">'
 
@@ -155,8 +154,8 @@ def test_the_page_of_a_run_has_its_verdicts_its_command_and_what_is_missing(tmp_
     assert "FVU +25.0%, KL -20.0% (mixed)" in html
     assert "$ sae-nfm demo --seed 7" in html
     assert "sae-nfm factorial" in html
-    titles = [chapter.title for chapter in chapters()]
-    assert len(titles) == len(set(titles)) == len(MODULES)
+    titles = [chapter.TITLE for chapter in chapters()]
+    assert len(titles) == len(set(titles)) == len(ORDER)
     assert set(written.sections) | {title for title, _ in written.missing} == set(titles)
     assert written.size == len(html.encode())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "run"]

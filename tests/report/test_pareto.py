@@ -4,7 +4,7 @@ from invented_comparison import ROWS, compared, sparsity_rows
 from report_runs import figures, plots, run_of
 
 from sae_nfm.comparison.arm_means import arm_means, lines_over_l0
-from sae_nfm.report.pareto_section import section
+from sae_nfm.report.chapters.pareto import section
 
 
 def test_one_l0_is_no_line(tmp_path):

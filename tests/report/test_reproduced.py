@@ -10,7 +10,7 @@ from sae_nfm.experiments.reproduce.published import Published, published_share
 from sae_nfm.experiments.reproduce.results import ReproduceResult
 from sae_nfm.experiments.reproduce.rows import NOT_MEASURED, SINGLE, ReproducedRow
 from sae_nfm.report.blocks import Heading, Prose, Table
-from sae_nfm.report.reproduced_section import section
+from sae_nfm.report.chapters.reproduced import section
 from sae_nfm.stats.estimates import Estimate
 
 STAR, HERE, CONTROL = "published: OpenLLaMA-3B, not measured here", "the same statistic here", "here, under a control"

@@ -8,7 +8,7 @@ import pytest
 from report_runs import figures, plots, run_of
 
 from sae_nfm.report.blocks import Heading, Prose
-from sae_nfm.report.training_section import section
+from sae_nfm.report.chapters.training import section
 from sae_nfm.training.record_curves import LONGEST, training_curves
 
 KL = "held_out/model_behavior_preservation/kl_div_with_sae"

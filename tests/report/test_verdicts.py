@@ -8,7 +8,7 @@ from report_inputs import RUN
 from report_runs import figures, labels, marks, plots, run_of
 
 from sae_nfm.report.blocks import Prose
-from sae_nfm.report.verdicts_section import section
+from sae_nfm.report.chapters.verdicts import section
 
 PART, TOPK = "joint_nfm against joint_nfm: direct only", "joint_nfm against topk"
 

@@ -7,7 +7,7 @@ from sae_lens import SAE, CacheActivationsRunner, CacheActivationsRunnerConfig, 
 from sae_lens.util import temporary_seed
 from tiny_models import HF_BLOCK, write_checkpoint
 
-from sae_nfm.loading.quiet import quiet_saelens
+from sae_nfm.loading.saelens import quiet_saelens
 from sae_nfm.models.load import load_model
 
 ROWS, BATCH_ROWS = 64, 16

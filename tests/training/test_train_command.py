@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from small_training import SIZES
 
 from sae_nfm import read_training_record
-from sae_nfm.data.sources import local_dataset
+from sae_nfm.data.datasets import local_dataset
 from sae_nfm.models.load import load_model
 from sae_nfm.training.arguments import parse
 from sae_nfm.training.run import how_to_go_on

@@ -1,1 +1,1 @@
-from .transitions import LEVELS as LEVELS
+from .results import LEVELS as LEVELS

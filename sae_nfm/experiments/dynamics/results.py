@@ -6,8 +6,41 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sae_nfm.common.results import SavedResult
-from sae_nfm.experiments.dynamics.transitions import Counted, Transitions
 from sae_nfm.stats import Estimate
+
+LEVELS = ("identity", "mixed", "integration")
+"""The thirds, from the lowest integration share to the highest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """A number of features beside what it is when features are dealt out anew."""
+
+    observed: int
+    """Features."""
+    expected: float
+    """Mean of the null."""
+    low: float
+    """2.5 % quantile of the null."""
+    high: float
+    """97.5 % quantile of the null."""
+    p_value: float
+    """Two-sided: twice the smaller tail, the observed one counted in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transitions:
+    """Where features went."""
+
+    table: tuple[tuple[int, ...], ...]
+    """Features by third before (rows) and after (columns), in the order of `LEVELS`."""
+    to_identity: Counted
+    """From the third of most integration to that of least."""
+    to_integration: Counted
+    """From the third of least integration to that of most."""
+    stayed: Counted
+    """In the same third."""
+
 
 RAW, CANONICAL = "raw", "canonical"
 """The gauges: as trained, and with the linear path folded into the decoder."""
@@ -63,7 +96,7 @@ class Movement:
 class DynamicsResult(SavedResult):
     """What was found, and what is needed to repeat it."""
 
-    command: ClassVar[str] = "sae-nfm dynamics"
+    kind: ClassVar[str] = "dynamics/1"
 
     hook_name: str
     """Where the SAE is."""

@@ -9,11 +9,9 @@ with a row for each run, checkpoint and feature.
 Source: integration and identity are those of arXiv 2507.00269, which looks at a finished SAE only.
 """
 
-import importlib.metadata
 import itertools
-import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +21,24 @@ from tqdm.auto import tqdm
 
 from sae_nfm import demo
 from sae_nfm.analysis import read_activations
-from sae_nfm.common import whole
+from sae_nfm.common import provenance, whole
 from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import held_out_rows, open_dataset
 from sae_nfm.experiments.dynamics.checkpoints import checkpoints_of_run, load_checkpoint
 from sae_nfm.experiments.dynamics.measure import (
     REFERENCE,
     RUN,
+    GroupedTokens,
     Measured,
     canonical_of,
     checkpoint_row,
     measured,
     movement,
+    tertiles,
     trajectories,
 )
 from sae_nfm.experiments.dynamics.results import DynamicsResult
-from sae_nfm.experiments.dynamics.shares import GroupedTokens
-from sae_nfm.experiments.dynamics.transitions import tertiles
 from sae_nfm.models import check_context, check_device, load_model
-
-PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +140,5 @@ def _result(
         steps=tuple(movement(*pair, edges, **draws) for pair in pairs),
         overall=tuple(movement(run[0], run[-1], edges, **draws) for run in runs),
         edges=edges,
-        provenance={
-            "config": asdict(cfg),
-            "command": command,
-            "sae_config": first.cfg.to_dict(),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-            | {"python": platform.python_version()},
-        },
+        provenance=provenance(cfg, command=command, sae_config=first.cfg.to_dict()),
     )

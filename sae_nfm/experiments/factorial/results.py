@@ -62,7 +62,7 @@ class SecondaryShift:
 class FactorialResult(SavedResult):
     """The experiment, and what is needed to repeat it."""
 
-    command: ClassVar[str] = "sae-nfm factorial"
+    kind: ClassVar[str] = "factorial/1"
 
     design: str
     """Factors and levels."""

@@ -11,7 +11,6 @@ In the output folder: results.json, and changes.parquet with the change of every
 Source: arXiv 2507.00269 (2x2 experiment), with the tests done over.
 """
 
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_nfm.architectures import NFMPaths
-from sae_nfm.common import whole
+from sae_nfm.common import provenance, whole
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions
 from sae_nfm.experiments.factorial.candidates import (
     Candidates,
@@ -42,8 +41,6 @@ from sae_nfm.experiments.factorial.word_scores import SCALES, Scores, WordScorer
 from sae_nfm.loading import load_sae
 from sae_nfm.models import LanguageModel, check_device, model_of
 from sae_nfm.stats import Cells, Effect, Floats, Half, halves, select_and_test, shuffled_procedure
-
-PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch", "statsmodels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,13 +155,9 @@ def factorial(
         selected=tuple(selected),
         arms=with_holm(results),
         secondary_shifts=_secondary_shifts(model, sae, secondary, planned, units, held_out),
-        provenance={
-            "config": asdict(cfg),
-            "stimuli": asdict(stimuli),
-            "sae_config": sae.cfg.to_dict(),
-            "command": command,
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        },
+        provenance=provenance(
+            cfg, command=command, packages=("statsmodels",), stimuli=asdict(stimuli), sae_config=sae.cfg.to_dict()
+        ),
     )
     return result, pd.concat(frames, ignore_index=True)
 

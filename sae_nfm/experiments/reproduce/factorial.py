@@ -1,4 +1,4 @@
-"""The published 2x2 figures: a secondary SAE's feature clamped, the author's statistic beside a test that holds.
+"""The published 2x2 experiment: a secondary SAE's feature clamped, the author's statistic beside a test that holds.
 
 A secondary SAE is trained on the joint NFM-SAE's hidden code, at the paper's share of active features, and one clamp of
 `sae-nfm factorial` is made with its selected feature and with the controls of that one. Everything else (pairs, primary
@@ -17,15 +17,14 @@ from sae_lens.saes.sae import SAEMetadata
 
 from sae_nfm import demo
 from sae_nfm.architectures import PRIMARY_DIGEST, check_primary, primary_digest
-from sae_nfm.comparison import JOINT
+from sae_nfm.comparison.results import ArmName
 from sae_nfm.experiments.factorial import PRIMARY_SCALE, FactorialConfig, factorial, load_stimuli
 from sae_nfm.experiments.factorial.results import ArmResult, FactorialResult
-from sae_nfm.experiments.reproduce.rows import NOT_MEASURED, SINGLE, ReproducedRow
+from sae_nfm.experiments.reproduce.published import CLAMPED, CONTROL, FACTORIAL
+from sae_nfm.experiments.reproduce.results import NoVerdict, ReproducedRow, Section, reproduced_row
 from sae_nfm.experiments.secondary import activations_of, default_k
 from sae_nfm.training import StreamConfig, TrainingArm, train_arms
 
-CLAMPED, CONTROL = "formality x emotion, clamping secondary feature 4022", "the same, control feature 1113"
-PUBLISHED = {CLAMPED: "F = 5.06, p = 0.027", CONTROL: "F = 0.022"}
 TOKENS, BATCH = 100_000, 512
 """Of the secondary SAE's training."""
 EXPANSION = 25
@@ -66,9 +65,9 @@ def factorial_rows(
     stimuli = replace(whole, cells=tuple(replace(cell, sentences=cell.sentences[:sentences]) for cell in whole.cells))
     secondary = _trained(model, joint, dataset, stream, settings["learning_rate"], output)
     cfg = FactorialConfig(
-        sae=JOINT,
+        sae=str(ArmName.JOINT),
         secondary=str(output / SECONDARY),
-        model_name=stream.model_name,
+        model=stream.model_name,
         stimuli=whole.name,
         clamps=(CLAMP,),
         absolute=(),
@@ -86,7 +85,7 @@ def factorial_rows(
 
 
 def _not_measured(reason: str) -> list[ReproducedRow]:
-    return [_row(name, None, None, reason, verdict=NOT_MEASURED) for name in PUBLISHED]
+    return [_row(name, None, None, reason, verdict=NoVerdict.NOT_MEASURED) for name in FACTORIAL]
 
 
 def _trained(
@@ -141,16 +140,5 @@ def _of_arm(name: str, arm: ArmResult, result: FactorialResult) -> Iterator[Repr
         )
 
 
-def _row(
-    name: str, here: float | None, controlled: float | None, control: str, *, verdict: str = SINGLE
-) -> ReproducedRow:
-    return ReproducedRow(
-        section="2x2",
-        name=name,
-        published=PUBLISHED[name],
-        here=here,
-        controlled=controlled,
-        control=control,
-        verdict=verdict,
-        form=".3f",
-    )
+def _row(name: str, here: float | None, controlled: float | None, control: str, **more: Any) -> ReproducedRow:
+    return reproduced_row(Section.FACTORIAL, name, here, controlled, control, **more)

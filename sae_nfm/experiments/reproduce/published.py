@@ -1,38 +1,170 @@
-"""Published figures as numbers, from the text in which a table gives them.
+"""What the paper reports, as numbers, by the name of the statistic.
 
 Source: arXiv 2507.00269; W. Gurnee 2024, "SAE reconstruction errors are (empirically) pathological".
 """
 
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
-_PERCENT = r"([+-]?\d+(?:\.\d+)?) %"
-_FIRST = re.compile(rf"{_PERCENT}(?: to {_PERCENT})?")
+from sae_nfm.analysis.results import Statistic
+
+
+class Unit(StrEnum):
+    """What a number is, and so how it is written."""
+
+    CHANGE = "relative change"
+    SHARE = "share"
+    RATIO = "ratio"
+    CORRELATION = "correlation"
+    F = "F statistic"
+    COUNT = "count"
+    NUMBER = "number"
+    OTHER = "other"
+
+
+FORMS: Mapping[Unit, str] = {
+    Unit.CHANGE: "+.1%",
+    Unit.SHARE: ".1%",
+    Unit.RATIO: ".2f",
+    Unit.CORRELATION: "+.3f",
+    Unit.F: ".3f",
+    Unit.COUNT: ".0f",
+    Unit.NUMBER: ".3f",
+    Unit.OTHER: "+.3g",
+}
+"""Format specifications of what is measured here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published figure: one number, or a range whose ends are apart."""
+    """A published number, or a range."""
 
-    low: float
-    """The number, or the lower end."""
-    high: float
-    """The same number, or the upper end."""
+    value: float | None = None
+    """The number, changes and shares as fractions; None where the paper says it in words."""
+    to: float | None = None
+    """The other end, where it is a range."""
+    unit: Unit
+    before: float | None = None
+    """What a change is from, where the paper says so."""
+    after: float | None = None
+    """What it is to."""
+    p_value: float | None = None
+    note: str = ""
+    """What else the paper says of it."""
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """Both ends, the lower first; equal where it is one number."""
+        if self.value is None:
+            return None
+        other = self.value if self.to is None else self.to
+        return min(self.value, other), max(self.value, other)
+
+    @property
+    def text(self) -> str:
+        """As the paper writes it."""
+        parts = [" to ".join(self._written(end) for end in (self.value, self.to) if end is not None)]
+        if self.before is not None and self.after is not None:
+            parts.append(f"({self.before:g} to {self.after:g})")
+        if self.p_value is not None:
+            parts[0] += f", p = {self.p_value:g}"
+        return " ".join(part for part in (*parts, self.note) if part)
+
+    def _written(self, value: float) -> str:
+        if self.unit in (Unit.CHANGE, Unit.SHARE):
+            return f"{100 * value:.3g} %"
+        if self.unit is Unit.CORRELATION:
+            return f"{value:+.3f}"
+        return f"F = {value:g}" if self.unit is Unit.F else f"{value:g}"
 
 
-PAPER_RATIO = Published(low=2.99, high=2.99)
+def _change(value: float, to: float | None = None) -> Published:
+    return Published(value=value, to=to, unit=Unit.CHANGE)
+
+
+def _share(value: float, note: str = "") -> Published:
+    return Published(value=value, unit=Unit.SHARE, note=note)
+
+
+def _correlation(value: float) -> Published:
+    return Published(value=value, unit=Unit.CORRELATION)
+
+
+PAPER_RATIO = 2.99
 """KL of an SAE over that of an isotropic vector of equal distance, arXiv 2507.00269."""
-GURNEE_RATIOS = Published(low=2.0, high=4.5)
-"""The same, Gurnee 2024."""
+GURNEE_RATIOS = (2.0, 4.5)
+"""The same, Gurnee 2024: the ends of a range."""
+_GURNEE = "(Gurnee {:g} to {:g})".format(*GURNEE_RATIOS)
+_BIMODAL = "bimodal, means 0.05 and 0.37, untested"
+_KL_OF_BOTH = _change(-0.516, -0.519)
+
+ERROR_WHOLE, KL_WHOLE, CE_WHOLE = (
+    f"{what}, all paths against the direct path alone" for what in ("squared error", "KL", "cross-entropy")
+)
+SHARE_OF_GAIN = "share of the KL gain that the nonlinear path has by itself"
+ERROR_RATIO = "KL of the SAE over that of an equal-distance random vector"
+SEQUENTIAL_ERROR = "reconstruction error, NFM on the residual of a frozen SAE"
+SEQUENTIAL_KL = "KL relative to the SAE alone"
+SEQUENTIAL_LINEAR, SEQUENTIAL_NONLINEAR = "share of NFM output, linear", "share of NFM output, nonlinear"
+SEQUENTIAL_RATIO = "KL over that of an equal-distance random vector"
+CLAMPED, CONTROL = "formality x emotion, clamping secondary feature 4022", "the same, control feature 1113"
 
 
-def published_share(text: str) -> Published | None:
-    """The percentage that a text begins with, or the range, as fractions; what follows explains it.
+def of_part(what: str, part: str) -> str:
+    """Name of a statistic of KL or cross-entropy with some of the paths."""
+    return f"{what} relative to the direct path alone, {part}"
 
-    "-51.6 % to -51.9 %" is -0.519 to -0.516; "-41.3 % (0.275 to 0.161)" is -0.413; "SAE 0.4" is no percentage: None.
-    """
-    found = _FIRST.match(text)
-    if found is None:
-        return None
-    ends = [float(end) / 100 for end in found.groups() if end is not None]
-    return Published(low=min(ends), high=max(ends))
+
+WEIGHTS: Mapping[str, Published] = {
+    "mean squared decoder norm": Published(value=0.4, unit=Unit.NUMBER, note="(SAE)"),
+    "modes of the squared norm: p-value of the dip test": Published(unit=Unit.NUMBER, note=_BIMODAL),
+    "modes of the squared norm: Gaussians preferred by BIC": Published(unit=Unit.COUNT, note=_BIMODAL),
+    "components for 90 % of variance": Published(value=860, unit=Unit.COUNT, note="of 3,200, about"),
+    Statistic.CORRELATION.of("integration"): _correlation(-0.987),
+    Statistic.CORRELATION.of("linear"): _correlation(-0.867),
+    Statistic.CORRELATION.of("nonlinear"): _correlation(-0.922),
+    Statistic.CORRELATION.of("direct"): _correlation(0.987),
+    f"{Statistic.NORM_SHARE.of('integration')}, squared norm below 0.2": _share(0.828),
+    f"{Statistic.NORM_SHARE.of('linear')}, squared norm below 0.2": _share(0.331),
+    f"{Statistic.NORM_SHARE.of('nonlinear')}, squared norm below 0.2": _share(0.497),
+    f"{Statistic.NORM_SHARE.of('direct')}, squared norm below 0.2": _share(0.172),
+    f"{Statistic.NORM_SHARE.of('integration')}, squared norm above 0.2": _share(0.713),
+    f"{Statistic.NORM_SHARE.of('linear')}, squared norm above 0.2": _share(0.29),
+    f"{Statistic.NORM_SHARE.of('nonlinear')}, squared norm above 0.2": _share(0.423),
+    f"{Statistic.NORM_SHARE.of('direct')}, squared norm above 0.2": _share(0.287),
+    Statistic.WRITTEN.of("linear"): _share(0.94),
+    Statistic.WRITTEN.of("interaction"): _share(0.06),
+    "nonlinear share of what is written": _share(0.06),
+}
+"""Of norms and paths, by the names of `figure_rows`."""
+SEQUENTIAL: Mapping[str, Published] = {
+    SEQUENTIAL_ERROR: replace(_change(-0.23), before=0.367, after=0.281),
+    SEQUENTIAL_KL: Published(value=-0.298, unit=Unit.CHANGE, note="(17.8M measurements)"),
+    SEQUENTIAL_LINEAR: _share(0.955),
+    SEQUENTIAL_NONLINEAR: _share(0.045),
+    SEQUENTIAL_RATIO: Published(value=2.1, unit=Unit.RATIO),
+}
+"""Of sequential training."""
+FACTORIAL: Mapping[str, Published] = {
+    CLAMPED: Published(value=5.06, unit=Unit.F, p_value=0.027),
+    CONTROL: Published(value=0.022, unit=Unit.F),
+}
+"""Of the 2x2 experiment."""
+PUBLISHED: Mapping[str, Published] = {
+    ERROR_WHOLE: replace(_change(-0.413), before=0.275, after=0.161),
+    of_part("KL", "linear"): _change(-0.509),
+    of_part("KL", "nonlinear"): _change(-0.086),
+    of_part("KL", "both"): _KL_OF_BOTH,
+    KL_WHOLE: _KL_OF_BOTH,
+    SHARE_OF_GAIN: _share(0.165, "for 3 % of the parameters"),
+    of_part("cross-entropy", "linear"): _change(-0.257),
+    of_part("cross-entropy", "nonlinear"): _change(-0.042),
+    of_part("cross-entropy", "both"): _change(-0.262),
+    CE_WHOLE: _change(-0.262),
+    ERROR_RATIO: Published(value=PAPER_RATIO, unit=Unit.RATIO, note=_GURNEE),
+    **WEIGHTS,
+    **SEQUENTIAL,
+    **FACTORIAL,
+}
+"""All of them."""

@@ -1,13 +1,13 @@
-"""The job of `sae-nfm reproduce`: the figures of arXiv 2507.00269, each beside the same statistic here and under its control.
+"""The job of `sae-nfm reproduce`: what arXiv 2507.00269 reports, each beside the same statistic here and under its control.
 
     comparison (one seed, unless a finished one is given) -> joint_nfm and the TopK SAEs beside it
-    an NFM on the residual of the TopK SAE (`reproduced_sequential`)
-    rows of KL, cross-entropy and error: all of them, paths ablated, controls at equal distance (`behaviour.measure`)
-    norms and paths (`gauge_report`); a 2x2 experiment (`reproduced_factorial`)
+    an NFM on the residual of the TopK SAE (`sequential`)
+    rows of KL, cross-entropy and error: all of them, paths ablated, controls at equal distance (`evaluation.measure`)
+    norms and paths (`gauge_report`); a 2x2 experiment (`factorial`)
     -> table
 
 In the output folder: `compare/` where there was none, `sequential/`, `2x2/`, `rows/`, results.json. What is finished is not done
-again, but for the 2x2 experiment.
+again, except for the 2x2 experiment.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from typing import Any
 
 from sae_lens import SAE, HookedSAETransformer
 
-from sae_nfm import demo
 from sae_nfm.analysis import figure_rows, gauge_report, read_activations
-from sae_nfm.comparison import CANONICAL, DIRECT, JOINT, CompareConfig, ablations, in_canonical_gauge, run_compare
-from sae_nfm.comparison.results import CompareResult
+from sae_nfm.common import check_positive
+from sae_nfm.comparison import CompareConfig, SizeOptions, ablations, in_canonical_gauge, run_compare
+from sae_nfm.comparison.results import ArmName, CompareResult, Paths
 from sae_nfm.data import TokenRows, datasets, held_out_rows
 from sae_nfm.evaluation import measure
 from sae_nfm.experiments.factorial import FEWEST_SENTENCES
 from sae_nfm.experiments.reproduce.factorial import factorial_rows
-from sae_nfm.experiments.reproduce.results import ReproduceResult
-from sae_nfm.experiments.reproduce.rows import KEPT, Behaviour, ReproducedRow, gauge_rows
+from sae_nfm.experiments.reproduce.results import ReproducedRow, ReproduceResult
+from sae_nfm.experiments.reproduce.rows import Behaviour, gauge_rows, keeping_means
 from sae_nfm.experiments.reproduce.sequential import (
     BASE,
     SEQUENTIAL,
@@ -41,81 +41,48 @@ from sae_nfm.models import LanguageModel, load_model
 from sae_nfm.stats import Bootstrap
 from sae_nfm.training import Trained
 
-BESIDE = ("topk matched", "topk", "topk matched folded", "joint_nfm without nonlinear")
+BESIDE = tuple(map(str, (ArmName.MATCHED, ArmName.TOPK, ArmName.MATCHED_FOLDED, ArmName.WITHOUT_NONLINEAR)))
 """Arms that the joint one is compared with."""
-SHARED = (
-    "model_name",
-    "hook_name",
-    "dataset",
-    "validation",
-    "d_sae",
-    "nfm_dim",
-    "context_size",
-    "training_tokens",
-    "validation_tokens",
-)
-"""Settings that are the comparison's too."""
+JOINT = str(ArmName.JOINT)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReproduceConfig:
+class ReproduceConfig(SizeOptions):
     """What to measure, and where the results go."""
 
     compare: str | None = None
-    """Folder of a finished `sae-nfm compare`, whose SAEs and verdicts are taken, with its model, hook point and data; without
-    one, the arms needed are trained for one seed."""
-    model_name: str = demo.MODEL_NAME
-    """A TransformerLens model name or a local Hugging Face folder; the default is the embedded model."""
-    hook_name: str = "blocks.2.hook_resid_post"
-    """The TransformerLens hook point whose activations are reconstructed."""
-    dataset: str | None = None
-    """Training text: a parquet, jsonl or txt file, or a hub name; None takes tokens sampled from the embedded model."""
-    validation: str | None = None
-    """Held-out text, likewise; None takes a hub data set's validation split, or the embedded tokens."""
+    """Folder of a finished `sae-nfm compare`, whose SAEs and verdicts are taken, with its model, hook point, data and sizes;
+    without one, the SAEs needed are trained for one seed."""
     k: int = 32
     """Active features per token."""
-    d_sae: int = 2_048
-    """Features."""
-    nfm_dim: int = 64
-    """Interaction dimensions."""
-    training_tokens: int = 400_000
-    """Activations that each arm is trained on."""
-    validation_tokens: int = 40_000
-    """Held-out tokens that figures are taken on, at most."""
     fit_tokens: int = 20_000
-    """Held-out tokens, after those, for means and covariances."""
+    """Held-out tokens for means and covariances, after those that are evaluated on."""
     lr: float = 5e-3
-    """Adam's learning rate, the same for every arm."""
-    context_size: int = 256
-    """Tokens per row, BOS included; at most the model's context."""
+    """Adam's learning rate, the same for every SAE."""
     seed: int = 0
     """Seed of initialisation, data order, random vectors and permutations; one of a finished comparison's."""
     n_permutations: int = 1_999
     """Draws of each null distribution."""
     sentences: int = 20
     """Sentences of each cell of the 2x2 experiment, at most; fewer than 4 cannot be tested, 0 leaves it out."""
-    device: str = "cpu"
-    """Device of the language model and the SAEs."""
     output: str = "runs/reproduce"
     """Folder for everything."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        for name in ("validation_tokens", "fit_tokens", "n_permutations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        super().__post_init__()
+        check_positive(self, "fit_tokens", "n_permutations")
         if self.sentences and self.sentences < FEWEST_SENTENCES:
             raise ValueError(
-                f"sentences is {self.sentences}; give at least {FEWEST_SENTENCES}, for two halves with a spread, or 0 to leave "
-                "the 2x2 experiment out"
+                f"sentences must be at least {FEWEST_SENTENCES}, for two halves with a spread, or 0 to leave the 2x2 experiment "
+                f"out; got {self.sentences}"
             )
         self.comparison()  # refuses the others
 
     def comparison(self) -> CompareConfig:
         """The comparison that trains the arms."""
-        same: dict[str, Any] = {name: getattr(self, name) for name in (*SHARED, "device")}
         return CompareConfig(
-            **same,
+            **self.sizes(),
             k=(self.k,),
             arms=(JOINT, *BESIDE),
             seeds=(self.seed,),
@@ -140,8 +107,8 @@ def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> Reprod
     cfg = cfg if cfg.compare is None else _as_compared(cfg, comparison)
     folder = Path(cfg.compare or output / "compare") / f"k{cfg.k}" / f"seed-{cfg.seed}"
     saes = _load_arms(cfg, folder)
-    model = load_model(cfg.model_name, cfg.device)
-    train, validation = datasets.load_splits(cfg.dataset, cfg.validation, cfg.model_name)
+    model = load_model(cfg.model, cfg.device)
+    train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, cfg.model)
     train = train.shuffle(seed=cfg.seed)  # as for the comparison's SAEs of this seed
     if BASE in saes:
         saes |= train_sequential(folder, model, train, output / "sequential", cfg.device)
@@ -175,7 +142,7 @@ def _behaviour(
 ) -> tuple[TokenRows, Behaviour]:
     """The held-out text, and a measurement of every arm on it."""
     context_size = min(cfg.context_size, model.cfg.n_ctx)
-    rows = held_out_rows(model, validation, context_size, cfg.validation_tokens)
+    rows = held_out_rows(model, validation, context_size, cfg.held_out_tokens)
     fitted = held_out_rows(model, validation, context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     arms = behaviour_arms(model, saes, fitted)
     folder = measure(model, rows, arms, Path(cfg.output) / "rows", seed=cfg.seed)
@@ -208,15 +175,15 @@ def behaviour_arms(model: LanguageModel, saes: dict[str, SAE[Any]], fitted: Toke
     joint = saes[JOINT]
     whole = Splice(sae=joint)
     parts = ablations(joint)
-    means = path_means(model, joint, fitted.tokens, parts[DIRECT])
+    means = path_means(model, joint, fitted.tokens, parts[Paths.DIRECT])
     activations = fit_activations(model, fitted.tokens, whole.hook_name)
     arms = control_arms(whole, activations)
-    for name, off in parts.items():
-        arms[name] = Splice(sae=joint, ablated=dict.fromkeys(off))
-        arms[f"{name}{KEPT}"] = Splice(sae=joint, ablated={hook: means[hook] for hook in off})
+    for paths, off in parts.items():
+        arms[str(paths)] = Splice(sae=joint, ablated=dict.fromkeys(off))
+        arms[keeping_means(paths)] = Splice(sae=joint, ablated={hook: means[hook] for hook in off})
     canonical = in_canonical_gauge(joint)
     if canonical is not None:
-        arms[CANONICAL] = Splice(sae=canonical, ablated=dict.fromkeys(parts[DIRECT]))
+        arms[str(Paths.CANONICAL)] = Splice(sae=canonical, ablated=dict.fromkeys(parts[Paths.DIRECT]))
     if SEQUENTIAL in saes:
         arms |= sequential_arms(model, saes, fitted, activations)
     return arms | {name: Splice(sae=sae) for name, sae in saes.items() if name in BESIDE}
@@ -230,7 +197,7 @@ def _results(folder: str) -> Path:
 
 
 def _as_compared(cfg: ReproduceConfig, comparison: CompareResult) -> ReproduceConfig:
-    """The configuration with what a finished comparison was made with.
+    """The configuration with the model, text and sizes of a finished comparison.
 
     Raises:
         ValueError: when it has no such k or seed.
@@ -241,7 +208,7 @@ def _as_compared(cfg: ReproduceConfig, comparison: CompareResult) -> ReproduceCo
             raise ValueError(
                 f"{name} is {wanted}, and the comparison in {cfg.compare!r} has {there}; give one of these"
             )
-    return replace(cfg, **{name: was[name] for name in SHARED})
+    return replace(cfg, **{name: was[name] for name in cfg.sizes() if name != "device"})
 
 
 def _load_arms(cfg: ReproduceConfig, folder: Path) -> dict[str, SAE[Any]]:

@@ -1,4 +1,4 @@
-"""The published figures of sequential training: an NFM on the residual of a frozen SAE, beside the arms of a comparison.
+"""What the paper reports of sequential training: an NFM on the residual of a frozen SAE, beside the arms of a comparison.
 
 The base is the comparison's "topk" SAE. On the same tokens in the same order, with the joint arm's NFM and learning rate, two
 are trained at once (`matched_training`: interrupted, they go on; finished, they are taken as they are):
@@ -21,10 +21,14 @@ from torch import Tensor
 
 from sae_nfm.analysis import linear_part
 from sae_nfm.architectures import SequentialNFMTrainingSAEConfig
-from sae_nfm.comparison import DIRECT, JOINT, ablations
+from sae_nfm.comparison import ablations
+from sae_nfm.comparison.results import ArmName, Paths
 from sae_nfm.data import TokenRows
 from sae_nfm.evaluation import error_ratios
-from sae_nfm.experiments.reproduce.rows import KEPT, LINEAR, NONLINEAR, NOT_MEASURED, SINGLE, Behaviour, ReproducedRow
+from sae_nfm.experiments.reproduce import published
+from sae_nfm.experiments.reproduce.published import Unit
+from sae_nfm.experiments.reproduce.results import NoVerdict, ReproducedRow, Section, reproduced_row
+from sae_nfm.experiments.reproduce.rows import Behaviour, keeping_means
 from sae_nfm.interventions import Activations, Intervention, Splice, control_arms, path_means
 from sae_nfm.kernels import SparseActs, sparse_acts_from_dense
 from sae_nfm.models import LanguageModel, keeping, reconstruction
@@ -32,14 +36,6 @@ from sae_nfm.stats import Bootstrap, Estimate, ratio_of_means
 from sae_nfm.training import StreamConfig, Trained, TrainingArm, train_arms
 
 BASE, SEQUENTIAL, ADAPTER = "topk", "sequential", "sequential without nonlinear"
-PUBLISHED = {
-    "reconstruction error, NFM on the residual of a frozen SAE": "-23 % (0.367 to 0.281)",
-    "KL relative to the SAE alone": "-29.8 % (17.8M measurements)",
-    "share of NFM output, linear": "95.5 %",
-    "share of NFM output, nonlinear": "4.5 %",
-    "KL over that of an equal-distance random vector": "2.1",
-}
-"""What the paper reports of sequential training."""
 AT_EQUAL_DISTANCE = ("isotropic", "covariance", "covariance mixture")
 """Errors of the same size that the sequential one is compared with; the first is the published one."""
 CUT = "the paper's SAE alone was cut to its top 250 features, this one is whole"
@@ -62,7 +58,7 @@ def train_sequential(
     Raises:
         ValueError: when there are others in `output`, trained otherwise.
     """
-    base, joint = (Trained.load(folder / name).settings for name in (BASE, JOINT))
+    base, joint = (Trained.load(folder / name).settings for name in (BASE, ArmName.JOINT))
     stream = StreamConfig(**{f.name: base[f.name] for f in fields(StreamConfig) if f.name in base})
     nfm: dict[str, Any] = {name: joint[name] for name in ("nfm_dim", "nfm_top_k", "nfm_dropout")}
     nfm |= {"base": str((folder / BASE).resolve()), "device": device}
@@ -90,10 +86,11 @@ def sequential_arms(
     whole = Splice(sae=saes[SEQUENTIAL])
     arms: dict[str, Intervention] = {SEQUENTIAL: whole, ADAPTER: Splice(sae=saes[ADAPTER])}
     parts = ablations(whole.sae)
-    means = path_means(model, whole.sae, fitted.tokens, parts[DIRECT])
-    for name, off in parts.items():
-        arms[f"{SEQUENTIAL}: {name}"] = Splice(sae=whole.sae, ablated=dict.fromkeys(off))
-        arms[f"{SEQUENTIAL}: {name}{KEPT}"] = Splice(sae=whole.sae, ablated={hook: means[hook] for hook in off})
+    means = path_means(model, whole.sae, fitted.tokens, parts[Paths.DIRECT])
+    for paths, off in parts.items():
+        name = paths.of(SEQUENTIAL)
+        arms[name] = Splice(sae=whole.sae, ablated=dict.fromkeys(off))
+        arms[keeping_means(name)] = Splice(sae=whole.sae, ablated={hook: means[hook] for hook in off})
     random = control_arms(whole, activations, scales=())
     return arms | {f"{SEQUENTIAL}: {name}": random[name] for name in AT_EQUAL_DISTANCE}
 
@@ -164,29 +161,24 @@ def _written(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> tuple[SparseActs
 
 
 def sequential_rows(behaviour: Behaviour, shares: WrittenShares) -> list[ReproducedRow]:
-    """Every published figure of sequential training, once for each control."""
-    error, kl, linear, nonlinear, _ = PUBLISHED
+    """Every published statistic of sequential training, once for each control."""
+    linear, nonlinear = published.SEQUENTIAL_LINEAR, published.SEQUENTIAL_NONLINEAR
     of_both = "energy about the mean"
+    residual = f"{of_both}, less what is linear in f (held out)"
     return [
-        *_against_base(behaviour, error, "error_energy"),
-        *_against_base(behaviour, kl, "kl_nats"),
-        *_parts(behaviour, kl),
-        _row(linear, shares.magnitude, shares.energy, of_both, ".1%"),
-        _row(nonlinear, shares.nonlinear_magnitude, shares.nonlinear_energy, of_both, ".1%"),
-        _row(
-            nonlinear,
-            shares.nonlinear_magnitude,
-            shares.nonlinear_residual,
-            f"{of_both}, less what is linear in f (held out)",
-            ".1%",
-        ),
+        *_against_base(behaviour, published.SEQUENTIAL_ERROR, "error_energy"),
+        *_against_base(behaviour, published.SEQUENTIAL_KL, "kl_nats"),
+        *_parts(behaviour, published.SEQUENTIAL_KL),
+        _row(linear, shares.magnitude, shares.energy, of_both),
+        _row(nonlinear, shares.nonlinear_magnitude, shares.nonlinear_energy, of_both),
+        _row(nonlinear, shares.nonlinear_magnitude, shares.nonlinear_residual, residual),
         *_errors(behaviour),
     ]
 
 
 def rows_without_base(reason: str) -> list[ReproducedRow]:
-    """The published figures, not measured, with the reason."""
-    return [_row(name, None, None, reason, "", verdict=NOT_MEASURED) for name in PUBLISHED]
+    """The published statistics, not measured, with the reason."""
+    return [_row(name, None, None, reason, verdict=NoVerdict.NOT_MEASURED) for name in published.SEQUENTIAL]
 
 
 def _against_base(behaviour: Behaviour, name: str, column: str) -> Iterator[ReproducedRow]:
@@ -194,45 +186,36 @@ def _against_base(behaviour: Behaviour, name: str, column: str) -> Iterator[Repr
     matched = (
         "against a TopK SAE with as many parameters, trained on its own; base and NFM saw the tokens once each, it once"
     )
-    if "topk matched" not in behaviour.arms:
+    if ArmName.MATCHED not in behaviour.arms:
         matched += ": there is none here"
-    controls = {
-        matched: (SEQUENTIAL, "topk matched"),
-        f"against the SAE and the mean of what its NFM writes; {CUT}": (SEQUENTIAL, f"{SEQUENTIAL}: {DIRECT}{KEPT}"),
+    direct = keeping_means(Paths.DIRECT.of(SEQUENTIAL))
+    controls: dict[str, tuple[str, str]] = {
+        matched: (SEQUENTIAL, ArmName.MATCHED),
+        f"against the SAE and the mean of what its NFM writes; {CUT}": (SEQUENTIAL, direct),
         "an NFM of a linear path alone, trained likewise, against the SAE alone": (ADAPTER, BASE),
         "against that linear NFM: what the interaction path is worth": (SEQUENTIAL, ADAPTER),
     }
     for control, (arm, against) in controls.items():
-        yield _row(name, here, behaviour.change(column, arm, against), control, "+.1%")
+        yield _row(name, here, behaviour.change(column, arm, against), control)
 
 
 def _parts(behaviour: Behaviour, name: str) -> Iterator[ReproducedRow]:
     """Either path by itself, of which the paper says nothing for sequential training."""
-    for part, word in ((LINEAR, "linear"), (NONLINEAR, "nonlinear")):
-        arm, alone = f"{SEQUENTIAL}: {part}", f"{SEQUENTIAL}: {DIRECT}"
-        here, kept = (behaviour.change("kl_nats", f"{arm}{end}", f"{alone}{end}") for end in ("", KEPT))
-        control = "paths that are off write their mean over other text, in place of zero"
-        yield _row(f"{name}, {word}", here, kept, control, "+.1%")
+    alone = Paths.DIRECT.of(SEQUENTIAL)
+    for paths, word in ((Paths.LINEAR, "linear"), (Paths.NONLINEAR, "nonlinear")):
+        arm = paths.of(SEQUENTIAL)
+        here = behaviour.change("kl_nats", arm, alone)
+        kept = behaviour.change("kl_nats", keeping_means(arm), keeping_means(alone))
+        control = "ablated paths write their mean over other text, in place of zero"
+        yield _row(f"{name}, {word}", here, kept, control, unit=Unit.CHANGE)
 
 
 def _errors(behaviour: Behaviour) -> Iterator[ReproducedRow]:
     arms = [f"{SEQUENTIAL}: {name}" for name in AT_EQUAL_DISTANCE]
     ratios = error_ratios(behaviour.folder, SEQUENTIAL, arms, bootstrap=behaviour.bootstrap)
-    name = list(PUBLISHED)[-1]
     for arm, control in zip(arms[1:], AT_EQUAL_DISTANCE[1:], strict=True):
-        yield _row(name, ratios[arms[0]], ratios[arm], f"at the same distance: {control}", ".2f")
+        yield _row(published.SEQUENTIAL_RATIO, ratios[arms[0]], ratios[arm], f"at the same distance: {control}")
 
 
-def _row(
-    name: str, here: Estimate | None, controlled: Estimate | None, control: str, form: str, *, verdict: str = SINGLE
-) -> ReproducedRow:
-    return ReproducedRow(
-        section="sequential",
-        name=name,
-        published=PUBLISHED.get(name, "-"),
-        here=here,
-        controlled=controlled,
-        control=control,
-        verdict=verdict,
-        form=form,
-    )
+def _row(name: str, here: Estimate | None, controlled: Estimate | None, control: str, **more: Any) -> ReproducedRow:
+    return reproduced_row(Section.SEQUENTIAL, name, here, controlled, control, **more)

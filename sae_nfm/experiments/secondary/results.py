@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 
 from sae_nfm.common.results import SavedResult
-from sae_nfm.experiments.secondary.training import TrainedOn
 from sae_nfm.stats import Estimate
+
+TrainedOn = Literal["hidden code", "permuted hidden code", "linear path", "residual"]
 
 PRIMARY, MEAN, ZERO = "primary as it is", "hidden code: its mean", "hidden code: zero"
 COLUMNS = (
@@ -80,7 +81,7 @@ class SecondaryRow:
 class SecondaryResult(SavedResult):
     """The table, and what is needed to repeat it."""
 
-    command: ClassVar[str] = "sae-nfm secondary"
+    kind: ClassVar[str] = "secondary/1"
 
     rows: tuple[SecondaryRow, ...]
     """The primary as it is, its hidden code by mean and by zero, then an SAE each."""

@@ -6,9 +6,7 @@ In the output folder: `saes/<source>/k<k>` (SAELens's files), `rows/` (a row for
 finished is not done again.
 """
 
-import importlib.metadata
-import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from sae_lens import SAE
 
 from sae_nfm import demo
 from sae_nfm.architectures import check_primary, primary_digest
+from sae_nfm.common import provenance
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions, TextOptions
 from sae_nfm.data import TokenRows, datasets, held_out_rows
 from sae_nfm.experiments.secondary.measure import secondary_rows
@@ -24,9 +23,6 @@ from sae_nfm.experiments.secondary.training import SecondarySizes, default_k, tr
 from sae_nfm.loading import digest, load_sae
 from sae_nfm.models import check_device, load_model
 from sae_nfm.training import StreamConfig
-
-"""The SAE that comes with the package."""
-PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,16 +109,10 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
 
 
 def _provenance(cfg: SecondaryConfig, primary: SAE[Any], rows: TokenRows, command: str | None) -> dict[str, Any]:
-    return {
-        "config": asdict(cfg),
-        "command": command,
-        "primary": {
-            "architecture": primary.cfg.architecture(),
-            "digest": primary_digest(primary),
-            "d_sae": primary.cfg.d_sae,
-            "nfm_dim": primary.cfg.nfm_dim,
-        },
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-        "held_out_tokens": digest({"tokens": rows.tokens}),
+    described = {
+        "architecture": primary.cfg.architecture(),
+        "digest": primary_digest(primary),
+        "d_sae": primary.cfg.d_sae,
+        "nfm_dim": primary.cfg.nfm_dim,
     }
+    return provenance(cfg, command=command, primary=described, held_out_tokens=digest({"tokens": rows.tokens}))

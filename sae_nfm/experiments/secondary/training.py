@@ -21,7 +21,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +32,10 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from sae_nfm.architectures import HIDDEN, PRIMARY_DIGEST, NFMPaths, check_primary, primary_digest
+from sae_nfm.experiments.secondary.results import TrainedOn
 from sae_nfm.models import HookFunction, counted_tokens, find_site, splice, tokens_read
 from sae_nfm.training import StreamConfig, TrainingArm, train_arms
 
-TrainedOn = Literal["hidden code", "permuted hidden code", "linear path", "residual"]
 CODES: tuple[TrainedOn, ...] = ("hidden code", "permuted hidden code")
 HOOKS: dict[TrainedOn, str] = {
     "hidden code": HIDDEN,

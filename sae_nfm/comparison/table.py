@@ -1,0 +1,199 @@
+"""The table of a comparison: metrics of every SAE, and the arms whose L0 a coefficient sets, interpolated."""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+from sae_lens import SAE
+from sae_lens.constants import SPARSITY_FILENAME
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sae_nfm.analysis import gauge
+from sae_nfm.common import whole
+from sae_nfm.comparison.arms import interpolation_weights, training_flops
+from sae_nfm.comparison.claims import ABLATED
+from sae_nfm.comparison.results import ARM_GROUPS, ArmGroup, ArmName, CompareRow, Paths, RowKind
+from sae_nfm.data import TokenRows
+from sae_nfm.evaluation import Arm, Fidelity, evaluate
+from sae_nfm.evaluation.held_out_sums import SUMS, Figures, figures, held_out_sums
+from sae_nfm.models import LanguageModel
+from sae_nfm.training import Trained, TrainingArm
+
+PATH_HOOKS = {
+    Paths.LINEAR: "hook_nfm_linear",
+    Paths.NONLINEAR: "hook_nfm_interaction",
+    Paths.SQUARE: "hook_nfm_square",
+}
+"""What is left on beside the direct path, and the hook point of what it writes."""
+DOCUMENTS_FILENAME = "documents.parquet"
+NEVER_ACTIVE = -9.9
+"""SAELens saves log10(frequency + 1e-10); one token in ten million would be -7."""
+
+
+def ablations(sae: SAE[Any]) -> dict[Paths, tuple[str, ...]]:
+    """For a joint NFM-SAE, which hook points to zero so that only these paths write; nothing for others."""
+    present = {paths: hook for paths, hook in PATH_HOOKS.items() if hook in sae.hook_dict}
+    if not present:
+        return {}
+    parts = {Paths.DIRECT: tuple(present.values())}
+    if len(present) > 1:
+        for on in present:
+            parts[on] = tuple(hook for paths, hook in present.items() if paths != on)
+    return parts
+
+
+def in_canonical_gauge(sae: SAE[Any]) -> SAE[Any] | None:
+    """A copy of the SAE in its canonical gauge, where it has one: a linear path that reads all active features."""
+    return gauge.canonical(sae) if gauge.has_canonical(sae) else None
+
+
+def parts_of(name: str, sae: SAE[Any], wanted: Collection[Paths]) -> dict[Paths, Arm]:
+    """The SAE whole and with the ablations that are wanted, as far as it has them."""
+    off = ablations(sae)
+    found = {Paths.ALL: Arm(name=name, sae=sae)}
+    found |= {paths: Arm(name=paths.of(name), sae=sae, off=hooks) for paths, hooks in off.items()}
+    if off and Paths.CANONICAL in wanted and (canonical := in_canonical_gauge(sae)) is not None:
+        found[Paths.CANONICAL] = Arm(name=Paths.CANONICAL.of(name), sae=canonical, off=off[Paths.DIRECT])
+    return {paths: arm for paths, arm in found.items() if paths in wanted}
+
+
+def _load(folder: Path, device: str) -> SAE[Any]:
+    return SAE.load_from_disk(folder, device=device).eval()
+
+
+def evaluated_once(
+    model: LanguageModel,
+    tokens: Int[Tensor, "rows pos"],
+    arms: Mapping[str, TrainingArm],
+    folder: Path,
+    *,
+    k: int,
+    seed: int,
+    device: str,
+) -> list[CompareRow]:
+    """Rows of trained SAEs, each with every combination of its paths, averaged over the tokens."""
+    saes = {name: parts_of(name, _load(folder / name, device), tuple(Paths)) for name in arms}
+    fidelity = evaluate(model, tokens, [arm for parts in saes.values() for arm in parts.values()])
+    return [
+        _row(k, seed, paths, arms[name], Trained.load(folder / name), fidelity[arm.name], folder / name)
+        for name, parts in saes.items()
+        for paths, arm in parts.items()
+    ]
+
+
+def evaluated(
+    model: LanguageModel, rows: TokenRows, arms: Mapping[str, TrainingArm], folder: Path, device: str
+) -> None:
+    """Evaluate those of the trained SAEs that are not yet, all on the same tokens; `documents.parquet` goes into each folder.
+
+    Those of `claims.ABLATED` have rows for the direct path alone too, and for that in the canonical gauge where there is one.
+    """
+    left = [name for name in arms if not (folder / name / DOCUMENTS_FILENAME).exists()]
+    if not left:
+        return
+    ablated = (Paths.ALL, Paths.DIRECT, Paths.CANONICAL)
+    saes = {
+        name: parts_of(name, _load(folder / name, device), ablated if name in ABLATED else (Paths.ALL,))
+        for name in left
+    }
+    sums = held_out_sums(model, rows, {a.name: a.intervention for parts in saes.values() for a in parts.values()})
+    for name, parts in saes.items():
+        with whole(folder / name / DOCUMENTS_FILENAME) as partial:
+            sums[sums["arm"].isin([arm.name for arm in parts.values()])].to_parquet(partial, index=False)
+
+
+def tidy(
+    output: Path, arms: Mapping[int, Mapping[str, TrainingArm]], seeds: Sequence[int]
+) -> tuple[list[CompareRow], pd.DataFrame]:
+    """The rows of all k, seeds and arms, and the sums behind them: columns k, seed, and those of `held_out_sums`."""
+    rows: list[CompareRow] = []
+    documents: list[pd.DataFrame] = []
+    for k, own in arms.items():
+        for seed in seeds:
+            found, sums = _of_seed(output / f"k{k}" / f"seed-{seed}", k, seed, own)
+            rows += found
+            sums.insert(0, "seed", seed)
+            sums.insert(0, "k", k)
+            documents.append(sums)
+    return rows, pd.concat(documents, ignore_index=True)
+
+
+def _of_seed(folder: Path, k: int, seed: int, arms: Mapping[str, TrainingArm]) -> tuple[list[CompareRow], pd.DataFrame]:
+    sums = {name: pd.read_parquet(folder / name / DOCUMENTS_FILENAME) for name in arms}
+    trained = {name: Trained.load(folder / name) for name in arms}
+    rows: list[CompareRow] = []
+    tables: list[pd.DataFrame] = []
+    for name, arm in arms.items():
+        for paths in Paths:
+            own: pd.DataFrame = sums[name].loc[sums[name]["arm"] == paths.of(name)]
+            if len(own):
+                rows.append(_row(k, seed, paths, arm, trained[name], figures(own), folder / name))
+                tables.append(own)
+    target = next((row.l0 for row in rows if row.arm == ArmName.JOINT), None) or float(k)
+    for family in dict.fromkeys(arm.family for arm in arms.values() if arm.coefficient is not None):
+        members = [arm for arm in arms.values() if arm.family == family]
+        between = _interpolated(family, [sums[arm.name] for arm in members], target)
+        found = None if between is None else figures(between)
+        rows.append(_row(k, seed, Paths.ALL, members[0], trained[members[0].name], found, interpolated_at=target))
+        tables += [] if between is None else [between]
+    return rows, pd.concat(tables, ignore_index=True)
+
+
+def _interpolated(family: str, members: Sequence[pd.DataFrame], l0: float) -> pd.DataFrame | None:
+    """Sums of an arm at that L0, document by document; None where it was not reached."""
+    weights = interpolation_weights([figures(member).l0 for member in members], l0)
+    if weights is None:
+        return None
+    stacked = np.stack([member[SUMS].to_numpy(dtype=np.float64) for member in members])
+    between = pd.DataFrame(np.tensordot(weights, stacked, axes=1), columns=pd.Index(SUMS))
+    between["active"] = l0 * between["tokens"]
+    between.insert(0, "document", members[0]["document"].to_numpy())
+    between.insert(0, "arm", family)
+    return between
+
+
+def _row(
+    k: int,
+    seed: int,
+    paths: Paths,
+    arm: TrainingArm,
+    trained: Trained,
+    found: Fidelity | Figures | None,
+    folder: Path | None = None,
+    *,
+    interpolated_at: float | None = None,
+) -> CompareRow:
+    """A row of an SAE in its folder, or of an arm interpolated at an L0; without metrics where that was not reached."""
+    l0 = None if found is None else interpolated_at or found.l0
+    is_whole = folder is not None and paths is Paths.ALL
+    kind = RowKind.INTERPOLATED if folder is None else RowKind.TRAINED if is_whole else RowKind.ABLATION
+    return CompareRow(
+        k=k,
+        seed=seed,
+        arm=arm.family if folder is None else paths.of(arm.name),
+        kind=kind,
+        family=arm.family,
+        group=ARM_GROUPS.get(arm.family, ArmGroup.OTHER),
+        paths=paths,
+        parameters=trained.parameters,
+        training_flops=training_flops(arm.sae, l0) if l0 else None,
+        learning_rate=trained.settings["learning_rate"],
+        training_tokens_per_second=trained.tokens_per_second if is_whole else None,
+        dead_fraction=_dead_fraction(folder) if folder is not None and is_whole else None,
+        l0=l0,
+        fvu=None if found is None else found.fvu,
+        kl_nats=None if found is None else found.kl_nats,
+        ce_nats=None if found is None else found.ce_nats,
+        ce_delta_nats=None if found is None else found.ce_delta_nats,
+        tokens=0 if found is None else found.tokens,
+    )
+
+
+def _dead_fraction(folder: Path) -> float:
+    """Share of features that never were active since SAELens last began to count, half way through the training."""
+    sparsity = load_file(folder / SPARSITY_FILENAME)["sparsity"]
+    return float((sparsity < NEVER_ACTIVE).double().mean())

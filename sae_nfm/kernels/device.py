@@ -1,0 +1,126 @@
+"""What depends on the device: where Triton kernels replace torch's operations, the type of a product, the rates that
+`dispatch.choose` compares: matrix products and gathers of rows.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import cache
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TRITON_DEVICES: tuple[str, ...] = ("cuda",)
+"""Types of the devices whose tensors Triton kernels work on. With its interpreter it could be "cpu"."""
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether work on a tensor is done by Triton kernels: on a GPU, where Triton is installed."""
+    return tensor.device.type in TRITON_DEVICES and _has_triton()
+
+
+@contextmanager
+def without_triton() -> Generator[None]:
+    """Within it, torch's operations do all the work: to compare with them."""
+    global TRITON_DEVICES
+    before, TRITON_DEVICES = TRITON_DEVICES, ()
+    try:
+        yield
+    finally:
+        TRITON_DEVICES = before
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The type in which a matrix product with a weight is made: its own, or autocast's."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+class DeviceRates(NamedTuple):
+    """What a device reaches."""
+
+    flop_per_second: float
+    """Of matrix products."""
+    gathered_bytes_per_second: float
+    """Of rows of float32 that are read in any order and summed."""
+
+
+CPU = DeviceRates(90e9, 55e9)
+"""Measured on one core (AVX-512), rows in its last cache. Not measured where it is used: a run has to choose as it did before."""
+CUDA = {torch.float32: DeviceRates(5e13, 2e12), torch.bfloat16: DeviceRates(5e14, 2e12)}
+"""What an H100 should reach, from its data sheet; for estimates on a machine without the GPU."""
+TOKENS, ACTIVE, FEATURES, WIDTH = 4096, 32, 32768, 512
+"""What is timed: a product [TOKENS, WIDTH] [WIDTH, FEATURES], and ACTIVE rows of [FEATURES, WIDTH] for each token."""
+ROUNDS, LAUNCHES = 5, 10
+"""How often time is taken, and for how many products or sums at a time: what a GPU is asked for takes a while to reach it."""
+
+
+def device_rates(device: torch.device | str, dtype: torch.dtype = torch.float32) -> DeviceRates | None:
+    """The rates for products of a type; a GPU that is present is measured at the first call. None for other devices."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return CPU
+    if device.type != "cuda":
+        return None
+    if not torch.cuda.is_available():
+        return CUDA.get(dtype, CUDA[torch.float32])
+    index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore[reportUnnecessaryComparison]
+    return _measured(index, dtype, _float32_precision(), "cuda" in TRITON_DEVICES)
+
+
+@cache
+def _measured(index: int, dtype: torch.dtype, *_that_decide: Any) -> DeviceRates:
+    return measure_rates(torch.device("cuda", index), dtype)
+
+
+def _float32_precision() -> Any:
+    """Whether products of float32 may be made in TF32; torch refuses the older question after an answer by the newer one."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
+@torch.no_grad()
+def measure_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
+    """Time products and sums of gathered rows, outside autocast; random numbers are the measurement's own."""
+    with torch.autocast(device.type, enabled=False):
+        return _measure(device, dtype)
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
+    from sae_nfm.kernels.sparse_sums import sum_by_token  # which asks this module for the device
+
+    generator = torch.Generator(device).manual_seed(0)
+    rows = torch.randn(FEATURES, WIDTH, device=device, generator=generator)
+    indices = torch.randint(FEATURES, (TOKENS, ACTIVE), device=device, generator=generator)
+    values = torch.ones(TOKENS, ACTIVE, device=device)
+    left, right = rows[:TOKENS].to(dtype), rows.T.to(dtype)
+    product = _seconds(lambda: left @ right, device)
+    gather = _seconds(lambda: sum_by_token(indices, values, rows), device)
+    return DeviceRates(2 * TOKENS * WIDTH * FEATURES / product, 4 * TOKENS * ACTIVE * WIDTH / gather)
+
+
+def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
+    found: list[float] = []
+    for _ in range(ROUNDS + 1):
+        _wait(device)
+        begin = time.perf_counter()
+        for _ in range(LAUNCHES):
+            work()
+        _wait(device)
+        found.append((time.perf_counter() - begin) / LAUNCHES)
+    return median(found[1:])  # the first also compiles
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

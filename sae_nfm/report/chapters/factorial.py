@@ -1,0 +1,273 @@
+"""Do features act together? A 2x2 experiment: selection, cell means after clamps, the contrast of every arm, controls."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sae_nfm.experiments.factorial import PRIMARY_SCALE, ArmCells, arm_cells, largest_clamps
+from sae_nfm.experiments.factorial.results import ArmResult, FactorialResult, SelectedUnit, who
+from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table, section_of
+from sae_nfm.report.plots.dot_plot import Axis
+from sae_nfm.report.plots.dot_rows import Dot, dot_data, dot_rows, ends
+from sae_nfm.report.plots.theme import DASHES, PALETTE, SYMBOLS, styled, wrapped
+from sae_nfm.report.run_folder import Found, Run
+
+TITLE = "2x2 experiments"
+COMMANDS = ("sae-nfm factorial --output RUN/factorial",)
+PANELS = 12
+"""Panels of cell means; the forest plot and the table have every arm."""
+LEAD = (
+    "Does clamping a feature or a pair change target words by an interaction of two factors of the text? Units are "
+    "selected on one half of the stimuli and tested on the other, beside controls that were not selected."
+)
+SELECTION_CAPTION = (
+    "What was selected on one half of the stimuli, and its own activation on the other half. Selected F is inflated "
+    "by the choice among the candidates (null p: how often chance does as well); procedure p is that of the whole "
+    "procedure on shuffled cells."
+)
+CONTRAST_AXIS = Axis(title="contrast, nats", form="+.3g", reference=0)
+CONTRAST_CAPTION = (
+    "Interaction contrast of every clamp, m0 - m1 - m2 + m3 over the four cells, in nats of log-probability, with 95 "
+    "% intervals over the held-out stimuli; at 0 the factors add up. Filled: selected units, with Holm's p over all "
+    "of them. Hollow: controls, among them units of like activation that were not selected. Clamps of one unit are "
+    "not independent; another division of the stimuli selects others."
+)
+ARMS_CAPTION = (
+    "Every clamp: contrast of the cells (nats of log-probability), F and p with the stimuli as units, Holm's p over "
+    "the selected, and whether a monotone transform of the change removes the interaction. author's F: the published "
+    "statistic, a one-way F on words paired by their place in a list; no valid test."
+)
+COLUMNS, NARROW_COLUMNS = 4, 2
+PANEL = 170
+"""Height of a panel of cell means, in pixels."""
+Levels = tuple[tuple[str, str], tuple[str, str]]
+"""Levels of the first and of the second factor."""
+KINDS = {"feature": "features", "pair": "pairs", "secondary": "secondary features"}
+"""Kinds of units, in words."""
+
+
+def section(run: Run) -> Section | None:
+    """All experiments of a run; None without any."""
+    found = run.of(FactorialResult)
+    return section_of(found, id="factorial", title=TITLE, lead=LEAD, blocks=_blocks, findings=FactorialResult.findings)
+
+
+def _blocks(found: Found[FactorialResult], number: int) -> list[Block]:
+    result = found.result
+    cells = arm_cells(result, found.path.parent)
+    chosen = largest_clamps(cells)[:PANELS]
+    return [
+        Prose(
+            lines=[
+                f"{result.design}. Selected on {result.items[0]} stimuli, tested on the other {result.items[1]}.",
+                *result.findings(),
+            ]
+        ),
+        _selection(result),
+        Figure(
+            name=f"cells-{number}",
+            title="The cells after each unit is clamped: parallel lines are no interaction",
+            plot=cells_figure(chosen, _levels(result)),
+            caption=_cells_caption(result, chosen),
+            data=pd.DataFrame([row for one in chosen for row in _cell_rows(one, result)]),
+        ),
+        *_contrasts(cells, number),
+        _arms(result),
+    ]
+
+
+def _levels(result: FactorialResult) -> Levels:
+    first, second = (tuple(factor["levels"]) for factor in result.provenance["stimuli"]["factors"])
+    return (first[0], first[1]), (second[0], second[1])
+
+
+def _cells_caption(result: FactorialResult, chosen: list[ArmCells]) -> str:
+    first, second = (factor["name"] for factor in result.provenance["stimuli"]["factors"])
+    with_intervals = any(ends(cell)[1] is not None for one in chosen for cell in one.cells)
+    return (
+        "Mean change of the target words' own interaction pattern by the cells of the stimuli, in nats of "
+        f"log-probability: {first} along x, a line for each {second}. One panel a unit, at its largest clamp; axes "
+        "differ. "
+        + (
+            "Bars: 95 % t intervals over the stimuli of a cell. "
+            if with_intervals
+            else "changes.parquet is not beside it. "
+        )
+        + "Controls are a match in activation and frequency, units insensitive to the factors, and both features through the "
+        "linear path only. Lines that are far from parallel in a control show what chance looks like."
+    )
+
+
+def _cell_rows(one: ArmCells, result: FactorialResult) -> list[dict[str, Any]]:
+    first, second = _levels(result)
+    names = [(a, b) for a in first for b in second]
+    return [
+        {"arm": one.arm.name, "first": a, "second": b, "mean_nats": mean, "low": low, "high": high}
+        for (a, b), (mean, low, high) in zip(names, map(ends, one.cells), strict=True)
+    ]
+
+
+def _contrasts(cells: Sequence[ArmCells], number: int) -> Iterator[Figure]:
+    for kind, words in KINDS.items():
+        dots = contrast_dots(cells, kind)
+        if dots:
+            yield Figure(
+                name=f"contrast-{kind}-{number}",
+                title=f"How far each clamp of {words} is from additive",
+                plot=dot_rows(dots, CONTRAST_AXIS, hollow=("control",), narrow=34),
+                caption=CONTRAST_CAPTION,
+                data=dot_data(dots),
+            )
+
+
+def _selection(result: FactorialResult) -> Table:
+    columns = (
+        "role",
+        "number",
+        "candidates",
+        "selected F",
+        "null p",
+        "held-out F",
+        "p",
+        "partial eta^2",
+        "procedure p",
+    )
+    return Table(columns=columns, rows=[_selected(one) for one in result.selected], caption=SELECTION_CAPTION)
+
+
+def _selected(one: SelectedUnit) -> tuple[str, ...]:
+    chosen, held = one.test.selection, one.test.held_out
+    eta = held.partial_eta_squared
+    return (
+        one.unit.role,
+        " x ".join(map(str, one.unit.index)),
+        f"{chosen.candidates:,}",
+        f"{chosen.f:.1f}",
+        f"{chosen.p_value:.3f}",
+        f"{held.f:.2f}",
+        f"{held.p_value:.3f}",
+        f"{eta.estimate:.3f} [{eta.low:.3f}, {eta.high:.3f}]",
+        f"{one.null.p_value:.3f}",
+    )
+
+
+def _arms(result: FactorialResult) -> Table:
+    columns = ("what", "clamp", "contrast", "F", "p", "Holm p", "on scale", "author's F")
+    rows: list[tuple[str, ...]] = []
+    for arm in result.arms:
+        main, holm = arm.tests.items[PRIMARY_SCALE], arm.tests.items_p_adjusted
+        rows.append(
+            (
+                who(arm),
+                arm.clamp,
+                f"{main.contrast:+.4f}",
+                f"{main.f:.2f}",
+                f"{main.p_value:.3f}",
+                "control" if holm is None else f"{holm:.3f}",
+                arm.tests.removability.words,
+                f"{arm.tests.published_f:.2f}",
+            )
+        )
+    return Table(columns=columns, rows=rows, caption=ARMS_CAPTION, strong=[not arm.control for arm in result.arms])
+
+
+def cells_figure(found: Sequence[ArmCells], levels: Levels) -> go.Figure:
+    """A panel an arm: the first factor along x, a line for each level of the second."""
+    rows = -(-len(found) // COLUMNS)
+    figure = make_subplots(rows=rows, cols=COLUMNS)
+    for number, one in enumerate(found):
+        for line in range(2):
+            figure.add_trace(
+                _line(one, levels, line, legend=number == 0), row=number // COLUMNS + 1, col=number % COLUMNS + 1
+            )
+    styled(figure, height=60 + PANEL * rows)
+    wide, narrow = (_grid(found, columns) for columns in (COLUMNS, NARROW_COLUMNS))
+    figure.update_layout(wide)
+    figure.update_xaxes(range=[-0.3, 1.3], showgrid=False, title_standoff=2)
+    figure.update_yaxes(nticks=4, zerolinewidth=1.5, tickfont={"size": 10}, exponentformat="e")
+    narrow["height"] = 80 + PANEL * -(-len(found) // NARROW_COLUMNS)
+    figure.update_layout(meta={"narrow": narrow})
+    return figure
+
+
+def _line(one: ArmCells, levels: Levels, second: int, *, legend: bool) -> go.Scatter:
+    cells = [one.cells[2 * first + second] for first in range(2)]
+    drawn = [ends(cell) for cell in cells]
+    colour = PALETTE[second]
+    return go.Scatter(
+        x=list(levels[0]),
+        y=[mean for mean, *_ in drawn],
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": [0 if high is None else high - (mean or 0) for mean, _, high in drawn],
+            "arrayminus": [0 if low is None else (mean or 0) - low for mean, low, _ in drawn],
+            "thickness": 1.4,
+            "width": 3,
+        },
+        mode="lines+markers",
+        line={"color": colour, "dash": DASHES[second], "width": 2},
+        marker={"size": 8, "symbol": SYMBOLS[second]},
+        name=levels[1][second],
+        legendgroup=levels[1][second],
+        showlegend=legend,
+        hovertemplate=f"{one.arm.name}<br>%{{x}}, {levels[1][second]}: %{{y:.3g}} nats<extra></extra>",
+    )
+
+
+def _grid(found: Sequence[ArmCells], columns: int) -> dict[str, Any]:
+    """Where panels and their headings are, so many in a row."""
+    rows, gap = -(-len(found) // columns), 0.09 if columns == COLUMNS else 0.2
+    width, height = (1 - gap * (columns - 1)) / columns, 1 / rows
+    layout: dict[str, Any] = {"annotations": []}
+    for number, one in enumerate(found):
+        left, top = (number % columns) * (width + gap), 1 - (number // columns) * height
+        suffix = "" if number == 0 else str(number + 1)
+        layout[f"xaxis{suffix}"] = {"domain": [left, left + width]}
+        layout[f"yaxis{suffix}"] = {"domain": [top - 0.84 * height, top - 0.2 * height]}
+        layout["annotations"].append(
+            {
+                "text": _heading(one.arm),
+                "x": left + width / 2,
+                "y": top - 0.18 * height,
+                "xref": "paper",
+                "yref": "paper",
+                "xanchor": "center",
+                "yanchor": "bottom",
+                "showarrow": False,
+                "font": {"size": 10.5},
+            }
+        )
+    return layout
+
+
+def _heading(arm: ArmResult) -> str:
+    return f"<b>{wrapped(arm.role, 26)}</b><br>{_numbers(arm)} at {arm.clamp}"
+
+
+def contrast_dots(found: Sequence[ArmCells], kind: str) -> list[Dot]:
+    """Under each role its clamps, of the arms whose units are of one kind: pairs do far less than features."""
+    return [
+        Dot(
+            heading=f"{one.arm.role.removesuffix(' (main effect)')}: {_numbers(one.arm)}",
+            label=f"{one.arm.clamp}{_holm(one)}",
+            series="control" if one.arm.control else "selected",
+            figure=one.contrast,
+            note=f"p = {one.contrast.p_value:.2g}, not adjusted",
+        )
+        for role in dict.fromkeys(one.arm.role for one in found)
+        for one in found
+        if one.arm.role == role and one.arm.units[0].kind == kind
+    ]
+
+
+def _holm(one: ArmCells) -> str:
+    p = one.arm.tests.items_p_adjusted
+    return "" if p is None else f", Holm p {'< 0.001' if p < 0.001 else f'= {p:.2f}'}"
+
+
+def _numbers(arm: ArmResult) -> str:
+    return " and ".join(" x ".join(map(str, unit.index)) for unit in arm.units)

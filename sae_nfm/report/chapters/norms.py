@@ -1,0 +1,165 @@
+"""Are there two kinds of features? Squared decoder norms before and after fixing the gauge, beside TopK and no training."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+from sae_lens.constants import SAE_CFG_FILENAME
+
+from sae_nfm.analysis import (
+    AS_TRAINED,
+    CANONICAL,
+    INITIAL,
+    PUBLISHED_MEANS,
+    TOPK,
+    NormHistogram,
+    SquaredNorms,
+    p_words,
+    squared_norms,
+)
+from sae_nfm.architectures.joint_config import ARCHITECTURE
+from sae_nfm.loading import load_sae
+from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
+from sae_nfm.report.plots.theme import AXIS, PALETTE, styled
+from sae_nfm.report.run_folder import Run
+
+TITLE = "Norms of the features"
+COMMANDS = ("sae-nfm demo --output RUN/demo",)
+LARGEST_N = 4
+"""SAEs that are shown; a comparison of many seeds has more."""
+SEED = 0
+"""Of the random initialisation."""
+LEAD = (
+    "Does training both paths split the features into two kinds? arXiv 2507.00269 reports squared decoder norms of "
+    "the joint model in two groups, without a test. Norms are set by the gauge and by how encoder and decoder share "
+    "the scale, so both are shown with that fixed, each with Hartigan's dip test."
+)
+CAPTIONS = {
+    "decoder": (
+        "Features by squared norm of their decoder row, one row of bars an SAE, all on the same bins. Dashed: the "
+        "published means of two groups, 0.05 and 0.37. A TopK SAE is one bar at 1 where SAELens has folded its norms "
+        "into its encoder, and an untrained SAE starts with all norms equal (in the unit of normalised activations). "
+        "The dip test's p-value is small when one mode does not do; the paper has no test. What it cannot show: what "
+        "a small norm means, since it can be traded for a larger activation."
+    ),
+    "encoder x decoder": (
+        "The same features by the squared norm of encoder times decoder, which no trade between the two changes and "
+        "which a saved TopK SAE still has. Where the TopK SAE, which has no other path, shows several modes too, "
+        "these are no sign of features of an integrating kind."
+    ),
+}
+TITLES = {
+    "decoder": "Squared decoder norms, the published figure",
+    "encoder x decoder": "The same with the scale of the encoder in it",
+}
+COLOURS = {AS_TRAINED: PALETTE[0], CANONICAL: PALETTE[2], TOPK: PALETTE[1], INITIAL: PALETTE[7]}
+ROW = 96
+
+
+def section(run: Run) -> Section | None:
+    """Norms of the joint SAEs that a run has saved; None without any."""
+    blocks: list[Block] = []
+    verdicts: list[str] = []
+    for number, (folder, topk) in enumerate(_chosen(run)):
+        label = run.label(folder)
+        found = squared_norms(_loaded(folder), topk=None if topk is None else _loaded(topk), seed=SEED)
+        blocks += [Heading(text=label), *(_figure(norms, number) for norms in found)]
+        if found[0].not_canonical is not None:
+            blocks.append(Prose(lines=[f"There is no canonical gauge here: {found[0].not_canonical}."]))
+        verdicts += [f"{label}: {sentence}" for norms in found for sentence in norms.findings()]
+    if not blocks:
+        return None
+    return Section(id="norms", title=TITLE, lead=LEAD, blocks=blocks, verdicts=verdicts)
+
+
+def _figure(norms: SquaredNorms, number: int) -> Figure:
+    return Figure(
+        name=f"{norms.measure.replace(' ', '-')}-{number}",
+        title=TITLES[norms.measure],
+        plot=norms_figure(norms),
+        caption=CAPTIONS[norms.measure],
+        data=pd.DataFrame(
+            [
+                {"sae": histogram.name, "from": low, "to": high, "features": count}
+                for histogram in norms.histograms
+                for low, high, count in zip(norms.edges, norms.edges[1:], histogram.counts, strict=False)
+            ]
+        ),
+    )
+
+
+def _chosen(run: Run) -> Iterator[tuple[Path, Path | None]]:
+    """Joint SAEs with a linear path, each with a TopK SAE of its width beside it where there is one."""
+    configs = {folder: json.loads((folder / SAE_CFG_FILENAME).read_text()) for folder in run.saes}
+    joint = [folder for folder, config in configs.items() if _is_joint(config)]
+    for folder in joint[:LARGEST_N]:
+        width = configs[folder]["d_sae"]
+        beside = (
+            other
+            for other, config in configs.items()
+            if config.get("architecture") == "topk" and other.parent == folder.parent and config["d_sae"] == width
+        )
+        yield folder, next(beside, None)
+
+
+def _is_joint(config: dict[str, Any]) -> bool:
+    return config.get("architecture") == ARCHITECTURE and bool(config.get("use_linear_path"))
+
+
+def _loaded(folder: Path) -> Any:
+    return load_sae(str(folder)).eval()
+
+
+def norms_figure(norms: SquaredNorms) -> go.Figure:
+    """A histogram for each SAE, in rows that share the axis; dashed: the published means, where the measure is theirs."""
+    rows = len(norms.histograms)
+    figure = make_subplots(rows=rows, shared_xaxes=True, vertical_spacing=0.32 / rows)
+    width = norms.edges[1] - norms.edges[0]
+    centres = [edge + width / 2 for edge in norms.edges[:-1]]
+    for row, histogram in enumerate(norms.histograms, start=1):
+        figure.add_trace(
+            go.Bar(
+                x=centres,
+                y=histogram.counts,
+                width=width,
+                marker={"color": COLOURS[histogram.name], "line": {"width": 0}},
+                name=histogram.name,
+                hovertemplate=f"{histogram.name}: %{{y:,}} features around %{{x:.3g}}<extra></extra>",
+                showlegend=False,
+            ),
+            row=row,
+            col=1,
+        )
+        figure.add_annotation(
+            text=f"<b>{histogram.name}</b> &nbsp;{_told(histogram)}",
+            xref="x domain" if row == 1 else f"x{row} domain",
+            yref="y domain" if row == 1 else f"y{row} domain",
+            x=0,
+            y=1,
+            yanchor="bottom",
+            xanchor="left",
+            showarrow=False,
+        )
+    if norms.measure == "decoder":
+        for mean in PUBLISHED_MEANS:
+            figure.add_vline(x=mean, line={"dash": "dash", "width": 1.2, "color": AXIS})
+    styled(figure, height=110 + ROW * rows)
+    figure.update_layout(bargap=0, margin={"t": 36})
+    figure.update_yaxes(showticklabels=False, ticks="", showgrid=False, rangemode="tozero")
+    figure.update_xaxes(range=[0, norms.edges[-1]])
+    figure.update_xaxes(title=_axis(norms), row=rows, col=1)
+    return figure
+
+
+def _told(histogram: NormHistogram) -> str:
+    if histogram.dip is None:
+        return f"all {histogram.mean:.3g}"
+    return f"mean {histogram.mean:.3g}, dip test {p_words(histogram.dip.p_value)}"
+
+
+def _axis(norms: SquaredNorms) -> str:
+    return "squared decoder norm" if norms.measure == "decoder" else "squared norm, encoder times decoder"

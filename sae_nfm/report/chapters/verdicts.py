@@ -1,0 +1,236 @@
+"""Which arm is better, over seeds and documents: every verdict of a comparison, and the learning rates behind it."""
+
+from collections.abc import Iterator, Sequence
+from math import isfinite
+
+import pandas as pd
+
+from sae_nfm.comparison.results import Answer, ClaimKind, CompareResult, SweepRow
+from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, section_of
+from sae_nfm.report.chapters.fidelity import CHANGE, HEADINGS, METRICS
+from sae_nfm.report.plots.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot
+from sae_nfm.report.plots.theme import PALETTE, SYMBOLS
+from sae_nfm.report.run_folder import Run
+from sae_nfm.stats import Outcome
+
+TITLE = "Verdicts: which differences hold"
+COMMANDS = ("sae-nfm compare --output RUN/compare",)
+MEASURES = {"fvu": "FVU", "kl_nats": "KL"}
+OUTCOMES = {
+    Outcome.BETTER: Group(name="better", colour=PALETTE[2], symbol="circle"),
+    Outcome.WORSE: Group(name="worse", colour=PALETTE[4], symbol="square"),
+    Outcome.NO_DIFFERENCE: Group(name="no difference shown", colour="#6b6b6b", symbol="circle-open"),
+    Outcome.NO_CLAIM: Group(name="too few seeds: no claim", colour=PALETTE[3], symbol="x"),
+}
+SHOWN = (Outcome.BETTER, Outcome.WORSE)
+INTERVALS = "Lines: 95 % intervals over seeds and documents"
+INSIDE = Group(name="chosen", colour="#000000", symbol="circle-open", size=19)
+EDGE = Group(name="chosen, at an edge of the sweep", colour=PALETTE[4], symbol="square-open", size=19)
+
+
+def section(run: Run) -> Section | None:
+    """The chapter; None without a comparison over seeds."""
+    return section_of(
+        [found for found in run.of(CompareResult) if not found.result.changes],
+        id="verdicts",
+        title=TITLE,
+        lead="Does one arm do better than another by more than seeds and documents scatter? Fair claims compare "
+        "SAEs trained on their own; the paper's comparison of an SAE with a part of itself stands apart.",
+        blocks=lambda found, number: _blocks(found.result, number),
+        findings=lambda result: _said(result.answers),
+    )
+
+
+def _blocks(result: CompareResult, number: int) -> Iterator[Block]:
+    ks = list(dict.fromkeys(answer.k for answer in result.answers))
+    for k in ks:
+        own = [answer for answer in result.answers if answer.k == k]
+        fair = [answer for answer in own if answer.claim.kind is ClaimKind.FAIR]
+        if len(ks) > 1:
+            yield Heading(text=f"k = {k}")
+        yield one_scale_figure(own, number)
+        if fair:
+            yield fair_figure(fair, number)
+    if result.missing:
+        yield Prose(lines=[f"No verdict: {reason}." for reason in result.missing], listed=True)
+    yield from _rates(result.sweep, number)
+
+
+def _rates(sweep: Sequence[SweepRow], number: int) -> Iterator[Block]:
+    for k in dict.fromkeys(row.k for row in sweep):
+        yield rates_figure([row for row in sweep if row.k == k], number)
+
+
+def _said(answers: Sequence[Answer]) -> Iterator[str]:
+    """The paper's comparisons, each fair claim that holds, and the names of those that do not."""
+    fair = [answer for answer in answers if answer.claim.kind is ClaimKind.FAIR]
+    for answer in answers:
+        if answer.claim.kind is ClaimKind.ABLATION:
+            yield f"The paper's comparison, an ablation: {_sentence(answer)}"
+    for answer in fair:
+        if answer.verdict.outcome in SHOWN:
+            yield _sentence(answer)
+    for words in dict.fromkeys(answer.verdict.words for answer in fair if answer.verdict.outcome not in SHOWN):
+        without = [answer for answer in fair if answer.verdict.words == words]
+        yield f"{words[0].upper()}{words[1:]} in {len(without)} of {len(fair)} fair tests: {_named(without)}."
+
+
+def _sentence(answer: Answer) -> str:
+    return f"{answer.verdict.sentence}."
+
+
+def _named(answers: Sequence[Answer]) -> str:
+    pairs: dict[str, list[str]] = {}
+    for answer in answers:
+        verdict = answer.verdict
+        pairs.setdefault(f"{verdict.arm} against {verdict.against}", []).append(verdict.measure)
+    return "; ".join(f"{pair} ({', '.join(dict.fromkeys(measures))})" for pair, measures in pairs.items())
+
+
+def one_scale_figure(answers: Sequence[Answer], number: int) -> Figure:
+    """The paper's comparison and the fair ones on one scale.
+
+    Args:
+        answers: of one k.
+        number: of the comparison in the run, from 1, for the figure's name.
+    """
+    rows: list[Row] = []
+    for kind, heading in HEADINGS.items():
+        own = [Row(key=_pair(answer), label=_pair(answer)) for answer in answers if answer.claim.kind is kind]
+        rows += [Row(key=str(kind), label=heading, heading=True), *dict.fromkeys(own)] if own else []
+    marks = [_mark(answer, group=MEASURES[answer.verdict.measure]) for answer in answers]
+    return Figure(
+        name=f"one-scale-{number}-k{answers[0].k}",
+        title="What is left of the paper's difference against SAEs trained on their own",
+        plot=dot_plot(marks, METRICS, rows, CHANGE, label_width=46, narrow_width=24),
+        caption="Relative difference of the reconstruction error (FVU) and of KL; left of zero the first arm is "
+        "better. Above, as the paper compares: all paths against a part of the same SAE, which was never trained to "
+        f"stand alone. Below, the control: SAEs trained on their own on the same tokens. {INTERVALS}; where none is "
+        "seen it is narrower than its mark.",
+        data=_data(answers),
+    )
+
+
+def fair_figure(answers: Sequence[Answer], number: int) -> Figure:
+    """Every fair claim with its verdict.
+
+    Args:
+        answers: fair ones of one k.
+        number: of the comparison in the run, from 1, for the figure's name.
+    """
+    rows = list(dict.fromkeys(Row(key=_pair(answer), label=_pair(answer)) for answer in answers))
+    marks = [
+        _mark(answer, group=OUTCOMES[answer.verdict.outcome].name, panel=MEASURES[answer.verdict.measure])
+        for answer in answers
+    ]
+    n = answers[0].verdict.n_seeds
+    corrections = dict.fromkeys(a.verdict.difference.correction for a in answers if a.verdict.difference.correction)
+    return Figure(
+        name=f"fair-{number}-k{answers[0].k}",
+        title="The fair comparisons, closer",
+        plot=dot_plot(
+            marks,
+            tuple(OUTCOMES.values()),
+            rows,
+            Axis(title=CHANGE.title, tickformat="+.1%", form="+.1%", reference=0.0),
+            panels=tuple(MEASURES.values()),
+            label_width=46,
+            narrow_width=24,
+        ),
+        caption=f"Relative difference over {n} seed{'s' * (n > 1)}. {INTERVALS}, each for itself. The words ask for "
+        f"more: p-values adjusted for the number of tests{''.join(f' ({words})' for words in corrections)} and seeds "
+        "that agree, so that an interval may leave out zero where no difference is shown. No difference shown does "
+        "not mean that there is none. Fewer than five seeds: no claim.",
+        data=_data(answers),
+    )
+
+
+def _pair(answer: Answer) -> str:
+    return f"{answer.claim.arm} against {answer.claim.against}"
+
+
+def _mark(answer: Answer, *, group: str, panel: str = "") -> Mark:
+    relative = answer.verdict.relative
+    note = f"{answer.verdict.words}: {answer.claim.question}"
+    return Mark(
+        row=_pair(answer),
+        group=group,
+        panel=panel,
+        x=relative.estimate,
+        low=relative.low,
+        high=relative.high,
+        note=note,
+    )
+
+
+def _data(answers: Sequence[Answer]) -> pd.DataFrame:
+    """What is drawn, with the words."""
+    rows = [
+        (
+            str(a.claim.kind),
+            a.claim.arm,
+            a.claim.against,
+            MEASURES[a.verdict.measure],
+            a.verdict.relative.estimate,
+            bounded(a.verdict.relative.low),
+            bounded(a.verdict.relative.high),
+            a.verdict.difference.p_value,
+            a.verdict.words,
+            a.claim.question,
+        )
+        for a in answers
+    ]
+    columns = [
+        "kind",
+        "arm",
+        "against",
+        "measure",
+        "relative difference",
+        "low",
+        "high",
+        "adjusted p",
+        "verdict",
+        "question",
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def rates_figure(sweep: Sequence[SweepRow], number: int) -> Figure:
+    """FVU of every SAE of a sweep at every rate.
+
+    Args:
+        sweep: of one k.
+        number: of the comparison in the run, from 1, for the figure's name.
+    """
+    candidates = sorted({row.learning_rate for row in sweep})
+    groups = [
+        Group(name=f"{rate:g}", colour=PALETTE[place % len(PALETTE)], symbol=SYMBOLS[place % len(SYMBOLS)])
+        for place, rate in enumerate(candidates)
+    ]
+    rows = [Row(key=arm, label=arm) for arm in dict.fromkeys(row.arm for row in sweep)]
+    marks: list[Mark] = []
+    for row in sweep:
+        if isfinite(row.fvu):
+            marks.append(Mark(row=row.arm, group=f"{row.learning_rate:g}", x=row.fvu, note=f"L0 {row.l0:.1f}"))
+            if row.chosen:
+                ring = EDGE if row.learning_rate in (candidates[0], candidates[-1]) else INSIDE
+                marks.append(Mark(row=row.arm, group=ring.name, x=row.fvu, note=f"learning rate {row.learning_rate:g}"))
+    return Figure(
+        name=f"rates-{number}-k{sweep[0].k}",
+        title="Every arm at the learning rate that suits it",
+        plot=dot_plot(
+            marks,
+            [*groups, INSIDE, EDGE],
+            rows,
+            Axis(title="FVU on the sweep's text (lower is better)", form=".4f"),
+            label_width=32,
+        ),
+        caption="Each arm was trained at the same learning rates, on the same tokens, with a seed that is not among "
+        "the compared, and took the rate with the lowest FVU on text that nothing is reported on (ringed). Where a "
+        "coefficient sets the sparsity, FVU is interpolated at one L0, so the lowest mark need not be the chosen "
+        "one. At an edge the best rate may lie beyond; a rate without a mark diverged. One seed.",
+        data=pd.DataFrame(
+            [(r.arm, r.family, r.learning_rate, r.l0, r.fvu, r.chosen) for r in sweep],
+            columns=["arm", "family", "learning rate", "L0", "FVU", "chosen"],
+        ),
+    )

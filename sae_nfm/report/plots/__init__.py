@@ -1,0 +1,1 @@
+"""Dot plots and the style that all figures share; they draw and compute nothing."""
