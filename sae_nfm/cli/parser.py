@@ -111,6 +111,14 @@ class CommandParser:
         Raises:
             ValueError: for arguments that do not work, in one line.
         """
+        return self.build(*self.values(argv))
+
+    def values(self, argv: Sequence[str]) -> tuple[dict[str, Any], frozenset[str]]:
+        """Values by option, and the names of the options that were given.
+
+        Raises:
+            ValueError: for an unknown or missing option, or a value of another type, in one line.
+        """
         options = [*self.options, *SWITCHES]
         args, given = respelt(argv, options, underscores=self.underscores)
         parsed, unknown = self._read(options, args)
@@ -120,7 +128,7 @@ class CommandParser:
             near = get_close_matches(wrong, flags, n=1) if wrong else []
             kind = "unknown option" if wrong else "unexpected argument"
             guess = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"{kind} {' '.join(unknown)}; {guess}`{self.prog} --help` has every option")
+            raise self._refused(f"{kind} {' '.join(unknown)}; {guess}")
         values: dict[str, Any] = {}
         for option in self.options:
             value = parsed[option.name]
@@ -128,11 +136,13 @@ class CommandParser:
                 try:
                     value = option.convert(value)
                 except ValueError:
-                    message = f"{self._flag(option)}: {value!r} is not {option.metavar}"
-                    raise ValueError(f"{message}; `{self.prog} --help` has every option") from None
+                    raise self._refused(f"{self._flag(option)}: {value!r} is not {option.metavar}; ") from None
             if option.convert is None or value is not None:
                 values[option.name] = value
-        return self.build(values, given)
+        return values, given
+
+    def _refused(self, told: str) -> ValueError:
+        return ValueError(f"{told}`{self.prog} --help` has every option")
 
     def help(self) -> str:
         """The help: usage, description, examples, options by section."""
@@ -194,7 +204,7 @@ class CommandParser:
             else:
                 found = {key: value for section in vars(parsed).values() for key, value in vars(section).items()}
                 return {option.name: found[_identifier(option.name)] for option in options}, unknown
-        raise ValueError(f"{_mistake(told.getvalue())}; `{self.prog} --help` has every option")
+        raise self._refused(f"{_mistake(told.getvalue())}; ")
 
     def _cli(self, root: type, args: Sequence[str]) -> Any:
         return tyro.cli(
