@@ -123,11 +123,11 @@ class CommandParser:
         args, given = respelt(argv, options, underscores=self.underscores)
         parsed, unknown = self._read(options, args)
         if unknown:
-            flags = [self._flag(option) for option in options if not option.hidden]
-            wrong = next((arg for arg in unknown if arg.startswith("-")), None)
-            near = get_close_matches(wrong, flags, n=1) if wrong else []
+            flags = [self._flag(option).lstrip("-") for option in options if not option.hidden]
+            wrong = next((arg for arg in unknown if arg.startswith("-")), "")
+            near = get_close_matches(wrong.lstrip("-"), flags, n=1)
             kind = "unknown option" if wrong else "unexpected argument"
-            guess = f"did you mean {near[0]}? " if near else ""
+            guess = f"did you mean --{near[0]}? " if near else ""
             raise self._refused(f"{kind} {' '.join(unknown)}; {guess}")
         values: dict[str, Any] = {}
         for option in self.options:
