@@ -18,6 +18,7 @@ from tiny_models import new_model, write_checkpoint
 
 from sae_nfm import JointNFMTrainingSAEConfig
 from sae_nfm.architectures.joint_training import JointNFMTrainingSAE
+from sae_nfm.cli.train import parse
 from sae_nfm.models.load import find_site, load_model
 from sae_nfm.profiling import arms
 from sae_nfm.profiling.arms import Sizes, joint_config
@@ -27,7 +28,6 @@ from sae_nfm.profiling.requirements import _kernel as chosen_kernel
 from sae_nfm.profiling.requirements import dry_run
 from sae_nfm.profiling.results import Device, DryRun
 from sae_nfm.profiling.run_spec import CONFIGS, Experiment, load_experiment
-from sae_nfm.cli.train import parse
 from sae_nfm_cli import main
 
 LOADERS = {

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from small_training import SIZES
 
 from sae_nfm import read_training_record
+from sae_nfm.cli.train import parse
 from sae_nfm.data.datasets import local_dataset
 from sae_nfm.models.load import load_model
-from sae_nfm.cli.train import parse
 from sae_nfm.training.run import how_to_go_on
 from sae_nfm_cli import main
 
