@@ -88,7 +88,6 @@ class GaugeDrift:
     drift: float
     """Root-mean-square change of W_dec - W_lin, the direction in which the output does not change."""
     largest_drift: float
-    """Largest absolute change of W_dec - W_lin."""
     travel: float
     """Root-mean-square change of W_dec + W_lin, the direction in which it does."""
 

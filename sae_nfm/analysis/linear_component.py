@@ -39,11 +39,8 @@ class Parts:
     """Tokens to fit on, to choose the penalty on, and to score on; a document is in one part only."""
 
     fit: NDArray[np.intp]
-    """Indices of tokens."""
     validation: NDArray[np.intp]
-    """Indices of tokens."""
     test: NDArray[np.intp]
-    """Indices of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +50,11 @@ class LinearPart:
     weight: Float[Tensor, "d_sae d_in"]
     """A: what one unit of a feature adds."""
     bias: Float[Tensor, " d_in"]
-    """a."""
     mean: Float[Tensor, " d_in"]
     """Mean of the path's output over the fitted tokens."""
     top_n: int | None
     """How many of the features the prediction reads, the strongest; None for all."""
     penalty: float
-    """The penalty chosen, of those tried."""
     validation_r2: tuple[float, ...]
     """R^2 on the second part, for each penalty tried."""
     r2: float
@@ -69,7 +64,6 @@ class LinearPart:
     deviation: Float[Tensor, " test"]
     """Squared distance from `mean` of each of them."""
     test_tokens: Int[Tensor, " test"]
-    """Which tokens those are."""
 
     def predict(self, acts: reference.Acts) -> Float[Tensor, "*batch d_in"]:
         """The prediction `f A + a`."""

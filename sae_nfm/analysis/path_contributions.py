@@ -52,7 +52,6 @@ class TokenPaths:
     paths: Paths
     """What each path writes, biases included."""
     documents: Int[Tensor, " tokens"] | None = None
-    """The document of each token, where known."""
 
 
 @torch.no_grad()
@@ -171,7 +170,6 @@ class FeatureEnergies:
     """
 
     tokens: int
-    """Tokens looked at."""
     active: Float[Tensor, " d_sae"]
     """Tokens on which each feature is active."""
     second_moment: Float[Tensor, " d_sae"]
@@ -179,13 +177,10 @@ class FeatureEnergies:
     read_second_moment: Float[Tensor, " d_sae"]
     """E[f_n,i^2] over all tokens: of the feature as the NFM reads it."""
     direct: Float[Tensor, " d_sae"]
-    """Energy added to the direct path."""
     linear: Float[Tensor, " d_sae"]
-    """Energy added to the linear path."""
     nonlinear: Float[Tensor, " d_sae"]
     """Energy added to the interaction path."""
     square: Float[Tensor, " d_sae"]
-    """Energy added to the square path."""
 
     @property
     def frequency(self) -> Float[Tensor, " d_sae"]:

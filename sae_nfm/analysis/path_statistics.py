@@ -68,11 +68,9 @@ class GainFigures:
     """Gains on squared error, as fractions of the error of the direct path alone."""
 
     linear: Estimate
-    """Gain of the linear path by itself."""
     nonlinear: Estimate
     """Gain of the interaction path by itself."""
     both: Estimate
-    """Gain of both."""
     overlap: Estimate
     """gain(linear) + gain(nonlinear) - gain(both), tested against 0."""
 
@@ -82,7 +80,6 @@ class ResidualFigures:
     """What of the interaction path's output is not linear in the features, on tokens the regression has not seen."""
 
     part: LinearPart
-    """The regression."""
     r2: Estimate
     """Its R^2, tested against 0."""
     of_output: Estimate
@@ -98,9 +95,7 @@ class FunctionalFigures:
     """What the paths do on tokens."""
 
     energies: FeatureEnergies
-    """By feature."""
     sizes: PathSizes
-    """By token."""
     magnitude_shares: Mapping[str, Estimate]
     """Each integration path's part of their summed mean absolute values (published: 94 % linear, 6 % nonlinear)."""
     energy_shares: Mapping[str, Estimate]

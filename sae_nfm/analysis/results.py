@@ -33,7 +33,6 @@ class FigureRow:
     """One line: a statistic and a control."""
 
     name: str
-    """What is measured."""
     statistic: Statistic = Statistic.OTHER
     """Which statistic that is; several lines about one have the same name."""
     path: str = ""
@@ -53,7 +52,6 @@ class NormHistogram:
     """A squared norm over the features of one SAE."""
 
     name: str
-    """Which SAE, in which gauge."""
     counts: tuple[int, ...]
     """Features in each bin; the upper end of the last bin belongs to it."""
     mean: float
@@ -67,9 +65,7 @@ class SquaredNorms:
     """One measure, for the SAE and what it is compared with."""
 
     measure: Measure
-    """Which squared norm."""
     edges: tuple[float, ...]
-    """Edges of the bins, the same for all."""
     histograms: tuple[NormHistogram, ...]
     """The SAE as trained, then what there is of canonical gauge, TopK SAE and random initialisation."""
     not_canonical: str | None

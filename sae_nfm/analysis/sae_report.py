@@ -32,14 +32,12 @@ class WeightReport:
     """Figures of a feature's weights, as published and under controls."""
 
     as_trained: WeightFigures
-    """The published figures."""
     one_unit: WeightFigures
     """Rows as read, times the trained encoder's scale: all read one activation, with the published decoder norms. Differs from
     `as_trained` under rescaling only."""
     canonical: WeightFigures | None
     """In the canonical gauge and that unit; None where there is none."""
     not_canonical: str | None
-    """Why there is none."""
     weighted: WeightFigures | None
     """Rows times the root-mean-square activation on tokens, in the canonical gauge where there is one; split at the median. Of
     features that are active on the tokens only; None when those are fewer than 10."""
@@ -54,9 +52,7 @@ class GaugeReport:
     """Everything about one SAE."""
 
     weights: WeightReport
-    """What the weights are."""
     paths: FunctionalFigures
-    """What the paths do on tokens, in the SAE's own gauge."""
     canonical_paths: FunctionalFigures | None
     """The same in the canonical gauge, less `residual`, which no gauge changes; `paths` itself without a linear path, None where
     there is no such gauge."""

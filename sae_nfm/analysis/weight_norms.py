@@ -42,7 +42,6 @@ class PathRows:
     """The rows of every feature in each path, in one unit."""
 
     direct: Float[Tensor, "d_sae d_in"]
-    """Decoder rows w_i."""
     linear: Float[Tensor, "d_sae d_in"] | None = None
     """Rows l_i of the linear path; None without one."""
     nonlinear: Float[Tensor, "d_sae nfm_dim"] | None = None
@@ -127,7 +126,6 @@ class Split:
     """Features on one side of a squared norm."""
 
     n: int
-    """How many."""
     shares: PathShares | None
     """Their mean shares; None when there is no such feature."""
 
@@ -139,13 +137,9 @@ class WeightFigures:
     squared_norm: Float[Tensor, " d_sae"]
     """||w_i||^2."""
     shares: PathShares
-    """Shares of every feature."""
     threshold: float
-    """The squared norm that divides the features."""
     below: Split
-    """Features whose squared norm is smaller."""
     above: Split
-    """The others."""
     share_correlations: Mapping[str, PermutedCorrelation | None]
     """||w_i||^2 with each share, against rows dealt out to other features; None where one of the two does not vary."""
     norm_correlations: Mapping[str, PermutedCorrelation | None]

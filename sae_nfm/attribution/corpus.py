@@ -27,9 +27,7 @@ class TokenBatch:
     """Counted tokens of some rows."""
 
     reads: TokenReads
-    """What the paths read and wrote."""
     row: Int[Tensor, " tokens"]
-    """The row of each token in the corpus."""
     position: Int[Tensor, " tokens"]
     """Its position there."""
     directions: Float[Tensor, "#tokens d_in"] | None = None

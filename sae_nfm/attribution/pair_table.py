@@ -27,6 +27,7 @@ from torch import Tensor
 from sae_nfm.architectures import PathWeights
 from sae_nfm.attribution.corpus import Corpus, TokenBatch
 from sae_nfm.attribution.pairs import TokenPairs, along, norms
+from sae_nfm.attribution.results import Context
 
 CAPACITY = 1_000_000
 """Pairs kept. With 500,000 of them a run took 0.5 GB beside model and SAE, merges and batches included."""
@@ -42,21 +43,16 @@ class PairSums:
     """By key first * d_sae + second: `tokens` on which the pair fires, sums there of `norm` ||o_ij||, `energy` ||o_ij||^2,
     `product` f_i f_j and `effect` <o_ij, direction> (0 without a direction), and `norm_max`. Descending by energy."""
     d_sae: int
-    """Number of features."""
     tokens: int
-    """Tokens looked at."""
     firings: int
-    """Pairs that fired, summed over tokens."""
     energy: float
     """Sum of all pairs' energy over all tokens, of those not in the table too. Pairs are not orthogonal: it is not the path's."""
     slack: float
     """The most energy that a pair which is not in the table can have; 0 when every pair that fired is in it."""
     feature_tokens: Float[Tensor, " d_sae"]
-    """Tokens on which each feature is read."""
     feature_sum: Float[Tensor, " d_sae"]
     """Sum of each feature's activations as read."""
     feature_squares: Float[Tensor, " d_sae"]
-    """Sum of their squares."""
     gates: Float[Tensor, " nfm_dim"]
     """Share of tokens on which each gate is open."""
 
@@ -201,22 +197,6 @@ def pair_rows(batch: TokenBatch, weights: PathWeights, only: NDArray[np.int64] |
     rows: Any = {name: column.double().cpu().numpy() for name, column in columns.items()}
     rows["token"] = chosen.nonzero()[:, 0].cpu().numpy()
     return pd.DataFrame(rows, index=keys[chosen].cpu().numpy())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Context:
-    """A token on which a pair fires."""
-
-    row: int
-    """Row of the corpus."""
-    position: int
-    """Position in it."""
-    norm: float
-    """||o_ij|| there."""
-    effect: float | None
-    """<o_ij, direction> there."""
-    text: str
-    """The token in its text, in [[double brackets]]."""
 
 
 def strongest_firings(corpus: Corpus, keys: NDArray[np.int64], *, n: int) -> pd.DataFrame:

@@ -30,7 +30,6 @@ class TokenPairs:
     first: Int[Tensor, "tokens pairs"]
     """The lower feature, i."""
     second: Int[Tensor, "tokens pairs"]
-    """The higher one, j."""
     product: Float[Tensor, "tokens pairs"]
     """f_i f_j; 0 where the pair does not fire."""
 

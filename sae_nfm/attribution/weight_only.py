@@ -16,7 +16,7 @@ Source: PolySAE, arXiv 2602.01322 (correlation of interaction weights with co-oc
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,44 +32,11 @@ from sae_nfm.attribution.corpus import PAIRS_AT_ONCE, TokenBatch
 from sae_nfm.attribution.pair_table import PairSums, summed
 from sae_nfm.attribution.pairs import TokenPairs, norms
 from sae_nfm.attribution.path_activations import TokenReads
+from sae_nfm.attribution.results import Correlation, PairControls
 from sae_nfm.kernels import bi_interaction, hidden_pre
 
 Floats = NDArray[np.float64]
 FREQUENCY, COVARIANCE = "co-activation frequency", "covariance of the features"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Correlation:
-    """Two measures of pairs against each other."""
-
-    measure: str
-    """One."""
-    against: str
-    """The other."""
-    pearson: float | None
-    """Pearson's r; None where one of them has one value throughout."""
-    spearman: float | None
-    """Spearman's rho, likewise."""
-    null_pearson: tuple[float, ...] = ()
-    """Pearson's r, once for each time the rows of V were dealt out anew; empty where V does not enter."""
-    null_spearman: tuple[float, ...] = ()
-    """Spearman's rho, likewise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairControls:
-    """What the strength of pairs goes with, over the pairs that fire often enough."""
-
-    tokens: int
-    """Tokens looked at, in memory at once."""
-    pairs: int
-    """Pairs compared: those that fire on at least `min_tokens` of them. Pairs that never do have no strength on tokens."""
-    min_tokens: int
-    """See `pairs`."""
-    weights_against_tokens: tuple[Correlation, ...]
-    """The weight-only measures against those on tokens."""
-    cooccurrence: tuple[Correlation, ...]
-    """Every measure against co-activation frequency and covariance."""
 
 
 def weight_strengths(weights: PathWeights, sums: PairSums, table: Any | None = None) -> dict[str, Floats]:

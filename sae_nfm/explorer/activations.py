@@ -43,7 +43,6 @@ class Firings:
     places: NDArray[np.int32]
     """Tokens on which a feature fires, row * pos + position, ascending."""
     values: NDArray[np.float32]
-    """Its activations there."""
     tokens: NDArray[np.int64]
     """The tokens, [rows, pos]."""
     counted: NDArray[np.bool_]

@@ -24,7 +24,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_nfm.analysis import gauges, has_canonical
-from sae_nfm.attribution.direct_logits import DirectPath
+from sae_nfm.attribution import DirectPath
 from sae_nfm.explorer.activations import Firings, feature_contexts, histograms, maxima
 from sae_nfm.explorer.pairs import ShownPairs
 from sae_nfm.explorer.results import (

@@ -27,9 +27,7 @@ class ShownPairs:
     table: pd.DataFrame
     """Their rows of `PairSums.table`."""
     first: Ints
-    """The lower feature of each."""
     second: Ints
-    """The higher one."""
     share: Floats
     """Energy of each over that of all pairs."""
     context_starts: Ints
@@ -41,7 +39,6 @@ class ShownPairs:
     mean: Float[Tensor, "pairs d_in"]
     """What each writes on average where it fires, every gate at its mean over all tokens; of the first pairs only."""
     fired: int
-    """Pairs that fired."""
     firings: int
     """The same summed over tokens."""
 

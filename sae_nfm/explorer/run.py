@@ -70,21 +70,14 @@ class ExploreResult:
     """What `sae-nfm explore` wrote, in short."""
 
     file: str
-    """The explorer."""
     size: int
     """Bytes in it."""
     sae: str
-    """The SAE, as given."""
     hook_name: str
-    """Where it is."""
     tokens: int
-    """Tokens looked at."""
     documents: int
-    """Documents they are from."""
     features: int
-    """Number of features."""
     alive: int
-    """Those that fired."""
     active: float
     """Features that fire on a token, on average."""
     densest: tuple[tuple[int, float], ...]

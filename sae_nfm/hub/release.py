@@ -45,9 +45,7 @@ class HubSource:
     """A repository on the hub."""
 
     repo_id: str
-    """Name on the hub, "user/repository"."""
     revision: str = "main"
-    """Branch, tag or commit."""
 
     @property
     def name(self) -> str:
@@ -95,7 +93,6 @@ class PackageSource:
     """Data files of an installed package."""
 
     package: str
-    """Import name of the package."""
     folder: str
     """Folder inside the package, with forward slashes."""
 
@@ -131,9 +128,7 @@ class ReleasedSAE:
     variance_explained: float | None = None
     """1 - FVU on held-out tokens, where it was measured."""
     l0: float | None = None
-    """Active features per token."""
     neuronpedia: str | None = None
-    """Id on Neuronpedia."""
 
     def __post_init__(self) -> None:
         """Refuse an entry that cannot be verified, or whose files would lie outside the source."""
@@ -155,11 +150,8 @@ class Release:
     name: str
     """What `SAE.from_pretrained(name, id)` is called with."""
     model: str
-    """Name of the language model."""
     source: Source
-    """Where the files lie."""
     saes: tuple[ReleasedSAE, ...]
-    """The SAEs, each with an id and a path of its own."""
 
     def __post_init__(self) -> None:
         """Refuse ambiguity."""

@@ -21,7 +21,7 @@ from sae_lens import SAE
 from torch import Tensor
 from typing_extensions import override
 
-from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths, Secondary, check_secondary, place_secondary, through
+from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths, Secondary, check_secondary, place_secondary, secondary_of
 from sae_nfm.interventions.apply_edits import at_work, hook_functions
 from sae_nfm.interventions.edit_targets import TokensInTurn
 from sae_nfm.interventions.edits import SAEEdit
@@ -161,8 +161,7 @@ class Splice(Intervention):
         text = f"{describe(self.sae, f' at {self.hook_name}')}, ablated {ablated}, special tokens {self.special_tokens}"
         if self.edits:
             text += f", edits {json.dumps([edit.identity for edit in self.edits])}"
-        if isinstance(self.sae, NFMPaths) and self.sae.secondary is not None:
-            secondary = self.sae.secondary
+        if (secondary := secondary_of(self.sae)) is not None:
             text += f", hidden code through {describe(secondary.sae)}, error term {secondary.error_term}"
         return text
 
@@ -338,4 +337,4 @@ class SecondarySplice(Splice):
         assert isinstance(
             self.sae, NFMPaths
         )  # `check_secondary`, whose digest takes seconds for a large SAE, is done once
-        return place_secondary(self.sae, Secondary(sae=self.secondary, error_term=self.error_term, through=through))
+        return place_secondary(self.sae, Secondary(sae=self.secondary, error_term=self.error_term))

@@ -19,7 +19,7 @@ from sae_nfm.comparison.results import CompareResult, RowKind
 from sae_nfm.comparison.run import Prepared, compare_once
 from sae_nfm.comparison.table import ablations, in_canonical_gauge
 from sae_nfm.data import datasets
-from sae_nfm.training.recorder import read_training_record
+from sae_nfm.training.results import read_training_record
 from sae_nfm_cli import main
 
 TINY = {

@@ -18,7 +18,7 @@ from sae_nfm.architectures.path_weights import PathWeights
 from sae_nfm.attribution.pairs import TokenPairs, written
 from sae_nfm.attribution.path_activations import token_reads
 from sae_nfm.experiments.factorial.candidates import Candidates, feature_candidates, pair_candidates
-from sae_nfm.experiments.factorial.clamps import Unit, spliced
+from sae_nfm.experiments.factorial.clamps import clamped, spliced, unit_of
 from sae_nfm.experiments.factorial.run import FactorialConfig, factorial, run_factorial
 from sae_nfm.experiments.factorial.stimuli import load_stimuli
 from sae_nfm.experiments.factorial.word_scores import SCALES, WordScorer, tokenized
@@ -122,7 +122,7 @@ def test_result_as_json(experiments, tmp_path):
     result.save(tmp_path / "results.json")
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["arms"][0]["tests"]["items"].keys() == set(SCALES)
-    assert content == json.loads(json.dumps(dataclasses.asdict(result)))
+    assert content == json.loads(json.dumps({"kind": result.kind} | dataclasses.asdict(result)))
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
@@ -147,7 +147,7 @@ def rejections(many_texts, trials: int, *, has_pair: bool) -> int:
 
     @functools.cache
     def outcome(column: int) -> np.ndarray:
-        edit = Unit.of(pairs, column, "").edit(4 * float(pairs.typical[column]))
+        edit = clamped(unit_of(pairs, column, ""), 4 * float(pairs.typical[column]))
         changes = scorer.scores(spliced(sae, None, (edit,))).less(baseline)["log_prob"]
         return word_pattern(by_bucket(changes, word_cells))
 

@@ -168,7 +168,7 @@ def damaged(path: tuple[str, ...], value: Any) -> bytes:
         (gzip.compress(b"{}", mtime=0)[:-6], r"explorer\.json\.gz.*damaged"),
         (gzip.compress(b"{no json", mtime=0), r"explorer\.json\.gz.*damaged"),
         (gzip.compress(b"[]", mtime=0), r"\bNone\b.*'sae-nfm explorer 1'.*`sae-nfm explore`"),
-        (damaged(("format",), "sae-nfm explorer 9"), r"'sae-nfm explorer 9'.*'sae-nfm explorer 1'"),
+        (damaged(("kind",), "explore/9"), r"'explore/9'.*'explore/1'"),
         (damaged(("features", "max"), [1.0]), r"\(1,\).*\b8 numbers\b.*`sae-nfm explore`"),
         (damaged(("stream", "ids"), [10**6]), r"damaged.*\bstarts\b.*\b1 entries\b"),
         (damaged(("logits", "token", 0), 999), r"\bindex outside 0\b"),

@@ -13,8 +13,7 @@ from sae_lens import SAE
 from scipy import stats
 from torch import Tensor
 
-from sae_nfm.analysis import FeatureEnergies, gauge, varies
-from sae_nfm.analysis.path_contributions import feature_energies, token_paths
+from sae_nfm.analysis import FeatureEnergies, feature_energies, gauge, token_paths, varies
 from sae_nfm.experiments.dynamics.checkpoints import Checkpoint, load_checkpoint
 from sae_nfm.experiments.dynamics.results import (
     CANONICAL,
@@ -25,8 +24,7 @@ from sae_nfm.experiments.dynamics.results import (
     Movement,
     Transitions,
 )
-from sae_nfm.stats import Estimate, Floats
-from sae_nfm.stats.clustered import StudentT, interval
+from sae_nfm.stats import Estimate, Floats, StudentT, interval
 
 
 def tertiles(shares: Sequence[Floats]) -> tuple[float, float]:
@@ -97,7 +95,6 @@ class GroupedTokens:
     """Activations and the group of documents that each is from."""
 
     x: Float[Tensor, "tokens d_in"]
-    """What is reconstructed."""
     groups: Int[Tensor, " tokens"]
     """0, 1, ..."""
 
@@ -119,7 +116,6 @@ class GroupedEnergies:
     """Sums of energies by group of documents."""
 
     tokens: Int[Tensor, " groups"]
-    """Tokens."""
     active: Float[Tensor, "groups d_sae"]
     """Tokens on which each feature is active."""
     sums: Float[Tensor, "groups figures d_sae"]
@@ -153,7 +149,6 @@ class MeanShares:
     """A mean over features on all tokens and without each group of documents."""
 
     whole: float
-    """On all tokens."""
     without: Floats
     """[groups], without each."""
     tokens: Floats
@@ -214,7 +209,6 @@ class Measured:
     run: str
     """`RUN` or `REFERENCE`."""
     tokens: int
-    """Tokens trained on."""
     energies: Mapping[str, GroupedEnergies]
     """By gauge: raw, and canonical where there is one."""
     norms: Mapping[str, Tensor]

@@ -17,7 +17,6 @@ class Counted:
     """A number of features beside what it is when features are dealt out anew."""
 
     observed: int
-    """Features."""
     expected: float
     """Mean of the null."""
     low: float
@@ -39,7 +38,6 @@ class Transitions:
     to_integration: Counted
     """From the third of least integration to that of most."""
     stayed: Counted
-    """In the same third."""
 
 
 RAW, CANONICAL = "raw", "canonical"
@@ -56,7 +54,6 @@ class CheckpointRow:
     run: str
     """The architecture: joint_nfm, or topk for the reference."""
     tokens: int
-    """Tokens trained on."""
     active: int
     """Features that are active on the held-out tokens."""
     norm: float
@@ -77,9 +74,7 @@ class Movement:
     run: str
     """As in `CheckpointRow`."""
     before: int
-    """Tokens trained on."""
     after: int
-    """Tokens trained on."""
     features: int
     """Features that are active on the held-out tokens at both; all figures are of these."""
     spearman: Mapping[str, float | None]
@@ -99,17 +94,11 @@ class DynamicsResult(SavedResult):
     kind: ClassVar[str] = "dynamics/1"
 
     hook_name: str
-    """Where the SAE is."""
     features: int
-    """Features of the joint NFM-SAE."""
     tokens: int
-    """Held-out tokens, the same for every checkpoint."""
     documents: int
-    """Their documents."""
     not_canonical: str | None
-    """Why there is no canonical gauge."""
     checkpoints: tuple[CheckpointRow, ...]
-    """Of the run, then of the reference, each by tokens trained on."""
     steps: tuple[Movement, ...]
     """From each checkpoint to the next, likewise."""
     overall: tuple[Movement, ...]
@@ -117,7 +106,6 @@ class DynamicsResult(SavedResult):
     edges: Mapping[str, tuple[float, float]]
     """By gauge: the integration shares between the thirds."""
     provenance: dict[str, Any]
-    """Configuration, versions, command."""
 
     def words(self) -> str:
         """Tables of checkpoints, of rank stability and of transitions, and what they say."""

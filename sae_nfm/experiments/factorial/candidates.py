@@ -18,13 +18,13 @@ from torch import Tensor
 
 from sae_nfm.architectures import NFMPaths, PathWeights, attach_secondary
 from sae_nfm.attribution import TokenPairs, norms, reading, reads_of
+from sae_nfm.experiments.factorial.results import Kind
 from sae_nfm.experiments.factorial.word_scores import Ids
 from sae_nfm.interventions import Intervention, counted_tokens
 from sae_nfm.kernels import top_n
 from sae_nfm.models import LanguageModel, device_of, keeping, splice
 from sae_nfm.stats import SIGNS, Cells, Floats, Half, effect_t
 
-Kind = Literal["feature", "pair", "secondary"]
 Pool = Literal["mean", "last"]
 STRONGEST = 32
 """Features of a token whose pairs are looked at: the strongest that the interaction path reads."""
@@ -35,7 +35,6 @@ class Candidates:
     """Features, or pairs of them, on stimuli."""
 
     kind: Kind
-    """What they are."""
     indices: tuple[tuple[int, ...], ...]
     """[candidates], a feature or two."""
     values: Floats

@@ -43,7 +43,6 @@ class Scores:
     log_prob: Floats
     """Natural logarithm of the word's probability."""
     prob: Floats
-    """Its probability."""
     logit: Floats
     """Sum of its tokens' logits."""
 

@@ -63,11 +63,8 @@ class TrainedSecondary:
     """A trained SAE and what it was trained on."""
 
     trained_on: TrainedOn
-    """Which activations."""
     k: int
-    """Active features a token."""
     sae: SAE[Any]
-    """As loaded from its folder."""
 
     @property
     def name(self) -> str:
