@@ -17,6 +17,8 @@ from torch.nn.utils import parameters_to_vector
 
 from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig, parameter_count
 from sae_nfm.comparison.arms import (
+    ALL_ARMS,
+    DEFAULT_ARMS,
     DOUBLED,
     ArmSizes,
     flop_matched_width,
@@ -26,7 +28,6 @@ from sae_nfm.comparison.arms import (
     training_arms,
     training_flops,
 )
-from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS
 from sae_nfm.training.multi_arm import StreamConfig, Trained, initialised, multiply_decoder_steps, train_arms
 from sae_nfm.training.recorder import read_training_record
 

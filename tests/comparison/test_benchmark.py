@@ -15,9 +15,16 @@ from sae_lens import SAE
 
 from sae_nfm import demo
 from sae_nfm.architectures.joint_config import parameter_count
-from sae_nfm.comparison.benchmark import BenchmarkConfig, count_parameters, run_benchmark, sae_configs, train_saes
+from sae_nfm.comparison.benchmark import (
+    BenchmarkConfig,
+    ablations,
+    count_parameters,
+    in_canonical_gauge,
+    run_benchmark,
+    sae_configs,
+    train_saes,
+)
 from sae_nfm.comparison.benchmark_results import BenchmarkResult
-from sae_nfm.comparison.table import ablations, in_canonical_gauge
 from sae_nfm.data import datasets
 from sae_nfm.models.load import Site, find_site
 from sae_nfm.training.recorder import read_training_record

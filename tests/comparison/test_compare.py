@@ -13,14 +13,13 @@ from builders import D_MODEL, inference_sae, tiny_model, token_dataset, training
 from sae_lens import SAE
 
 from sae_nfm import demo
-from sae_nfm.comparison.arms import JOINT, ArmSizes, training_arms
+from sae_nfm.comparison.arms import ALL_ARMS, DEFAULT_ARMS, JOINT, ArmSizes, training_arms
 from sae_nfm.comparison.benchmark import BenchmarkConfig, sae_configs, train_saes
 from sae_nfm.comparison.claims import CLAIMS, answers
-from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS
 from sae_nfm.comparison.lr_sweep import SweepRow, chosen_rates
 from sae_nfm.comparison.results import CompareResult
+from sae_nfm.comparison.rows import _interpolated
 from sae_nfm.comparison.run import CompareConfig, run_compare
-from sae_nfm.comparison.table import _interpolated
 from sae_nfm.data import datasets
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import Arm, evaluate

@@ -10,8 +10,8 @@ from finished_runs import COMMAND, SMALL
 from sae_lens import SAE
 
 from sae_nfm import demo
+from sae_nfm.comparison.benchmark import ablations
 from sae_nfm.comparison.claims import CANONICAL, DIRECT
-from sae_nfm.comparison.table import ablations
 from sae_nfm.data import datasets
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import Arm, evaluate

@@ -19,12 +19,12 @@ from sae_nfm.analysis.path_contributions import read_activations
 from sae_nfm.comparison.arms import JOINT
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.token_table import read_manifest, read_rows
-from sae_nfm.experiments.reproduce.published import PUBLISHED
 from sae_nfm.experiments.reproduce.rows import KEPT, NOT_MEASURED, Behaviour
 from sae_nfm.experiments.reproduce.sequential import (
     ADAPTER,
     AT_EQUAL_DISTANCE,
     BASE,
+    PUBLISHED,
     SEQUENTIAL,
     rows_without_base,
     sequential_rows,

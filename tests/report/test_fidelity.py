@@ -9,7 +9,8 @@ from invented_comparison import compare_row, compared
 from report_inputs import RUN
 from report_runs import figures, labels, marks, plots, run_of
 
-from sae_nfm.comparison.results import COLUMNS, arm_means
+from sae_nfm.comparison.arm_means import arm_means
+from sae_nfm.comparison.summary import COLUMNS
 from sae_nfm.report.blocks import Heading, Prose, Table
 from sae_nfm.report.chapters.fidelity import section
 

@@ -3,7 +3,7 @@
 from invented_comparison import ROWS, compared, sparsity_rows
 from report_runs import figures, plots, run_of
 
-from sae_nfm.comparison.results import arm_means, lines_over_l0
+from sae_nfm.comparison.arm_means import arm_means, lines_over_l0
 from sae_nfm.report.chapters.pareto import section
 
 
