@@ -104,7 +104,6 @@ def gauge_drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Ga
     Args:
         before: state of a training SAE, with W_dec and W_lin as trained (no fold): a `state_dict()`, or the tensors of a
             checkpoint's sae_weights.safetensors.
-        after: a later state of the same SAE.
 
     Raises:
         ValueError: when a state lacks either matrix, has other shapes, or folded decoder norms.

@@ -55,7 +55,6 @@ def squared_norms(sae: SAE[Any], *, topk: SAE[Any] | None, seed: int, bins: int 
         sae: joint_nfm; it is not changed.
         topk: a TopK SAE to compare with.
         seed: of the random initialisation, which is left out where the metadata do not say how the SAE was trained.
-        bins: of the histograms.
     """
     saes, reason = {AS_TRAINED: sae}, None
     try:

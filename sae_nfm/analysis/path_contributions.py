@@ -92,7 +92,6 @@ def token_paths(
     Args:
         sae: joint_nfm or TopK, training or inference class.
         x: activations as the SAE takes them (one in training that normalises by a factor takes scaled ones), heads flattened.
-        documents: the document of each token.
 
     Raises:
         ValueError: for an SAE of another kind, or documents that are not one to a token.
@@ -227,7 +226,6 @@ def interaction_energies(sae: SAE[Any], read: SparseActs, gates: Tensor | None) 
     """Squared norm of each read feature's `pair_contributions`, in chunks of tokens; 0 without an interaction path.
 
     Args:
-        sae: any SAE; one without gates has no interaction path.
         read: what the interaction path reads.
         gates: h > 0, [tokens, nfm_dim].
     """

@@ -130,10 +130,8 @@ def functional_figures(
     """All figures of this module; None for what an SAE without the paths in question does not have.
 
     Args:
-        sae: joint_nfm or TopK.
         tokens: `token_paths` of it, with documents.
         seed: of the permutations and of the division of documents.
-        n_permutations: of the null.
         with_residual: whether to fit the linear map.
 
     Raises:

@@ -76,7 +76,6 @@ def gauge_report(
         documents: the document of each token; at least 5.
         seed: of permutations, divisions and the random initialisation.
         initial: how the SAE was initialised, for the reference; None leaves that out.
-        n_permutations: of each null.
 
     Raises:
         ValueError: for too few features or documents, another kind of SAE, or metadata that do not say how it was trained.

@@ -161,9 +161,7 @@ def weight_figures(
 
     Args:
         rows: in one unit, see `gauge`; at least 10 features.
-        seed: of the permutations and the mixtures' starting points.
         threshold: squared norm that divides the features; the published 0.2 means something in the published unit only.
-        n_permutations: of each null.
 
     Raises:
         ValueError: for fewer than 10 features.
@@ -197,9 +195,7 @@ def share_correlations(
     """Spearman correlation of ||w_i||^2 with each share, against integration rows dealt out to other features.
 
     Args:
-        norms: of the rows.
         seed: of the permutations; the same ones serve every share.
-        n_permutations: of the null.
 
     Returns:
         By share; None where the share or the norm does not vary.

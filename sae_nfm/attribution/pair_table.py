@@ -178,7 +178,6 @@ def pair_rows(batch: TokenBatch, weights: PathWeights, only: NDArray[np.int64] |
 
     Args:
         batch: tokens.
-        weights: of the interaction path.
         only: sorted keys of the pairs to look at; None for all.
     """
     read, gates, pairs = batch.reads.read, batch.reads.gates, TokenPairs.of(batch.reads.read)
@@ -203,7 +202,6 @@ def strongest_firings(corpus: Corpus, keys: NDArray[np.int64], *, n: int) -> pd.
     """Where some pairs write most, in one pass: the n tokens of largest ||o_ij|| of each pair, the earlier of equal ones.
 
     Args:
-        corpus: the corpus.
         keys: first * d_sae + second.
         n: tokens for each pair, at most.
 
@@ -234,7 +232,6 @@ def top_contexts(corpus: Corpus, keys: NDArray[np.int64], *, n: int = 5) -> dict
     """`strongest_firings` with their text.
 
     Args:
-        corpus: the corpus.
         keys: first * d_sae + second.
         n: tokens for each pair, at most.
     """

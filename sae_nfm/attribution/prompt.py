@@ -37,10 +37,8 @@ def attribute_token(
     """The strongest pairs of one token, and single features of the linear path.
 
     Args:
-        model, sae, run: from `run_prompt`.
         position: of the token.
         target: what to measure effects on, there.
-        top: how many.
         rank_by: norm of what is written, or an absolute effect.
 
     Raises:

@@ -99,10 +99,6 @@ class AttributeConfig:
 def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribution:
     """Attribute a prompt or a corpus; writes `config.output` and `config.graph` where those are given.
 
-    Args:
-        config: what to do.
-        command: how to repeat it, for the provenance.
-
     Raises:
         ValueError, FileNotFoundError: for an SAE, model, token or data set that does not work; nothing is written.
     """
@@ -253,7 +249,6 @@ def attribute_corpus(
         capacity: see `pair_sums`.
         control_tokens: tokens that the controls hold in memory, with every pair that fires on them.
         n_permutations: how often the controls deal the rows of V out anew.
-        seed: of these permutations.
     """
     weights, sums = PathWeights.of(corpus.sae), pair_sums(corpus, capacity=capacity)
     keys = np.asarray(sums.table.index[:top], dtype=np.int64)

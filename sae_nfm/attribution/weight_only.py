@@ -43,7 +43,6 @@ def weight_strengths(weights: PathWeights, sums: PairSums, table: Any | None = N
     """The weight-only measures of the pairs in a table, by name.
 
     Args:
-        weights: of the interaction path.
         sums: from which gates and activations are averaged.
         table: rows of `sums.table`; all of them unless given.
     """
@@ -82,11 +81,8 @@ def pair_controls(
 
     Args:
         reads: tokens in memory (`pair_batches.first_reads`); every pair that fires on them is counted.
-        weights: of the interaction path.
-        seed: of the permutations.
         min_tokens: on how many tokens a pair has to fire.
         n_permutations: how often the rows of V are dealt out anew; each costs as much as the figures themselves.
-        show_progress: whether to show a progress bar.
 
     Raises:
         ValueError: when fewer than 3 pairs fire often enough.

@@ -47,8 +47,6 @@ def transitions(
         before: [features], integration shares at one checkpoint, none nan.
         after: [features], at another.
         edges: from `tertiles`; None takes those of `before` for it and those of `after` for it.
-        seed: of the null's draws.
-        n_permutations: how many.
 
     Raises:
         ValueError: for unequal lengths, nan, or no feature.
@@ -229,10 +227,8 @@ def measured(run: str, checkpoint: Checkpoint, first: SAE[Any], tokens: GroupedT
 
     Args:
         run: `RUN` or `REFERENCE`.
-        checkpoint: where it is.
         first: the SAE of the run's first checkpoint, which the others have to go with.
         tokens: the same for all.
-        device: of the SAE.
 
     Raises:
         ValueError, FileNotFoundError: for another architecture, model, hook point or size, or a damaged file.
@@ -310,11 +306,7 @@ def movement(
     """From one checkpoint to another of the same run.
 
     Args:
-        before: the earlier one.
-        after: the later one.
         edges: between the thirds of integration shares, by gauge.
-        seed: of the null's draws.
-        n_permutations: how many.
     """
     both = (before.whole.active > 0) & (after.whole.active > 0)
     spearman: dict[str, float | None] = {

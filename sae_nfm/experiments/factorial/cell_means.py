@@ -34,10 +34,6 @@ class ArmCells:
 def arm_cells(result: FactorialResult, folder: Path) -> tuple[ArmCells, ...]:
     """The cells of every arm, with intervals where the changes are beside the result.
 
-    Args:
-        result: the experiment.
-        folder: where it was written.
-
     Raises:
         ValueError: when the changes are of another experiment: an arm is missing, or its means are not the result's.
     """

@@ -156,7 +156,6 @@ def activations_of(model: HookedSAETransformer, primary: SAE[Any], trained_on: T
     """Within it these activations pass through the hook point of the model whose name is given.
 
     Args:
-        model: the language model.
         primary: spliced in meanwhile, unless it is the residual that is trained on.
         trained_on: which activations.
         seed: of the permutation.
