@@ -2,7 +2,7 @@
 
 Where both decoders read the same f (nfm_top_k = None), (W_dec + D, W_lin - D) gives the same output for every D. Both then have
 the same gradient, and under Adam with one rate, no rescaling, no dead-feature loss and no dropout on the path, W_dec - W_lin
-stays at its initial value up to rounding: norms, shares and every figure of the direct path alone are set by initialisation.
+stays at its initial value up to rounding: norms, shares and every statistic of the direct path alone are set by initialisation.
 The canonical gauge is W_dec := W_dec + W_lin, W_lin := 0.
 
 Rows are compared in one of three units, all `norms.PathRows`:

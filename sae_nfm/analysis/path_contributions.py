@@ -71,7 +71,7 @@ def read_activations(
     """
     counted = counted_tokens(model, tokens)
     if not counted.any():
-        raise ValueError(f"no token to read: {tokens.numel()} tokens, all special or in position 0; give more")
+        raise ValueError(f"no tokens to read: all {tokens.numel()} are special or at position 0; provide more")
     read: list[Tensor] = []
 
     def keep(value: Tensor, hook: Any) -> None:  # noqa: ARG001
@@ -154,7 +154,7 @@ def pair_contributions(
     """
     if head not in ("fm", "mlp"):
         raise ValueError(
-            f"what one feature writes through the head {head!r} is not known; features are told apart with head 'fm' or 'mlp'"
+            f"what one feature writes through the head {head!r} is not known; features are separable with head 'fm' or 'mlp'"
         )
     rows = read.values[..., None] * V[read.indices]
     if head == "fm":

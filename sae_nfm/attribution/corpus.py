@@ -80,7 +80,7 @@ class Corpus:
         self._remembered, self._left = dict[int, TokenBatch](), REMEMBERED
         self._direct = DirectPath(model, sae) if isinstance(target, Target) else None
         if not counted_tokens(model, tokens).any():
-            raise ValueError(f"no token to read: {tokens.numel()} tokens, all special or in position 0; give more text")
+            raise ValueError(f"no tokens to read: all {tokens.numel()} are special or at position 0; provide more text")
 
     @property
     def directed(self) -> bool:

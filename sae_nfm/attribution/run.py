@@ -248,7 +248,7 @@ def attribute_corpus(
         n_contexts: tokens for each of the top pairs.
         capacity: see `pair_sums`.
         control_tokens: tokens that the controls hold in memory, with every pair that fires on them.
-        n_permutations: how often the controls deal the rows of V out anew.
+        n_permutations: permutations of the rows of V that the controls are computed for.
     """
     weights, sums = PathWeights.of(corpus.sae), pair_sums(corpus, capacity=capacity)
     keys = np.asarray(sums.table.index[:top], dtype=np.int64)

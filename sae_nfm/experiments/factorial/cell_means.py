@@ -43,7 +43,9 @@ def arm_cells(result: FactorialResult, folder: Path) -> tuple[ArmCells, ...]:
         rows = dict(list(pd.read_parquet(path, columns=columns).groupby("arm", sort=False, observed=True)))
         missing = [arm.name for arm in result.arms if arm.name not in rows]
         if missing:
-            raise ValueError(f"{path} has no arm {missing[0]!r}: it is of another experiment; make both anew")
+            raise ValueError(
+                f"{path} has no arm {missing[0]!r}: it is of another experiment; rerun the command to regenerate both"
+            )
     return tuple(
         ArmCells(
             arm=arm,
@@ -86,7 +88,9 @@ def _means(arm: ArmResult, rows: pd.DataFrame, path: Path) -> tuple[Estimate | f
     found = cell_estimates(*outcomes(rows))
     means = [one.estimate if isinstance(one, Estimate) else one for one in found]
     if not np.allclose(means, _primary(arm).cell_means, rtol=1e-9, atol=1e-12):  # summed in another order
-        raise ValueError(f"the cell means of {arm.name!r} in {path} are not those of the result; make both anew")
+        raise ValueError(
+            f"the cell means of {arm.name!r} in {path} are not those of the result; rerun the command to regenerate both"
+        )
     return found
 
 
