@@ -9,9 +9,10 @@ written with its release (pretrained.yaml) and its card, which has the table of 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import simple_parsing
 import torch
 from sae_lens import SAE
@@ -20,7 +21,8 @@ from safetensors.torch import load_file, save
 
 from sae_nfm import demo
 from sae_nfm.common import written_whole
-from sae_nfm.comparison import BenchmarkConfig, BenchmarkResult, run_benchmark, table, words
+from sae_nfm.comparison import DemoConfig, Prepared, compare_once
+from sae_nfm.comparison.results import CompareResult
 from sae_nfm.data import datasets
 from sae_nfm.demo.tokens import TOKENS_DIR
 from sae_nfm.evaluation.fidelity import Arm, Fidelity, evaluate
@@ -50,9 +52,9 @@ class TrainSAEConfig:
     """File for its release; the packaged one unless told otherwise."""
 
 
-def train_sae(config: TrainSAEConfig) -> BenchmarkResult:
+def train_sae(config: TrainSAEConfig) -> CompareResult:
     """Train where no finished run is there, round, and write the SAE, its card and its release."""
-    run = BenchmarkConfig(
+    run = DemoConfig(
         training_tokens=config.training_tokens,
         validation_tokens=102_400,  # all there are
         nfm_top_fraction=1,
@@ -60,10 +62,13 @@ def train_sae(config: TrainSAEConfig) -> BenchmarkResult:
         seed=config.seed,
         output=str(config.run),
     )
-    result = _finished(run) or run_benchmark(run, command="python docs/embedded_model/train_sae.py")
-    folder = config.output / run.hook_name
+    command = "python docs/embedded_model/train_sae.py"
+    result = _finished(run) or compare_once(Prepared.of(run.comparison()), command=command)
+    folder = config.output / run.hook
     package(config.run / "saes", folder)
-    entry = release_entry(folder, variance_explained=1 - result.row(TRAINED).fidelity.fvu)
+    fvu = result.row(TRAINED).fvu
+    assert fvu is not None
+    entry = release_entry(folder, variance_explained=1 - fvu)
     source = PackageSource(package="sae_nfm", folder="demo/data/sae")
     write_releases(
         [Release(name=demo.MODEL_NAME, model=demo.MODEL_NAME, source=source, saes=(entry,))], config.releases
@@ -79,13 +84,14 @@ def train_sae(config: TrainSAEConfig) -> BenchmarkResult:
     return result
 
 
-def _finished(run: BenchmarkConfig) -> BenchmarkResult | None:
+def _finished(run: DemoConfig) -> CompareResult | None:
     results = Path(run.output) / "results.json"
     if not results.is_file():
         return None
-    result = BenchmarkResult.load(results)
-    found = result.provenance["config"]
-    if other := [name for name in ("training_tokens", "lr", "seed") if found[name] != getattr(run, name)]:
+    result = CompareResult.load(results)
+    found, wanted = result.provenance["config"], asdict(run.comparison())
+    names = ("training_tokens", "learning_rates", "seeds")
+    if other := [name for name in names if list(np.ravel(found[name])) != list(np.ravel(wanted[name]))]:
         raise ValueError(f"{results} is of a run with another {', '.join(other)}; give another folder with --run")
     return result
 
@@ -99,7 +105,9 @@ def package(saes: Path, folder: Path) -> None:
     weights = {name: weight.half() for name, weight in load_file(saes / TRAINED / SAE_WEIGHTS_FILENAME).items()}
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise ValueError("a weight is not finite in half precision; expected magnitudes below 65,504")
-    runner = json.loads((saes / RUNNER_CFG_FILENAME).read_text()) | {"output_path": None, "checkpoint_path": None}
+    shared = saes / RUNNER_CFG_FILENAME  # of 0.1.0: one file for all SAEs
+    file = shared if shared.is_file() else saes / TRAINED / RUNNER_CFG_FILENAME
+    runner = json.loads(file.read_text()) | {"output_path": None, "checkpoint_path": None}
     config = json.loads((saes / TRAINED / SAE_CFG_FILENAME).read_text())
     with written_whole(folder) as unfinished:
         # written here, because safetensors' own files are readable by their owner alone
@@ -123,8 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line: see `--help`."""
     config = simple_parsing.parse(TrainSAEConfig, args=argv)
     result = train_sae(config)
-    print(f"{table(result)}\n\n{words(result)}\n")
-    for name, fidelity in effect_of_rounding(config, result.provenance["config"]["hook_name"]).items():
+    print(f"{result.words()}\n")
+    for name, fidelity in effect_of_rounding(config, result.provenance["config"]["hook"]).items():
         print(f"{name}: FVU {fidelity.fvu:.5f}, KL {fidelity.kl_nats:.5f}, CE {fidelity.ce_delta_nats:+.5f} nats")
     for file in sorted(config.output.rglob("*")):
         if file.is_file():

@@ -253,19 +253,15 @@ def _residual(paths: FunctionalFigures) -> Iterator[FigureRow]:
         return
     share, of_path, gain = paths.magnitude_shares["interaction"], residual.r2, residual.gain_of_path
     left = replace(of_path, estimate=1 - of_path.estimate, low=1 - of_path.high, high=1 - of_path.low)
+    of_output = "nonlinear share of what is written"
     lines: list[tuple[str, Figure, Figure, str]] = [
-        ("nonlinear share of what is written", share, paths.nonlinear_of_output, "energy, of the whole output"),
-        (
-            "nonlinear share of what is written",
-            share,
-            residual.of_output,
-            "the same, less what is linear in f (held out)",
-        ),
+        (of_output, share, paths.nonlinear_of_output, "energy, of the whole output"),
+        (of_output, share, residual.of_output, "the same, less what is linear in f (held out)"),
         ("nonlinear share of the interaction path", 1.0, left, "less what is linear in f (held out); published: all"),
         ("error the path saves over its mean", gain, residual.gain_of_residual, "over its own linear prediction"),
     ]
     for name, published, controlled, control in lines:
-        of = Statistic.WRITTEN if name == lines[0][0] else Statistic.OTHER
+        of = Statistic.WRITTEN if name == of_output else Statistic.OTHER
         yield FigureRow(name=name, statistic=of, published=published, controlled=controlled, control=control)
 
 

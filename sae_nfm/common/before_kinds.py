@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from sae_nfm.common.results import SavedResult, as_result
+from sae_nfm.common.results import SavedResult, as_result, in_todays_form
 
 
 def kind_by_keys(content: Mapping[str, Any], results: Iterable[type[SavedResult]]) -> str | None:
@@ -17,7 +17,7 @@ def kind_by_keys(content: Mapping[str, Any], results: Iterable[type[SavedResult]
     for result in results:
         known: Any = fields(result)  # pyright: ignore[reportArgumentType]  (every result is a dataclass)
         required = {field.name for field in known if field.default is MISSING and field.default_factory is MISSING}
-        if required <= result.from_0_1_0(dict(content)).keys() <= {field.name for field in known}:
+        if required <= in_todays_form(result, dict(content)).keys() <= {field.name for field in known}:
             try:
                 as_result(result, content)
             except ValueError:  # the fields of another class have the same names

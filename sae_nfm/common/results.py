@@ -67,7 +67,7 @@ def as_result(result: type[S], content: Any) -> S:
         ValueError: when its kind or its fields are others; in one line.
     """
     given = without_kind(result.kind, content)
-    given = given if KIND in content else result.from_0_1_0(given)
+    given = given if KIND in content else in_todays_form(result, given)
     unknown = given.keys() - {field.name for field in fields(result)}  # pyright: ignore[reportArgumentType]
     if unknown:
         raise ValueError(f"unknown field {min(unknown)!r}")
@@ -76,6 +76,14 @@ def as_result(result: type[S], content: Any) -> S:
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}") from error
+
+
+def in_todays_form(result: type[SavedResult], content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a file of 0.1.0 as `result` has it; as it is where it is no such file."""
+    try:
+        return result.from_0_1_0(content)
+    except (KeyError, TypeError, ValueError):
+        return content
 
 
 def with_kind(kind: str, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,62 @@
-"""The result of evaluating one SAE: SAELens's figures with what they were measured on, as text and as JSON."""
+"""Saved results of evaluations: KL by arm of a measurement, and SAELens's metrics of one SAE."""
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from typing_extensions import override
 
 from sae_nfm.common import listed
 from sae_nfm.common.results import SavedResult
+from sae_nfm.interventions.results import EQUAL_DISTANCE, UNDER_TEST
+from sae_nfm.stats import Estimate
+
+Role = Literal["SAE", "part", "control", "scaled error", "anchor", "other"]
+MANIFEST_FILENAME, SUMMARY_FILENAME = "manifest.json", "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmKL:
+    """One arm of a measurement."""
+
+    arm: str
+    """Its name among the measured."""
+    of: str
+    """The SAE that it is a part or a control of: "sae", or the one whose name begins its own; its own name for "other"."""
+    name: str
+    """Its name without that of the SAE."""
+    role: Role
+    """"SAE": the arm under test. "part": some of its paths off. "control": another change of equal distance. "scaled error": its
+    error, scaled. "anchor": no change, zero, the mean. "other": any other."""
+    scale: float | None
+    """What its error is multiplied with: 1 for the arm under test, -1 for the flipped error; None for the others."""
+    kl: Estimate
+    """Mean KL, nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredKL(SavedResult):
+    """All arms of a measurement, and the ratios of errors; `summary.json` beside its rows."""
+
+    kind: ClassVar[str] = "measure/1"
+
+    arms: tuple[ArmKL, ...]
+    """In the order of the measurement."""
+    ratios: Mapping[str, Mapping[str, Estimate]]
+    """By SAE, then by control: mean KL of the SAE over that of the control (`error_ratios`)."""
+
+    def of(self, sae: str) -> tuple[ArmKL, ...]:
+        """The arms of one SAE."""
+        return tuple(arm for arm in self.arms if arm.of == sae)
+
+
+def lacks_summary(folder: Path) -> bool:
+    """Whether the measurement in a folder is one of an SAE beside its controls and `summary.json` is missing."""
+    arms = json.loads((folder / MANIFEST_FILENAME).read_text()).get("arms", {})
+    return {UNDER_TEST, EQUAL_DISTANCE[0]} <= set(arms) and not (folder / SUMMARY_FILENAME).is_file()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,19 +40,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm.interventions.intervene import Intervention, Splice, Substitution, TokenContext, counted_tokens, digest
+from sae_nfm.interventions.results import UNDER_TEST
 from sae_nfm.models import LanguageModel
 
-UNDER_TEST = "sae"
 SCALES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
-EQUAL_DISTANCE = (
-    "isotropic",
-    "isotropic, norm kept",
-    "covariance",
-    "covariance mixture",
-    "shuffled error",
-    "flipped error",
-)
-"""Names of the controls at the distance of the arm under test."""
 
 
 @dataclass(frozen=True, kw_only=True)

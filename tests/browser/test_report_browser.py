@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from browser import DESKTOP, PHONE, no_sideways_scroll, watched
-from invented_benchmark import result
+from invented_comparison import compared_once
 from invented_explorer import content, packed
 from playwright.sync_api import Locator, Page, expect
 
@@ -28,7 +28,7 @@ TABS = 12
 def report(tmp_path_factory) -> Path:
     """Of a benchmark, its training and an explorer, all invented; and of a figure whose data are hard to write as CSV."""
     run = tmp_path_factory.mktemp("run")
-    result().save(run / "demo" / "results.json")
+    compared_once().save(run / "demo" / "results.json")
     (run / EXPLORER_FILENAME).write_bytes(packed(content()))
     lines = [
         {"sae": sae, "tokens": 100 * step, "metrics/explained_variance": 0.5 + 0.1 * step, "metrics/fvu_direct": 0.4}

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from sae_nfm.attribution.run import AttributeConfig, attribute
 from sae_nfm.cli.demo import Demo
 from sae_nfm.cli.main import as_json
-from sae_nfm.comparison.benchmark import BenchmarkResult
+from sae_nfm.comparison.results import CompareResult
 from sae_nfm_cli import main
 from sae_nfm_cli.command import Command
 from sae_nfm_cli.commands import COMMANDS
@@ -177,14 +177,11 @@ def test_the_json_of_a_command_is_what_it_saves(tmp_path, capsys):
 
 
 def test_demo_prints_where_everything_is():
-    config = {"training_tokens": 4096, "lr": 0.005, "dataset": None}
-    benchmark = BenchmarkResult(rows=(), comparisons=(), provenance={"config": config, "seeds": [0]})
-    demo = Demo(benchmark=benchmark, results=Path("runs/demo/results.json"), report=Path("runs/demo/report.html"))
+    config = {"training_tokens": 4096, "learning_rates": [0.005], "dataset": None}
+    comparison = CompareResult(rows=(), provenance={"config": config, "seeds": [0]})
+    demo = Demo(comparison=comparison, results=Path("runs/demo/results.json"), report=Path("runs/demo/report.html"))
     told = demo.words().splitlines()
-    assert told[1].startswith("SAE")
     assert told[-2:] == ["Results: runs/demo/results.json", "Report:  runs/demo/report.html"]
-    assert json.loads(as_json(demo)) == {
-        "benchmark": {"rows": [], "comparisons": [], "provenance": benchmark.provenance},
-        "results": "runs/demo/results.json",
-        "report": "runs/demo/report.html",
-    }
+    printed = json.loads(as_json(demo))
+    assert printed["comparison"]["provenance"] == comparison.provenance
+    assert (printed["results"], printed["report"]) == ("runs/demo/results.json", "runs/demo/report.html")

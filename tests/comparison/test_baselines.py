@@ -17,9 +17,6 @@ from torch.nn.utils import parameters_to_vector
 
 from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig, parameter_count
 from sae_nfm.comparison.arms import (
-    ALL_ARMS,
-    DEFAULT_ARMS,
-    DOUBLED,
     ArmSizes,
     flop_matched_width,
     folded_parameter_count,
@@ -28,9 +25,11 @@ from sae_nfm.comparison.arms import (
     training_arms,
     training_flops,
 )
-from sae_nfm.training.multi_arm import StreamConfig, Trained, initialised, multiply_decoder_steps, train_arms
-from sae_nfm.training.recorder import read_training_record
+from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS
+from sae_nfm.training.multi_arm import StreamConfig, initialised, multiply_decoder_steps, train_arms
+from sae_nfm.training.results import Trained, read_training_record
 
+DOUBLED = "topk doubled decoder rate"
 SIZES = ArmSizes(d_in=D_MODEL, d_sae=48, k=4, nfm_dim=6)
 COEFFICIENTS = {"standard": (0.1, 1.0), "gated": (0.1, 1.0), "jumprelu": (0.1, 1.0)}
 STREAM = StreamConfig(

@@ -1,7 +1,7 @@
 """A comparison end to end, small, on the embedded model; its pieces against slower ways to get the same; what it refuses."""
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from math import inf, nan
 from shutil import copytree
 
@@ -13,20 +13,18 @@ from builders import D_MODEL, inference_sae, tiny_model, token_dataset, training
 from sae_lens import SAE
 
 from sae_nfm import demo
-from sae_nfm.comparison.arms import ALL_ARMS, DEFAULT_ARMS, JOINT, ArmSizes, training_arms
-from sae_nfm.comparison.benchmark import BenchmarkConfig, sae_configs, train_saes
 from sae_nfm.comparison.claims import CLAIMS, answers
-from sae_nfm.comparison.lr_sweep import SweepRow, chosen_rates
-from sae_nfm.comparison.results import CompareResult
-from sae_nfm.comparison.rows import _interpolated
-from sae_nfm.comparison.run import CompareConfig, run_compare
+from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS, CompareConfig
+from sae_nfm.comparison.lr_sweep import chosen_rates
+from sae_nfm.comparison.results import ArmName, ClaimKind, CompareResult, RowKind, SweepRow
+from sae_nfm.comparison.run import run_compare
+from sae_nfm.comparison.table import _interpolated
 from sae_nfm.data import datasets
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import Arm, evaluate
 from sae_nfm.evaluation.held_out_sums import SUMS, figures, held_out_sums
-from sae_nfm.models.load import find_site
-from sae_nfm.training.multi_arm import StreamConfig, train_arms
-from sae_nfm.training.recorder import read_training_record
+from sae_nfm.training.multi_arm import train_arms
+from sae_nfm.training.results import read_training_record
 from sae_nfm_cli.commands import COMMANDS
 
 TINY = {
@@ -34,6 +32,7 @@ TINY = {
     "batch_size": 128, "seeds": (0, 1), "learning_rates": (5e-3, 1e-2), "sweep_tokens": 256, "sweep_validation_tokens": 128,
     "standard_l1": (0.01, 2.0),
 }  # fmt: skip
+JOINT = str(ArmName.JOINT)
 ARMS = ("joint_nfm", "topk", "topk matched", "standard")
 SAES = ("joint_nfm", "topk", "topk matched", "standard 0.01", "standard 2")
 
@@ -58,7 +57,7 @@ def test_rows_are_every_arm_of_every_seed(finished):
            "standard 0.01", "standard 2", "standard"]  # fmt: skip
     assert [(row.seed, row.arm) for row in result.rows] == [(seed, arm) for seed in (0, 1) for arm in own]
     for row in result.rows:
-        if row.kind == "trained":
+        if row.kind is RowKind.TRAINED:
             sae = SAE.load_from_disk(output / "k16" / f"seed-{row.seed}" / row.arm)
             assert row.parameters == sum(parameter.numel() for parameter in sae.parameters())
             assert row.training_tokens_per_second > 0
@@ -102,6 +101,7 @@ def test_each_arm_has_the_rate_that_its_own_sweep_chose(finished):
     rates = chosen_rates(result.sweep, cfg.learning_rates)
     for row in result.rows:
         assert row.learning_rate == rates[row.family]
+    assert {(row.family, row.learning_rate) for row in result.sweep if row.chosen} == set(rates.items())
     for arm in SAES:
         record = read_training_record(output / "k16" / "seed-1" / arm / "training.jsonl")
         assert record[-1]["tokens"] == cfg.training_tokens
@@ -164,9 +164,9 @@ def test_results_load_back_and_say_how_to_repeat_them(finished, tmp_path):
 
 def test_the_words_name_ablations_and_limits(finished):
     words = finished[2].words()
-    fair, ablations = words.split("Ablations, the paper's figure")
+    fair, ablations = words.split("The paper's comparison (")
     assert "joint_nfm against topk matched, fvu:" in fair
-    assert "direct only" not in fair.split("Against arms trained on their own:")[1]
+    assert "direct only" not in fair.split("The fair comparison (")[1]
     assert "joint_nfm against joint_nfm: direct only, canonical gauge, kl_nats:" in ablations
     assert words.count("2 seeds: no claim") == len(finished[2].answers)
     assert "no evidence about real text" in words
@@ -190,26 +190,6 @@ def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(finish
     assert names == ["1000 batchtopk"] * 2 + ["1 batchtopk", "2 topk", "2 batchtopk"]
     (one,) = (row for row in more.table() if (row.seed, row.arm) == (1, "topk"))
     assert one in result.table()
-
-
-def test_arms_are_trained_as_the_main_job_trains_its_saes(tmp_path):
-    cfg = BenchmarkConfig(
-        **{name: value for name, value in TINY.items() if name in {f.name for f in fields(BenchmarkConfig)} - {"k"}},
-        k=8, nfm_top_fraction=1, lr=1e-2, seed=3, output=str(tmp_path / "main"),
-    )  # fmt: skip
-    model, dataset = demo.load_model(), demo.load_tokens("train")
-    names = ("joint_nfm", "topk")
-    main_cfgs = sae_configs(cfg, find_site(model, cfg.hook_name))
-    saes, _ = train_saes(cfg, {name: main_cfgs[name] for name in names}, model, dataset, cfg.context_size)
-    stream = StreamConfig(
-        model_name=cfg.model_name, hook_name=cfg.hook_name, dataset="embedded", training_tokens=cfg.training_tokens,
-        context_size=cfg.context_size, batch_size=cfg.batch_size, seed=cfg.seed,
-    )  # fmt: skip
-    arms = training_arms(names, ArmSizes(d_in=256, d_sae=96, k=8, nfm_dim=4), {})
-    train_arms(stream, arms, dict.fromkeys(names, cfg.lr), model, dataset, tmp_path / "arms")
-    for name in names:
-        for key, tensor in SAE.load_from_disk(tmp_path / "arms" / name).state_dict().items():
-            assert torch.equal(tensor, saes[name].state_dict()[key]), (name, key)
 
 
 def test_held_out_sums_by_hand():
@@ -262,7 +242,7 @@ def test_answers_point_the_right_way_and_correct_the_fair_claims_together():
     # 5 x 1 / 50 against 5 x 1.2 / 50, up to the noise
     assert said["topk", "fvu"].verdict.difference.estimate == pytest.approx(-0.02, abs=1e-3)
     assert said["topk", "fvu"].verdict.difference.correction == "Holm over 4 tests"
-    assert said["joint_nfm: direct only", "fvu"].claim.kind == "ablation"
+    assert said["joint_nfm: direct only", "fvu"].claim.kind is ClaimKind.ABLATION
     assert said["joint_nfm: direct only", "fvu"].verdict.difference.correction is None
 
 
@@ -274,7 +254,7 @@ def test_claims_without_all_seeds_or_with_a_diverged_arm_have_a_reason_in_place_
     assert found == []
     assert missing == [
         "joint_nfm against topk at k = 32: topk diverged",
-        "joint_nfm against jumprelu at k = 32: jumprelu has figures for 3 of 5 seeds",
+        "joint_nfm against jumprelu at k = 32: jumprelu has values for 3 of 5 seeds",
     ]
 
 
@@ -284,7 +264,7 @@ def test_arms_of_unequal_sparsity_are_not_judged():
     rows.loc[rows["arm"] == "matryoshka", "active"] *= 1.04
     found, missing = answers(rows, [32], 5)
     assert {answer.claim.against for answer in found} == {"matryoshka"}
-    told = "joint_nfm against batchtopk at k = 32: L0 is 32.0 and 33.9: figures at unequal sparsity say nothing"
+    told = "joint_nfm against batchtopk at k = 32: L0 is 32.0 and 33.9: metrics at unequal sparsity say nothing"
     assert missing == [told]
 
 
@@ -292,8 +272,10 @@ def test_every_claim_is_about_arms_that_exist():
     for claim in CLAIMS:
         assert claim.arm in ALL_ARMS
         assert claim.against.partition(":")[0] in ALL_ARMS
-        assert (claim.kind == "ablation") == (":" in claim.against)
-    assert {claim.against for claim in CLAIMS if claim.arm == JOINT and claim.kind == "fair"} >= set(DEFAULT_ARMS) - {
+        assert (claim.kind is ClaimKind.ABLATION) == (":" in claim.against)
+    assert {claim.against for claim in CLAIMS if claim.arm == JOINT and claim.kind is ClaimKind.FAIR} >= set(
+        DEFAULT_ARMS
+    ) - {
         JOINT,
         "joint_nfm square",
     }
@@ -327,8 +309,9 @@ def test_a_changed_configuration_is_an_error_that_names_the_field(changes, messa
         ({"k": (0,)}, r"\bk\b.*\[0\]"),
         ({"learning_rates": (0.1, -0.1)}, r"\blearning_rates\b.*\[0\.1, -0\.1\]"),
         ({"d_sae": 0}, r"\bd_sae\b.*\b0\b"),
-        ({"context_size": 1}, r"\bcontext_size\b.*\b1\b.*\b2\b"),
-        ({"sweep_tokens": 100}, r"\bsweep_tokens\b.*\b100\b.*\b2048\b"),
+        ({"context_size": 1}, r"\bcontext_size\b.*\b2\b.*\b1\b"),
+        ({"sweep_tokens": 100}, r"\bsweep_tokens\b.*\b2048\b.*\b100\b"),
+        ({"shuffle": False}, r"\bshuffle\b.*\[0, 1, 2, 3, 4\]"),
     ],
 )  # fmt: skip
 def test_bad_settings(changes, message):

@@ -10,20 +10,22 @@ from finished_runs import COMMAND, SMALL
 from sae_lens import SAE
 
 from sae_nfm import demo
-from sae_nfm.comparison.benchmark import ablations
-from sae_nfm.comparison.claims import CANONICAL, DIRECT
+from sae_nfm.comparison.results import Paths
+from sae_nfm.comparison.table import ablations
 from sae_nfm.data import datasets
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import Arm, evaluate
 from sae_nfm.experiments.reproduce.factorial import factorial_rows
-from sae_nfm.experiments.reproduce.results import ReproduceResult, written
-from sae_nfm.experiments.reproduce.rows import KEPT, NOT_MEASURED, PUBLISHED_WEIGHTS, SINGLE
+from sae_nfm.experiments.reproduce.published import PUBLISHED, Unit
+from sae_nfm.experiments.reproduce.results import NoVerdict, ReproduceResult, written
+from sae_nfm.experiments.reproduce.rows import keeping_means
 from sae_nfm.experiments.reproduce.run import ReproduceConfig, behaviour_arms, run_reproduce
 from sae_nfm.models.load import load_model
 from sae_nfm.stats.estimates import Estimate
-from sae_nfm.training.multi_arm import Trained
+from sae_nfm.training.results import Trained
 
 pytest_plugins = ["finished_runs"]
+CANONICAL, DIRECT = str(Paths.CANONICAL), str(Paths.DIRECT)
 CONTEXT, ROWS = SMALL["context_size"], SMALL["validation_tokens"] // SMALL["context_size"]
 
 
@@ -43,7 +45,7 @@ def fidelity(reproduction):
     model, (_, validation) = load_model(demo.MODEL_NAME), datasets.load_splits(None, None, demo.MODEL_NAME)
     joint, topk = (SAE.load_from_disk(reproduction.arms / name).eval() for name in ("joint_nfm", "topk matched"))
     canonical = joint.folded()
-    arms = [Arm(name=name, sae=joint, off=off) for name, off in ablations(joint).items()]
+    arms = [Arm(name=str(paths), sae=joint, off=off) for paths, off in ablations(joint).items()]
     arms += [Arm(name="all", sae=joint), Arm(name="topk matched", sae=topk)]
     arms += [Arm(name=CANONICAL, sae=canonical, off=("hook_nfm_interaction",))]
     return evaluate(model, datasets.held_out_tokens(model, validation, CONTEXT, SMALL["validation_tokens"]), arms)
@@ -86,13 +88,13 @@ def test_the_share_of_the_gain(result, fidelity):
 
 
 def test_every_published_figure_has_a_control(result):
-    shown = [one for one in result.rows if one.published != "-"]
+    shown = [one for one in result.rows if one.published is not None]
     sections = {one.section for one in shown}
     assert sections == {"reconstruction", "KL", "cross-entropy", "errors", "paths", "norms", "sequential", "2x2"}
-    assert {one.name for one in shown} >= set(PUBLISHED_WEIGHTS)
+    assert {one.name for one in shown} == set(PUBLISHED)
     for one in result.rows:
         assert one.control
-        assert one.verdict == SINGLE
+        assert one.verdict == NoVerdict.ONE_SEED
     for name in {one.name for one in shown}:
         assert any(one.controlled is not None for one in shown if one.name == name), name
 
@@ -124,7 +126,7 @@ def test_stimuli_that_select_nothing(reproduction, tmp_path):
         sentences=1,
         n_permutations=19,
     )
-    assert [(one.here, one.controlled, one.verdict) for one in rows] == [(None, None, NOT_MEASURED)] * 2
+    assert [(one.here, one.controlled, one.verdict) for one in rows] == [(None, None, str(NoVerdict.NOT_MEASURED))] * 2
     assert all("stimuli; give at least 4" in one.control for one in rows)
 
 
@@ -132,7 +134,7 @@ def test_saved_loaded_and_in_words(config, result, reproduction):
     assert repr(result) == reproduction.returned
     assert result.provenance["command"] == COMMAND
     text = result.words()
-    assert all(one.published in text for one in result.rows)
+    assert all(one.published is None or one.published.text in text for one in result.rows)
     assert "no evidence about real text" in text
     with pytest.raises(ValueError, match=r"sae-nfm reproduce.*rows\.0\.section"):
         ReproduceResult.load(Path(config.output) / "compare" / "results.json")
@@ -152,10 +154,10 @@ def test_a_finished_comparison_is_read(config, result, tmp_path):
     for section, reason in left.items():
         rows = [one for one in found if one.section == section]
         assert {one.name for one in rows} == {
-            one.name for one in result.rows if one.section == section and one.published != "-"
+            one.name for one in result.rows if one.section == section and one.published is not None
         }
         for one in rows:
-            assert (one.here, one.controlled, one.control, one.verdict) == (None, None, reason, NOT_MEASURED)
+            assert (one.here, one.controlled, one.control, one.verdict) == (None, None, reason, NoVerdict.NOT_MEASURED)
     same = [one for one in result.rows if one.section not in left]
     rows = [one for one in found if one.section not in left]
     assert [one.name for one in rows] == [one.name for one in same]
@@ -189,7 +191,7 @@ def test_no_comparison(config, tmp_path):
 def test_refused_before_anything_is_done():
     with pytest.raises(ValueError, match=r"\bfit_tokens\b.*\b0\b"):
         ReproduceConfig(fit_tokens=0)
-    with pytest.raises(ValueError, match=r"\bsentences\b.*\b3\b.*\b4\b.*\b0\b"):
+    with pytest.raises(ValueError, match=r"\bsentences\b.*\b4\b.*\b0\b.*\b3\b"):
         ReproduceConfig(sentences=3)
     with pytest.raises(ValueError, match=r"\blearning_rates\b.*-1\.0"):
         ReproduceConfig(lr=-1.0)
@@ -201,13 +203,13 @@ def test_arms_of_an_sae_without_a_canonical_gauge(reproduction):
     model, (_, validation) = load_model(demo.MODEL_NAME), datasets.load_splits(None, None, demo.MODEL_NAME)
     arms = behaviour_arms(model, {"joint_nfm": joint}, held_out_rows(model, validation, CONTEXT, 256))
     assert CANONICAL not in arms
-    assert {DIRECT, f"{DIRECT}{KEPT}", "isotropic", "covariance mixture"} <= set(arms)
+    assert {DIRECT, keeping_means(DIRECT), "isotropic", "covariance mixture"} <= set(arms)
 
 
 def test_figures_in_words():
     estimate = Estimate(
         estimate=-0.413, low=-0.5, high=-0.3, n=10, n_clusters=2, test="", p_value=None, correction=None
     )
-    assert written(estimate, "+.1%") == "-41.3% [-50.0%, -30.0%]"
-    assert written(2.0, ".0f") == "2"
-    assert written(None, ".0f") == "none"
+    assert written(estimate, Unit.CHANGE) == "-41.3% [-50.0%, -30.0%]"
+    assert written(2.0, Unit.COUNT) == "2"
+    assert written(None, Unit.COUNT) == "none"

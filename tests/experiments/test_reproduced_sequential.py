@@ -16,15 +16,15 @@ from sae_lens.training._interruption import InterruptedException
 
 from sae_nfm import demo
 from sae_nfm.analysis.path_contributions import read_activations
-from sae_nfm.comparison.arms import JOINT
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.token_table import read_manifest, read_rows
-from sae_nfm.experiments.reproduce.rows import KEPT, NOT_MEASURED, Behaviour
+from sae_nfm.experiments.reproduce.published import SEQUENTIAL as PUBLISHED
+from sae_nfm.experiments.reproduce.results import NoVerdict
+from sae_nfm.experiments.reproduce.rows import Behaviour, keeping_means
 from sae_nfm.experiments.reproduce.sequential import (
     ADAPTER,
     AT_EQUAL_DISTANCE,
     BASE,
-    PUBLISHED,
     SEQUENTIAL,
     rows_without_base,
     sequential_rows,
@@ -33,10 +33,10 @@ from sae_nfm.experiments.reproduce.sequential import (
 )
 from sae_nfm.models.load import load_model
 from sae_nfm.stats.clustered import Bootstrap
-from sae_nfm.training.multi_arm import TRAINED_FILENAME, Trained
+from sae_nfm.training.results import TRAINED_FILENAME, Trained
 
 pytest_plugins = ["finished_runs"]
-MATCHED = "topk matched"
+JOINT, MATCHED = "joint_nfm", "topk matched"
 NAMES = (SEQUENTIAL, ADAPTER)
 ROWS = SMALL["validation_tokens"] // SMALL["context_size"]
 
@@ -173,13 +173,13 @@ def test_figures_are_ratios_of_means(behaviour, shares):
         (unmatched, *_) = [row for row in without if row.name == name]
         assert unmatched.controlled is None
         assert unmatched.control.endswith("there is none here")
-        assert kept.controlled.estimate == change(column, SEQUENTIAL, f"{SEQUENTIAL}: direct only{KEPT}")
+        assert kept.controlled.estimate == change(column, SEQUENTIAL, keeping_means(f"{SEQUENTIAL}: direct only"))
         assert "cut to its top 250 features" in kept.control
         assert linear.controlled.estimate == change(column, ADAPTER, BASE)
         assert worth.controlled.estimate == change(column, SEQUENTIAL, ADAPTER)
     (linear,) = [row for row in rows if row.name == f"{kl}, linear"]
     assert linear.here.estimate == change("kl_nats", f"{SEQUENTIAL}: direct + linear", BASE)
-    assert linear.published == "-"
+    assert linear.published is None
     for row, control in zip([row for row in rows if row.name == ratio], AT_EQUAL_DISTANCE[1:], strict=True):
         assert row.here.estimate - 1 == change("kl_nats", SEQUENTIAL, f"{SEQUENTIAL}: isotropic")
         assert row.controlled.estimate - 1 == change("kl_nats", SEQUENTIAL, f"{SEQUENTIAL}: {control}")
@@ -187,8 +187,8 @@ def test_figures_are_ratios_of_means(behaviour, shares):
 
 def test_the_rows_of_a_reproduction_are_these(reproduction, behaviour, shares):
     found = [row for row in reproduction.result.rows if row.section == "sequential"]
-    assert [(row.name, row.published, row.control, row.verdict, row.form) for row in found] == [
-        (row.name, row.published, row.control, row.verdict, row.form) for row in sequential_rows(behaviour, shares)
+    assert [(row.name, row.published, row.control, row.verdict, row.unit) for row in found] == [
+        (row.name, row.published, row.control, row.verdict, row.unit) for row in sequential_rows(behaviour, shares)
     ]
 
 
@@ -220,5 +220,5 @@ def test_rows_without_a_base():
     rows = rows_without_base("none here")
     assert [row.name for row in rows] == list(PUBLISHED)
     assert {(row.here, row.controlled, row.control, row.verdict) for row in rows} == {
-        (None, None, "none here", NOT_MEASURED)
+        (None, None, "none here", NoVerdict.NOT_MEASURED)
     }

@@ -15,7 +15,7 @@ from fresh_process import seen, through_the_hub
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
-from invented_benchmark import result
+from invented_comparison import compared_once
 from sae_lens import SAE, TopKSAEConfig
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes.sae import SAEMetadata
@@ -77,7 +77,7 @@ def demo_output(tmp_path) -> Path:
     topk = SAE.from_dict(TopKSAEConfig(d_in=16, d_sae=32, k=4, metadata=metadata).to_dict())
     topk.save_model(folder / "saes" / "topk")
     (folder / "saes" / "runner_cfg.json").write_text("{}")
-    result().save(folder / "results.json")
+    compared_once().save(folder / "results.json")
     (folder / "report.html").write_text("<p>report</p>")
     return folder
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
-from invented_benchmark import result
+from invented_comparison import compared_once
 from train_sae import SAES_DIR
 
 from sae_nfm.hub.card import CardSAE, model_card
@@ -54,7 +54,7 @@ def test_a_sequential_sae_says_what_it_stands_on(base, told):
 
 
 def test_figures_are_the_runs_and_the_fair_one_stands_beside_the_papers():
-    card = model_card("user/saes", [SAE_OF_CARD], result=result())
+    card = model_card("user/saes", [SAE_OF_CARD], result=compared_once())
     assert "| joint | 150 | 32.0 | 0.1000 | 0.2000 | +0.1250 | 1,234 |" in card
     assert "| joint: direct only | 150 | 32.0 | 0.4000 | 0.2500 | +0.1250 |  |" in card
     papers = card.index("all paths against the direct path alone: FVU -75.0%, KL -20.0%")

@@ -3,14 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from invented_benchmark import ROWS, result
-from invented_comparison import ROWS as COMPARED
-from invented_comparison import compare_row, compared
+from invented_comparison import ONCE, ROWS, compare_row, compared, compared_once
 from report_inputs import RUN
 from report_runs import figures, labels, marks, plots, run_of
 
-from sae_nfm.comparison.arm_means import arm_means
-from sae_nfm.comparison.summary import COLUMNS
+from sae_nfm.comparison.results import RowKind, arm_means
 from sae_nfm.report.blocks import Heading, Prose, Table
 from sae_nfm.report.chapters.fidelity import section
 
@@ -19,7 +16,7 @@ FVU, KL = "FVU, fraction of variance unexplained", "KL, nats per token"
 
 @pytest.fixture(scope="module")
 def one_run():
-    return section(run_of(RUN, result()))
+    return section(run_of(RUN, compared_once()))
 
 
 def test_nothing_without_a_result(tmp_path):
@@ -36,34 +33,36 @@ def test_claims_are_the_comparisons_the_papers_first(one_run):
         "joint against matched (1.00 x its parameters)",
     ]
     assert labels(claims.plot) == rows
-    bars = {bar.name: dict(zip([rows[place] for place in bar.y], bar.x, strict=True)) for bar in claims.plot.data}
-    assert bars["FVU"] == pytest.approx({rows[1]: -0.75, rows[3]: 0.25, rows[4]: 1.0})  # 0.1 against 0.4, 0.08, 0.05
-    assert bars["KL"] == pytest.approx({rows[1]: -0.20, rows[3]: -0.20, rows[4]: 1.0})  # 0.2 against 0.25, 0.25, 0.1
-    assert list(claims.plot.data[0].text) == ["-75.0%", "+25.0%", "+100.0%"]
-    drawn = {(r, "FVU"): x for r, x in bars["FVU"].items()} | {(r, "KL"): x for r, x in bars["KL"].items()}
-    assert {(r.comparison, r.measure): r[3] for r in claims.data.itertuples(index=False)} == drawn
+    fvu = {rows[1]: -0.75, rows[3]: 0.25, rows[4]: 1.0}  # 0.1 against 0.4, 0.08, 0.05
+    kl = {rows[1]: -0.20, rows[3]: -0.20, rows[4]: 1.0}  # 0.2 against 0.25, 0.25, 0.1
+    expected = {(row, "FVU", x) for row, x in fvu.items()} | {(row, "KL", x) for row, x in kl.items()}
+    assert marks(claims) == expected
+    assert {(r.comparison, r.measure, round(r[3], 9)) for r in claims.data.itertuples(index=False)} == expected
     assert "not measured here" in claims.caption
 
 
 def test_every_row_of_the_table_is_a_mark(one_run):
     rows = figures(one_run)[1]
-    kind = {"all paths": "whole SAE"}
-    expected = {(r.name, kind.get(r.paths, "with paths switched off")): r.fidelity for r in ROWS}
-    assert marks(rows) == {(*key, f.fvu) for key, f in expected.items()} | {
-        (*key, f.kl_nats) for key, f in expected.items()
+    group = {"joint": "joint_nfm and variants", "topk": "TopK", "matched": "TopK"}
+    expected = {(r.arm, group.get(r.arm, "with paths ablated")): r for r in ONCE}
+    assert marks(rows) == {(*key, r.fvu) for key, r in expected.items()} | {
+        (*key, r.kl_nats) for key, r in expected.items()
     }
     assert {(r.measure, r.row, r.kind): r.value for r in rows.data.itertuples()} == (
-        {(FVU, *key): f.fvu for key, f in expected.items()} | {(KL, *key): f.kl_nats for key, f in expected.items()}
+        {(FVU, *key): r.fvu for key, r in expected.items()} | {(KL, *key): r.kl_nats for key, r in expected.items()}
     )
     table = next(block for block in one_run.blocks if isinstance(block, Table))
-    assert (tuple(table.columns), [line[0] for line in table.rows]) == (COLUMNS, [r.name for r in ROWS])
+    assert (tuple(table.columns), [line[0] for line in table.rows]) == (
+        compared_once().columns,
+        [row.arm for row in ONCE],
+    )
     assert list(table.strong) == [True, False, False, True, True]
     assert "One seed (7)" in next(block for block in one_run.blocks if isinstance(block, Prose)).lines[0]
 
 
 def test_a_loss_is_a_verdict_like_a_win(one_run):
     said = one_run.verdicts
-    assert said[0] == "joint, the paper's figure: all paths against the direct path alone: FVU -75.0%, KL -20.0%."
+    assert said[0] == "joint, the paper's comparison: all paths against the direct path alone: FVU -75.0%, KL -20.0%."
     assert said[2].endswith("FVU +100.0%, KL +100.0% (no better on either).")
 
 
@@ -76,7 +75,7 @@ def test_seeds_and_their_mean(tmp_path):
     assert {m for m in marks(whole) if m[1] == "one seed" and m[2] < 0.115} == {
         ("joint_nfm", "one seed", 0.10), ("joint_nfm", "one seed", 0.11),
     }  # fmt: skip
-    assert ("joint_nfm: direct only", "with paths switched off", 0.4, 0.4, 0.4) in marks(ablations)
+    assert ("joint_nfm: direct only", "with paths ablated", 0.4, 0.4, 0.4) in marks(ablations)
     assert ablations.plot.layout.xaxis.rangemode == "tozero"
     assert {m[2] for m in marks(ablations)} == set(ablations.data["value"].round(9))
     table = next(block for block in there.blocks if isinstance(block, Table))
@@ -85,7 +84,7 @@ def test_seeds_and_their_mean(tmp_path):
 
 
 def test_one_seed_has_no_interval(tmp_path):
-    whole = figures(section(run_of(tmp_path, compared(rows=COMPARED[:3]))))[1]
+    whole = figures(section(run_of(tmp_path, compared(rows=ROWS[:3]))))[1]
     assert marks(whole) == {
         ("joint_nfm", "joint_nfm and variants", 0.1), ("joint_nfm", "joint_nfm and variants", 0.2),
         ("topk", "TopK", 0.12), ("topk", "TopK", 0.25),
@@ -96,18 +95,18 @@ def test_one_seed_has_no_interval(tmp_path):
 
 def test_members_at_other_sparsities_are_not_beside_the_others(tmp_path):
     rows = (
-        *COMPARED,
+        *ROWS,
         compare_row("standard 3", 0.5, 0.5, family="standard", l0=20.0),
-        compare_row("standard", 0.15, 0.3, family="standard", kind="interpolated"),
-        compare_row("gated", None, None, family="gated", kind="interpolated", l0=None),
+        compare_row("standard", 0.15, 0.3, family="standard", kind=RowKind.INTERPOLATED),
+        compare_row("gated", None, None, family="gated", kind=RowKind.INTERPOLATED, l0=None),
     )
     whole = figures(section(run_of(tmp_path, compared(rows=rows))))[1]
     assert labels(whole.plot) == ["joint_nfm", "topk", "standard"]
 
 
 def test_several_results_and_several_k(tmp_path):
-    both = compared(rows=(*COMPARED, *(replace(row, k=64) for row in COMPARED)))
-    there = section(run_of(tmp_path, result(), result(), both))
+    both = compared(rows=(*ROWS, *(replace(row, k=64) for row in ROWS)))
+    there = section(run_of(tmp_path, compared_once(), compared_once(), both))
     assert [block.text for block in there.blocks if isinstance(block, Heading)] == [
         "One run: 0", "One run: 1", "Several seeds: 2", "k = 32", "k = 64",
     ]  # fmt: skip
@@ -115,8 +114,10 @@ def test_several_results_and_several_k(tmp_path):
 
 
 def test_the_same_twice_and_without_timings(tmp_path):
-    faster = compared(rows=tuple(replace(row, training_tokens_per_second=9.0) for row in COMPARED))
-    assert plots(section(run_of(tmp_path, result(), compared()))) == plots(section(run_of(tmp_path, result(), faster)))
+    faster = compared(rows=tuple(replace(row, training_tokens_per_second=9.0) for row in ROWS))
+    assert plots(section(run_of(tmp_path, compared_once(), compared()))) == plots(
+        section(run_of(tmp_path, compared_once(), faster))
+    )
 
 
 def test_a_diverged_seed_is_left_out_of_the_mean():

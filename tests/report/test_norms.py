@@ -9,12 +9,11 @@ from report_runs import run_of
 from sae_lens import TopKSAE, TopKSAEConfig
 
 from sae_nfm.analysis.norm_histograms import squared_norms
-from sae_nfm.analysis.results import AS_TRAINED, CANONICAL, INITIAL, TOPK
-from sae_nfm.experiments.reproduce.results import ReproduceResult
-from sae_nfm.experiments.reproduce.rows import ReproducedRow
+from sae_nfm.analysis.results import AS_TRAINED, CANONICAL, INITIAL, TOPK, Statistic
+from sae_nfm.experiments.reproduce.results import ReproduceResult, Section, reproduced_row
 from sae_nfm.report.chapters import norms as norms_chapter
 from sae_nfm.report.chapters import shares as shares_chapter
-from sae_nfm.report.chapters.shares import CHANCE, CONTROL, HERE, PUBLISHED, dots, published_value
+from sae_nfm.report.chapters.shares import CHANCE, CONTROL, HERE, PUBLISHED, dots
 from sae_nfm.report.html import section_html
 from sae_nfm.report.plots.dot_rows import dot_data
 
@@ -116,25 +115,16 @@ def test_the_section_draws_the_histograms_of_the_saved_saes(tmp_path):
     assert norms_chapter.section(run_of(tmp_path, saes=folders[1:])) is None
 
 
-def row(name, here, controlled, control, published="94 %", section="paths"):
-    return ReproducedRow(
-        section=section,
-        name=name,
-        published=published,
-        here=here,
-        controlled=controlled,
-        control=control,
-        verdict="one seed",
-        form=".1%",
-    )
+def row(statistic, here, controlled, control, section=Section.PATHS, **more):
+    name = statistic.of("linear")
+    return reproduced_row(section, name, here, controlled, control, statistic=statistic, path="linear", **more)
 
 
-SHARE, RHO = "share of what the integration paths write, linear", "Spearman of squared norm and share, linear"
 SHARES = ReproduceResult(
     rows=(
-        row(SHARE, estimate(0.86), estimate(0.99), "energy about the mean"),
-        row(SHARE, estimate(0.86), None, "canonical gauge: none"),
-        row(RHO, 0.36, -0.52, "rows dealt out to other features, p = 0.001", published="-0.867", section="norms"),
+        row(Statistic.WRITTEN, estimate(0.86), estimate(0.99), "energy about the mean"),
+        row(Statistic.WRITTEN, estimate(0.86), None, "canonical gauge: none"),
+        row(Statistic.CORRELATION, 0.36, -0.52, "rows permuted", section=Section.NORMS, p_value=0.001),
     ),
     provenance={},
 )
@@ -168,10 +158,3 @@ def test_correlations_are_said_beside_chance():
         "Squared norm and linear share correlate at +0.360 (published -0.867); unrelated rows at -0.520 (p = 0.001)."
     ]
     assert shares_chapter.section(run_of(RUN)) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "number"), [("94 %", 0.94), ("-0.987", -0.987), ("+0.987", 0.987), ("-", None), ("SAE 0.4", None)]
-)
-def test_published_numbers(text, number):
-    assert published_value(text) == (None if number is None else pytest.approx(number))

@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from invented_benchmark import ROWS, result
+from invented_comparison import ONCE, compared_once
 
 from sae_nfm.common.results import as_result
-from sae_nfm.comparison.benchmark_results import BenchmarkResult
+from sae_nfm.comparison.results import CompareResult
 from sae_nfm.report.blocks import Embedded, Figure, Heading, Prose, Section, Table, Verbatim, section_of
 from sae_nfm.report.chapters import ORDER, chapters
 from sae_nfm.report.command import ReportConfig, write_run_report
@@ -61,7 +61,7 @@ def section(*blocks: Any, **changes: Any) -> Section:
 
 
 def saved(tmp_path: Path, name: str = "run", **changes: Any) -> Path:
-    benchmark = replace(result(), **changes) if changes else result()
+    benchmark = replace(compared_once(), **changes) if changes else compared_once()
     benchmark.save(tmp_path / name / "results.json")
     return tmp_path / name
 
@@ -116,25 +116,27 @@ def test_embedded_bytes_bring_their_script():
 
 def test_a_run_is_found_by_what_is_in_its_files(tmp_path):
     run = saved(tmp_path)
-    saved(run, "inner", rows=ROWS[:1])
+    saved(run, "inner", rows=ONCE[:1])
     (run / "other.json").write_text('{"rows": [], "comparisons": 1, "provenance": {}}')
     (run / "a.json").write_text("[1]")
     (run / "training.jsonl").write_text("")
     found = read_run(run)
-    assert [(one.label, one.path.name, len(one.result.rows)) for one in found.of(BenchmarkResult)] == [
+    assert [(one.label, one.path.name, len(one.result.rows)) for one in found.of(CompareResult)] == [
         ("inner", "results.json", 1),
-        (".", "results.json", len(ROWS)),
+        (".", "results.json", len(ONCE)),
     ]
-    assert found.results[1].result == result()
+    assert found.results[1].result == compared_once()
     assert found.records == (run / "training.jsonl",)
     assert found.saes == found.measurements == found.explorers == ()
 
 
 def test_a_result_is_of_one_class_only():
-    content = json.loads(json.dumps({"rows": [], "comparisons": [], "provenance": {}}))
-    assert as_result(BenchmarkResult, content).rows == ()
+    content = json.loads(json.dumps({"kind": "compare/1", "rows": [], "changes": [], "provenance": {}}))
+    assert as_result(CompareResult, content).rows == ()
     with pytest.raises(ValueError, match="provenance"):
-        as_result(BenchmarkResult, content | {"provenance": 1})
+        as_result(CompareResult, content | {"provenance": 1})
+    with pytest.raises(ValueError, match="comparisons"):
+        as_result(CompareResult, {"rows": [], "comparisons": 1, "provenance": {}})  # nor one of 0.1.0
 
 
 def test_folders_without_results_are_refused(tmp_path):
@@ -148,7 +150,7 @@ def test_folders_without_results_are_refused(tmp_path):
 
 
 def test_the_page_of_a_run_has_its_verdicts_its_command_and_what_is_missing(tmp_path):
-    run = saved(tmp_path, provenance=result().provenance | {"command": "sae-nfm demo --seed 7"})
+    run = saved(tmp_path, provenance=compared_once().provenance | {"command": "sae-nfm demo --seed 7"})
     written = write_run_report(ReportConfig(run=str(run), output=str(tmp_path / "page.html")))
     html = written.path.read_text()
     assert "FVU +25.0%, KL -20.0% (mixed)" in html

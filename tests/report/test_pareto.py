@@ -3,7 +3,7 @@
 from invented_comparison import ROWS, compared, sparsity_rows
 from report_runs import figures, plots, run_of
 
-from sae_nfm.comparison.arm_means import arm_means, lines_over_l0
+from sae_nfm.comparison.results import arm_means, lines_over_l0
 from sae_nfm.report.chapters.pareto import section
 
 
@@ -16,7 +16,7 @@ def test_one_l0_is_no_line(tmp_path):
 def test_lines_by_arm_in_the_order_of_l0():
     lines = lines_over_l0(arm_means(sparsity_rows()))
     assert list(lines) == ["joint_nfm", "topk", "standard"]
-    assert [(m.arm, m.l0) for m in lines["standard"] if m.measure == "fvu"] == [
+    assert [(m.row.arm, m.l0) for m in lines["standard"] if m.metric == "fvu"] == [
         ("standard 3", 20.0),
         ("standard 1", 50.0),
     ]

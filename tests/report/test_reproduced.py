@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 from report_runs import figures, labels, marks, plots, run_of
 
-from sae_nfm.experiments.reproduce.published import Published, published_share
-from sae_nfm.experiments.reproduce.results import ReproduceResult
-from sae_nfm.experiments.reproduce.rows import NOT_MEASURED, SINGLE, ReproducedRow
+from sae_nfm.experiments.reproduce.published import PUBLISHED, Published
+from sae_nfm.experiments.reproduce.results import NoVerdict, ReproducedRow, ReproduceResult, Section, Unit
 from sae_nfm.report.blocks import Heading, Prose, Table
 from sae_nfm.report.chapters.reproduced import section
 from sae_nfm.stats.estimates import Estimate
@@ -20,23 +19,28 @@ def estimate(value: float, low: float, high: float) -> Estimate:
     return Estimate(estimate=value, low=low, high=high, n=10, test="t")
 
 
+ERROR = Published(value=-0.413, unit=Unit.CHANGE, before=0.275, after=0.161)
+NOTED = Published(value=0.165, unit=Unit.SHARE, note="for 3 % of the parameters")
+
+
 def row(
-    name: str, published: str, here: Any, controlled: Any, control: str = "means kept", **changes: Any
+    name: str, published: Published | None, here: Any, controlled: Any, control: str = "means kept", **changes: Any
 ) -> ReproducedRow:
-    fields: dict[str, Any] = {"section": "KL", "verdict": SINGLE, "form": "+.1%"}
+    fields: dict[str, Any] = {"section": Section.KL, "verdict": str(NoVerdict.ONE_SEED)}
+    fields["unit"] = Unit.OTHER if published is None else published.unit
     return ReproducedRow(
         name=name, published=published, here=here, controlled=controlled, control=control, **(fields | changes)
     )
 
 
 ROWS = (
-    row("error", "-41.3 % (0.275 to 0.161)", estimate(-0.7, -0.8, -0.6), estimate(-0.1, -0.2, 0.1), section="reconstruction"),
-    row("error", "-41.3 % (0.275 to 0.161)", estimate(-0.7, -0.8, -0.6), -0.05, "against TopK", section="reconstruction",
+    row("error", ERROR, estimate(-0.7, -0.8, -0.6), estimate(-0.1, -0.2, 0.1), section=Section.RECONSTRUCTION),
+    row("error", ERROR, estimate(-0.7, -0.8, -0.6), -0.05, "against TopK", section=Section.RECONSTRUCTION,
         verdict="worse"),
-    row("KL", "-51.6 % to -51.9 %", -0.5, None),
-    row("share", "16.5 % for 3 % of the parameters", 0.3, estimate(0.02, -math.inf, math.inf), form=".1%"),
-    row("ratio", "2.99 (Gurnee 2 to 4.5)", estimate(1.9, 1.8, 2.0), 0.6, section="errors", form=".2f"),
-    row("ours", "-", 0.1, 0.2, form=".1%", section="paths"),
+    row("KL", Published(value=-0.516, to=-0.519, unit=Unit.CHANGE), -0.5, None),
+    row("share", NOTED, 0.3, estimate(0.02, -math.inf, math.inf)),
+    row("ratio", Published(value=2.99, unit=Unit.RATIO), estimate(1.9, 1.8, 2.0), 0.6, section=Section.ERRORS),
+    row("ours", None, 0.1, 0.2, section=Section.PATHS, unit=Unit.SHARE),
 )  # fmt: skip
 
 
@@ -46,29 +50,23 @@ def reproduced(rows: tuple[ReproducedRow, ...] = ROWS) -> ReproduceResult:
 
 
 @pytest.mark.parametrize(
-    ("text", "ends"),
+    ("name", "text", "ends"),
     [
-        ("-50.9 %", (-0.509, -0.509)),
-        ("94 %", (0.94, 0.94)),
-        ("-51.6 % to -51.9 %", (-0.519, -0.516)),
-        ("-41.3 % (0.275 to 0.161)", (-0.413, -0.413)),
-        ("-29.8 % (17.8M measurements)", (-0.298, -0.298)),
-        ("16.5 % for 3 % of the parameters", (0.165, 0.165)),
-        ("-", None),
-        ("SAE 0.4", None),
-        ("2.99 (Gurnee 2 to 4.5)", None),
-        ("+0.987", None),
-        ("F = 5.06, p = 0.027", None),
-        ("bimodal, means 0.05 and 0.37, untested", None),
+        ("squared error, all paths against the direct path alone", "-41.3 % (0.275 to 0.161)", (-0.413, -0.413)),
+        ("KL, all paths against the direct path alone", "-51.6 % to -51.9 %", (-0.519, -0.516)),
+        ("reconstruction error, NFM on the residual of a frozen SAE", "-23 % (0.367 to 0.281)", (-0.23, -0.23)),
+        ("KL relative to the SAE alone", "-29.8 % (17.8M measurements)", (-0.298, -0.298)),
+        ("share of the KL gain that the nonlinear path has by itself", "16.5 % for 3 % of the parameters", (0.165, 0.165)),
+        ("share of what the integration paths write, linear", "94 %", (0.94, 0.94)),
+        ("share of weight norm, linear, squared norm above 0.2", "29.0 %", (0.29, 0.29)),
+        ("KL of the SAE over that of an equal-distance random vector", "2.99 (Gurnee 2 to 4.5)", (2.99, 2.99)),
+        ("Spearman of squared norm and share, direct", "+0.987", (0.987, 0.987)),
+        ("formality x emotion, clamping secondary feature 4022", "F = 5.06, p = 0.027", (5.06, 5.06)),
+        ("modes of the squared norm: p-value of the dip test", "bimodal, means 0.05 and 0.37, untested", None),
     ],
-)
-def test_percentages_in_the_papers_words(text, ends):
-    found = published_share(text)
-    assert (found and (found.low, found.high)) == (ends and pytest.approx(ends))
-
-
-def test_a_single_number_has_equal_ends():
-    assert published_share("-8.6 %") == Published(low=-0.086, high=-0.086)
+)  # fmt: skip
+def test_numbers_in_the_papers_words(name, text, ends):
+    assert (PUBLISHED[name].text, PUBLISHED[name].ends) == (text, ends)
 
 
 def test_nothing_without_a_reproduction(tmp_path):
@@ -103,7 +101,7 @@ def test_tables_have_every_published_figure_and_say_what_is_the_same_once(tmp_pa
             "-70.0% [-80.0%, -60.0%]",
             "means kept",
             "-10.0% [-20.0%, +10.0%]",
-            SINGLE,
+            "one seed: no claim",
         ),
         ("", "", "", "against TopK", "-5.0%", "worse"),
     ]
@@ -126,7 +124,16 @@ def test_verdicts_are_those_over_seeds_and_without_any_the_error(tmp_path):
 
 
 def test_what_was_not_measured_is_counted(tmp_path):
-    rows = (row("2x2", "F = 5.06", None, None, section="2x2", verdict=NOT_MEASURED),)
+    rows = (
+        row(
+            "2x2",
+            Published(value=5.06, unit=Unit.F),
+            None,
+            None,
+            section=Section.FACTORIAL,
+            verdict=str(NoVerdict.NOT_MEASURED),
+        ),
+    )
     there = section(run_of(tmp_path, reproduced(rows)))
     assert figures(there) == []
     assert next(b for b in there.blocks if isinstance(b, Table)).caption.endswith("1 were not measured.")
@@ -134,7 +141,7 @@ def test_what_was_not_measured_is_counted(tmp_path):
 
 def test_long_words_of_a_control_are_cut_in_the_figure_only(tmp_path):
     control = "against " + "another very long name " * 6
-    (figure,) = figures(section(run_of(tmp_path, reproduced((row("KL", "-5 %", 0.1, 0.2, control),)))))
+    (figure,) = figures(section(run_of(tmp_path, reproduced((row("KL", ERROR, 0.1, 0.2, control),)))))
     assert labels(figure.plot)[1].endswith(" ...")
     assert figure.data["control"].tolist() == [control]
 

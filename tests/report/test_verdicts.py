@@ -46,7 +46,7 @@ def test_fair_claims_carry_their_words(whole):
 
 def test_the_paper_is_named_and_null_results_are_counted(whole):
     said = whole.verdicts
-    assert [line.startswith("The paper's figure, an ablation: ") for line in said] == [True, True, False, False]
+    assert [line.startswith("The paper's comparison, an ablation: ") for line in said] == [True, True, False, False]
     assert said[2] == f"{ANSWERS[2].verdict.sentence}."
     assert said[3] == "No difference shown in 1 of 2 fair tests: joint_nfm against topk (kl_nats)."
 

@@ -2,24 +2,48 @@
 
 from typing import Any
 
-from sae_nfm.comparison.claims import Answer, Claim
-from sae_nfm.comparison.lr_sweep import SweepRow
-from sae_nfm.comparison.results import CompareResult, CompareRow
+from sae_nfm.comparison.results import (
+    ARM_GROUPS,
+    Answer,
+    ArmGroup,
+    Claim,
+    ClaimKind,
+    CompareResult,
+    CompareRow,
+    Paths,
+    RowKind,
+    SweepRow,
+    changes,
+)
 from sae_nfm.stats.estimates import Estimate
 from sae_nfm.stats.seed_document_test import Verdict
 
 
 def compare_row(arm: str, fvu: float | None, kl: float | None, **changes: Any) -> CompareRow:
     fields: dict[str, Any] = {
-        "k": 32, "seed": 0, "kind": "trained", "family": arm.partition(":")[0], "parameters": 100, "training_flops": 2e6,
+        "k": 32, "seed": 0, "kind": RowKind.TRAINED, "family": arm.partition(":")[0], "parameters": 100, "training_flops": 2e6,
         "learning_rate": 0.005, "training_tokens_per_second": 1234.5, "dead_fraction": 0.0, "l0": 32.0, "ce_nats": 4.0,
         "ce_delta_nats": 0.125, "tokens": 1000,
     }  # fmt: skip
-    return CompareRow(arm=arm, fvu=fvu, kl_nats=kl, **(fields | changes))
+    fields |= {"group": ARM_GROUPS.get(fields["family"], ArmGroup.OTHER)} | changes
+    return CompareRow(arm=arm, fvu=fvu, kl_nats=kl, **fields)
+
+
+def part(family: str, paths: Paths, fvu: float, kl: float, **changes: Any) -> CompareRow:
+    """An SAE with some of its paths ablated."""
+    own: dict[str, Any] = {"family": family, "paths": paths, "kind": RowKind.ABLATION, "dead_fraction": None}
+    return compare_row(paths.of(family), fvu, kl, training_tokens_per_second=None, **(own | changes))
 
 
 def answer(
-    arm: str, against: str, measure: str, change: float, *, kind: Any = "fair", n_seeds: int = 5, p: float = 0.5
+    arm: str,
+    against: str,
+    measure: str,
+    change: float,
+    *,
+    kind: ClaimKind = ClaimKind.FAIR,
+    n_seeds: int = 5,
+    p: float = 0.5,
 ) -> Answer:
     """A verdict with an interval of 0.01 on both sides."""
 
@@ -48,33 +72,33 @@ ROWS = tuple(
     for seed in SEEDS
     for row in (
         compare_row("joint_nfm", 0.10 + 0.01 * seed, 0.20, seed=seed),
-        compare_row("joint_nfm: direct only", 0.40, 0.50, seed=seed, kind="ablation", dead_fraction=None),
+        part("joint_nfm", Paths.DIRECT, 0.40, 0.50, seed=seed),
         compare_row("topk", 0.12, 0.25, seed=seed),
     )
 )
 ANSWERS = (
-    answer("joint_nfm", "joint_nfm: direct only", "fvu", -0.75, kind="ablation", p=0.001),
-    answer("joint_nfm", "joint_nfm: direct only", "kl_nats", -0.60, kind="ablation", p=0.001),
+    answer("joint_nfm", "joint_nfm: direct only", "fvu", -0.75, kind=ClaimKind.ABLATION, p=0.001),
+    answer("joint_nfm", "joint_nfm: direct only", "kl_nats", -0.60, kind=ClaimKind.ABLATION, p=0.001),
     answer("joint_nfm", "topk", "fvu", -0.05, p=0.001),
     answer("joint_nfm", "topk", "kl_nats", 0.02),
 )
 SWEEP = (
     SweepRow(k=32, arm="joint_nfm", family="joint_nfm", learning_rate=0.001, l0=32.0, fvu=0.3),
-    SweepRow(k=32, arm="joint_nfm", family="joint_nfm", learning_rate=0.002, l0=32.0, fvu=0.2),
+    SweepRow(k=32, arm="joint_nfm", family="joint_nfm", learning_rate=0.002, l0=32.0, fvu=0.2, chosen=True),
     SweepRow(k=32, arm="joint_nfm", family="joint_nfm", learning_rate=0.004, l0=32.0, fvu=float("nan")),
     SweepRow(k=32, arm="topk", family="topk", learning_rate=0.001, l0=32.0, fvu=0.35),
     SweepRow(k=32, arm="topk", family="topk", learning_rate=0.002, l0=32.0, fvu=0.25),
-    SweepRow(k=32, arm="topk", family="topk", learning_rate=0.004, l0=32.0, fvu=0.15),
+    SweepRow(k=32, arm="topk", family="topk", learning_rate=0.004, l0=32.0, fvu=0.15, chosen=True),
 )
 
 
 def compared(**changes: Any) -> CompareResult:
     config = {
-        "model_name": "m", "hook_name": "blocks.0.hook_resid_post", "dataset": "t.parquet", "k": [32],
+        "model": "m", "hook": "blocks.0.hook_resid_post", "dataset": "t.parquet", "k": [32],
         "training_tokens": 400, "learning_rates": [0.001, 0.002, 0.004],
     }  # fmt: skip
     fields: dict[str, Any] = {
-        "rows": ROWS, "answers": ANSWERS, "sweep": SWEEP, "missing": (), "provenance": {"config": config},
+        "rows": ROWS, "answers": ANSWERS, "sweep": SWEEP, "missing": (), "provenance": {"config": config, "seeds": [0]},
     }  # fmt: skip
     return CompareResult(**(fields | changes))
 
@@ -90,6 +114,25 @@ def sparsity_rows() -> tuple[CompareRow, ...]:
         for coefficient, l0, fvu in ((3, 20.0, 0.22), (1, 50.0, 0.09)):
             name = f"standard {coefficient}"
             rows.append(compare_row(name, fvu, 2.5 * fvu, l0=l0, family="standard", seed=seed))
-        rows.append(compare_row("standard", 0.15, 0.4, kind="interpolated", seed=seed))
-        rows.append(compare_row("gated", None, None, kind="interpolated", l0=None, seed=seed))
+        rows.append(compare_row("standard", 0.15, 0.4, kind=RowKind.INTERPOLATED, seed=seed))
+        rows.append(compare_row("gated", None, None, kind=RowKind.INTERPOLATED, l0=None, seed=seed))
     return tuple(rows)
+
+
+JOINT: dict[str, Any] = {"group": ArmGroup.JOINT, "parameters": 150, "seed": 7}
+ONCE = (
+    compare_row("joint", 0.10, 0.20, **JOINT),
+    part("joint", Paths.DIRECT, 0.40, 0.25, **JOINT),
+    part("joint", Paths.LINEAR, 0.20, 0.22, **JOINT),
+    compare_row("topk", 0.08, 0.25, seed=7),
+    compare_row("matched", 0.05, 0.10, parameters=150, group=ArmGroup.TOPK, seed=7),
+)
+"""The table of a demo."""
+
+
+def compared_once(rows: tuple[CompareRow, ...] = ONCE, dataset: str | None = "corpus.parquet") -> CompareResult:
+    """The result of a demo."""
+    config = {
+        "model": "m", "hook": "blocks.0.hook_resid_post", "dataset": dataset, "training_tokens": 400, "learning_rates": [0.001],
+    }  # fmt: skip
+    return CompareResult(rows=rows, changes=changes(rows), provenance={"config": config, "seeds": [7]})

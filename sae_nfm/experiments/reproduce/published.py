@@ -50,6 +50,8 @@ class Published:
     after: float | None = None
     """What it is to."""
     p_value: float | None = None
+    decimals: int = 1
+    """Of a percentage."""
     note: str = ""
     """What else the paper says of it."""
 
@@ -73,7 +75,7 @@ class Published:
 
     def _written(self, value: float) -> str:
         if self.unit in (Unit.CHANGE, Unit.SHARE):
-            return f"{100 * value:.3g} %"
+            return f"{100 * value:.{self.decimals}f} %"
         if self.unit is Unit.CORRELATION:
             return f"{value:+.3f}"
         return f"F = {value:g}" if self.unit is Unit.F else f"{value:g}"
@@ -83,8 +85,8 @@ def _change(value: float, to: float | None = None) -> Published:
     return Published(value=value, to=to, unit=Unit.CHANGE)
 
 
-def _share(value: float, note: str = "") -> Published:
-    return Published(value=value, unit=Unit.SHARE, note=note)
+def _share(value: float, note: str = "", decimals: int = 1) -> Published:
+    return Published(value=value, unit=Unit.SHARE, note=note, decimals=decimals)
 
 
 def _correlation(value: float) -> Published:
@@ -133,13 +135,13 @@ WEIGHTS: Mapping[str, Published] = {
     f"{Statistic.NORM_SHARE.of('linear')}, squared norm above 0.2": _share(0.29),
     f"{Statistic.NORM_SHARE.of('nonlinear')}, squared norm above 0.2": _share(0.423),
     f"{Statistic.NORM_SHARE.of('direct')}, squared norm above 0.2": _share(0.287),
-    Statistic.WRITTEN.of("linear"): _share(0.94),
-    Statistic.WRITTEN.of("interaction"): _share(0.06),
-    "nonlinear share of what is written": _share(0.06),
+    Statistic.WRITTEN.of("linear"): _share(0.94, decimals=0),
+    Statistic.WRITTEN.of("interaction"): _share(0.06, decimals=0),
+    "nonlinear share of what is written": _share(0.06, decimals=0),
 }
 """Of norms and paths, by the names of `figure_rows`."""
 SEQUENTIAL: Mapping[str, Published] = {
-    SEQUENTIAL_ERROR: replace(_change(-0.23), before=0.367, after=0.281),
+    SEQUENTIAL_ERROR: replace(_change(-0.23), before=0.367, after=0.281, decimals=0),
     SEQUENTIAL_KL: Published(value=-0.298, unit=Unit.CHANGE, note="(17.8M measurements)"),
     SEQUENTIAL_LINEAR: _share(0.955),
     SEQUENTIAL_NONLINEAR: _share(0.045),

@@ -1,33 +1,25 @@
-"""The main job end to end, small, on the embedded model; and what it refuses."""
+"""The demo end to end, small, on the embedded model: a comparison of one seed; and what it refuses."""
 
 import base64
 import io
 import json
 import re
 from contextlib import redirect_stdout
-from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
 from sae_lens import SAE
 
 from sae_nfm import demo
-from sae_nfm.architectures.joint_config import parameter_count
-from sae_nfm.comparison.benchmark import (
-    BenchmarkConfig,
-    ablations,
-    count_parameters,
-    in_canonical_gauge,
-    run_benchmark,
-    sae_configs,
-    train_saes,
-)
-from sae_nfm.comparison.benchmark_results import BenchmarkResult
+from sae_nfm.comparison.config import DemoConfig
+from sae_nfm.comparison.results import CompareResult, RowKind
+from sae_nfm.comparison.run import Prepared, compare_once
+from sae_nfm.comparison.table import ablations, in_canonical_gauge
 from sae_nfm.data import datasets
-from sae_nfm.models.load import Site, find_site
-from sae_nfm.training.recorder import read_training_record
+from sae_nfm.training.results import read_training_record
 from sae_nfm_cli import main
 
 TINY = {
@@ -40,9 +32,9 @@ TINY_FLAGS = [text for name, value in TINY.items() for text in (f"--{name.replac
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
-    cfg = BenchmarkConfig(**TINY, output=str(output))
+    cfg = DemoConfig(**TINY, output=str(output))
     state = torch.get_rng_state()
-    result = run_benchmark(cfg, command="a command")
+    result = compare_once(Prepared.of(cfg.comparison()), command="a command")
     assert torch.equal(torch.get_rng_state(), state), "the run must scope its random state"
     return cfg, output, result
 
@@ -54,7 +46,7 @@ def commanded(tmp_path_factory):
     text, printed = folder / "text.jsonl", io.StringIO()
     words = demo.load_model().to_string(torch.tensor(demo.load_tokens("train")[:60]["tokens"])[:, 1:])
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
-    arguments = ["demo", *TINY_FLAGS, "--nfm-top-fraction", "1", "--dataset", str(text), "--validation", str(text)]
+    arguments = ["demo", *TINY_FLAGS, "--nfm-top-fraction", "1", "--dataset", str(text), "--held-out", str(text)]
     with redirect_stdout(printed):
         assert main([*arguments, "--output", str(folder / "first")]) == 0
     torch.rand(3)  # whatever the caller did before must not matter
@@ -65,7 +57,7 @@ def commanded(tmp_path_factory):
 
 def test_rows_are_the_saes_and_every_combination_of_paths(finished):
     _, _, result = finished
-    assert [row.name for row in result.rows] == [
+    assert [row.arm for row in result.rows] == [
         "joint_nfm",
         "joint_nfm: direct only",
         "joint_nfm: direct + linear",
@@ -78,10 +70,10 @@ def test_rows_are_the_saes_and_every_combination_of_paths(finished):
         "topk matched",
     ]
     for row in result.rows:
-        assert 0 < row.fidelity.l0 <= 8
-        assert 0 < row.fidelity.fvu < 1.5
-        assert row.fidelity.kl_nats > 0
-        assert (row.training_tokens_per_second is not None) == (":" not in row.name)
+        assert 0 < row.l0 <= 8
+        assert 0 < row.fvu < 1.5
+        assert row.kl_nats > 0
+        assert (row.training_tokens_per_second is not None) == (row.kind is RowKind.TRAINED)
 
 
 def test_parameters_are_counted_and_matched(finished):
@@ -105,17 +97,6 @@ def test_all_saes_see_the_same_stream(finished):
     assert "metrics/fvu_direct" in next(line for line in record if line["sae"] == "joint_nfm")
 
 
-def test_equal_saes_stay_equal_because_they_share_seed_and_stream(tmp_path):
-    cfg = BenchmarkConfig(**TINY, output=str(tmp_path))
-    model = demo.load_model()
-    sae_cfgs = sae_configs(cfg, find_site(model, cfg.hook_name))
-    twins = {"one": sae_cfgs["topk"], "joint": sae_cfgs["joint_nfm"], "two": deepcopy(sae_cfgs["topk"])}
-    saes, _ = train_saes(cfg, twins, model, demo.load_tokens("train"), cfg.context_size)
-    for name, tensor in saes["one"].state_dict().items():
-        assert torch.equal(tensor, saes["two"].state_dict()[name]), name
-    assert not torch.equal(saes["one"].W_dec, saes["joint"].W_dec)
-
-
 def test_the_seed_orders_the_training_file_and_leaves_the_held_out_one(tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(50)))
     source = str(tmp_path / "text.jsonl")
@@ -126,13 +107,14 @@ def test_the_seed_orders_the_training_file_and_leaves_the_held_out_one(tmp_path)
 
 
 def test_one_seed_gives_one_table(commanded):
-    one, other = (BenchmarkResult.load(folder / "results.json").table() for folder in commanded[:2])
+    one, other = (CompareResult.load(folder / "results.json").table() for folder in commanded[:2])
     assert one == other
 
 
 def test_another_seed_gives_other_saes(finished, tmp_path):
     cfg, output, _ = finished
-    run_benchmark(replace(cfg, output=str(tmp_path / "other"), seed=1, validation_tokens=cfg.context_size))
+    other = replace(cfg, output=str(tmp_path / "other"), seed=1, validation_tokens=cfg.context_size)
+    compare_once(Prepared.of(other.comparison()))
     for name in ("joint_nfm", "joint_nfm square", "topk", "topk matched"):
         one, other = (SAE.load_from_disk(folder / "saes" / name) for folder in (output, tmp_path / "other"))
         assert not torch.equal(one.W_enc, other.W_enc), name
@@ -140,7 +122,7 @@ def test_another_seed_gives_other_saes(finished, tmp_path):
 
 def test_results_file_says_how_to_repeat_it(finished):
     cfg, output, result = finished
-    loaded = BenchmarkResult.load(output / "results.json")
+    loaded = CompareResult.load(output / "results.json")
     assert loaded == result
     provenance = json.loads((output / "results.json").read_text())["provenance"]
     assert provenance["seeds"] == [cfg.seed]
@@ -150,25 +132,44 @@ def test_results_file_says_how_to_repeat_it(finished):
     assert not list(output.rglob("*.partial"))
 
 
+def test_a_second_run_replaces_the_first(finished, tmp_path):
+    cfg, output, _ = finished
+    copytree(output, tmp_path / "run")
+    (tmp_path / "run" / "saes.partial.partial").mkdir()  # of a run that was interrupted
+    smaller = replace(cfg, output=str(tmp_path / "run"), d_sae=64, validation_tokens=cfg.context_size)
+    compare_once(Prepared.of(smaller.comparison()))
+    assert SAE.load_from_disk(tmp_path / "run" / "saes" / "topk").cfg.d_sae == 64
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["results.json", "saes", "training.jsonl"]
+
+
 def test_the_canonical_gauge_row_exists_where_all_features_are_read():
-    site = Site(hook_name="blocks.2.hook_resid_post", d_in=16, reshape_activations="none")
-    arms = sae_configs(BenchmarkConfig(**TINY, nfm_top_fraction=1), site)
+    prepared = Prepared.of(DemoConfig(**TINY, nfm_top_fraction=1).comparison())
+    arms = {name: arm.sae for name, arm in prepared.arms(8, 1024).items()}
     assert arms["joint_nfm"].nfm_top_k is None
-    sae = SAE.from_dict(arms["joint_nfm"].get_inference_sae_cfg_dict())
-    canonical = in_canonical_gauge(sae)
+    joint, square, topk = (
+        SAE.from_dict(arms[name].get_inference_sae_cfg_dict()) for name in ("joint_nfm", "joint_nfm square", "topk")
+    )
+    canonical = in_canonical_gauge(joint)
     assert canonical is not None
-    assert canonical is not sae
-    assert in_canonical_gauge(SAE.from_dict(arms["joint_nfm square"].get_inference_sae_cfg_dict())) is None
-    assert in_canonical_gauge(SAE.from_dict(arms["topk"].get_inference_sae_cfg_dict())) is None
-    assert ablations(SAE.from_dict(arms["topk"].get_inference_sae_cfg_dict())) == {}
-    assert count_parameters(sae) == parameter_count(sae.cfg)
+    assert canonical is not joint
+    assert in_canonical_gauge(square) is None
+    assert in_canonical_gauge(topk) is None
+    assert ablations(topk) == {}
+
+
+def test_the_data_are_in_their_own_order_and_the_settings_those_of_compare():
+    cfg = DemoConfig(**TINY, seed=3, nfm_top_fraction=0.25)
+    prepared = Prepared.of(cfg.comparison())
+    assert prepared.data(3)[0]["tokens"] == demo.load_tokens("train")[0]["tokens"]
+    joint = prepared.arms(8, 1024)["joint_nfm"].sae
+    assert (joint.nfm_top_k, joint.d_sae, prepared.cfg.seeds, prepared.cfg.sweeps) == (2, 96, (3,), False)
 
 
 def test_command_line_on_a_text_file_prints_the_table_and_both_figures(commanded):
     output, _, printed = commanded
     assert "joint_nfm: direct only, canonical gauge" in printed
-    assert printed.count("The paper's figure") == 2
-    assert printed.count("The fair figure") == 2
+    assert printed.count("The paper's comparison") == 2
+    assert printed.count("The fair comparison") == 2
     assert "One seed (0)" in printed
     assert "no evidence about real text" not in printed
     files = ["explorer.json.gz", "report.html", "results.json", "saes", "training.jsonl"]
@@ -196,30 +197,30 @@ def test_help_describes_every_option(capsys):
         main(["demo", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert exit_info.value.code == 0
-    for field in fields(BenchmarkConfig):
+    for field in fields(DemoConfig):
         assert f"--{field.name.replace('_', '-')}" in text
-    assert "Features of each SAE but the one matched in parameters." in text
+    assert "Features of each SAE but the matched ones." in text
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--hook-name", "blocks.2.hook_resid_pst"], ["'blocks.2.hook_resid_pst'", "hook_resid_"]),
-        (["--hook-name", "blocks.0.attn.hook_pattern"], ["(1, 4, 2, 2)", "[batch, pos, d_in]"]),
-        (["--k", "0"], ["k is 0"]),
+        (["--hook", "blocks.2.hook_resid_pst"], ["'blocks.2.hook_resid_pst'", "hook_resid_"]),
+        (["--hook", "blocks.0.attn.hook_pattern"], ["(1, 4, 2, 2)", "[batch, pos, d_in]"]),
+        (["--k", "0"], ["k", "> 0", "got 0"]),
         (["--k", "99"], ["k is 99", "d_sae = 96"]),
-        (["--nfm-top-fraction", "0"], ["nfm_top_fraction is 0.0", "(0, 1]"]),
-        (["--training-tokens", "100"], ["training_tokens is 100", "128"]),
+        (["--nfm-top-fraction", "0"], ["nfm_top_fraction", "(0, 1]", "got 0.0"]),
+        (["--training-tokens", "100"], ["training_tokens", "128", "got 100"]),
         (["--dataset", "none.parquet"], ["--dataset", "'none.parquet'", "held-out"]),
-        (["--validation", "x.txt"], ["no --dataset"]),
-        (["--dataset", "no.txt", "--validation", "no.txt"], ["no.txt"]),
-        (["--dataset", "EMPTY.txt", "--validation", "EMPTY.txt"], ["EMPTY.txt", "no text"]),
-        (["--model-name", "gpt2"], ["embedded", "--dataset", "--validation"]),
+        (["--held-out", "x.txt"], ["no --dataset"]),
+        (["--dataset", "no.txt", "--held-out", "no.txt"], ["no.txt"]),
+        (["--dataset", "EMPTY.txt", "--held-out", "EMPTY.txt"], ["EMPTY.txt", "no text"]),
+        (["--model", "gpt2"], ["embedded", "--dataset", "--validation"]),
     ],
 )
 def test_bad_input_is_one_clear_line_and_leaves_nothing(flags, named, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sae_nfm.comparison.benchmark.load_model", lambda name, device: demo.load_model(device))
+    monkeypatch.setattr("sae_nfm.comparison.run.load_model", lambda name, device: demo.load_model(device))
     (tmp_path / "EMPTY.txt").write_text("\n\n")
     status = main(["demo", *TINY_FLAGS, *flags, "--output", "run"])
     error = capsys.readouterr().err
