@@ -12,41 +12,41 @@ from typing_extensions import override
 
 MOVED: dict[str, str] = {
     "adapter": "convert.adapter",
-    "attribute": "attribution.run",
+    "attribute": "attribution.run attribution.results",
     "baselines": "comparison.arms",
     "behaviour": "evaluation.fidelity",
-    "benchmark": "comparison.benchmark",
-    "claims": "comparison.claims",
+    "benchmark": "comparison.run",
+    "claims": "comparison.claims comparison.results",
     "compare": "comparison.run",
     "compare_config": "comparison.config",
     "compare_results": "comparison.results",
     "config": "architectures.joint_config",
     "controls": "interventions.equal_norm_controls",
-    "corpus_attribution": "attribution.corpus_summary",
+    "corpus_attribution": "attribution.run attribution.results",
     "dictionary_learning_checkpoint": "convert.dictionary_learning",
     "direct_path": "attribution.direct_logits",
     "distributions": "stats.distributions",
     "documents": "data.documents",
     "dry_run": "profiling.requirements",
-    "dry_run_result": "profiling.dry_run_results",
+    "dry_run_result": "profiling.results",
     "editing": "interventions.apply_edits",
     "edits": "interventions.edits",
     "error_ratios": "evaluation.error_controls",
-    "experiment": "profiling.run_spec",
+    "experiment": "profiling.run_spec profiling.results",
     "explore": "explorer.run",
-    "explorer_data": "explorer.data",
-    "explorer_file": "explorer.file",
+    "explorer_data": "explorer.results",
+    "explorer_file": "explorer.results",
     "explorer_parts": "explorer.assemble",
     "factorial": "experiments.factorial.run",
     "factorial_result": "experiments.factorial.results",
-    "figure_rows": "analysis.published_table",
+    "figure_rows": "analysis.sae_report analysis.results",
     "functional": "analysis.path_contributions",
     "gauge": "analysis.gauge architectures.initialisation",
     "gauge_report": "analysis.sae_report",
     "heads": "kernels.heads",
     "hooks": "interventions.intervene",
     "interaction": "kernels.reference",
-    "interaction_graph": "attribution.graph",
+    "interaction_graph": "attribution.graph attribution.results",
     "learning_dynamics": "experiments.dynamics.run",
     "learning_dynamics_result": "experiments.dynamics.results",
     "linear_part": "analysis.linear_component",
@@ -55,18 +55,18 @@ MOVED: dict[str, str] = {
     "nfm_fields": "architectures.nfm_config",
     "norms": "analysis.weight_norms",
     "pair_batches": "attribution.corpus",
-    "pair_corpus": "attribution.pair_table",
+    "pair_corpus": "attribution.pair_table attribution.results",
     "pair_effects": "attribution.pair_effects",
-    "pair_weights": "attribution.weight_only",
+    "pair_weights": "attribution.weight_only attribution.results",
     "pairing": "stats.paired",
     "paths": "architectures.nfm_paths",
     "pretrained": "hub.directory",
-    "prompt_attribution": "attribution.prompt",
+    "prompt_attribution": "attribution.prompt attribution.results",
     "release": "hub.release",
     "reproduce": "experiments.reproduce.run",
     "reproduced_result": "experiments.reproduce.results",
     "resampling": "stats.clustered",
-    "results": "comparison.benchmark_results",
+    "results": "comparison.results",
     "resume": "training.resume",
     "sae": "architectures.joint_sae",
     "sae_by_name": "loading.by_name",
@@ -96,6 +96,14 @@ MOVED: dict[str, str] = {
     "warm_start": "convert.warm_start",
 }
 """The old module, and the new one with others that took some of its names; their package is looked in last."""
+RENAMED = {
+    "BenchmarkConfig": "DemoConfig",
+    "BenchmarkResult": "CompareResult",
+    "Comparison": "Change",
+    "Row": "CompareRow",
+    "run_benchmark": "compare_once",
+}
+"""Names in these modules that have changed."""
 
 
 class OldNames(MetaPathFinder, Loader):
@@ -113,6 +121,7 @@ class OldNames(MetaPathFinder, Loader):
         places = [import_module(name) for name in (new, *others, new.rpartition(".")[0])]
 
         def found(name: str) -> Any:
+            name = RENAMED.get(name, name)
             for place in places:
                 if not name.startswith("__") and hasattr(place, name):
                     return getattr(place, name)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from sae_nfm import demo
 from sae_nfm.common import written_whole
-from sae_nfm.comparison import DemoConfig, Prepared, compare_once
+from sae_nfm.comparison import DemoConfig, compare_once
 from sae_nfm.comparison.results import CompareResult
 from sae_nfm.data import datasets
 from sae_nfm.demo.tokens import TOKENS_DIR
@@ -63,7 +63,7 @@ def train_sae(config: TrainSAEConfig) -> CompareResult:
         output=str(config.run),
     )
     command = "python docs/embedded_model/train_sae.py"
-    result = _finished(run) or compare_once(Prepared.of(run.comparison()), command=command)
+    result = _finished(run) or compare_once(run, command=command)
     folder = config.output / run.hook
     package(config.run / "saes", folder)
     fvu = result.row(TRAINED).fvu

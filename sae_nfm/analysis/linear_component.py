@@ -39,11 +39,8 @@ class Parts:
     """Tokens to fit on, to choose the penalty on, and to score on; a document is in one part only."""
 
     fit: NDArray[np.intp]
-    """Indices of tokens."""
     validation: NDArray[np.intp]
-    """Indices of tokens."""
     test: NDArray[np.intp]
-    """Indices of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +50,11 @@ class LinearPart:
     weight: Float[Tensor, "d_sae d_in"]
     """A: what one unit of a feature adds."""
     bias: Float[Tensor, " d_in"]
-    """a."""
     mean: Float[Tensor, " d_in"]
     """Mean of the path's output over the fitted tokens."""
     top_n: int | None
     """How many of the features the prediction reads, the strongest; None for all."""
     penalty: float
-    """The penalty chosen, of those tried."""
     validation_r2: tuple[float, ...]
     """R^2 on the second part, for each penalty tried."""
     r2: float
@@ -69,7 +64,6 @@ class LinearPart:
     deviation: Float[Tensor, " test"]
     """Squared distance from `mean` of each of them."""
     test_tokens: Int[Tensor, " test"]
-    """Which tokens those are."""
 
     def predict(self, acts: reference.Acts) -> Float[Tensor, "*batch d_in"]:
         """The prediction `f A + a`."""
@@ -141,7 +135,6 @@ def linear_part(
         d_sae: number of features.
         seed: of the division into parts: about 60, 20 and 20 % of the documents.
         documents: the document of each token; None divides by token, which flatters the fit on text.
-        penalties: tried.
         top_n: read only the strongest features, as the linear path does with `nfm_top_k`.
         solver: "normal equations" holds d_sae^2 numbers; "conjugate gradient" is for more than about 15,000 features.
 

@@ -32,7 +32,6 @@ class Projection:
     coefficient: Float[Tensor, " tokens"]
     """a_t: -0.1 takes a tenth of the other vector away; 0 where that is zero."""
     cosine: Float[Tensor, " tokens"]
-    """Cosine of the angle between the two."""
 
     @property
     def fraction_negative(self) -> float:
@@ -88,7 +87,6 @@ class PairProjections:
     strength: Float[Tensor, " tokens"]
     """Sum of absolute projections."""
     negative_strength: Float[Tensor, " tokens"]
-    """Sum of the absolute values of the negative ones."""
     direct_strength: Float[Tensor, " tokens"]
     """Sum of f_i ||w_i|| over the same features: what the direct path writes along their directions."""
 
@@ -116,9 +114,7 @@ def pair_projections(
 
     Args:
         read: features that the interaction path reads; pairs with a value of 0 are left out.
-        gates: h > 0.
         directions: decoder rows, as read or in the canonical gauge.
-        V, W_1, W_2: weights of the interaction path.
     """
     n, units = read.indices.shape[-1], directions / directions.norm(dim=-1, keepdim=True).clamp_min(1e-30)
     size = max(1, CELLS // (n * max(n, *W_2.shape)))
@@ -156,15 +152,11 @@ class Gains:
     """How much less error (or KL) each token has with a path than with the direct path alone, [tokens] each."""
 
     base: NDArray[np.float64]
-    """Error (or KL) with the direct path alone."""
     linear: NDArray[np.float64]
-    """Gain of the linear path by itself."""
     nonlinear: NDArray[np.float64]
     """Gain of the interaction path by itself."""
     both: NDArray[np.float64]
-    """Gain of both together."""
     documents: NDArray[np.int64] | None = None
-    """The document of each token, where known."""
 
     @property
     def overlap(self) -> NDArray[np.float64]:
@@ -181,7 +173,6 @@ def squared_error_gains(
     Args:
         x: what is reconstructed, in the space of the paths.
         paths: what each writes.
-        documents: the document of each token.
         keep_means: leave a path's mean over tokens in its place when it is off (mean ablation). Zero ablation, the published
             one, takes a constant away that biases could hold in any path.
 

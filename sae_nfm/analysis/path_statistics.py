@@ -1,4 +1,4 @@
-"""The published figures of what paths do on tokens, each beside its control, with intervals over documents.
+"""The published statistics of what paths do on tokens, each beside its control, with intervals over documents.
 
     as published (biases in, zero ablation)              control (means over tokens left out or kept in place)
     share of the mean absolute value, by path            share of the energy about the mean; of the whole output
@@ -68,11 +68,9 @@ class GainFigures:
     """Gains on squared error, as fractions of the error of the direct path alone."""
 
     linear: Estimate
-    """Gain of the linear path by itself."""
     nonlinear: Estimate
     """Gain of the interaction path by itself."""
     both: Estimate
-    """Gain of both."""
     overlap: Estimate
     """gain(linear) + gain(nonlinear) - gain(both), tested against 0."""
 
@@ -82,7 +80,6 @@ class ResidualFigures:
     """What of the interaction path's output is not linear in the features, on tokens the regression has not seen."""
 
     part: LinearPart
-    """The regression."""
     r2: Estimate
     """Its R^2, tested against 0."""
     of_output: Estimate
@@ -98,9 +95,7 @@ class FunctionalFigures:
     """What the paths do on tokens."""
 
     energies: FeatureEnergies
-    """By feature."""
     sizes: PathSizes
-    """By token."""
     magnitude_shares: Mapping[str, Estimate]
     """Each integration path's part of their summed mean absolute values (published: 94 % linear, 6 % nonlinear)."""
     energy_shares: Mapping[str, Estimate]
@@ -108,7 +103,7 @@ class FunctionalFigures:
     nonlinear_of_output: Estimate | None
     """Energy of the interaction path over that of the whole output, both about the mean: free of the gauge."""
     share_correlations: Mapping[str, PermutedCorrelation | None]
-    """E[f_i^2] ||w_i||^2 over active tokens with the shares of root-mean-square contributions, rows dealt out as the null."""
+    """E[f_i^2] ||w_i||^2 over active tokens with the shares of root-mean-square contributions, permuted rows as the null."""
     inhibition: Inhibition | None
     """Linear + nonlinear along direct, as they are."""
     gauge_free_inhibition: Inhibition | None
@@ -132,13 +127,11 @@ def functional_figures(
     n_permutations: int = N_PERMUTATIONS,
     with_residual: bool = True,
 ) -> FunctionalFigures:
-    """All figures of this module; None for what an SAE without the paths in question does not have.
+    """All statistics of this module; None for what an SAE without the paths in question does not have.
 
     Args:
-        sae: joint_nfm or TopK.
         tokens: `token_paths` of it, with documents.
         seed: of the permutations and of the division of documents.
-        n_permutations: of the null.
         with_residual: whether to fit the linear map.
 
     Raises:

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import ClassVar, Literal
 
+from sae_nfm.common.results import SavedResult
 from sae_nfm.stats import ALPHA, DipTest, Estimate
 
 AS_TRAINED, CANONICAL, TOPK, INITIAL = "as trained", "canonical gauge", "TopK SAE", "random initialisation"
@@ -33,7 +34,6 @@ class FigureRow:
     """One line: a statistic and a control."""
 
     name: str
-    """What is measured."""
     statistic: Statistic = Statistic.OTHER
     """Which statistic that is; several lines about one have the same name."""
     path: str = ""
@@ -53,7 +53,6 @@ class NormHistogram:
     """A squared norm over the features of one SAE."""
 
     name: str
-    """Which SAE, in which gauge."""
     counts: tuple[int, ...]
     """Features in each bin; the upper end of the last bin belongs to it."""
     mean: float
@@ -67,9 +66,7 @@ class SquaredNorms:
     """One measure, for the SAE and what it is compared with."""
 
     measure: Measure
-    """Which squared norm."""
     edges: tuple[float, ...]
-    """Edges of the bins, the same for all."""
     histograms: tuple[NormHistogram, ...]
     """The SAE as trained, then what there is of canonical gauge, TopK SAE and random initialisation."""
     not_canonical: str | None
@@ -85,6 +82,25 @@ class SquaredNorms:
                 f"Fixing the gauge, which leaves the output as it is, takes the mean from {before:.3g} to {after:.3g}."
             )
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAENorms:
+    """Squared norms of one SAE."""
+
+    sae: str
+    """Its folder, relative to the run's."""
+    norms: tuple[SquaredNorms, ...]
+    """One for each `Measure`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormsResult(SavedResult):
+    """Squared norms of the joint SAEs of a run."""
+
+    kind: ClassVar[str] = "norms/1"
+
+    saes: tuple[SAENorms, ...]
 
 
 def _modes(measure: Measure, histogram: NormHistogram) -> str:

@@ -1,4 +1,4 @@
-"""Norms, shares and paths of one SAE: the published figures beside their controls, in one frozen result.
+"""Norms, shares and paths of one SAE: the published statistics beside their controls, in one frozen result.
 
 Weights are reported as trained (published), in one unit, in the canonical gauge, weighted by activation, and at random
 initialisation; what paths do on tokens as `path_figures` has it, for the SAE and for its copy in the canonical gauge. The same
@@ -29,17 +29,15 @@ PERMUTED, PAIRED = "rows permuted over features", "random pairing"
 
 @dataclass(frozen=True, kw_only=True)
 class WeightReport:
-    """Figures of a feature's weights, as published and under controls."""
+    """Statistics of a feature's weights, as published and under controls."""
 
     as_trained: WeightFigures
-    """The published figures."""
     one_unit: WeightFigures
     """Rows as read, times the trained encoder's scale: all read one activation, with the published decoder norms. Differs from
     `as_trained` under rescaling only."""
     canonical: WeightFigures | None
     """In the canonical gauge and that unit; None where there is none."""
     not_canonical: str | None
-    """Why there is none."""
     weighted: WeightFigures | None
     """Rows times the root-mean-square activation on tokens, in the canonical gauge where there is one; split at the median. Of
     features that are active on the tokens only; None when those are fewer than 10."""
@@ -54,9 +52,7 @@ class GaugeReport:
     """Everything about one SAE."""
 
     weights: WeightReport
-    """What the weights are."""
     paths: FunctionalFigures
-    """What the paths do on tokens, in the SAE's own gauge."""
     canonical_paths: FunctionalFigures | None
     """The same in the canonical gauge, less `residual`, which no gauge changes; `paths` itself without a linear path, None where
     there is no such gauge."""
@@ -80,7 +76,6 @@ def gauge_report(
         documents: the document of each token; at least 5.
         seed: of permutations, divisions and the random initialisation.
         initial: how the SAE was initialised, for the reference; None leaves that out.
-        n_permutations: of each null.
 
     Raises:
         ValueError: for too few features or documents, another kind of SAE, or metadata that do not say how it was trained.
@@ -142,7 +137,7 @@ def _weighted(sae: SAE[Any], energies: FeatureEnergies, settings: Any) -> Weight
 
 
 def figure_rows(report: GaugeReport) -> list[FigureRow]:
-    """Every figure with its controls, norms first, then what paths do on tokens."""
+    """Every statistic with its controls, norms first, then what paths do on tokens."""
     weights, paths, canonical = report.weights, report.paths, report.canonical_paths
     gauge = "canonical gauge" + (f": none, {weights.not_canonical}" if weights.not_canonical else "")
     return [
@@ -157,7 +152,7 @@ def figure_rows(report: GaugeReport) -> list[FigureRow]:
 
 
 def _references(weights: WeightReport, gauge: str) -> Iterator[FigureRow]:
-    """Figures of the weights beside the same ones in another gauge, another unit, or before training."""
+    """Statistics of the weights beside the same ones in another gauge, another unit, or before training."""
     references = {
         "rows in one unit": weights.one_unit,
         f"rows in one unit, {gauge}": weights.canonical,

@@ -10,20 +10,22 @@ from sae_nfm.architectures.nfm_config import (
     refuse_missing_keys,
     refuse_unknown_keys,
 )
-from sae_nfm.architectures.nfm_paths import SECONDARY_HOOKS, NFMPaths, Paths, Secondary
+from sae_nfm.architectures.nfm_paths import NFMPaths, Paths
 from sae_nfm.architectures.path_metrics import TrainedPaths
 from sae_nfm.architectures.path_weights import PathWeights, attributable
 from sae_nfm.architectures.registry import INFERENCE_CONFIGS, random_initialisation, training_config
 from sae_nfm.architectures.secondary import (
     HIDDEN,
     PRIMARY_DIGEST,
+    SECONDARY_HOOKS,
+    Secondary,
     attach_secondary,
     check_primary,
     check_secondary,
     detach_secondary,
     place_secondary,
     primary_digest,
-    through,
+    secondary_of,
 )
 from sae_nfm.architectures.sequential_base import UNFOLDED, as_base, check_base, load_base
 from sae_nfm.architectures.sequential_config import SequentialNFMSAEConfig, SequentialNFMTrainingSAEConfig
@@ -69,6 +71,6 @@ __all__ = [
     "random_initialisation",
     "refuse_missing_keys",
     "refuse_unknown_keys",
-    "through",
+    "secondary_of",
     "training_config",
 ]

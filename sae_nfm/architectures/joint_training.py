@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig
 from sae_nfm.architectures.joint_sae import JointNFMSAE, NFMDecoder
-from sae_nfm.architectures.nfm_paths import Paths
+from sae_nfm.architectures.nfm_paths import Paths, is_hooked
 from sae_nfm.architectures.path_metrics import TrainedPaths
 from sae_nfm.kernels import Acts, Kernel, SparseActs, dispatch, reference
 from sae_nfm.loading import write_note
@@ -91,7 +91,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         return self.cfg.use_linear_path and self.cfg.nfm_top_k in (None, self.cfg.k)
 
     def _has_hooks(self) -> bool:
-        return any(hook._forward_hooks or hook._backward_hooks for hook in self.hook_dict.values())
+        return any(map(is_hooked, self.hook_dict.values()))
 
     def _sparse_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         cfg, forms, (sae_in, b_enc) = self.cfg, self._forms(), self._encoder_input(step_input.sae_in)
@@ -206,7 +206,6 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         """Save the inference SAE as SAELens does, with a README.md that says what loads it.
 
         Args:
-            path: folder.
             folded: whether to fold the linear path into the decoder and leave it out (`JointNFMSAE.folded`).
 
         Raises:

@@ -11,7 +11,6 @@ attribute); the maths is in `interaction`.
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,13 +21,14 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
-from sae_nfm.kernels import POOLS, reference
+from sae_nfm.kernels import POOLS, SparseActs, dispatch, reference
 from sae_nfm.loading import check_state_dict, write_note
 
 FEW_FEATURES = 1024
 """With fewer, either form of a step is mostly overhead, and the dense one is SAELens's own."""
-SECONDARY_HOOKS = ("hook_secondary_acts_post", "hook_secondary_recons", "hook_secondary_error")
-"""Hook points that something passes through only while a secondary SAE is attached (`secondary.attach_secondary`)."""
+HIDDEN_CODE_HOOKS: list[str] = []
+"""Hook points for what replaces the hidden code (`NFMPaths.hidden_code`). Every SAE with an interaction path has them from the
+start, so that a model with the SAE in it knows them before anything is attached."""
 
 
 class Paths(NamedTuple):
@@ -48,27 +48,21 @@ class Paths(NamedTuple):
         return reduce(torch.add, self.present().values())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Secondary:
-    """A secondary SAE in place of the hidden code."""
-
-    sae: SAE[Any]
-    """The secondary SAE, [*batch, nfm_dim] to [*batch, nfm_dim]."""
-    error_term: bool
-    """Whether what it does not reconstruct is added, so that only a change of its features changes anything."""
-    through: Callable[["NFMPaths", "Secondary", Tensor], Tensor]
-    """From the hidden code [*batch, nfm_dim] to what the interaction path goes on with."""
-
-
 _Host = SAE[Any] if TYPE_CHECKING else object
 
 
 class NFMPaths(_Host):
     """Parameters, hook points and checks of the added paths, for training and inference classes.
 
-    Hook points exist for the paths that are switched on: `hook_nfm_linear`, `hook_nfm_square`, `hook_nfm_interaction`
-    [*batch, d_in] (what each path adds) and `hook_nfm_pooled`, `hook_nfm_hidden_pre` [*batch, nfm_dim]; with an interaction
-    path also `SECONDARY_HOOKS`.
+    Hook points exist for the paths that are switched on:
+
+        hook_nfm_linear_in, hook_nfm_square_in, hook_nfm_interaction_in    [*batch, d_sae]     what each path reads
+        hook_nfm_linear, hook_nfm_square, hook_nfm_interaction             [*batch, d_in]      what each path adds
+        hook_nfm_pooled, hook_nfm_hidden_pre                               [*batch, nfm_dim]   z and h
+
+    and with an interaction path `HIDDEN_CODE_HOOKS`. Where a path works on the active features alone, what it reads passes its
+    hook point as a matrix while a hook is attached, and only then; outputs are the same bits with and without a hook that
+    changes nothing.
     """
 
     W_lin: nn.Parameter
@@ -79,23 +73,21 @@ class NFMPaths(_Host):
     W_2: nn.Parameter
     b_2: nn.Parameter
     U: nn.Parameter
-    hook_secondary_acts_post: HookPoint
-    hook_secondary_recons: HookPoint
-    hook_secondary_error: HookPoint
-    secondary: Secondary | None = None
-    """What `secondary.attach_secondary` has put in place of the hidden code."""
+    hidden_code: "Callable[[NFMPaths, Tensor], Tensor] | None" = None
+    """What replaces the hidden code [*batch, nfm_dim], given this SAE and the code; None leaves the code as it is. Being given
+    the SAE, it need not refer to it, and so works on in a `deepcopy`."""
 
     def __init__(self, cfg: Any, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         if cfg.use_linear_path:
-            self.hook_nfm_linear = HookPoint()
+            self.hook_nfm_linear_in, self.hook_nfm_linear = HookPoint(), HookPoint()
         if cfg.use_square_path:
-            self.hook_nfm_square = HookPoint()
+            self.hook_nfm_square_in, self.hook_nfm_square = HookPoint(), HookPoint()
         if cfg.head != "none":
-            self.hook_nfm_pooled = HookPoint()
-            self.hook_nfm_hidden_pre = HookPoint()
+            self.hook_nfm_interaction_in = HookPoint()
+            self.hook_nfm_pooled, self.hook_nfm_hidden_pre = HookPoint(), HookPoint()
             self.hook_nfm_interaction = HookPoint()
-            for name in SECONDARY_HOOKS:
+            for name in HIDDEN_CODE_HOOKS:
                 setattr(self, name, HookPoint())
         self.setup()
 
@@ -154,19 +146,22 @@ class NFMPaths(_Host):
     def _linear(self, read: reference.Acts) -> Tensor | None:
         if not self.cfg.use_linear_path:
             return None
+        read = _hooked(self.hook_nfm_linear_in, read, self.cfg.d_sae)
         return self.hook_nfm_linear(self._written(reference.weighted_rows(read, self.W_lin) + self.b_lin))
 
     def _square(self, acts: reference.Acts) -> Tensor | None:
         if not self.cfg.use_square_path:
             return None
+        acts = _hooked(self.hook_nfm_square_in, acts, self.cfg.d_sae)
         return self.hook_nfm_square(self._written(reference.square_output(acts, self.U, self.cfg.square_scale)))
 
     def _interaction(self, read: reference.Acts) -> Tensor | None:
         if self.cfg.head == "none":
             return None
+        read = _hooked(self.hook_nfm_interaction_in, read, self.cfg.d_sae)
         hidden = self.hook_nfm_hidden_pre(reference.hidden_pre(self._pool(read), self.W_1, self.b_1))
-        if self.secondary is not None:
-            hidden = self.secondary.through(self, self.secondary, hidden)
+        if self.hidden_code is not None:
+            hidden = self.hidden_code(self, hidden)
         return self.hook_nfm_interaction(self._written(reference.interaction_output(hidden, self.W_2, self.b_2)))
 
     def _pool(self, read: reference.Acts) -> Tensor:
@@ -190,3 +185,23 @@ class NFMPaths(_Host):
         saved = super().save_model(path)
         write_note(path)
         return saved
+
+
+def is_hooked(hook: Any) -> bool:
+    """Whether a hook is attached to a hook point, forward or backward."""
+    return bool(hook._forward_hooks or hook._backward_hooks)
+
+
+def _hooked(hook: nn.Module, read: reference.Acts, d_sae: int) -> reference.Acts:
+    """What a path reads, let through its hook point: as a matrix, and in the sparse form only where a hook is attached.
+
+    The sparse form goes on with the values that come back, as long as these are zero outside of the active features.
+    """
+    if isinstance(read, Tensor):
+        return hook(read)
+    if not is_hooked(hook):
+        return read
+    passed: Tensor = hook(dispatch.to_dense(read, d_sae))
+    values = passed.gather(-1, read.indices)
+    same_features = torch.equal(passed.count_nonzero(dim=-1), values.count_nonzero(dim=-1))
+    return SparseActs(read.indices, values) if same_features else passed

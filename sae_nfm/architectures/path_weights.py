@@ -31,10 +31,8 @@ def attributable(sae: SAE[Any]) -> NFMPaths:
             f"this SAE is in training with nfm_dropout {sae.cfg.nfm_dropout}, under which its pairs are not what it will "
             "use; save it for inference (save_inference_model) and load that"
         )
-    if sae.secondary is not None:
-        raise ValueError(
-            "a secondary SAE stands in place of the hidden code, which is then no sum over pairs; detach it first"
-        )
+    if sae.hidden_code is not None:
+        raise ValueError("a secondary SAE replaces the hidden code, which is then no sum over pairs; detach it first")
     return sae
 
 
@@ -59,11 +57,7 @@ class PathWeights:
 
     @classmethod
     def of(cls, sae: SAE[Any]) -> "PathWeights":
-        """Those of an SAE.
-
-        Raises:
-            ValueError: when its interaction path is no sum over pairs, see `attributable`.
-        """
+        """Those of an SAE. Raises a ValueError when its interaction path is no sum over pairs, see `attributable`."""
         sae = attributable(sae)
         written = sae._written  # pyright: ignore[reportPrivateUsage] (linear: what a path's weights make, as it is added)
         linear = sae.cfg.use_linear_path

@@ -17,6 +17,7 @@ Source: arXiv 2507.00269, secondary SAE (300 to 7,500 features, k = 250).
 """
 
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,13 +26,48 @@ from sae_lens import SAE, TrainingSAE
 from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
 from torch import Tensor
 
-from sae_nfm.architectures.nfm_paths import SECONDARY_HOOKS, NFMPaths, Secondary
+from sae_nfm.architectures.nfm_paths import HIDDEN_CODE_HOOKS, NFMPaths
 from sae_nfm.loading import digest
 
 HIDDEN = "hook_nfm_hidden_pre"
 """Hook point of the hidden code."""
 PRIMARY_DIGEST = "primary_digest"
 """Key of a secondary SAE's metadata: `primary_digest` of the SAE it was trained on."""
+SECONDARY_HOOKS = ("hook_secondary_acts_post", "hook_secondary_recons", "hook_secondary_error")
+"""Hook points of the primary; something passes through them only while a secondary SAE is attached."""
+HIDDEN_CODE_HOOKS += SECONDARY_HOOKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Secondary:
+    """A secondary SAE in place of the hidden code (`NFMPaths.hidden_code`)."""
+
+    sae: SAE[Any]
+    """The secondary SAE, [*batch, nfm_dim] to [*batch, nfm_dim]."""
+    error_term: bool
+    """Whether what it does not reconstruct is added, so that only a change of its features changes anything."""
+
+    def __call__(self, primary: NFMPaths, hidden: Float[Tensor, "*batch nfm_dim"]) -> Float[Tensor, "*batch nfm_dim"]:
+        """The hidden code by way of the secondary SAE's features, through the hook points of the primary."""
+        secondary = self.sae
+        if secondary.b_dec.device != hidden.device:
+            secondary.to(hidden.device)
+        hook_acts, hook_recons, hook_error = (getattr(primary, name) for name in SECONDARY_HOOKS)
+        with _disable_hooks(secondary):
+            acts = hook_acts(secondary.encode(hidden))
+            recons = hook_recons(secondary.decode(acts).to(hidden.dtype))
+            if not self.error_term:
+                return recons
+            with torch.no_grad():  # encoded again: with some normalisations an encoding can be decoded only once
+                clean = secondary.decode(secondary.encode(hidden)).to(hidden.dtype)
+                error = hook_error(hidden - clean)
+            return recons + error
+
+
+def secondary_of(sae: SAE[Any]) -> Secondary | None:
+    """The secondary SAE that is attached to an SAE; None where there is none."""
+    attached = sae.hidden_code if isinstance(sae, NFMPaths) else None
+    return attached if isinstance(attached, Secondary) else None
 
 
 def attach_secondary(
@@ -55,20 +91,18 @@ def attach_secondary(
     Raises:
         ValueError: when the two do not go together, or something is attached already.
     """
-    return place_secondary(
-        check_secondary(sae, secondary), Secondary(sae=secondary, error_term=error_term, through=through)
-    )
+    return place_secondary(check_secondary(sae, secondary), Secondary(sae=secondary, error_term=error_term))
 
 
 def place_secondary(primary: NFMPaths, attached: Secondary) -> AbstractContextManager[ExitStack]:
     """`attach_secondary` for two SAEs that `check_secondary` has seen."""
-    if primary.secondary is not None:
+    if primary.hidden_code is not None:
         raise ValueError("a secondary SAE is attached already; take it off first, with detach_secondary(sae)")
-    primary.secondary = attached
+    primary.hidden_code = attached
 
     def leave() -> None:
-        if primary.secondary is attached:
-            primary.secondary = None
+        if primary.hidden_code is attached:
+            primary.hidden_code = None
 
     stack = ExitStack()  # which does nothing unless it is entered and left
     stack.callback(leave)
@@ -76,39 +110,10 @@ def place_secondary(primary: NFMPaths, attached: Secondary) -> AbstractContextMa
 
 
 def detach_secondary(sae: SAE[Any]) -> None:
-    """Take the secondary SAE off again.
-
-    Raises:
-        ValueError: when none is attached.
-    """
-    if not isinstance(sae, NFMPaths) or sae.secondary is None:
+    """Take the secondary SAE off again. Raises a ValueError when none is attached."""
+    if not isinstance(sae, NFMPaths) or secondary_of(sae) is None:
         raise ValueError("no secondary SAE is attached, so there is none to detach")
-    sae.secondary = None
-
-
-def through(
-    primary: NFMPaths, attached: Secondary, hidden: Float[Tensor, "*batch nfm_dim"]
-) -> Float[Tensor, "*batch nfm_dim"]:
-    """The hidden code by way of the secondary SAE's features; `NFMPaths` calls it.
-
-    Args:
-        primary: whose hook points the features, the reconstruction and the error pass through.
-        attached: the secondary SAE.
-        hidden: h, [*batch, nfm_dim].
-    """
-    secondary = attached.sae
-    if secondary.b_dec.device != hidden.device:
-        secondary.to(hidden.device)
-    hook_acts, hook_recons, hook_error = (getattr(primary, name) for name in SECONDARY_HOOKS)
-    with _disable_hooks(secondary):
-        acts = hook_acts(secondary.encode(hidden))
-        recons = hook_recons(secondary.decode(acts).to(hidden.dtype))
-        if not attached.error_term:
-            return recons
-        with torch.no_grad():  # encoded anew: with some normalisations an encoding can be decoded only once
-            clean = secondary.decode(secondary.encode(hidden)).to(hidden.dtype)
-            error = hook_error(hidden - clean)
-        return recons + error
+    sae.hidden_code = None
 
 
 @torch.no_grad()

@@ -26,7 +26,6 @@ class Target:
     """A number of the model's output at a token: a combination of the logits there."""
 
     name: str
-    """What it is, in words."""
     weights: Float[Tensor, " d_vocab"]
     """The combination. Weights that add up to 0 make it independent of what all logits share, which changes no prediction."""
 

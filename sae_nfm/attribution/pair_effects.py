@@ -34,11 +34,9 @@ class PromptRun:
     """A prompt through the model with the SAE in place."""
 
     tokens: Int[Tensor, " pos"]
-    """The prompt."""
     reads: TokenReads
     """What the paths read and wrote, at every position."""
     logits: Float[Tensor, "pos d_vocab"]
-    """The model's logits."""
     in_place: Bool[Tensor, " pos"]
     """Where the SAE is in place: not at special tokens, which pass it by."""
     scale: Float[Tensor, "pos 1"] | None
@@ -52,13 +50,9 @@ class Removal:
     """A pair to be taken out of one position's pooled vector."""
 
     position: int
-    """Where."""
     first: int
-    """One feature."""
     second: int
-    """The other."""
     target: Target
-    """What to measure, at the same position."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +68,6 @@ class Removed:
     written_frozen: Float[Tensor, " d_in"]
     """What the interaction path wrote because of it, gates held: measured."""
     written_free: Float[Tensor, " d_in"]
-    """The same, gates free."""
 
 
 @torch.no_grad()
@@ -110,11 +103,7 @@ def gradients(
     """g: gradients of targets with respect to what the interaction path writes, each at its own position.
 
     Args:
-        model: the language model.
-        sae: the SAE.
-        tokens: the prompt.
         targets: (position, target); several can be at one position.
-        batch_rows: copies of the prompt in a forward pass.
     """
     starts = range(0, len(targets), batch_rows)
     return torch.cat([_gradients(model, sae, tokens, targets[start : start + batch_rows]) for start in starts])
@@ -144,11 +133,8 @@ def remove_pairs(
     """Take pairs out of the pooled vector, one at a time, and rerun the model, with gates held and free.
 
     Args:
-        model: the language model.
-        sae: the SAE.
         run: the prompt with nothing removed.
         removals: what to remove; pairs that do not fire change nothing.
-        batch_rows: copies of the prompt in a forward pass.
     """
     weights, found = PathWeights.of(sae), list[Removed]()
     for start in range(0, len(removals), batch_rows):

@@ -4,8 +4,8 @@ A first pass keeps at most `capacity` pairs. Whenever there are more, the weight
 off every pair's weight, and pairs with nothing left are dropped (Misra-Gries, the weight being the energy ||o_ij||^2). What is
 exact:
 
-* where nothing was dropped, every figure of every pair that fired;
-* otherwise a second pass counts the pairs kept from the start, so that their figures are exact too, and every pair that is not
+* where nothing was dropped, every statistic of every pair that fired;
+* otherwise a second pass counts the pairs kept from the start, so that their statistics are exact too, and every pair that is not
   among them has an energy of at most `slack`, itself at most the total energy / (capacity + 1).
 
 Totals (tokens, firings, energy) are exact in either case. "Exact" is up to float32 for each pair on a token and float64 for sums.
@@ -27,6 +27,7 @@ from torch import Tensor
 from sae_nfm.architectures import PathWeights
 from sae_nfm.attribution.corpus import Corpus, TokenBatch
 from sae_nfm.attribution.pairs import TokenPairs, along, norms
+from sae_nfm.attribution.results import Context
 
 CAPACITY = 1_000_000
 """Pairs kept. With 500,000 of them a run took 0.5 GB beside model and SAE, merges and batches included."""
@@ -42,21 +43,16 @@ class PairSums:
     """By key first * d_sae + second: `tokens` on which the pair fires, sums there of `norm` ||o_ij||, `energy` ||o_ij||^2,
     `product` f_i f_j and `effect` <o_ij, direction> (0 without a direction), and `norm_max`. Descending by energy."""
     d_sae: int
-    """Number of features."""
     tokens: int
-    """Tokens looked at."""
     firings: int
-    """Pairs that fired, summed over tokens."""
     energy: float
     """Sum of all pairs' energy over all tokens, of those not in the table too. Pairs are not orthogonal: it is not the path's."""
     slack: float
     """The most energy that a pair which is not in the table can have; 0 when every pair that fired is in it."""
     feature_tokens: Float[Tensor, " d_sae"]
-    """Tokens on which each feature is read."""
     feature_sum: Float[Tensor, " d_sae"]
     """Sum of each feature's activations as read."""
     feature_squares: Float[Tensor, " d_sae"]
-    """Sum of their squares."""
     gates: Float[Tensor, " nfm_dim"]
     """Share of tokens on which each gate is open."""
 
@@ -77,7 +73,7 @@ class PairTable:
 
     def __init__(self, capacity: int | None) -> None:
         if capacity is not None and capacity < 1:
-            raise ValueError(f"capacity is {capacity} pairs; give a positive whole number")
+            raise ValueError(f"capacity must be > 0, got {capacity}")
         self._capacity, self._parts, self._waiting = capacity, list[pd.DataFrame](), 0
         self._table: Any = pd.DataFrame(columns=list(COLUMNS), dtype=np.float64, index=pd.Index([], dtype=np.int64))
         self.slack = 0.0
@@ -182,7 +178,6 @@ def pair_rows(batch: TokenBatch, weights: PathWeights, only: NDArray[np.int64] |
 
     Args:
         batch: tokens.
-        weights: of the interaction path.
         only: sorted keys of the pairs to look at; None for all.
     """
     read, gates, pairs = batch.reads.read, batch.reads.gates, TokenPairs.of(batch.reads.read)
@@ -203,27 +198,10 @@ def pair_rows(batch: TokenBatch, weights: PathWeights, only: NDArray[np.int64] |
     return pd.DataFrame(rows, index=keys[chosen].cpu().numpy())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Context:
-    """A token on which a pair fires."""
-
-    row: int
-    """Row of the corpus."""
-    position: int
-    """Position in it."""
-    norm: float
-    """||o_ij|| there."""
-    effect: float | None
-    """<o_ij, direction> there."""
-    text: str
-    """The token in its text, in [[double brackets]]."""
-
-
 def strongest_firings(corpus: Corpus, keys: NDArray[np.int64], *, n: int) -> pd.DataFrame:
     """Where some pairs write most, in one pass: the n tokens of largest ||o_ij|| of each pair, the earlier of equal ones.
 
     Args:
-        corpus: the corpus.
         keys: first * d_sae + second.
         n: tokens for each pair, at most.
 
@@ -254,7 +232,6 @@ def top_contexts(corpus: Corpus, keys: NDArray[np.int64], *, n: int = 5) -> dict
     """`strongest_firings` with their text.
 
     Args:
-        corpus: the corpus.
         keys: first * d_sae + second.
         n: tokens for each pair, at most.
     """

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae_nfm.architectures import attributable
-from sae_nfm.kernels import Acts, SparseActs
+from sae_nfm.kernels import SparseActs
 from sae_nfm.models import HookFunction, keeping, reconstruction
 
-INTERACTION, LINEAR, HIDDEN = "hook_nfm_interaction", "hook_nfm_linear", "hook_nfm_hidden_pre"
+READ, INTERACTION, LINEAR, HIDDEN = (
+    f"hook_nfm_{name}" for name in ("interaction_in", "interaction", "linear", "hidden_pre")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,27 +70,17 @@ def reading(sae: SAE[Any], seen: dict[str, Any]) -> Generator[dict[str, HookFunc
 
     Args:
         sae: see `attributable`.
-        seen: gets "read" and, by their hook points, the hidden code and what each path writes.
+        seen: by their hook points what the interaction path reads, the hidden code and what each path writes.
     """
-    pool = attributable(sae)._pool  # pyright: ignore[reportPrivateUsage] (what is read passes no hook point)
-
-    def keep(read: Acts) -> Tensor:
-        seen["read"] = read
-        return pool(read)
-
-    sae._pool = keep  # pyright: ignore[reportArgumentType]
-    try:
-        names = [INTERACTION, HIDDEN, *([LINEAR] if sae.cfg.use_linear_path else [])]
-        yield {name: keeping(seen, name) for name in names}
-    finally:
-        del sae._pool
+    names = [READ, INTERACTION, HIDDEN, *([LINEAR] if attributable(sae).cfg.use_linear_path else [])]
+    yield {name: keeping(seen, name) for name in names}
 
 
 def reads_of(seen: dict[str, Any]) -> TokenReads:
     """What `reading` has seen, all tokens in one dimension."""
     linear = seen.get(LINEAR)
     return TokenReads(
-        read=_in_order(seen["read"]),
+        read=_in_order(seen[READ]),
         gates=seen[HIDDEN].flatten(0, -2) > 0,
         interaction=seen[INTERACTION].flatten(0, -2),
         linear=None if linear is None else linear.flatten(0, -2),
@@ -108,14 +100,11 @@ def token_reads(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> TokenReads:
     return reads_of(seen)
 
 
-def _in_order(read: Acts) -> SparseActs:
+def _in_order(read: Float[Tensor, "*batch d_sae"]) -> SparseActs:
     """As many columns as the token with most active features has, features in the order of their numbers."""
-    if isinstance(read, Tensor):
-        flat = read.flatten(0, -2)
-        most = int((flat != 0).sum(-1).amax()) if flat.numel() else 0
-        indices = flat.abs().topk(most, dim=-1, sorted=False).indices  # some architectures have negative features
-        values = flat.gather(-1, indices)
-    else:
-        indices, values = read.indices.flatten(0, -2), read.values.flatten(0, -2)
-    indices, order = indices.sort(dim=-1)
-    return SparseActs(indices, values.gather(-1, order))
+    flat = read.flatten(0, -2)
+    most = int((flat != 0).sum(-1).amax()) if flat.numel() else 0
+    indices = (
+        flat.abs().topk(most, dim=-1, sorted=False).indices.sort(dim=-1).values
+    )  # some architectures have negative ones
+    return SparseActs(indices, flat.gather(-1, indices))

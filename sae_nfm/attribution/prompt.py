@@ -4,10 +4,8 @@ Figures of `attribution` and `pair_effects` for a few tokens, beside those of th
 and the biases.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from sae_lens import SAE
@@ -18,99 +16,12 @@ from sae_nfm.attribution.direct_logits import DirectPath, Target
 from sae_nfm.attribution.pair_effects import PromptRun, Removal, gradients, remove_pairs
 from sae_nfm.attribution.pairs import TokenPairs, along, bias_terms, norms, single_features, strongest, written
 from sae_nfm.attribution.path_activations import TokenReads
+from sae_nfm.attribution.results import PairEffect, TokenAttribution, Written
 from sae_nfm.models import LanguageModel
 
 RankBy = Literal["norm", "direct", "gradient"]
 NAMED = 3
 """Tokens named as promoted and suppressed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """A vector that a path writes on a token, and what it does to the target."""
-
-    name: str
-    """Which term it is."""
-    norm: float
-    """Its norm, in the SAE's normalised space."""
-    direct: float | None
-    """Effect on the target straight through the unembedding, the final scale held; None where there is no such path."""
-    gradient: float
-    """Effect on the target to first order through the rest of the model."""
-    promotes: tuple[str, ...]
-    """Tokens whose logits it raises most on the direct path, strongest first."""
-    suppresses: tuple[str, ...]
-    """Tokens whose logits it lowers most."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairEffect:
-    """A pair on a token."""
-
-    first: int
-    """The lower feature."""
-    second: int
-    """The higher feature."""
-    product: float
-    """f_i f_j."""
-    written: Written
-    """What it writes with the gates held, and that vector's predicted effects."""
-    frozen: float
-    """Effect on the target, measured by removing the pair with the gates held and running the rest of the model."""
-    free: float
-    """The same with gates free: what removing the pair really does."""
-    flipped: float
-    """Share of the token's gates that flip then."""
-    prediction_error: float
-    """How far the measured change of the path's output with gates held is from what the pair writes, relative to its norm."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenAttribution:
-    """One token of a prompt."""
-
-    position: int
-    """Where."""
-    token: str
-    """The token."""
-    target: str
-    """What effects are on, read at this position."""
-    value: float
-    """The target's value with the SAE in place."""
-    path_norm: float
-    """Norm of what the interaction path writes, biases included."""
-    gates_open: float
-    """Share of gates that are open."""
-    pairs_firing: int
-    """Pairs of which both features are read."""
-    sum_error: float
-    """Distance of the sum of all terms from what passed hook_nfm_interaction, relative to its norm."""
-    all_pairs: Written
-    """All pairs together."""
-    biases: tuple[Written, ...]
-    """b_2 and (b_1 * D) W_2."""
-    pairs: tuple[PairEffect, ...]
-    """The strongest pairs, by what was asked for."""
-    features: tuple[Written, ...]
-    """The strongest single features of the linear path, by the same; empty where that path is off."""
-
-    def words(self) -> str:
-        """For the terminal."""
-        terms = [self.all_pairs, *self.biases]
-        lines = [
-            f"token {self.position} {self.token!r}: effects on {self.target} (now {self.value:+.3f}), read at this token",
-            f"  interaction path: norm {self.path_norm:.3g}, {self.gates_open:.0%} of gates open, {self.pairs_firing} pairs "
-            f"fire; sum of the terms off by {self.sum_error:.0e}",
-            _table([_row(one) for one in terms]),
-            f"  strongest {len(self.pairs)} pairs",
-            _table([_pair_row(pair) for pair in self.pairs]),
-        ]
-        if self.features:
-            lines += [
-                f"  linear path, strongest {len(self.features)} features",
-                _table([_row(f) for f in self.features]),
-            ]
-        return "\n".join(lines)
 
 
 def attribute_token(
@@ -126,10 +37,8 @@ def attribute_token(
     """The strongest pairs of one token, and single features of the linear path.
 
     Args:
-        model, sae, run: from `run_prompt`.
         position: of the token.
         target: what to measure effects on, there.
-        top: how many.
         rank_by: norm of what is written, or an absolute effect.
 
     Raises:
@@ -201,7 +110,7 @@ class _Effects:
 
     @torch.no_grad()
     def of(self, name: str, vector: Float[Tensor, " d_in"]) -> Written:
-        """Figures of one vector."""
+        """Statistics of one vector."""
         direct, promotes, suppresses = None, (), ()
         if self._direct is not None:
             logits = self._direct.logits((vector * self._unit)[None], self._scale)[0]
@@ -218,7 +127,7 @@ class _Effects:
         )
 
     def of_pairs(self, pairs: TokenPairs, vectors: Float[Tensor, "pairs d_in"]) -> tuple[PairEffect, ...]:
-        """Figures of pairs, which are removed one by one."""
+        """Statistics of pairs, which are removed one by one."""
         keys = _keys(pairs)
         removals = [Removal(position=self._position, first=i, second=j, target=self._target) for i, j in keys]
         removed = remove_pairs(self._model, self._sae, self._run, removals)
@@ -253,30 +162,6 @@ def _linear(
 
 def _keys(pairs: TokenPairs) -> list[tuple[int, int]]:
     return list(zip(pairs.first[0].tolist(), pairs.second[0].tolist(), strict=True))
-
-
-def _row(one: Written) -> dict[str, str]:
-    direct = {} if one.direct is None else {"direct": f"{one.direct:+.4f}"}
-    named = {"promotes": _quoted(one.promotes), "suppresses": _quoted(one.suppresses)} if direct else {}
-    return {"": one.name, "norm": f"{one.norm:.3g}", **direct, "gradient": f"{one.gradient:+.4f}", **named}
-
-
-def _pair_row(pair: PairEffect) -> dict[str, str]:
-    row = _row(pair.written)
-    named = {name: row.pop(name) for name in ("promotes", "suppresses") if name in row}
-    measured = {"frozen": f"{pair.frozen:+.4f}", "free": f"{pair.free:+.4f}", "gates flipped": f"{pair.flipped:.0%}"}
-    return row | measured | named
-
-
-def _table(rows: list[dict[str, str]]) -> str:
-    if not rows:
-        return "    none"
-    text = pd.DataFrame(rows).set_index("").to_string(index_names=False)
-    return "\n".join(f"    {line}".rstrip() for line in text.splitlines() if line.strip())
-
-
-def _quoted(tokens: tuple[str, ...]) -> str:
-    return " ".join(map(repr, tokens))
 
 
 def _text(model: LanguageModel, token: int) -> str:

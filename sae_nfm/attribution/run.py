@@ -3,30 +3,27 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any
 
+import numpy as np
 import torch
 from sae_lens import SAE
 from tqdm.auto import tqdm
 
-from sae_nfm.architectures import attributable
-from sae_nfm.attribution.corpus import Corpus
-from sae_nfm.attribution.corpus_summary import CorpusAttribution, attribute_corpus
+from sae_nfm.architectures import PathWeights, attributable
+from sae_nfm.attribution.corpus import Corpus, first_reads
 from sae_nfm.attribution.direct_logits import Target
+from sae_nfm.attribution.graph import graph_layout, interaction_graph
 from sae_nfm.attribution.pair_effects import PromptRun, run_prompt
-from sae_nfm.attribution.pair_table import CAPACITY
-from sae_nfm.attribution.prompt import RankBy, TokenAttribution, attribute_token
+from sae_nfm.attribution.pair_table import CAPACITY, pair_sums, top_contexts
+from sae_nfm.attribution.prompt import RankBy, attribute_token
+from sae_nfm.attribution.results import DRAWN, Attribution, CorpusAttribution, TokenAttribution
+from sae_nfm.attribution.weight_only import pair_controls
 from sae_nfm.common import provenance
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
-from sae_nfm.common.results import SavedResult
 from sae_nfm.data import held_out_corpus
 from sae_nfm.loading import load_sae
 from sae_nfm.models import LanguageModel, check_context, check_device, device_of, model_of
-
-LEGEND = """\
-effects: with the term less without it, on the target. direct: through the unembedding alone, the final scale held; gradient: to
-first order through the rest of the model; frozen: pair removed, gates held, model rerun; free: gates free to flip, which is what
-removing the pair really does. promotes, suppresses: on the direct path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,37 +84,8 @@ class AttributeConfig(SavedSAEOptions, HeldOutOptions):
             raise ValueError(f"the graph {self.graph!r} is neither .graphml nor .json; give a name that ends in one")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Attribution(SavedResult):
-    """What `sae-nfm attribute` found."""
-
-    kind: ClassVar[str] = "attribute/1"
-
-    sae: str
-    """The SAE, as given."""
-    hook_name: str
-    """Where it is."""
-    tokens: tuple[TokenAttribution, ...]
-    """The chosen tokens of the prompt."""
-    corpus: CorpusAttribution | None
-    """Pairs over held-out text."""
-    provenance: dict[str, Any]
-    """Configuration, versions, sha256 of the tokens, command."""
-
-    def words(self) -> str:
-        """For the terminal."""
-        head = f"{self.sae} at {self.hook_name}"
-        if self.corpus is not None:
-            return f"{head}\n\n{self.corpus.words()}"
-        return "\n\n".join([head, *(token.words() for token in self.tokens), LEGEND])
-
-
 def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribution:
     """Attribute a prompt or a corpus; writes `config.save` and `config.graph` where those are given.
-
-    Args:
-        config: what to do.
-        command: how to repeat it, for the provenance.
 
     Raises:
         ValueError, FileNotFoundError: for an SAE, model, token or data set that does not work; nothing is written.
@@ -251,3 +219,46 @@ def _d_vocab(model: LanguageModel, run: PromptRun | None) -> int:
             "effects over a corpus take the direct path, which this kind of model has not; leave --logit out"
         )
     return config.d_vocab
+
+
+def attribute_corpus(
+    corpus: Corpus,
+    *,
+    target: str | None = None,
+    top: int = 10,
+    graph_pairs: int = 500,
+    n_contexts: int = 3,
+    capacity: int | None = None,
+    control_tokens: int = 10_000,
+    n_permutations: int = 2,
+    seed: int = 0,
+) -> CorpusAttribution:
+    """Sums, contexts and controls of a corpus.
+
+    Args:
+        corpus: held-out tokens.
+        target: name of the corpus's target or direction, where it has one.
+        top: pairs with contexts.
+        graph_pairs: pairs in the graph.
+        n_contexts: tokens for each of the top pairs.
+        capacity: see `pair_sums`.
+        control_tokens: tokens that the controls hold in memory, with every pair that fires on them.
+        n_permutations: permutations of the rows of V that the controls are computed for.
+    """
+    weights, sums = PathWeights.of(corpus.sae), pair_sums(corpus, capacity=capacity)
+    keys = np.asarray(sums.table.index[:top], dtype=np.int64)
+    contexts = top_contexts(corpus, keys, n=n_contexts)
+    reads = first_reads(corpus.batches("Control tokens"), control_tokens)
+    graph = interaction_graph(sums, weights, n=max(top, graph_pairs), directed=target is not None)
+    return CorpusAttribution(
+        tokens=sums.tokens,
+        pairs=len(sums.table),
+        firings=sums.firings,
+        complete=sums.complete,
+        slack_share=sums.slack / sums.energy if sums.energy else 0.0,
+        target=target,
+        graph=graph,
+        contexts=tuple(contexts[int(key)] for key in keys),
+        controls=pair_controls(reads, weights, seed=seed, n_permutations=n_permutations),
+        places=graph_layout(graph.edges[:DRAWN]) if graph.edges else {},
+    )

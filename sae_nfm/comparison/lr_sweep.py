@@ -42,7 +42,7 @@ def sweep(
         ValueError: when an SAE of an interrupted sweep was trained otherwise.
     """
     path = folder / "sweep.json"
-    rows = _read(path) if path.is_file() else []
+    rows = read_sweep(path) if path.is_file() else []
     for rate in candidates:
         done = {row.arm for row in rows if row.learning_rate == rate}
         left = {name: arm for name, arm in arms.items() if name not in done}
@@ -59,7 +59,8 @@ def sweep(
     return [row for row in rows if row.arm in arms]
 
 
-def _read(path: Path) -> list[SweepRow]:
+def read_sweep(path: Path) -> list[SweepRow]:
+    """The rows of a `sweep.json`."""
     content = json.loads(path.read_text())
     rows = content if isinstance(content, list) else without_kind(SWEEP_KIND, content)["rows"]  # a list in 0.1.0
     return [SweepRow(**row) for row in rows]

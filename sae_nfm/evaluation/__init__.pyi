@@ -1,14 +1,13 @@
-from .error_controls import ArmKL as ArmKL
-from .error_controls import MeasuredKL as MeasuredKL
-from .error_controls import Role as Role
 from .error_controls import error_ratios as error_ratios
-from .error_controls import has_controls as has_controls
 from .fidelity import Arm as Arm
 from .fidelity import Fidelity as Fidelity
 from .fidelity import evaluate as evaluate
 from .fidelity import measure as measure
 from .held_out_sums import SUMS as SUMS
 from .held_out_sums import figures as figures
+from .results import ArmKL as ArmKL
+from .results import MeasuredKL as MeasuredKL
+from .results import Role as Role
 from .saebench import SAEBenchConfig as SAEBenchConfig
 from .saebench import selected_saes as selected_saes
 from .token_table import document_sums as document_sums

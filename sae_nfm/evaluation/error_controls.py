@@ -9,10 +9,10 @@ Source: W. Gurnee 2024, "SAE reconstruction errors are (empirically) pathologica
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from sae_nfm.evaluation.results import SUMMARY_FILENAME, ArmKL, MeasuredKL, Role
 from sae_nfm.evaluation.token_table import read_manifest, read_rows
 from sae_nfm.interventions import EQUAL_DISTANCE, UNDER_TEST
 from sae_nfm.stats import Bootstrap, Estimate, clustered_mean, ratio_of_means
@@ -59,52 +59,18 @@ def _kl(folder: str | Path, arm: str) -> Any:
     return read_rows(folder, ["document", "kl_nats"], [arm])
 
 
-Role = Literal["SAE", "part", "control", "scaled error", "anchor", "other"]
 ANCHORS = ("none", "zero", "mean")
 _PART = re.compile(r"direct (only|\+ )")
 _SCALED = re.compile(r"error x (.+)")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArmKL:
-    """One arm of a measurement."""
-
-    arm: str
-    """Its name among the measured."""
-    of: str
-    """The SAE that it is a part or a control of: "sae", or the one whose name begins its own; its own name for "other"."""
-    name: str
-    """Its name without that of the SAE."""
-    role: Role
-    """"SAE": the arm under test. "part": some of its paths off. "control": another change of equal distance. "scaled error": its
-    error, scaled. "anchor": no change, zero, the mean. "other": any other."""
-    scale: float | None
-    """What its error is multiplied with: 1 for the arm under test, -1 for the flipped error; None for the others."""
-    kl: Estimate
-    """Mean KL, nats per token."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasuredKL:
-    """All arms of a measurement, and the ratios of errors."""
-
-    arms: tuple[ArmKL, ...]
-    """In the order of the measurement."""
-    ratios: Mapping[str, Mapping[str, Estimate]]
-    """By SAE, then by control: mean KL of the SAE over that of the control (`error_ratios`)."""
-
-    def of(self, sae: str) -> tuple[ArmKL, ...]:
-        """The arms of one SAE."""
-        return tuple(arm for arm in self.arms if arm.of == sae)
-
-
-def has_controls(folder: str | Path) -> bool:
-    """Whether a measurement is one of an SAE beside its controls.
-
-    Raises:
-        FileNotFoundError, ValueError: as `token_rows.read_manifest`.
-    """
-    return {UNDER_TEST, EQUAL_DISTANCE[0]} <= set(read_manifest(Path(folder)).arms)
+def summarise(folder: Path) -> None:
+    """Write `summary.json` beside the rows of a finished measurement, where it is one of an SAE and its controls on documents."""
+    if not {UNDER_TEST, EQUAL_DISTANCE[0]} <= set(read_manifest(folder).arms):
+        return
+    rows: Any = read_rows(folder, ["document"], [UNDER_TEST])
+    if rows["document"].nunique() > 1:
+        kl_by_arm(folder).save(folder / SUMMARY_FILENAME)
 
 
 def kl_by_arm(folder: str | Path) -> MeasuredKL:

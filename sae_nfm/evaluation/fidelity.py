@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from sae_nfm.data import TokenRows
 from sae_nfm.evaluation import token_table
+from sae_nfm.evaluation.error_controls import summarise
 from sae_nfm.evaluation.intervention_loop import Outcome, outcomes
 from sae_nfm.interventions import Intervention, Splice, counted_tokens, digest
 from sae_nfm.models import LanguageModel
@@ -147,7 +148,9 @@ def measure(
     batches_per_part: int = 8,
     show_progress: bool = True,
 ) -> Path:
-    """A row for every counted token and arm, in parquet; `token_rows` reads them and has their columns.
+    """A row for every counted token and arm, in parquet; `token_table` reads them and has their columns.
+
+    Of an SAE beside its controls (`control_arms`) `summary.json` has the mean KL of every arm.
 
     A part of the text is written at a time, so that memory does not grow with it. Parts that are there already are not
     computed again: an interrupted measurement goes on when it is called again as it was. What an arm draws at random
@@ -189,6 +192,7 @@ def measure(
                 recorder.add(rows, first, batch_rows)
                 progress.update(min(batch_rows, len(rows) - first))
             recorder.write(folder, part)
+    summarise(folder)
     return folder
 
 

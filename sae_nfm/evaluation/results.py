@@ -1,16 +1,69 @@
-"""The result of evaluating one SAE: SAELens's figures with what they were measured on, as text and as JSON."""
+"""Saved results of evaluations: KL by arm of a measurement, and SAELens's metrics of one SAE."""
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from sae_nfm.common import listed, write_json
+from typing_extensions import override
+
+from sae_nfm.common import listed
+from sae_nfm.common.results import SavedResult
+from sae_nfm.interventions.results import EQUAL_DISTANCE, UNDER_TEST
+from sae_nfm.stats import Estimate
+
+Role = Literal["SAE", "part", "control", "scaled error", "anchor", "other"]
+MANIFEST_FILENAME, SUMMARY_FILENAME = "manifest.json", "summary.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class ArmKL:
+    """One arm of a measurement."""
+
+    arm: str
+    """Its name among the measured."""
+    of: str
+    """The SAE that it is a part or a control of: "sae", or the one whose name begins its own; its own name for "other"."""
+    name: str
+    """Its name without that of the SAE."""
+    role: Role
+    """"SAE": the arm under test. "part": some of its paths off. "control": another change of equal distance. "scaled error": its
+    error, scaled. "anchor": no change, zero, the mean. "other": any other."""
+    scale: float | None
+    """What its error is multiplied with: 1 for the arm under test, -1 for the flipped error; None for the others."""
+    kl: Estimate
+    """Mean KL, nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredKL(SavedResult):
+    """All arms of a measurement, and the ratios of errors; `summary.json` beside its rows."""
+
+    kind: ClassVar[str] = "measure/1"
+
+    arms: tuple[ArmKL, ...]
+    """In the order of the measurement."""
+    ratios: Mapping[str, Mapping[str, Estimate]]
+    """By SAE, then by control: mean KL of the SAE over that of the control (`error_ratios`)."""
+
+    def of(self, sae: str) -> tuple[ArmKL, ...]:
+        """The arms of one SAE."""
+        return tuple(arm for arm in self.arms if arm.of == sae)
+
+
+def lacks_summary(folder: Path) -> bool:
+    """Whether the measurement in a folder is one of an SAE beside its controls and `summary.json` is missing."""
+    arms = json.loads((folder / MANIFEST_FILENAME).read_text()).get("arms", {})
+    return {UNDER_TEST, EQUAL_DISTANCE[0]} <= set(arms) and not (folder / SUMMARY_FILENAME).is_file()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(SavedResult):
     """What SAELens measured of one SAE."""
+
+    kind: ClassVar[str] = "evaluate/1"
 
     sae: str
     """Folder, or release:sae_id."""
@@ -44,9 +97,10 @@ class Evaluation:
             lines += listed(values, width)
         return "\n".join(lines)
 
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, under a temporary name first; what is no number (a mean over nothing) is null."""
-        write_json(path, _finite(asdict(self)), allow_nan=False, default=str)
+    @override
+    def content(self) -> dict[str, Any]:
+        """What is no number (a mean over nothing) is null."""
+        return _finite(json.loads(json.dumps(asdict(self), default=str)))
 
 
 def _finite(value: Any) -> Any:

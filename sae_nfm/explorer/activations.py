@@ -43,7 +43,6 @@ class Firings:
     places: NDArray[np.int32]
     """Tokens on which a feature fires, row * pos + position, ascending."""
     values: NDArray[np.float32]
-    """Its activations there."""
     tokens: NDArray[np.int64]
     """The tokens, [rows, pos]."""
     counted: NDArray[np.bool_]
@@ -118,7 +117,7 @@ def firings_of(
         raise ValueError("this SAE is in training; save it for inference (save_inference_model) and load that")
     counted, found = counted_tokens(model, tokens), _Found(sae)
     if not counted.any():
-        raise ValueError(f"no token to read: {tokens.numel()} tokens, all special or in position 0; give more text")
+        raise ValueError(f"no tokens to read: all {tokens.numel()} are special or at position 0; provide more text")
     with tqdm(total=len(tokens), desc="Features", unit="row", disable=not show_progress) as progress:
         for first in range(0, len(tokens), batch_rows):
             rows = slice(first, first + batch_rows)

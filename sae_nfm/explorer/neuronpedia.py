@@ -60,15 +60,10 @@ class Exported:
     """What `sae-nfm export` wrote."""
 
     file: str
-    """The features."""
     features: int
-    """Lines in it."""
     contexts: int
-    """Contexts in these."""
     pairs_file: str | None
-    """The pairs, where they were asked for."""
     pairs: int
-    """Lines in that."""
     without_logits: bool
     """Whether the explorer has no logits."""
 

@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_nfm.common import whole
+from sae_nfm.common.results import without_kind
 
 FULL = 255
 """Strength of a mark at the feature's largest activation."""
 
-FORMAT = "sae-nfm explorer 1"
+KIND = "explore/1"
 
 FILENAME = "explorer.json.gz"
 
@@ -44,7 +45,6 @@ class TokenTable:
     row_starts: Ints
     """Where each piece begins in `ids`, and where the last one ends."""
     ids: Ints
-    """The tokens, piece after piece."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,12 +74,11 @@ class Contexts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FeatureFigures:
-    """Figures of every feature, [d_sae]; 0 for one that never fired."""
+    """Statistics of every feature, [d_sae]; 0 for one that never fired."""
 
     tokens: Ints
     """Tokens on which it fires (its activation is positive)."""
     max: Floats
-    """Largest activation."""
     mean: Floats
     """Mean activation where it fires."""
     histogram: Ints
@@ -95,7 +94,6 @@ class TokenEffects:
     starts: Ints
     """Of each feature or pair; one more than there are."""
     token: Ints
-    """The token."""
     value: Floats
     """What its logit gains, less the mean over all tokens."""
 
@@ -105,11 +103,8 @@ class PairFigures:
     """Pairs of features, descending by energy."""
 
     first: Ints
-    """The lower feature."""
     second: Ints
-    """The higher one."""
     tokens: Ints
-    """Tokens on which both are read."""
     share: Floats
     """Part of the summed energy ||o_ij||^2 of all pairs that fired."""
     norm: Floats
@@ -135,31 +130,20 @@ class Explorer:
     """Everything about one SAE on held-out text."""
 
     sae: str
-    """The SAE, as given."""
     architecture: str
-    """SAELens's name of its architecture."""
     model_name: str
-    """The language model."""
     hook_name: str
-    """Where the SAE is."""
     d_in: int
-    """Width there."""
     d_sae: int
-    """Number of features."""
     k: int | None
     """Features active on a token, where that is fixed."""
     tokens: int
     """Tokens looked at: not special, not in position 0."""
     documents: int
-    """Documents they are from."""
     vocab: tuple[str, ...]
-    """Texts of the tokens that occur anywhere in it."""
     stream: TokenTable
-    """The text."""
     features: FeatureFigures
-    """Figures of the features."""
     contexts: Contexts
-    """Where each fires most."""
     quantile_contexts: Contexts
     """Firings of each from its whole range, at evenly spaced ranks."""
     window: tuple[int, int]
@@ -167,7 +151,6 @@ class Explorer:
     logits: TokenEffects
     """What a unit of each feature adds to the logits on the direct path."""
     logit_count: int
-    """Logits up, and as many down."""
     logit_direction: str
     """Along which rows: "W_dec", or "W_dec + W_lin"."""
     logits_note: str
@@ -196,18 +179,15 @@ class Explorer:
 
         Raises:
             FileNotFoundError: when there is no such file.
-            ValueError: when it is damaged, or of another format.
+            ValueError: when it is damaged, or of another kind.
         """
         path = Path(path) / FILENAME if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}; give an {FILENAME}, or make one with `sae-nfm explore`")
         try:
-            content = json.loads(gzip.decompress(path.read_bytes()))
+            content = without_kind(KIND, json.loads(gzip.decompress(path.read_bytes())))
         except (OSError, EOFError, zlib.error, ValueError) as error:
             raise ValueError(f"{path} is damaged, or no {FILENAME} ({error}); {REMEDY}") from error
-        given = content.get("format") if isinstance(content, dict) else None
-        if given != FORMAT:
-            raise ValueError(f"{path} has the format {given!r}, this version reads {FORMAT!r}; {REMEDY}")
         try:
             return _explorer(content)
         except (KeyError, TypeError, ValueError) as error:
@@ -218,7 +198,7 @@ def _content(explorer: Explorer) -> dict[str, Any]:
     features, pairs = explorer.features, explorer.pairs
     gauges = list(features.shares)
     return {
-        "format": FORMAT,
+        "kind": KIND,
         **{name: getattr(explorer, name) for name in PLAIN},
         "paths": list(features.shares[gauges[0]]),
         "gauges": gauges,

@@ -78,7 +78,6 @@ class Pushed:
     """What `push` did."""
 
     url: str
-    """The commit on the hub."""
     release: Release
     """What the repository has now, earlier SAEs included."""
 
@@ -94,11 +93,8 @@ class Pulled:
     """What `pull` fetched."""
 
     folder: Path
-    """Where it is."""
     commit: str
-    """The commit it was fetched at."""
     release: Release
-    """The SAEs that were fetched, at that commit."""
 
     def words(self) -> str:
         """Where it is and how it is loaded."""

@@ -45,9 +45,7 @@ class HubSource:
     """A repository on the hub."""
 
     repo_id: str
-    """Name on the hub, "user/repository"."""
     revision: str = "main"
-    """Branch, tag or commit."""
 
     @property
     def name(self) -> str:
@@ -87,7 +85,7 @@ class FolderSource:
         Raises:
             FileNotFoundError: there is no such file.
         """
-        return _existing(Path(self.folder) / path, "restore it, or register the release anew")
+        return _existing(Path(self.folder) / path, "restore it, or register the release again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +93,6 @@ class PackageSource:
     """Data files of an installed package."""
 
     package: str
-    """Import name of the package."""
     folder: str
     """Folder inside the package, with forward slashes."""
 
@@ -131,9 +128,7 @@ class ReleasedSAE:
     variance_explained: float | None = None
     """1 - FVU on held-out tokens, where it was measured."""
     l0: float | None = None
-    """Active features per token."""
     neuronpedia: str | None = None
-    """Id on Neuronpedia."""
 
     def __post_init__(self) -> None:
         """Refuse an entry that cannot be verified, or whose files would lie outside the source."""
@@ -155,11 +150,8 @@ class Release:
     name: str
     """What `SAE.from_pretrained(name, id)` is called with."""
     model: str
-    """Name of the language model."""
     source: Source
-    """Where the files lie."""
     saes: tuple[ReleasedSAE, ...]
-    """The SAEs, each with an id and a path of its own."""
 
     def __post_init__(self) -> None:
         """Refuse ambiguity."""
@@ -261,7 +253,7 @@ def check_sha256(path: Path, expected: str, what: str) -> None:
     found = sha256(path)
     if found != expected:
         raise ValueError(
-            f"{what} has sha256 {found}, the release says {expected}: the file is damaged or was replaced. Fetch it anew "
+            f"{what} has sha256 {found}, the release says {expected}: the file is damaged or was replaced. Download it again "
             "(force_download=True, or install again); if the new file is meant, correct the release (release_entry)"
         )
 

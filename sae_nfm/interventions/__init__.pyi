@@ -2,8 +2,6 @@ from .edits import Edit as Edit
 from .edits import PairEdit as PairEdit
 from .edits import ReadEdit as ReadEdit
 from .edits import SAEEdit as SAEEdit
-from .equal_norm_controls import EQUAL_DISTANCE as EQUAL_DISTANCE
-from .equal_norm_controls import UNDER_TEST as UNDER_TEST
 from .equal_norm_controls import Activations as Activations
 from .equal_norm_controls import control_arms as control_arms
 from .equal_norm_controls import fit_activations as fit_activations
@@ -16,3 +14,5 @@ from .intervene import counted_tokens as counted_tokens
 from .intervene import digest as digest
 from .intervene import path_means as path_means
 from .intervene import splice as splice
+from .results import EQUAL_DISTANCE as EQUAL_DISTANCE
+from .results import UNDER_TEST as UNDER_TEST

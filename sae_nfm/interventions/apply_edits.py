@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from sae_nfm.interventions.edit_targets import TokensInTurn
 from sae_nfm.interventions.edits import SAEEdit
-from sae_nfm.interventions.path_inputs import FEATURES, FeatureReads
+from sae_nfm.interventions.path_inputs import READ_AT, Path, PathReads
 from sae_nfm.models import Attached, HookFunction, LanguageModel, SpecialTokens, tokens_read
 
-READS = "sae_nfm features read"
-"""Key in the context of the hook point of the features: what the edits of this pass read."""
+READS = "sae_nfm path reads"
+"""Key in the context of the hook point of the features: what the paths read in this pass."""
+PATH_READ_AT: dict[str, Path] = {point: path for path, point in READ_AT.items()}
 _SPLICED: "WeakKeyDictionary[nn.Module, list[tuple[SAE[Any], Attached]]]" = WeakKeyDictionary()
 """SAEs that a `Splice` has put into a model."""
 
@@ -41,7 +42,6 @@ def editing(
     an inner context's edits.
 
     Args:
-        model: the language model.
         sae: the SAE itself, not a copy.
         edits: in the order in which they act.
         special_tokens: whether edits leave special tokens out ("kept"), also where the SAE does not.
@@ -78,8 +78,8 @@ def at_work(
 def hook_functions(sae: SAE[Any], edits: Sequence[SAEEdit], tokens: TokensInTurn) -> dict[str, HookFunction]:
     """Functions for hook points of an SAE that make edits, by hook point.
 
-    Where features are edited or read, the last thing done at their hook point is to keep them for those who read: in nested
-    contexts the innermost keeps them as decode gets them.
+    Where what a path reads is edited or needed, the last thing done at its hook point is to note it for those who need it: in
+    nested contexts the innermost notes it as the path gets it.
 
     Raises:
         ValueError: when the SAE has nothing that an edit could change.
@@ -88,20 +88,22 @@ def hook_functions(sae: SAE[Any], edits: Sequence[SAEEdit], tokens: TokensInTurn
     for edit in edits:
         edit.check(sae)
         by_point[edit.hook_point].append(edit)
-    if any(edit.reads_features for edit in edits):
-        by_point[FEATURES]  # an empty list, where none is there
+    for edit in edits:
+        if edit.needs is not None:
+            by_point[READ_AT[edit.needs]]  # an empty list, where none is there
     return {point: _in_turn(sae, point, several, tokens) for point, several in by_point.items()}
 
 
 def _in_turn(sae: SAE[Any], point: str, edits: Sequence[SAEEdit], tokens: TokensInTurn) -> HookFunction:
     def edit_all(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         context, edited = sae.hook_sae_acts_post.ctx, (value.to_dense() if value.is_sparse else value).flatten(2)
+        reads: PathReads = context.setdefault(READS, PathReads())
         for edit in edits:
-            if edit.reads_features and READS not in context:
-                raise ValueError(f"{edit.identity!r} reads the features of the same pass; call encode before decode")
-            edited = edit.edited(edited, context.get(READS), tokens.chosen(edit.where, edited))
-        if point == FEATURES:
-            context[READS] = FeatureReads(sae, edited)
+            if edit.needs is not None and edit.needs not in reads:
+                raise ValueError(f"{edit.identity!r} needs the features of the same pass; call encode before decode")
+            edited = edit.edited(sae, edited, reads, tokens.chosen(edit.where, edited))
+        if point in PATH_READ_AT:
+            reads[PATH_READ_AT[point]] = edited
         return edited.reshape(value.shape)
 
     return edit_all

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
-from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths
+from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths, secondary_of
 from sae_nfm.loading import digest
 from sae_nfm.models import LanguageModel, SpecialTokens, TokensRead, is_special
 
@@ -111,12 +111,13 @@ class TokensInTurn:
 
 
 SWITCHES = {
-    "hook_nfm_linear": "linear path is switched off (use_linear_path)",
-    "hook_nfm_square": "square path is switched off (use_square_path)",
-} | dict.fromkeys(
-    ("hook_nfm_pooled", "hook_nfm_hidden_pre", "hook_nfm_interaction", *SECONDARY_HOOKS),
-    "interaction path is switched off (head 'none')",
-)
+    **dict.fromkeys(("hook_nfm_linear_in", "hook_nfm_linear"), "linear path is switched off (use_linear_path)"),
+    **dict.fromkeys(("hook_nfm_square_in", "hook_nfm_square"), "square path is switched off (use_square_path)"),
+    **dict.fromkeys(
+        (*(f"hook_nfm_{at}" for at in ("interaction_in", "pooled", "hidden_pre", "interaction")), *SECONDARY_HOOKS),
+        "interaction path is switched off (head 'none')",
+    ),
+}
 """Hook points of paths that can be switched off, and what it says then."""
 Index = tuple[int, ...] | None
 """Entries of the last dimension, or all."""
@@ -153,7 +154,7 @@ def check_hook_point(sae: SAE[Any], at: str) -> None:
         if isinstance(sae, NFMPaths) and at in SWITCHES:
             raise ValueError(f"nothing passes {at}: the SAE's {SWITCHES[at]}")
         raise ValueError(f"the SAE has no {at}; it has {', '.join(sae.hook_dict)}")
-    secondary = sae.secondary if isinstance(sae, NFMPaths) else None
+    secondary = secondary_of(sae)
     if at in SECONDARY_HOOKS and secondary is None:
         raise ValueError(
             f"nothing passes {at}: no secondary SAE is attached; attach one first, with secondary.attach_secondary"
@@ -165,7 +166,7 @@ def check_hook_point(sae: SAE[Any], at: str) -> None:
 def width_of(sae: SAE[Any], at: str) -> int | None:
     """Numbers a token has at a hook point, heads flattened; None where it is another architecture's own."""
     cfg = sae.cfg
-    if at in ("hook_sae_acts_pre", "hook_sae_acts_post"):
+    if at in ("hook_sae_acts_pre", "hook_sae_acts_post") or (at.startswith("hook_nfm_") and at.endswith("_in")):
         return cfg.d_sae
     if at == "hook_sae_input":
         return cfg.d_in
@@ -174,7 +175,7 @@ def width_of(sae: SAE[Any], at: str) -> int | None:
     if not isinstance(sae, NFMPaths):
         return None
     if at == SECONDARY_HOOKS[0]:
-        return None if sae.secondary is None else sae.secondary.sae.cfg.d_sae
+        return None if (attached := secondary_of(sae)) is None else attached.sae.cfg.d_sae
     if at in ("hook_nfm_pooled", "hook_nfm_hidden_pre", *SECONDARY_HOOKS):
         return sae.cfg.nfm_dim
     return cfg.d_in if at in SWITCHES else None

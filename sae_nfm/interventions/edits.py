@@ -31,7 +31,7 @@ from sae_nfm.interventions.edit_targets import (
     width_of,
     with_entries,
 )
-from sae_nfm.interventions.path_inputs import FEATURES, HOOK_OF_PATH, PATHS, FeatureReads, Path, read_by_paths
+from sae_nfm.interventions.path_inputs import FEATURES, PATHS, WRITTEN_AT, Path, PathReads, read_by_paths
 from sae_nfm.loading import digest
 
 Mode = Literal["clamp", "scale", "add"]
@@ -76,20 +76,24 @@ class SAEEdit(ABC):
 
     @abstractmethod
     def edited(
-        self, value: Float[Tensor, "rows here width"], reads: FeatureReads | None, chosen: Bool[Tensor, "rows here"]
+        self,
+        sae: SAE[Any],
+        value: Float[Tensor, "rows here width"],
+        reads: PathReads,
+        chosen: Bool[Tensor, "rows here"],
     ) -> Float[Tensor, "rows here width"]:
         """What goes on in place of what passes the hook point.
 
         Args:
             value: what passes, heads flattened.
-            reads: the features of this pass, where `reads_features`.
+            reads: what the path `needs` reads in this pass.
             chosen: the tokens to be changed.
         """
 
     @property
-    def reads_features(self) -> bool:
-        """Whether it needs the features of the same pass."""
-        return False
+    def needs(self) -> Path | None:
+        """The path whose reading of the features it needs to know."""
+        return None
 
     def _applied(self, before: Tensor) -> Tensor:
         """The mode, on numbers whose last dimension is that of the value."""
@@ -139,7 +143,7 @@ class Edit(SAEEdit):
             check_width(self.at, width, self.index, self.value)
 
     @override
-    def edited(self, value: Tensor, reads: FeatureReads | None, chosen: Tensor) -> Tensor:
+    def edited(self, sae: SAE[Any], value: Tensor, reads: PathReads, chosen: Tensor) -> Tensor:
         check_width(self.at, value.shape[-1], self.index, self.value)
         return torch.where(chosen[..., None], with_entries(value, self.index, self._applied), value)
 
@@ -171,7 +175,7 @@ class PairEdit(SAEEdit):
     @property
     @override
     def hook_point(self) -> str:
-        return HOOK_OF_PATH["interaction"]
+        return WRITTEN_AT["interaction"]
 
     @property
     @override
@@ -186,18 +190,16 @@ class PairEdit(SAEEdit):
         check_width(FEATURES, sae.cfg.d_sae, self.pair, self.value)
 
     @override
-    def edited(self, value: Tensor, reads: FeatureReads | None, chosen: Tensor) -> Tensor:
-        assert reads is not None
-        (i, j), V = self.pair, read_by_paths(reads.sae).V
-        read = reads.by("interaction")
+    def edited(self, sae: SAE[Any], value: Tensor, reads: PathReads, chosen: Tensor) -> Tensor:
+        (i, j), V, read = self.pair, read_by_paths(sae).V, reads["interaction"]
         coefficient = (read[..., i] * read[..., j])[..., None]
         change = (self._applied(coefficient) - coefficient) * (V[i] * V[j])
         return torch.where(chosen[..., None], value + change.to(value.dtype), value)
 
     @property
     @override
-    def reads_features(self) -> bool:
-        return True
+    def needs(self) -> Path:
+        return "interaction"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +210,9 @@ class ReadEdit(SAEEdit):
         square        adds ((f'^2 - f^2) / c) U          at hook_nfm_square
         interaction   adds z(f'_n) - z(f_n)              at hook_nfm_pooled
         direct        adds what f' - f writes            at hook_sae_recons
+
+    What was read before is what passed `hook_nfm_linear_in` and so on, where an `Edit` of what a path reads acts itself; here
+    the difference is added where the path writes, so that tokens which are not chosen keep their bits.
 
     The path's choice of its n strongest features (`nfm_top_k`) is not made again: a feature outside it is read as 0, so that
     scaling leaves it out, while clamp and add let the path read it beside the n. An `Edit` at `hook_sae_acts_post` is the
@@ -233,7 +238,7 @@ class ReadEdit(SAEEdit):
     @property
     @override
     def hook_point(self) -> str:
-        return HOOK_OF_PATH[self.path]
+        return WRITTEN_AT[self.path]
 
     @property
     @override
@@ -248,14 +253,13 @@ class ReadEdit(SAEEdit):
         check_width(FEATURES, sae.cfg.d_sae, self.index, self.value)
 
     @override
-    def edited(self, value: Tensor, reads: FeatureReads | None, chosen: Tensor) -> Tensor:
-        assert reads is not None
-        read = reads.by(self.path)
+    def edited(self, sae: SAE[Any], value: Tensor, reads: PathReads, chosen: Tensor) -> Tensor:
+        read = reads[self.path]
         after = torch.where(chosen[..., None], with_entries(read, self.index, self._applied), read)
-        change = reads.change(self.path, after)
+        change = reads.change(sae, self.path, after)
         return torch.where(chosen[..., None], value + change.to(value.dtype), value)
 
     @property
     @override
-    def reads_features(self) -> bool:
-        return True
+    def needs(self) -> Path:
+        return self.path

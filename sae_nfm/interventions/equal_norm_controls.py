@@ -40,19 +40,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm.interventions.intervene import Intervention, Splice, Substitution, TokenContext, counted_tokens, digest
+from sae_nfm.interventions.results import UNDER_TEST
 from sae_nfm.models import LanguageModel
 
-UNDER_TEST = "sae"
 SCALES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
-EQUAL_DISTANCE = (
-    "isotropic",
-    "isotropic, norm kept",
-    "covariance",
-    "covariance mixture",
-    "shuffled error",
-    "flipped error",
-)
-"""Names of the controls at the distance of the arm under test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +77,8 @@ def fit_activations(
     """Mean and covariance at a hook point.
 
     Args:
-        model: the language model.
         tokens: held-out rows, other than those evaluated on (`held_out_rows` with `skip_tokens`).
         hook_name: by a name of either kind.
-        batch_rows: rows per forward pass.
 
     Raises:
         ValueError: when there is no such hook point, or fewer than two tokens are counted.

@@ -21,7 +21,7 @@ from sae_lens import SAE
 from torch import Tensor
 from typing_extensions import override
 
-from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths, Secondary, check_secondary, place_secondary, through
+from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths, Secondary, check_secondary, place_secondary, secondary_of
 from sae_nfm.interventions.apply_edits import at_work, hook_functions
 from sae_nfm.interventions.edit_targets import TokensInTurn
 from sae_nfm.interventions.edits import SAEEdit
@@ -102,7 +102,6 @@ class Intervention(ABC):
         """At work on a model for a while.
 
         Args:
-            model: of any kind.
             generator: for kinds that draw at random; on the CPU, so that the draws are the same on every device.
 
         Raises:
@@ -161,8 +160,7 @@ class Splice(Intervention):
         text = f"{describe(self.sae, f' at {self.hook_name}')}, ablated {ablated}, special tokens {self.special_tokens}"
         if self.edits:
             text += f", edits {json.dumps([edit.identity for edit in self.edits])}"
-        if isinstance(self.sae, NFMPaths) and self.sae.secondary is not None:
-            secondary = self.sae.secondary
+        if (secondary := secondary_of(self.sae)) is not None:
             text += f", hidden code through {describe(secondary.sae)}, error term {secondary.error_term}"
         return text
 
@@ -263,10 +261,8 @@ def path_means(
 
     Args:
         model: the language model; the SAE sees its activations as they are.
-        sae: the SAE.
         tokens: held-out rows, better not those that will be evaluated on.
         names: hook points of the SAE, such as "hook_nfm_linear".
-        batch_rows: rows per forward pass.
 
     Raises:
         ValueError: for a hook point the SAE does not have, or when no token is counted.
@@ -338,4 +334,4 @@ class SecondarySplice(Splice):
         assert isinstance(
             self.sae, NFMPaths
         )  # `check_secondary`, whose digest takes seconds for a large SAE, is done once
-        return place_secondary(self.sae, Secondary(sae=self.secondary, error_term=self.error_term, through=through))
+        return place_secondary(self.sae, Secondary(sae=self.secondary, error_term=self.error_term))

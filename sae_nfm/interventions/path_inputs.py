@@ -1,18 +1,16 @@
-"""The features as each path of an SAE reads them, and what a path writes when they are changed.
+"""What each path of an SAE reads, and what it writes when that is changed.
 
-    path          hook point          reads                                writes (or pools)
-    direct        hook_sae_recons     f                                    f W_dec
-    linear        hook_nfm_linear     f_n                                  f_n W_lin
-    square        hook_nfm_square     f                                    (f^2 / c) U
-    interaction   hook_nfm_pooled     f_n                                  z
+    path          reads, at                                   writes (or pools), at
+    direct        f      hook_sae_acts_post                   f W_dec          hook_sae_recons
+    linear        f_n    hook_nfm_linear_in                   f_n W_lin        hook_nfm_linear
+    square        f      hook_nfm_square_in                   (f^2 / c) U      hook_nfm_square
+    interaction   f_n    hook_nfm_interaction_in              z                hook_nfm_pooled
 
-f is what passes `hook_sae_acts_post`, f_n its n largest entries (`nfm_top_k`; all where it is None). Where several are equal
-at the edge of the n, the SAE may read another of them.
+f_n are the n largest entries of f (`nfm_top_k`; all where it is None).
 """
 
 from typing import Any, Literal, get_args
 
-import torch
 from jaxtyping import Float
 from sae_lens import SAE, TrainingSAE
 from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
@@ -25,37 +23,33 @@ from sae_nfm.kernels import POOLS, reference
 Path = Literal["direct", "linear", "square", "interaction"]
 PATHS: tuple[Path, ...] = get_args(Path)
 FEATURES = "hook_sae_acts_post"
-HOOK_OF_PATH: dict[Path, str] = {
+READ_AT: dict[Path, str] = {
+    "direct": FEATURES,
+    "linear": "hook_nfm_linear_in",
+    "square": "hook_nfm_square_in",
+    "interaction": "hook_nfm_interaction_in",
+}
+"""Where what a path reads passes."""
+WRITTEN_AT: dict[Path, str] = {
     "direct": "hook_sae_recons",
     "linear": "hook_nfm_linear",
     "square": "hook_nfm_square",
     "interaction": "hook_nfm_pooled",
 }
-"""Where a change of what a path reads is put into effect."""
+"""Where a change of what a path reads is put into effect: other tokens keep their bits."""
 
 Features = Float[Tensor, "rows pos d_sae"]
 
 
-class FeatureReads:
-    """The features of one pass through an SAE, and as each path reads them after the edits so far."""
+class PathReads(dict[Path, Tensor]):
+    """What each path reads in one pass through an SAE, [rows, pos, d_sae], after the edits so far: zero where it does not."""
 
-    def __init__(self, sae: SAE[Any], features: Features) -> None:
-        self.sae, self.features = sae, features
-        self._read = dict[Path, Tensor]()
-
-    def by(self, path: Path) -> Features:
-        """As a path reads them: zero where it does not."""
-        if path not in self._read:
-            n = None if path in ("direct", "square") else self.sae.cfg.nfm_top_k
-            self._read[path] = self.features if n is None else _strongest(self.features, n)
-        return self._read[path]
-
-    def change(self, path: Path, read: Features) -> Float[Tensor, "rows pos width"]:
-        """Let a path read other features; what that adds at its hook point."""
-        before, self._read[path] = self.by(path), read
+    def change(self, sae: SAE[Any], path: Path, read: Features) -> Float[Tensor, "rows pos width"]:
+        """Let a path read other features; what that adds where it writes."""
+        before, self[path] = self[path], read
         if path == "direct":
-            return _direct(self.sae, before, read)
-        sae = read_by_paths(self.sae)
+            return _direct(sae, before, read)
+        sae = read_by_paths(sae)
         if path == "linear":
             return reference.weighted_rows(read - before, sae.W_lin)
         if path == "square":
@@ -82,11 +76,6 @@ def read_by_paths(sae: SAE[Any]) -> NFMPaths:
             "and load that"
         )
     return sae
-
-
-def _strongest(features: Features, n: int) -> Features:
-    read = reference.top_n(features, n)
-    return torch.zeros_like(features).scatter(-1, read.indices, read.values)
 
 
 def _direct(sae: SAE[Any], before: Features, after: Features) -> Float[Tensor, "rows pos d_in"]:

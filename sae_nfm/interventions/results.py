@@ -10,6 +10,16 @@ from sae_nfm.common.results import SavedResult
 from sae_nfm.stats import Estimate, corrected, mean_difference
 
 SIGNIFICANT = 0.05
+UNDER_TEST = "sae"
+EQUAL_DISTANCE = (
+    "isotropic",
+    "isotropic, norm kept",
+    "covariance",
+    "covariance mixture",
+    "shuffled error",
+    "flipped error",
+)
+"""Names of the controls at the distance of the arm under test."""
 
 
 @dataclass(frozen=True, kw_only=True)

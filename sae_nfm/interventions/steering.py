@@ -25,12 +25,12 @@ from tqdm.auto import tqdm
 from sae_nfm.architectures import PathWeights
 from sae_nfm.interventions.edits import PairEdit
 from sae_nfm.interventions.intervene import Substitution, TokenContext, counted_tokens, splice
-from sae_nfm.interventions.path_inputs import FEATURES, FeatureReads
+from sae_nfm.interventions.path_inputs import READ_AT
 from sae_nfm.interventions.results import Steered, SteeringComparison
 from sae_nfm.loading import digest
 from sae_nfm.models import LanguageModel, keeping
 
-HIDDEN = "hook_nfm_hidden_pre"
+READ, HIDDEN = READ_AT["interaction"], "hook_nfm_hidden_pre"
 SteeringArm = Literal["pair", "sum", "first", "second"]
 ARMS: tuple[SteeringArm, ...] = get_args(SteeringArm)
 IN_UNITS_OF_THE_MODEL = ("none", "expected_average_only_in")
@@ -58,10 +58,10 @@ def mean_gates(
     is_open, n = torch.zeros(sae.cfg.nfm_dim), 0
     for batch in tokens.split(batch_rows):
         seen = dict[str, Tensor]()
-        with splice(model, sae) as found, found.hooks({name: keeping(seen, name) for name in (FEATURES, HIDDEN)}):
+        with splice(model, sae) as found, found.hooks({name: keeping(seen, name) for name in (READ, HIDDEN)}):
             model(batch)
-        read = FeatureReads(sae, seen[FEATURES].to_dense()).by("interaction")
-        both = (read[..., list(pair)] != 0).all(-1) & counted_tokens(model, batch).to(read.device)
+        read = seen[READ][..., list(pair)]
+        both = (read != 0).all(-1) & counted_tokens(model, batch).to(read.device)
         is_open += (seen[HIDDEN][both] > 0).sum(0).cpu()
         n += int(both.sum())
     if n == 0:
@@ -154,15 +154,11 @@ def compare_steering(
     Args:
         model: the language model, without the SAE.
         sae: an SAE with an interaction path; its metadata says where it belongs.
-        pair: the features i and j.
         tokens: rows of text, one document each; the effect is averaged over the counted tokens of each.
         alphas: distances, in the units of the activations; negative ones point the other way.
         target: a token id whose log-probability as the next token is followed.
         gate_tokens: text on which the gates are averaged; None takes `tokens`.
-        n_random: random directions.
         seed: of the random directions.
-        batch_rows: rows per forward pass.
-        show_progress: whether to show a progress bar.
 
     Raises:
         ValueError: when the pair, the distances or the text do not allow it.

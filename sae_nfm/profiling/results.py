@@ -22,7 +22,6 @@ class Device:
     """A device, and how fast it is at its best."""
 
     name: str
-    """What it is called."""
     memory_gib: float
     """Memory in GiB."""
     flop_per_second: float | None = None
@@ -52,9 +51,7 @@ class SpeedRow:
     """One arm at one size. Ratios are to topk at the same size; None where there is nothing to say."""
 
     arm: str
-    """Name of the arm."""
     d_sae: int
-    """Its features."""
     nfm_dim: int
     """Interaction dimensions of joint_nfm at this size."""
     step_seconds: float | None
@@ -80,7 +77,6 @@ class SpeedRow:
     step_over_first: float | None
     """In a scan: step_seconds over those of the first size."""
     reason: str | None
-    """Why figures are missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +86,8 @@ class SpeedResult(SavedResult):
     kind: ClassVar[str] = "speed/1"
 
     rows: tuple[SpeedRow, ...]
-    """The arms, for each size."""
     rates: Rates
-    """Rates behind the floor."""
     provenance: dict[str, Any]
-    """Configuration, versions, device, threads."""
 
     def words(self) -> str:
         """The table, and what its figures are, in at most 110 columns."""
@@ -149,13 +142,11 @@ class MemoryRow:
     """One part of the memory."""
 
     name: str
-    """What it is."""
     gib: float
     """GiB."""
     phase: str
     """When: "always", "step" (of the SAE) or "refill" (of the buffer, by the model)."""
     device: str
-    """Where."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,31 +154,22 @@ class DryRun:
     """What a training run would be and take."""
 
     name: str
-    """The experiment's name."""
     command: str
-    """The command line that it is."""
     device: Device
-    """The device, with its rates."""
     rates_measured: bool
     """Whether the rates were measured here; else they are as given."""
     hook_name: str
-    """Where activations are taken, by the model's own name."""
     model_parameters: int
-    """Parameters of the language model."""
     shapes: dict[str, tuple[int, ...]]
-    """Shape of every parameter of the SAE."""
     parameters: int
-    """Parameters of the SAE."""
     topk_parameters: int
     """Parameters of a TopK SAE of the same width."""
     kernel: str
     """Form of the SAE's step: "dense" or "sparse"."""
     memory: tuple[MemoryRow, ...]
-    """All parts of the memory."""
     needed_gib: float
     """GiB needed on the SAE's device at the worse time of step and refill."""
     steps: int
-    """Training steps."""
     model_flops_per_token: float
     """FLOPs of the model's forward pass up to the hook point."""
     sae_flops_per_token: float

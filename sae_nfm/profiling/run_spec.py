@@ -30,13 +30,11 @@ class Experiment:
     """A training run that can be checked before it is made."""
 
     name: str
-    """Its file's name without .yaml."""
     train: dict[str, Any]
     """Flags of `sae-nfm train`."""
     model: dict[str, Any] | None
     """The model's config.json; None reads it from the model's folder."""
     device: Device
-    """The device it is meant for."""
 
     def argv(self) -> list[str]:
         """The arguments of `sae-nfm train`."""

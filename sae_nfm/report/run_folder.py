@@ -10,11 +10,14 @@ from sae_nfm.attribution import Attribution
 from sae_nfm.common.before_kinds import kind_by_keys
 from sae_nfm.common.results import KIND, RESULTS_FILENAME, SavedResult, as_result
 from sae_nfm.comparison.results import CompareResult
+from sae_nfm.evaluation.results import MANIFEST_FILENAME, MeasuredKL
 from sae_nfm.experiments.dynamics.results import DynamicsResult
 from sae_nfm.experiments.factorial.results import FactorialResult
 from sae_nfm.experiments.reproduce.results import ReproduceResult
 from sae_nfm.experiments.secondary.results import SecondaryResult
+from sae_nfm.explorer.results import FILENAME as EXPLORER_FILENAME
 from sae_nfm.profiling.results import SpeedResult
+from sae_nfm.training.results import RECORD_FILENAME
 
 RESULTS: tuple[type[SavedResult], ...] = (
     CompareResult,
@@ -24,12 +27,12 @@ RESULTS: tuple[type[SavedResult], ...] = (
     SecondaryResult,
     Attribution,
     SpeedResult,
+    MeasuredKL,
 )
 """Results that a chapter draws."""
 KINDS: Mapping[str, type[SavedResult]] = {result.kind: result for result in RESULTS}
 SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME = "cfg.json", "sae_weights.safetensors"
 """SAELens's, which is not imported here."""
-EXPLORER_FILENAME, RECORD_FILENAME, MANIFEST_FILENAME = "explorer.json.gz", "training.jsonl", "manifest.json"
 LARGEST = 64 * 2**20
 """Bytes of the largest JSON file that is looked into."""
 T = TypeVar("T")

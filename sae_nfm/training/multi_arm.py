@@ -32,14 +32,10 @@ from sae_lens.util import temporary_seed
 from torch import Tensor
 from typing_extensions import override
 
-from sae_nfm.common import write_json
-from sae_nfm.common.results import with_kind, without_kind
 from sae_nfm.loading import quiet_saelens
-from sae_nfm.training.recorder import read_training_record, record_line, record_training
+from sae_nfm.training.recorder import record_training
+from sae_nfm.training.results import RECORD_FILENAME, TRAINED_FILENAME, Trained, read_training_record, record_line
 from sae_nfm.training.resume import checkpoint_folder, exact_resume
-
-TRAINED_KIND = "trained/1"
-TRAINED_FILENAME, RECORD_FILENAME = "trained.json", "training.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,25 +83,6 @@ class StreamConfig:
     def steps(self) -> int:
         """Training steps."""
         return max(1, self.training_tokens // self.batch_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What is known of a finished arm besides its weights; `trained.json` in its folder."""
-
-    arm: str
-    """Name of the arm."""
-    parameters: int
-    """Trainable numbers, counted on the SAE that was trained."""
-    tokens_per_second: float
-    """Training tokens per second of SAE time, the language model not counted."""
-    settings: dict[str, Any]
-    """All that the outcome depends on: SAELens's training configuration, the stream's, the learning rate."""
-
-    @classmethod
-    def load(cls, folder: Path) -> "Trained":
-        """Read it from the folder of a finished arm."""
-        return cls(**without_kind(TRAINED_KIND, json.loads((folder / TRAINED_FILENAME).read_text())))
 
 
 def train_arms(
@@ -284,7 +261,7 @@ def _write_runner_cfg(made: Path, name: str, learning_rate: float) -> None:
 
 def _publish(made: Path, trained: Trained, lines: Sequence[dict[str, Any]], folder: Path) -> None:
     (made / RECORD_FILENAME).write_text("".join(map(record_line, lines)))
-    write_json(made / TRAINED_FILENAME, with_kind(TRAINED_KIND, asdict(trained)))
+    trained.save(made / TRAINED_FILENAME)
     folder.parent.mkdir(parents=True, exist_ok=True)
     made.rename(folder)
 

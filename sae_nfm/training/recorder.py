@@ -1,6 +1,5 @@
 """Training through SAELens's runners: a record of losses and metrics, and of held-out fidelity, that needs no wandb."""
 
-import json
 import signal
 import time
 from collections.abc import Generator
@@ -19,10 +18,9 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
 from sae_nfm.architectures import TrainedPaths
-from sae_nfm.common.results import with_kind, without_kind
 from sae_nfm.loading import quiet_saelens
+from sae_nfm.training.results import read_training_record, record_line
 
-RECORD_KIND = "training/1"
 Runner = LanguageModelSAETrainingRunner | MultiSAETrainingRunner
 
 
@@ -91,7 +89,11 @@ def record_training(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".partial")
-    earlier = _whole_lines(unfinished) if runner.cfg.resume_from_checkpoint and unfinished.is_file() else []
+    earlier = (
+        read_training_record(unfinished, unfinished=True)
+        if runner.cfg.resume_from_checkpoint and unfinished.is_file()
+        else []
+    )
     # Each runner hands its trainer to one method of its own before the first step: that is where we listen.
     method = (
         "_run_with_interruption_handling"
@@ -242,19 +244,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def record_line(line: dict[str, Any]) -> str:
-    """A line of the file: each says its kind, so that a part of a record is one, too."""
-    return json.dumps(with_kind(RECORD_KIND, line)) + "\n"
-
-
-def read_training_record(path: str | Path) -> list[dict[str, Any]]:
-    """The lines written by `record_training`."""
-    return [without_kind(RECORD_KIND, json.loads(line)) for line in Path(path).read_text().splitlines()]
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record that broke off: the last one may be cut."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [without_kind(RECORD_KIND, json.loads(line)) for line in lines if line.endswith("\n")]

@@ -30,10 +30,10 @@ from sae_nfm.loading import quiet_saelens
 from sae_nfm.models import LanguageModel, check_context, check_device, load_model, refuse_heads_of_a_bridge, site_at
 from sae_nfm.training.arguments import TrainArguments
 from sae_nfm.training.recorder import HeldOut, record_training
+from sae_nfm.training.results import RECORD_FILENAME
 from sae_nfm.training.resume import checkpoint_folder, exact_resume
 from sae_nfm.training.starting_saes import LoadedSAEs, load_others
 
-RECORD_FILENAME = "training.jsonl"
 POSITIVE = (
     *("context_size", "train_batch_size_tokens", "store_batch_size_prompts", "n_batches_in_buffer", "n_eval_batches"),
     *("n_batches_for_norm_estimate", "feature_sampling_window"),

@@ -33,13 +33,13 @@ from secondary_inputs import (
     secondary_sae,
 )
 
-from sae_nfm.architectures.nfm_paths import Secondary
 from sae_nfm.architectures.secondary import (
     PRIMARY_DIGEST,
+    Secondary,
     attach_secondary,
     detach_secondary,
     primary_digest,
-    through,
+    secondary_of,
 )
 
 
@@ -91,7 +91,7 @@ def test_error_term_has_no_gradient(primary, secondary):
     hidden = random_activations(d_in=NFM_DIM).double().requires_grad_()
     (expected,) = torch.autograd.grad(secondary.decode(secondary.encode(hidden)).sum(), hidden)
     attach_secondary(primary, secondary, error_term=True)
-    (found,) = torch.autograd.grad(primary.secondary.through(primary, primary.secondary, hidden).sum(), hidden)
+    (found,) = torch.autograd.grad(secondary_of(primary)(primary, hidden).sum(), hidden)
     torch.testing.assert_close(found, expected, **ROUNDING)
 
 
@@ -158,13 +158,13 @@ def test_leaving_takes_off_only_what_entering_put_on(primary, secondary):
     with attach_secondary(primary, secondary):
         detach_secondary(primary)
         attach_secondary(primary, other)
-    assert primary.secondary.sae is other
+    assert secondary_of(primary).sae is other
 
 
 def test_an_exception_takes_it_off(primary, secondary):
     with pytest.raises(KeyError), attach_secondary(primary, secondary):
         raise KeyError
-    assert primary.secondary is None
+    assert secondary_of(primary) is None
 
 
 def test_hooks_on_the_secondary_itself_are_silent(primary, secondary):
@@ -182,7 +182,7 @@ def test_a_copy_has_its_own(primary, secondary):
     detach_secondary(primary)
     secondary.W_dec.zero_()
     torch.testing.assert_close(twin(x), attached, **ROUNDING)
-    assert primary.secondary is None
+    assert secondary_of(primary) is None
 
 
 def test_it_is_no_part_of_the_primary(primary, secondary, tmp_path):
@@ -192,7 +192,7 @@ def test_it_is_no_part_of_the_primary(primary, secondary, tmp_path):
         assert sum(p.numel() for p in primary.parameters()) == parameters
         primary.save_model(tmp_path)
     loaded, x = SAE.load_from_disk(tmp_path), random_activations().double()
-    assert loaded.secondary is None
+    assert secondary_of(loaded) is None
     assert torch.equal(loaded(x), primary(x))
 
 
@@ -204,9 +204,9 @@ def test_it_keeps_its_type_and_follows_to_the_device(primary, secondary):
     assert (found.dtype, secondary.dtype) == (torch.float32, torch.float64)
     detach_secondary(primary)
     torch.testing.assert_close(found, primary(x), **ROUNDING32)
-    attached = Secondary(sae=secondary, error_term=True, through=through)
+    attached = Secondary(sae=secondary, error_term=True)
     hidden = torch.empty(2, NFM_DIM, device="meta")  # another device than the secondary's
-    assert through(primary, attached, hidden).device.type == "meta"
+    assert attached(primary, hidden).device.type == "meta"
     assert secondary.b_dec.device.type == "meta"
 
 
@@ -234,7 +234,7 @@ def test_refused_secondaries(primary, secondary):
     detach_secondary(primary)
     with pytest.raises(ValueError, match=r"\bno secondary SAE\b.*\bdetach\b"):
         detach_secondary(primary)
-    assert primary.secondary is None
+    assert secondary_of(primary) is None
 
 
 def test_a_secondary_knows_its_primary(primary, secondary):

@@ -23,7 +23,8 @@ from sae_nfm import demo
 from sae_nfm.architectures.sequential_config import SequentialNFMTrainingSAEConfig
 from sae_nfm.loading.strict import sha256_of
 from sae_nfm.models.splicing import splice
-from sae_nfm.training.recorder import read_training_record, record_training
+from sae_nfm.training.recorder import record_training
+from sae_nfm.training.results import read_training_record
 
 CORPUS = Path(__file__).parents[3] / "shared" / "data" / "corpus-train.parquet"
 HOOK = "blocks.2.hook_resid_post"

@@ -9,10 +9,10 @@ import torch
 
 from sae_nfm import demo
 from sae_nfm.architectures.path_weights import PathWeights
-from sae_nfm.attribution.graph import InteractionGraph
 from sae_nfm.attribution.pair_effects import run_prompt
 from sae_nfm.attribution.pairs import TokenPairs, norms
-from sae_nfm.attribution.run import AttributeConfig, Attribution, attribute
+from sae_nfm.attribution.results import Attribution, InteractionGraph
+from sae_nfm.attribution.run import AttributeConfig, attribute
 from sae_nfm.loading.saelens import load_sae
 
 PROMPT = "The film was not as good as the book"

@@ -70,7 +70,7 @@ def test_what_passed_the_hooks_is_what_the_paths_write():
     paths, reads = sae.decode_paths(sae.encode(x())), token_reads(sae, x())
     torch.testing.assert_close(reads.interaction, paths.interaction)
     torch.testing.assert_close(reads.linear, paths.linear)
-    assert "_pool" not in vars(sae)  # what reads along is taken off
+    assert not any(hook.fwd_hooks for hook in sae.hook_dict.values())  # what reads along is taken off
 
 
 def test_heads_are_flattened():
@@ -208,7 +208,7 @@ def test_dropout_a_secondary_and_plain_saes_are_refused():
     with pytest.raises(ValueError, match=r"'topk'.*\bjoint_nfm\b"):
         token_reads(plain, x())
     sae = pair_sae()
-    sae.secondary = object()
+    sae.hidden_code = lambda primary, hidden: hidden
     with pytest.raises(ValueError, match=r"\bsecondary SAE\b"):
         token_reads(sae, x())
 

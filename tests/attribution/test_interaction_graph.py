@@ -9,9 +9,10 @@ from pair_inputs import pair_sae, x
 
 from sae_nfm.architectures.path_weights import PathWeights
 from sae_nfm.attribution.corpus import TokenBatch
-from sae_nfm.attribution.graph import InteractionGraph, interaction_graph
+from sae_nfm.attribution.graph import interaction_graph
 from sae_nfm.attribution.pair_table import summed
 from sae_nfm.attribution.path_activations import token_reads
+from sae_nfm.attribution.results import InteractionGraph
 
 
 def random_graph(*, directed: bool = False) -> InteractionGraph:

@@ -14,15 +14,8 @@ from sae_nfm.attribution.corpus import TokenBatch
 from sae_nfm.attribution.pair_table import summed
 from sae_nfm.attribution.pairs import TokenPairs, norms
 from sae_nfm.attribution.path_activations import TokenReads, token_reads
-from sae_nfm.attribution.weight_only import (
-    COVARIANCE,
-    FREQUENCY,
-    Correlation,
-    correlated,
-    gates_of,
-    pair_controls,
-    weight_strengths,
-)
+from sae_nfm.attribution.results import Correlation
+from sae_nfm.attribution.weight_only import COVARIANCE, FREQUENCY, correlated, gates_of, pair_controls, weight_strengths
 from sae_nfm.kernels.reference import SparseActs
 
 SAE = pair_sae(nfm_top_k=None)

@@ -26,8 +26,8 @@ from sae_nfm.comparison.arms import (
     training_flops,
 )
 from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS
-from sae_nfm.training.multi_arm import StreamConfig, Trained, initialised, multiply_decoder_steps, train_arms
-from sae_nfm.training.recorder import read_training_record
+from sae_nfm.training.multi_arm import StreamConfig, initialised, multiply_decoder_steps, train_arms
+from sae_nfm.training.results import Trained, read_training_record
 
 DOUBLED = "topk doubled decoder rate"
 SIZES = ArmSizes(d_in=D_MODEL, d_sae=48, k=4, nfm_dim=6)

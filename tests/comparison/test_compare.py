@@ -24,7 +24,7 @@ from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import Arm, evaluate
 from sae_nfm.evaluation.held_out_sums import SUMS, figures, held_out_sums
 from sae_nfm.training.multi_arm import train_arms
-from sae_nfm.training.recorder import read_training_record
+from sae_nfm.training.results import read_training_record
 from sae_nfm_cli.commands import COMMANDS
 
 TINY = {

@@ -18,7 +18,7 @@ from sae_nfm.architectures.path_weights import PathWeights
 from sae_nfm.attribution.pairs import TokenPairs, written
 from sae_nfm.attribution.path_activations import token_reads
 from sae_nfm.experiments.factorial.candidates import Candidates, feature_candidates, pair_candidates
-from sae_nfm.experiments.factorial.clamps import Unit, spliced
+from sae_nfm.experiments.factorial.clamps import clamped, spliced, unit_of
 from sae_nfm.experiments.factorial.run import FactorialConfig, factorial, run_factorial
 from sae_nfm.experiments.factorial.stimuli import load_stimuli
 from sae_nfm.experiments.factorial.word_scores import SCALES, WordScorer, tokenized
@@ -117,12 +117,24 @@ def test_holm_over_clamps_and_units(experiments):
     assert [family[i].items_p_adjusted for i in order] == pytest.approx(list(stepped))
 
 
+def test_cells_are_those_of_the_changes(experiments):
+    result, rows = experiments[True]
+    for arm in result.arms[:3]:
+        own = rows[rows["arm"] == arm.name]
+        words = own.groupby(["item", "word_cell"])["log_prob_change"].mean().unstack()
+        outcome = (words[0] - words[1] - words[2] + words[3]) / 4
+        means = outcome.groupby(own.groupby("item")["item_cell"].first()).mean()
+        assert [cell.estimate for cell in arm.cells] == pytest.approx(list(means), rel=1e-9, abs=1e-12)
+        assert [cell.estimate for cell in arm.cells] == pytest.approx(arm.tests.items["log_prob"].cell_means, rel=1e-12)
+        assert arm.contrast.estimate == arm.tests.items["log_prob"].contrast
+
+
 def test_result_as_json(experiments, tmp_path):
     result, _ = experiments[True]
     result.save(tmp_path / "results.json")
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["arms"][0]["tests"]["items"].keys() == set(SCALES)
-    assert content == json.loads(json.dumps(dataclasses.asdict(result)))
+    assert content == json.loads(json.dumps({"kind": result.kind} | dataclasses.asdict(result)))
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
@@ -147,7 +159,7 @@ def rejections(many_texts, trials: int, *, has_pair: bool) -> int:
 
     @functools.cache
     def outcome(column: int) -> np.ndarray:
-        edit = Unit.of(pairs, column, "").edit(4 * float(pairs.typical[column]))
+        edit = clamped(unit_of(pairs, column, ""), 4 * float(pairs.typical[column]))
         changes = scorer.scores(spliced(sae, None, (edit,))).less(baseline)["log_prob"]
         return word_pattern(by_bucket(changes, word_cells))
 

@@ -22,7 +22,7 @@ from sae_nfm.experiments.reproduce.rows import keeping_means
 from sae_nfm.experiments.reproduce.run import ReproduceConfig, behaviour_arms, run_reproduce
 from sae_nfm.models.load import load_model
 from sae_nfm.stats.estimates import Estimate
-from sae_nfm.training.multi_arm import Trained
+from sae_nfm.training.results import Trained
 
 pytest_plugins = ["finished_runs"]
 CANONICAL, DIRECT = str(Paths.CANONICAL), str(Paths.DIRECT)

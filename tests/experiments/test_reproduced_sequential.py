@@ -33,7 +33,7 @@ from sae_nfm.experiments.reproduce.sequential import (
 )
 from sae_nfm.models.load import load_model
 from sae_nfm.stats.clustered import Bootstrap
-from sae_nfm.training.multi_arm import TRAINED_FILENAME, Trained
+from sae_nfm.training.results import TRAINED_FILENAME, Trained
 
 pytest_plugins = ["finished_runs"]
 JOINT, MATCHED = "joint_nfm", "topk matched"

@@ -94,7 +94,10 @@ def test_a_plain_sae_has_a_direct_path_only():
 
 def test_decode_by_itself_has_no_features_to_read():
     sae = inference_sae(training_config("joint_nfm"))
-    functions = hook_functions(sae, [READ], TokensInTurn())
-    message = rf"'{re.escape(READ.identity)}'.*\bencode\b"
+    direct = ReadEdit(path="direct", index=(1,), mode="add", value=2.0)
+    message = rf"'{re.escape(direct.identity)}'.*\bencode\b"
+    functions = hook_functions(sae, [direct], TokensInTurn())
     with Attached(owner=sae, prefix="").hooks(functions), pytest.raises(ValueError, match=message):
         sae.decode(torch.zeros(1, 2, 32))
+    with Attached(owner=sae, prefix="").hooks(hook_functions(sae, [READ], TokensInTurn())):
+        sae.decode(torch.zeros(1, 2, 32))  # the other paths' reading is part of decode

@@ -17,7 +17,7 @@ from secondary_inputs import (
 )
 from tiny_models import write_checkpoint
 
-from sae_nfm.architectures.secondary import attach_secondary
+from sae_nfm.architectures.secondary import attach_secondary, secondary_of
 from sae_nfm.evaluation.fidelity import Arm, evaluate
 from sae_nfm.interventions.edits import Edit
 from sae_nfm.interventions.intervene import SecondarySplice, Splice, Substitution
@@ -70,7 +70,7 @@ def test_spliced_on_every_kind_of_model(models, kind, tokens):
     change = change - interaction(primary, naive_decode(secondary, acts))
     made = torch.where((tokens == 0)[..., None], x, arm.reconstruct(x) + change)
     torch.testing.assert_close(trace.x_hat, made, **ROUNDING32)
-    assert primary.secondary is None
+    assert secondary_of(primary) is None
     assert torch.equal(model(tokens), clean)
 
 

@@ -10,6 +10,7 @@ from builders import (
     HOOK,
     HOOK_Z,
     NFM_HOOKS,
+    NFM_READS,
     inference_sae,
     runner_config,
     tiny_model,
@@ -55,14 +56,26 @@ def clamp(value, hook):
     return value
 
 
+def pooled_pairs(f, V):
+    """The sum over pairs i < j of f_i f_j v_i*v_j, pair by pair."""
+    i, j = torch.triu_indices(len(V), len(V), offset=1)
+    return torch.einsum("...p,pd->...d", f[..., i] * f[..., j], V[i] * V[j])
+
+
 def predicted_change(sae, hook_name, before):
     """What the intervention `clamp` adds to the SAE's output, from the weights."""
     after = clamp(before, None)
     if hook_name == "hook_sae_acts_post":
         return sae.decode(after) - sae.decode(before)
-    if hook_name == "hook_nfm_pooled":
+    if hook_name == "hook_nfm_linear_in":
+        return (after - before) @ sae.W_lin
+    if hook_name == "hook_nfm_square_in":
+        return (after.square() - before.square()) @ sae.U / sae.cfg.square_scale
+    if hook_name == "hook_nfm_interaction_in":
+        before, after = (pooled_pairs(f, sae.V) for f in (before, after))
+    if hook_name in ("hook_nfm_interaction_in", "hook_nfm_pooled"):
         before, after = (pooled @ sae.W_1 + sae.b_1 for pooled in (before, after))
-    if hook_name in ("hook_nfm_pooled", "hook_nfm_hidden_pre"):
+    if hook_name in ("hook_nfm_interaction_in", "hook_nfm_pooled", "hook_nfm_hidden_pre"):
         before, after = (hidden.relu() @ sae.W_2 + sae.b_2 for hidden in (before, after))
     return after - before
 
@@ -83,6 +96,7 @@ def test_nfm_hooks_are_in_the_cache(model, sae, tokens):
     widths = {
         "hook_nfm_pooled": sae.cfg.nfm_dim,
         "hook_nfm_hidden_pre": sae.cfg.nfm_dim,
+        **dict.fromkeys(NFM_READS, sae.cfg.d_sae),
     }
     for name in NFM_HOOKS:
         assert cache[f"{HOOK}.{name}"].shape == (*tokens.shape, widths.get(name, sae.cfg.d_in))

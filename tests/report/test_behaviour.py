@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from report_runs import figures, labels, marks, plots, run_of
 
-from sae_nfm.evaluation.error_controls import error_ratios, has_controls, kl_by_arm
+from sae_nfm.evaluation.error_controls import error_ratios, kl_by_arm, summarise
 from sae_nfm.evaluation.token_table import VALUES, Activations, Manifest, begin, table, write_part
 from sae_nfm.report.blocks import Heading, Prose
 from sae_nfm.report.chapters.behaviour import section
+from sae_nfm.report.run_folder import read_run
 
 MEANS = {
     "sae": 0.2, "isotropic": 0.1, "covariance": 0.4, "flipped error": 0.3, "error x 0": 0.0, "error x 0.5": 0.05,
@@ -32,6 +33,8 @@ def measured(folder, means=MEANS, parts=1):
         for name, mean in means.items()
     ]
     write_part(folder, 0, tables, {"x": Activations.of(places["document"], np.ones((4, 2)))})
+    if parts == 1:
+        summarise(folder)
     return folder
 
 
@@ -47,14 +50,14 @@ def by_arm(folder):
 
 @pytest.fixture(scope="module")
 def there(folder):
-    return section(run_of(folder.parent, measurements=[folder]))
+    return section(read_run(folder.parent))
 
 
 def test_nothing_without_a_measurement_beside_controls(tmp_path):
     assert section(run_of(tmp_path)) is None
     folder = measured(tmp_path / "rows", {"primary as it is": 0.1, "hidden code: zero": 0.2})
-    assert not has_controls(folder)
-    assert section(run_of(tmp_path, measurements=[folder])) is None
+    assert not (folder / "summary.json").exists()
+    assert section(read_run(tmp_path)) is None
 
 
 def test_arms_have_their_roles(by_arm):
@@ -148,15 +151,16 @@ def test_verdicts_have_every_control(there):
 
 
 def test_an_unfinished_measurement_is_named_and_left_out(tmp_path):
-    there = section(run_of(tmp_path, measurements=[measured(tmp_path / "a"), measured(tmp_path / "b", parts=2)]))
+    measured(tmp_path / "a"), measured(tmp_path / "b", parts=2)
+    there = section(read_run(tmp_path))
     assert next(block.text for block in there.blocks if isinstance(block, Heading)) == "a"
     (prose,) = [block for block in there.blocks if isinstance(block, Prose)]
-    assert prose.lines[0].startswith("b is left out: the measurement is not finished: 1 of 2 parts are there;")
-    assert str(tmp_path) not in prose.lines[0]
+    assert prose.lines[0].startswith("b is left out: ")
+    assert "`sae-nfm reproduce" in prose.lines[0]
 
 
 def test_the_same_twice_and_numbers_that_json_has(folder, there):
-    assert plots(section(run_of(folder.parent, measurements=[folder]))) == plots(there)
+    assert plots(section(read_run(folder.parent))) == plots(there)
     for figure in figures(there):
         json.loads(figure.data.to_json(), parse_constant=lambda name: pytest.fail(name))
         assert not any(isinstance(v, float) and math.isinf(v) for v in figure.data.to_numpy().ravel())

@@ -24,7 +24,7 @@ def test_the_invented_explorer_is_of_the_format(tmp_path):
     run = run_with(tmp_path, "a")
     explorer = Explorer.load(run.explorers[0])
     explorer.save(tmp_path / "again.json.gz")
-    assert gzip.decompress((tmp_path / "again.json.gz").read_bytes()).startswith(b'{"format":"sae-nfm explorer 1"')
+    assert gzip.decompress((tmp_path / "again.json.gz").read_bytes()).startswith(b'{"kind":"explore/1"')
     assert list(content()["features"]) == [
         "tokens",
         "max",

@@ -7,13 +7,20 @@ import pytest
 from report_inputs import RUN, figures_by_name, traces
 from report_runs import run_of
 
-from sae_nfm.attribution.corpus_summary import CorpusAttribution
-from sae_nfm.attribution.graph import FeatureNode, InteractionGraph, PairEdge
-from sae_nfm.attribution.graph_layout import graph_layout
-from sae_nfm.attribution.pair_table import Context
-from sae_nfm.attribution.prompt import PairEffect, TokenAttribution, Written
-from sae_nfm.attribution.run import Attribution
-from sae_nfm.attribution.weight_only import Correlation, PairControls
+from sae_nfm.attribution.graph import graph_layout
+from sae_nfm.attribution.results import (
+    Attribution,
+    Context,
+    CorpusAttribution,
+    Correlation,
+    FeatureNode,
+    InteractionGraph,
+    PairControls,
+    PairEdge,
+    PairEffect,
+    TokenAttribution,
+    Written,
+)
 from sae_nfm.report.blocks import Table
 from sae_nfm.report.chapters import interactions as interactions_chapter
 from sae_nfm.report.html import section_html

@@ -9,7 +9,7 @@ from report_runs import figures, plots, run_of
 
 from sae_nfm.report.blocks import Heading, Prose
 from sae_nfm.report.chapters.training import section
-from sae_nfm.training.record_curves import LONGEST, training_curves
+from sae_nfm.training.results import LONGEST, training_curves
 
 KL = "held_out/model_behavior_preservation/kl_div_with_sae"
 JOINT = [

@@ -46,7 +46,8 @@ from sae_lens.util import temporary_seed
 import sae_nfm
 from sae_nfm._registration import register
 from sae_nfm.models.load import load_model
-from sae_nfm.training.recorder import read_training_record, record_training
+from sae_nfm.training.recorder import record_training
+from sae_nfm.training.results import read_training_record
 
 for_every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 

@@ -44,7 +44,11 @@ WITH_ENCODER = ("joint_nfm",)
 
 HOOK, HOOK_Z = "blocks.0.hook_resid_post", "blocks.0.attn.hook_z"
 D_MODEL, D_SAE, D_VOCAB, CONTEXT = 16, 32, 50, 16
-NFM_HOOKS = ("hook_nfm_linear", "hook_nfm_square", "hook_nfm_pooled", "hook_nfm_hidden_pre", "hook_nfm_interaction")
+NFM_READS = ("hook_nfm_linear_in", "hook_nfm_square_in", "hook_nfm_interaction_in")
+NFM_HOOKS = (
+    *NFM_READS,
+    *("hook_nfm_linear", "hook_nfm_square", "hook_nfm_pooled", "hook_nfm_hidden_pre", "hook_nfm_interaction"),
+)
 """The hook points of an SAE made from `training_config`, where every path is switched on."""
 
 

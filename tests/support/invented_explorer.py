@@ -45,7 +45,7 @@ def content() -> dict[str, Any]:
     logits = [_logits(vocab) if fired else ([], []) for fired in firings]
     pair_logits = [_logits(vocab), ([], []), ([], [])]
     return {
-        "format": "sae-nfm explorer 1",
+        "kind": "explore/1",
         "sae": "runs/invented",
         "architecture": "joint_nfm",
         "model_name": "invented",

@@ -9,8 +9,7 @@ import pandas as pd
 from simulated_factorial import cells_of, changes_of_words
 
 from sae_nfm.experiments.factorial.clamp_tests import clamp_tests
-from sae_nfm.experiments.factorial.clamps import Unit
-from sae_nfm.experiments.factorial.results import ArmResult, FactorialResult, SelectedUnit, with_holm
+from sae_nfm.experiments.factorial.results import ArmResult, FactorialResult, SelectedUnit, Unit, with_holm
 from sae_nfm.experiments.factorial.word_scores import SCALES
 from sae_nfm.report.blocks import Figure, Section
 from sae_nfm.stats.anova_2x2 import factorial_test

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from small_training import SIZES
 
 from sae_nfm.architectures.secondary import attach_secondary, primary_digest
-from sae_nfm.training.recorder import read_training_record
+from sae_nfm.training.results import read_training_record
 from sae_nfm_cli import main
 
 BASE = str(saved_base(d_in=D_MODEL, d_sae=D_SAE, k=4))

@@ -30,7 +30,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from sae_nfm import record_training
 from sae_nfm.training.activation_stream import ActivationStream
-from sae_nfm.training.recorder import read_training_record
+from sae_nfm.training.results import read_training_record
 from sae_nfm.training.resume import STREAM_STATE_FILENAME, checkpoint_folder, exact_resume
 
 STEPS, STOP_AFTER = 10, 4

@@ -27,9 +27,7 @@ class Checkpoint:
     """One checkpoint of a run."""
 
     tokens: int
-    """Tokens trained on."""
     folder: Path
-    """Where it lies."""
 
 
 def checkpoints_of_run(path: str | Path) -> list[Checkpoint]:

@@ -14,10 +14,9 @@ LEVELS = ("identity", "mixed", "integration")
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
-    """A number of features beside what it is when features are dealt out anew."""
+    """A number of features beside what it is when features are permuted."""
 
     observed: int
-    """Features."""
     expected: float
     """Mean of the null."""
     low: float
@@ -39,7 +38,6 @@ class Transitions:
     to_integration: Counted
     """From the third of least integration to that of most."""
     stayed: Counted
-    """In the same third."""
 
 
 RAW, CANONICAL = "raw", "canonical"
@@ -56,7 +54,6 @@ class CheckpointRow:
     run: str
     """The architecture: joint_nfm, or topk for the reference."""
     tokens: int
-    """Tokens trained on."""
     active: int
     """Features that are active on the held-out tokens."""
     norm: float
@@ -77,11 +74,9 @@ class Movement:
     run: str
     """As in `CheckpointRow`."""
     before: int
-    """Tokens trained on."""
     after: int
-    """Tokens trained on."""
     features: int
-    """Features that are active on the held-out tokens at both; all figures are of these."""
+    """Features that are active on the held-out tokens at both; all statistics are over these."""
     spearman: Mapping[str, float | None]
     """By one of `QUANTITIES`: rank correlation of the two checkpoints; None where a quantity is not there or does not vary."""
     change: Mapping[str, Estimate]
@@ -99,17 +94,11 @@ class DynamicsResult(SavedResult):
     kind: ClassVar[str] = "dynamics/1"
 
     hook_name: str
-    """Where the SAE is."""
     features: int
-    """Features of the joint NFM-SAE."""
     tokens: int
-    """Held-out tokens, the same for every checkpoint."""
     documents: int
-    """Their documents."""
     not_canonical: str | None
-    """Why there is no canonical gauge."""
     checkpoints: tuple[CheckpointRow, ...]
-    """Of the run, then of the reference, each by tokens trained on."""
     steps: tuple[Movement, ...]
     """From each checkpoint to the next, likewise."""
     overall: tuple[Movement, ...]
@@ -117,7 +106,6 @@ class DynamicsResult(SavedResult):
     edges: Mapping[str, tuple[float, float]]
     """By gauge: the integration shares between the thirds."""
     provenance: dict[str, Any]
-    """Configuration, versions, command."""
 
     def words(self) -> str:
         """Tables of checkpoints, of rank stability and of transitions, and what they say."""
@@ -142,7 +130,7 @@ class DynamicsResult(SavedResult):
 
     def _stability(self) -> list[str]:
         lines = [
-            "Rank correlation (Spearman) of a feature's figures at two checkpoints",
+            "Rank correlation (Spearman) of a feature's statistics at two checkpoints",
             f"{'run':<10}{'from':>9}{'to':>9}{'features':>10}" + "".join(f"{name:>30}" for name in QUANTITIES),
         ]
         for one in (*self.steps, *self.overall):
@@ -200,7 +188,7 @@ class DynamicsResult(SavedResult):
 def _direction(change: Estimate) -> str:
     assert change.p_value is not None
     if change.p_value >= ALPHA:
-        return "told apart from no change in neither direction"
+        return "not significantly different from no change"
     return "towards identity" if change.estimate < 0 else "towards integration"
 
 

@@ -1,7 +1,4 @@
-from .cell_means import ArmCells as ArmCells
-from .cell_means import arm_cells as arm_cells
-from .cell_means import largest_clamps as largest_clamps
-from .clamp_tests import PRIMARY_SCALE as PRIMARY_SCALE
+from .results import PRIMARY_SCALE as PRIMARY_SCALE
 from .run import FactorialConfig as FactorialConfig
 from .run import factorial as factorial
 from .stimuli import FEWEST_SENTENCES as FEWEST_SENTENCES

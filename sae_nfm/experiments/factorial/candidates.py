@@ -18,13 +18,13 @@ from torch import Tensor
 
 from sae_nfm.architectures import NFMPaths, PathWeights, attach_secondary
 from sae_nfm.attribution import TokenPairs, norms, reading, reads_of
+from sae_nfm.experiments.factorial.results import Kind
 from sae_nfm.experiments.factorial.word_scores import Ids
 from sae_nfm.interventions import Intervention, counted_tokens
 from sae_nfm.kernels import top_n
 from sae_nfm.models import LanguageModel, device_of, keeping, splice
 from sae_nfm.stats import SIGNS, Cells, Floats, Half, effect_t
 
-Kind = Literal["feature", "pair", "secondary"]
 Pool = Literal["mean", "last"]
 STRONGEST = 32
 """Features of a token whose pairs are looked at: the strongest that the interaction path reads."""
@@ -35,7 +35,6 @@ class Candidates:
     """Features, or pairs of them, on stimuli."""
 
     kind: Kind
-    """What they are."""
     indices: tuple[tuple[int, ...], ...]
     """[candidates], a feature or two."""
     values: Floats
@@ -103,9 +102,6 @@ def pair_candidates(
     Of each token the pairs of its `STRONGEST` features are looked at, so nothing is d_sae^2.
 
     Args:
-        model: the language model.
-        sae: the SAE.
-        prompts: the stimuli.
         pool: over the tokens of a stimulus.
         max_pairs: pairs kept; among equally frequent ones those of lower feature numbers.
     """
@@ -159,10 +155,8 @@ def secondary_activations(
     """Mean activation of every secondary feature over the counted tokens of each stimulus, under an intervention.
 
     Args:
-        model: the language model.
         sae: the primary of the intervention, which attaches the secondary SAE.
         intervention: of which no part clamps secondary features.
-        prompts: the stimuli.
     """
     seen, found = dict[str, Tensor](), dict[int, np.ndarray]()
     hook_point: Any = sae.hook_secondary_acts_post  # pyright: ignore[reportAttributeAccessIssue] (made by name)

@@ -1,58 +1,39 @@
-"""The tests of one arm of a 2x2 experiment, from cached scores: nothing here runs a model."""
+"""The tests of one arm of a 2x2 experiment and its cell means with their intervals; nothing here runs a model.
+
+    cell        m_c -+ t(n_c - 1) s_c / sqrt(n_c)             s_c: standard deviation of the cell's stimuli
+    contrast    L -+ t(N - 4) |L| / sqrt(F)                   leaves out 0 exactly where F is significant
+
+The outcome of a stimulus is the change of the words' own interaction pattern (`word_pattern`).
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
+from sae_nfm.experiments.factorial.results import PRIMARY_SCALE, ClampTests
 from sae_nfm.stats import (
     Cells,
+    Estimate,
     FactorialTest,
     Floats,
-    MixedModel,
-    Removability,
+    StudentT,
     any_bucket_p,
     by_bucket,
     factorial_test,
     flipped_p,
     index_paired_f,
+    interval,
     mixed_model,
+    paired_t,
     permuted_p,
     removability,
     word_pattern,
 )
 
-PRIMARY_SCALE = "log_prob"
-"""The scale that claims are made on; the others stand beside it."""
+CONFIDENCE = 0.95
 
-
-@dataclass(frozen=True, kw_only=True)
-class ClampTests:
-    """What a clamp did to the target words, over the stimuli that nothing was selected on."""
-
-    mean_absolute_change: float
-    """Mean over stimuli and words of |change of log-probability|, nats."""
-    items: dict[str, FactorialTest]
-    """The interaction of the stimuli's cells by scale, stimuli as units, of `word_pattern`."""
-    items_p_adjusted: float | None
-    """Holm's p-value of the log-probability one, over clamps x units of the selected; None for controls."""
-    permuted_p: float
-    """Of the same with the additive model's residuals shuffled among the stimuli."""
-    flipped_p: float
-    """Of the same with random signs of these residuals."""
-    any_bucket_p: float | None
-    """Of the interaction of the stimuli's cells in any combination of the buckets (Wilks); None where it cannot be tested."""
-    removability: Removability
-    """Whether a monotone transform of the change of log-probability removes the interaction."""
-    mixed: MixedModel
-    """The same interaction from single words, stimuli as random intercepts."""
-    words: FactorialTest
-    """The interaction of the words' own cells, words as units, each averaged over all stimuli: another question, whether the
-    clamp moves the four buckets non-additively whatever came before."""
-    published_f: float
-    """The author's statistic, a one-way F on index-paired words (logits); no valid test."""
-    published_p: float
-    """Its p-value."""
+CELLS = range(4)
 
 
 def clamp_tests(
@@ -63,9 +44,7 @@ def clamp_tests(
     Args:
         changes: by scale, [items, words]: with the clamp less without it.
         word_cells: [words], the bucket of each.
-        cells: [items].
         rng: of the permutations.
-        n_permutations: how many.
     """
     buckets = {scale: by_bucket(values, word_cells) for scale, values in changes.items()}
     outcome, in_any = word_pattern(buckets[PRIMARY_SCALE]), any_bucket_p(buckets[PRIMARY_SCALE], cells)
@@ -82,4 +61,30 @@ def clamp_tests(
         words=factorial_test(changes[PRIMARY_SCALE].mean(0), word_cells),
         published_f=published[0],
         published_p=published[1],
+    )
+
+
+def cell_estimates(values: Floats, cells: Cells) -> tuple[Estimate | float, ...]:
+    """The mean of each cell over its stimuli, by Student's t; a cell of one stimulus has no interval."""
+    own = [values[cells == cell] for cell in CELLS]
+    return tuple(
+        float(one.mean())
+        if len(one) < 2
+        else replace(paired_t(one, confidence=CONFIDENCE), test="mean, t interval over stimuli", p_value=None)
+        for one in own
+    )
+
+
+def contrast_estimate(test: FactorialTest) -> Estimate:
+    """The interaction's contrast with its interval: F is the square of L over its standard error."""
+    error = abs(test.contrast) / test.f**0.5 if test.f else 0.0
+    low, high = interval(test.contrast, error, StudentT(df=test.df).critical(CONFIDENCE))
+    return Estimate(
+        estimate=test.contrast,
+        low=low,
+        high=high,
+        confidence=CONFIDENCE,
+        n=test.partial_eta_squared.n,
+        test=f"contrast, t interval with {test.df} degrees of freedom",
+        p_value=test.p_value,
     )

@@ -7,51 +7,30 @@ from typing import Any
 from sae_lens import SAE
 
 from sae_nfm.architectures import NFMPaths
-from sae_nfm.experiments.factorial.candidates import Candidates, Kind
+from sae_nfm.experiments.factorial.candidates import Candidates
+from sae_nfm.experiments.factorial.results import Unit
 from sae_nfm.interventions import Edit, PairEdit, ReadEdit, SAEEdit, SecondarySplice, Splice
 
 HOOK_OF_KIND = {"feature": "hook_sae_acts_post", "secondary": "hook_secondary_acts_post"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """A feature, a pair or a secondary feature that is clamped."""
+def unit_of(candidates: Candidates, column: int, role: str, *, control: bool = False) -> Unit:
+    """A candidate in a role."""
+    return Unit(
+        kind=candidates.kind,
+        index=candidates.indices[column],
+        role=role,
+        control=control,
+        typical=float(candidates.typical[column]),
+        frequency=float(candidates.frequency[column]),
+    )
 
-    kind: Kind
-    """What it is."""
-    index: tuple[int, ...]
-    """Its number, or the two of a pair."""
-    role: str
-    """Why it is clamped: what it was selected for, or what it is a control of."""
-    control: bool
-    """Whether it is a control."""
-    typical: float
-    """Mean activation where active (of a pair of f_i f_j), over the stimuli."""
-    frequency: float
-    """Share of the stimuli's tokens where it is active."""
 
-    @property
-    def name(self) -> str:
-        """Kind and number."""
-        return f"{self.kind} {' x '.join(map(str, self.index))}"
-
-    def edit(self, value: float) -> SAEEdit:
-        """Clamp it at all tokens."""
-        if self.kind == "pair":
-            return PairEdit(pair=(self.index[0], self.index[1]), mode="clamp", value=value)
-        return Edit(at=HOOK_OF_KIND[self.kind], index=self.index, mode="clamp", value=value)
-
-    @classmethod
-    def of(cls, candidates: Candidates, column: int, role: str, *, control: bool = False) -> "Unit":
-        """A candidate in a role."""
-        return cls(
-            kind=candidates.kind,
-            index=candidates.indices[column],
-            role=role,
-            control=control,
-            typical=float(candidates.typical[column]),
-            frequency=float(candidates.frequency[column]),
-        )
+def clamped(unit: Unit, value: float) -> SAEEdit:
+    """Clamp a unit at all tokens."""
+    if unit.kind == "pair":
+        return PairEdit(pair=(unit.index[0], unit.index[1]), mode="clamp", value=value)
+    return Edit(at=HOOK_OF_KIND[unit.kind], index=unit.index, mode="clamp", value=value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +38,12 @@ class Arm:
     """One clamp of one unit, or of two together."""
 
     units: tuple[Unit, ...]
-    """What is clamped."""
     role: str
-    """Why."""
     control: bool
-    """Whether it is a control."""
     clamp: str
-    """At what, in words."""
     times: float | None
     """At what, in units of the typical activation; None for an absolute value."""
     edits: tuple[SAEEdit, ...]
-    """How."""
 
     def intervention(self, sae: SAE[Any], secondary: SAE[Any] | None) -> Splice:
         """The SAE in place with this clamped."""
@@ -94,7 +68,6 @@ def arms(
     """Every clamp of every unit; controls are clamped at multiples only.
 
     Args:
-        sae: the SAE.
         units: selected ones and controls.
         times: clamps in units of each one's typical activation.
         absolute: clamps as they are.
@@ -135,7 +108,7 @@ def _arm(
         target = time * unit.typical if time is not None else value
         assert target is not None
         edits.append(
-            ReadEdit(path="linear", index=unit.index, mode="clamp", value=target) if path else unit.edit(target)
+            ReadEdit(path="linear", index=unit.index, mode="clamp", value=target) if path else clamped(unit, target)
         )
     return Arm(
         units=units,

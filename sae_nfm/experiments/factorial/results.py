@@ -2,12 +2,73 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from sae_nfm.common.results import SavedResult
-from sae_nfm.experiments.factorial.clamp_tests import PRIMARY_SCALE, ClampTests
-from sae_nfm.experiments.factorial.clamps import Unit
-from sae_nfm.stats import ALPHA, Estimate, FactorialTest, ProcedureNull, SelectedTest, corrected_p_values
+from sae_nfm.stats import (
+    ALPHA,
+    Estimate,
+    FactorialTest,
+    MixedModel,
+    ProcedureNull,
+    Removability,
+    SelectedTest,
+    corrected_p_values,
+)
+
+Kind = Literal["feature", "pair", "secondary"]
+PRIMARY_SCALE = "log_prob"
+"""The scale that claims are made on; the others stand beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A feature, a pair or a secondary feature that is clamped."""
+
+    kind: Kind
+    index: tuple[int, ...]
+    role: str
+    """Why it is clamped: what it was selected for, or what it is a control of."""
+    control: bool
+    typical: float
+    """Mean activation where active (of a pair of f_i f_j), over the stimuli."""
+    frequency: float
+    """Share of the stimuli's tokens where it is active."""
+
+    @property
+    def name(self) -> str:
+        """Kind and number."""
+        return f"{self.kind} {' x '.join(map(str, self.index))}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClampTests:
+    """What a clamp did to the target words, over the stimuli that nothing was selected on."""
+
+    mean_absolute_change: float
+    """Mean over stimuli and words of |change of log-probability|, nats."""
+    items: dict[str, FactorialTest]
+    """The interaction of the stimuli's cells by scale, stimuli as units, of `word_pattern`."""
+    items_p_adjusted: float | None
+    """Holm's p-value of the log-probability one, over clamps x units of the selected; None for controls."""
+    permuted_p: float
+    """Of the same with the additive model's residuals shuffled among the stimuli."""
+    flipped_p: float
+    """Of the same with random signs of these residuals."""
+    any_bucket_p: float | None
+    """Of the interaction of the stimuli's cells in any combination of the buckets (Wilks); None where it cannot be tested."""
+    removability: Removability
+    """Whether a monotone transform of the change of log-probability removes the interaction."""
+    mixed: MixedModel
+    """The same interaction from single words, stimuli as random intercepts."""
+    words: FactorialTest
+    """The interaction of the words' own cells, words as units, each averaged over all stimuli: another question, whether the
+    clamp moves the four buckets non-additively whatever came before."""
+    published_f: float
+    """The author's statistic, a one-way F on index-paired words (logits); no valid test."""
+    published_p: float
+    """Its p-value."""
+
 
 _WIDTH, _PUBLISHED = 36, "author's F"
 
@@ -17,7 +78,6 @@ class SelectedUnit:
     """What was selected, and whether its own activation differs between cells on stimuli it was not selected on."""
 
     unit: Unit
-    """What."""
     test: SelectedTest
     """Of its activation (of a pair: of what it writes)."""
     null: ProcedureNull
@@ -29,19 +89,19 @@ class ArmResult:
     """One clamp and its tests."""
 
     name: str
-    """Unique name."""
     role: str
     """Why it is clamped."""
     units: tuple[Unit, ...]
-    """What is clamped."""
     clamp: str
-    """At what."""
     times: float | None
     """The same in units of the typical activation; None for an absolute value."""
     control: bool
-    """Whether it is a control."""
     tests: ClampTests
-    """What it did."""
+    cells: tuple[Estimate | float, ...] | None = None
+    """Mean change of log-probability over the stimuli of each cell, nats, with an interval where it has more than one; None in
+    files of 0.1.0."""
+    contrast: Estimate | None = None
+    """m_0 - m_1 - m_2 + m_3 of these, nats: its interval leaves out 0 exactly where F is significant; None likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +109,6 @@ class SecondaryShift:
     """How far the selected secondary feature moves, among all, while primary features are clamped."""
 
     arm: str
-    """The clamp."""
     change: float
     """Mean change of its activation over the held-out stimuli."""
     above: float
@@ -65,7 +124,6 @@ class FactorialResult(SavedResult):
     kind: ClassVar[str] = "factorial/1"
 
     design: str
-    """Factors and levels."""
     items: tuple[int, int]
     """Stimuli selected on, and tested on."""
     selected: tuple[SelectedUnit, ...]
@@ -75,7 +133,6 @@ class FactorialResult(SavedResult):
     secondary_shifts: tuple[SecondaryShift, ...]
     """Stage 3: secondary features under clamped primaries; none without a secondary SAE."""
     provenance: dict[str, Any]
-    """Configuration, stimuli, versions, command."""
 
     def words(self) -> str:
         """The three stages, each with its verdict."""
@@ -96,6 +153,19 @@ class FactorialResult(SavedResult):
             if m is not None and max(tests[m].p_value, tests[-m].p_value) < ALPHA:
                 found[role] = tests[m].contrast * tests[-m].contrast < 0
         return found
+
+    def largest_clamps(self) -> list[ArmResult]:
+        """One arm a role: clamped at the largest multiple of the typical activation, a positive one before a negative one."""
+        found: dict[str, ArmResult] = {}
+
+        def size(arm: ArmResult) -> tuple[float, float]:
+            times = arm.times or 0.0
+            return abs(times), times
+
+        for arm in self.arms:
+            if arm.role not in found or size(arm) > size(found[arm.role]):
+                found[arm.role] = arm
+        return list(found.values())
 
     def findings(self) -> list[str]:
         """What the stages show, in sentences."""

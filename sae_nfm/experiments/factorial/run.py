@@ -32,15 +32,34 @@ from sae_nfm.experiments.factorial.candidates import (
     secondary_activations,
     secondary_candidates,
 )
-from sae_nfm.experiments.factorial.cell_means import CHANGES_FILENAME
-from sae_nfm.experiments.factorial.clamp_tests import clamp_tests
-from sae_nfm.experiments.factorial.clamps import Arm, Unit, arms, spliced
-from sae_nfm.experiments.factorial.results import ArmResult, FactorialResult, SecondaryShift, SelectedUnit, with_holm
+from sae_nfm.experiments.factorial.clamp_tests import cell_estimates, clamp_tests, contrast_estimate
+from sae_nfm.experiments.factorial.clamps import Arm, arms, spliced, unit_of
+from sae_nfm.experiments.factorial.results import (
+    PRIMARY_SCALE,
+    ArmResult,
+    FactorialResult,
+    SecondaryShift,
+    SelectedUnit,
+    Unit,
+    with_holm,
+)
 from sae_nfm.experiments.factorial.stimuli import StimulusSet, load_stimuli
 from sae_nfm.experiments.factorial.word_scores import SCALES, Scores, WordScorer, tokenized
 from sae_nfm.loading import load_sae
 from sae_nfm.models import LanguageModel, check_device, model_of
-from sae_nfm.stats import Cells, Effect, Floats, Half, halves, select_and_test, shuffled_procedure
+from sae_nfm.stats import (
+    Cells,
+    Effect,
+    Floats,
+    Half,
+    by_bucket,
+    halves,
+    select_and_test,
+    shuffled_procedure,
+    word_pattern,
+)
+
+CHANGES_FILENAME = "changes.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +107,6 @@ class FactorialConfig(SavedSAEOptions):
 def run_factorial(cfg: FactorialConfig, *, command: str | None = None) -> FactorialResult:
     """Do the experiment and write `results.json` and `changes.parquet` to `cfg.output`.
 
-    Args:
-        cfg: what to do.
-        command: how to repeat it, for the provenance.
-
     Raises:
         ValueError, FileNotFoundError: for stimuli, an SAE or a model that do not work or do not go together.
     """
@@ -119,12 +134,9 @@ def factorial(
     """The experiment on a model at hand.
 
     Args:
-        model: the language model.
         sae: an SAE of any architecture; pairs are looked at where it has an interaction path over pairs.
-        stimuli: the stimuli.
         cfg: of which the names of model, SAE and stimuli are not used.
         secondary: an SAE on its hidden code.
-        command: for the provenance.
 
     Returns:
         The result, and the changes: a row for every arm, stimulus and word with its change on every scale.
@@ -190,7 +202,7 @@ def _select(
         pool, rng = pools[kind], np.random.default_rng([cfg.seed, 2, number])
         test = select_and_test(pool.values, cells, effect, half, rng, cfg.n_permutations)
         null = shuffled_procedure(pool.values, cells, effect, test.held_out.f, rng, cfg.n_permutations)
-        selected.append(SelectedUnit(unit=Unit.of(pool, test.selection.index, role), test=test, null=null))
+        selected.append(SelectedUnit(unit=unit_of(pool, test.selection.index, role), test=test, null=null))
         columns.append((kind, test.selection.index))
     taken = {kind: {column for k, column in columns if k == kind} for kind in pools}
     controls = list[Unit]()
@@ -198,11 +210,11 @@ def _select(
         match = pools[kind].matched(column, taken[kind])
         if match is not None:
             taken[kind].add(match)
-            controls.append(Unit.of(pools[kind], match, f"match of {role.partition(' (')[0]}", control=True))
+            controls.append(unit_of(pools[kind], match, f"match of {role.partition(' (')[0]}", control=True))
     for kind, pool in pools.items():
         found = pool.insensitive(half, cells, taken[kind])
         if found is not None:
-            controls.append(Unit.of(pool, found, f"insensitive {kind}", control=True))
+            controls.append(unit_of(pool, found, f"insensitive {kind}", control=True))
     return selected, [*(one.unit for one in selected), *controls]
 
 
@@ -216,6 +228,7 @@ def _arm_result(
     n_permutations: int,
 ) -> ArmResult:
     changes: dict[str, Floats] = {scale: change for scale, change in scores.less(baseline).items()}
+    tests = clamp_tests(changes, word_cells, cells, rng, n_permutations)
     return ArmResult(
         name=arm.name,
         role=arm.role,
@@ -223,7 +236,9 @@ def _arm_result(
         clamp=arm.clamp,
         times=arm.times,
         control=arm.control,
-        tests=clamp_tests(changes, word_cells, cells, rng, n_permutations),
+        tests=tests,
+        cells=cell_estimates(word_pattern(by_bucket(changes[PRIMARY_SCALE], word_cells)), cells),
+        contrast=contrast_estimate(tests.items[PRIMARY_SCALE]),
     )
 
 

@@ -36,7 +36,6 @@ class Factor:
     """What stimuli are crossed by."""
 
     name: str
-    """Its name."""
     levels: tuple[str, str]
     """Its two levels; effects are the first less the second."""
 
@@ -46,11 +45,9 @@ class Cell:
     """One combination of levels."""
 
     levels: tuple[str, str]
-    """A level of each factor."""
     sentences: tuple[str, ...]
     """The stimuli: prompts that a target word can follow."""
     words: tuple[str, ...]
-    """The word bucket: target words."""
 
     @property
     def name(self) -> str:
@@ -63,9 +60,7 @@ class StimulusSet:
     """A checked set of stimuli."""
 
     name: str
-    """Its file's name without .yaml."""
     factors: tuple[Factor, Factor]
-    """The two factors."""
     cells: tuple[Cell, Cell, Cell, Cell]
     """The cells 0 to 3."""
 

@@ -43,7 +43,6 @@ class Scores:
     log_prob: Floats
     """Natural logarithm of the word's probability."""
     prob: Floats
-    """Its probability."""
     logit: Floats
     """Sum of its tokens' logits."""
 
@@ -57,7 +56,6 @@ def tokenized(model: LanguageModel, stimuli: StimulusSet, *, prepend_bos: bool =
 
     Args:
         model: whose tokenizer, and context.
-        stimuli: the set.
         prepend_bos: whether a prompt begins with BOS.
 
     Raises:

@@ -38,9 +38,7 @@ class Passing:
     x_hat: Float[Tensor, "tokens d_in"]
     """Its output as it is."""
     at: dict[str, Float[Tensor, "tokens width"]]
-    """What passes through hook points of it, by their names."""
     documents: Int[Tensor, " tokens"]
-    """The document of each token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +46,9 @@ class Replaced:
     """A primary in which what passes through a hook point is replaced by the reconstruction of an SAE."""
 
     primary: SAE[Any]
-    """The primary."""
     at: str
     """The hook point, such as "hook_nfm_linear"."""
     by: SAE[Any]
-    """The SAE."""
 
     def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """The primary's output, at every position, heads flattened."""
@@ -86,10 +82,7 @@ def secondary_rows(
     """A row for the primary as it is, its hidden code by mean and by zero, and for each SAE.
 
     Args:
-        model: the language model.
-        primary: the primary.
         trained: SAEs that were trained on what passes through it.
-        rows: held-out rows.
         fitted: others, for the mean.
         folder: for the rows of `behaviour.measure`.
         seed: of the permutation and of intervals.

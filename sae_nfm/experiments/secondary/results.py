@@ -39,11 +39,8 @@ class Reconstruction:
     """An SAE and how well it reconstructs, on held-out tokens."""
 
     trained_on: TrainedOn
-    """What it was trained on."""
     d_in: int
-    """Its dimensions."""
     d_sae: int
-    """Its features."""
     k: int
     """Its active features a token, at most."""
     l0: float
@@ -62,7 +59,6 @@ class SecondaryRow:
     """What one replacement does, on held-out tokens. Intervals are over documents."""
 
     name: str
-    """What is replaced by what."""
     sae: Reconstruction | None
     """The SAE whose reconstruction is put in; None where none takes part."""
     fvu_x: Estimate

@@ -2,7 +2,7 @@
 (() => {
   "use strict";
   const X = (window.SaeExplorer = window.SaeExplorer || {});
-  const FORMAT = "sae-nfm explorer 1";
+  const KIND = "explore/1";
   const STRONGEST = 255;
 
   // The data in an element of base64 text.
@@ -10,7 +10,8 @@
     const bytes = Uint8Array.from(atob(element.textContent.trim()), (character) => character.charCodeAt(0));
     const inflated = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     const content = await new Response(inflated).json();
-    if (content.format !== FORMAT) throw new Error(`its format is "${content.format}", not "${FORMAT}"`);
+    const kind = content.kind ?? KIND; // files of 0.1.0 say none
+    if (kind !== KIND) throw new Error(`its kind is "${kind}", not "${KIND}"`);
     return new Explorer(content);
   };
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from sae_nfm.evaluation.error_controls import ArmKL, MeasuredKL, Role, has_controls, kl_by_arm
+from sae_nfm.evaluation.results import ArmKL, MeasuredKL, Role, lacks_summary
 from sae_nfm.experiments.reproduce.results import GURNEE_RATIOS, PAPER_RATIO
-from sae_nfm.interventions import UNDER_TEST
+from sae_nfm.interventions.results import UNDER_TEST
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
 from sae_nfm.report.plots.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot, drawn
 from sae_nfm.report.plots.theme import PALETTE, SYMBOLS, styled
@@ -16,6 +16,10 @@ from sae_nfm.stats import Estimate
 
 TITLE = "Behaviour: what the error does to the model"
 COMMANDS = ("sae-nfm reproduce --output RUN/reproduce",)
+UNFINISHED = (
+    "{folder} is left out: it has rows but no summary.json, because the measurement was interrupted or is of 0.1.0. Run "
+    f"the command that measured it again, such as `{COMMANDS[0]}`: it goes on where it stopped, and writes the summary."
+)
 ROLES: Mapping[Role, tuple[str, Group]] = {
     "SAE": ("Whole", Group(name="the SAE", colour=PALETTE[0], symbol="circle", size=13)),
     "part": ("Its parts", Group(name="paths switched off", colour=PALETTE[3], symbol="diamond-open")),
@@ -37,21 +41,18 @@ CONTROLS = {
 
 def section(run: Run) -> Section | None:
     """The chapter; None without a measurement of an SAE beside its controls."""
-    measured = [folder for folder in run.measurements if has_controls(folder)]
-    if not measured:
-        return None
+    found = run.of(MeasuredKL)
+    unfinished = [folder for folder in run.measurements if lacks_summary(folder)]
     blocks: list[Block] = []
     verdicts: list[str] = []
-    for number, folder in enumerate(measured, 1):
-        if len(measured) > 1:
-            blocks.append(Heading(text=run.label(folder)))
-        try:
-            kl = kl_by_arm(folder)
-        except ValueError as error:  # one that was interrupted: the other chapters are still worth having
-            blocks.append(Prose(lines=[f"{run.label(folder)} is left out: {_without_folder(error, folder)}."]))
-            continue
-        blocks += _blocks(kl, number)
-        verdicts += _said(kl)
+    for number, one in enumerate(found, 1):
+        if len(found) + len(unfinished) > 1:
+            blocks.append(Heading(text=run.label(one.path.parent)))
+        blocks += _blocks(one.result, number)
+        verdicts += _said(one.result)
+    blocks += [Prose(lines=[UNFINISHED.format(folder=run.label(folder))]) for folder in unfinished]
+    if not blocks:
+        return None
     return Section(
         id="behaviour",
         title=TITLE,
@@ -60,10 +61,6 @@ def section(run: Run) -> Section | None:
         blocks=blocks,
         verdicts=verdicts,
     )
-
-
-def _without_folder(error: ValueError, folder: object) -> str:
-    return str(error).replace(f"in {str(folder)!r} ", "")
 
 
 def _blocks(measured: MeasuredKL, number: int) -> Iterator[Block]:

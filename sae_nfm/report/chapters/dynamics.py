@@ -8,8 +8,15 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_nfm.experiments.dynamics import LEVELS
-from sae_nfm.experiments.dynamics.results import CANONICAL, RAW, CheckpointRow, DynamicsResult, Movement, counted
+from sae_nfm.experiments.dynamics.results import (
+    CANONICAL,
+    LEVELS,
+    RAW,
+    CheckpointRow,
+    DynamicsResult,
+    Movement,
+    counted,
+)
 from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table, section_of
 from sae_nfm.report.plots.theme import DASHES, PALETTE, SYMBOLS, styled
 from sae_nfm.report.run_folder import Found, Run

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
-from sae_nfm.explorer import Explorer
+from sae_nfm.explorer.results import Explorer
 from sae_nfm.report.blocks import Block, Embedded, Prose, Section
 from sae_nfm.report.run_folder import Run
 

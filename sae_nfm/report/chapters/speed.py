@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from sae_nfm.profiling import TOPK
-from sae_nfm.profiling.results import Scan, SpeedResult, SpeedRow
+from sae_nfm.profiling.results import TOPK, Scan, SpeedResult, SpeedRow
 from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table, section_of
 from sae_nfm.report.plots.dot_plot import Axis
 from sae_nfm.report.plots.dot_rows import Dot, dot_data, dot_rows

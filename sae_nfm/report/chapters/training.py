@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
 from sae_nfm.report.plots.theme import DASHES, PALETTE, SYMBOLS, styled
 from sae_nfm.report.run_folder import Run
-from sae_nfm.training import Curve, TrainingCurves, training_curves
+from sae_nfm.training.results import Curve, TrainingCurves, training_curves
 
 TITLE = "Training: how they got there"
 COMMANDS = ("sae-nfm demo --output RUN/demo", "sae-nfm compare --output RUN/compare")

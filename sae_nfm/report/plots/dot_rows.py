@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
-from sae_nfm.analysis import Figure
+from sae_nfm.analysis.results import Figure
 from sae_nfm.report.plots.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot
 from sae_nfm.report.plots.theme import AXIS, PALETTE, SYMBOLS
 from sae_nfm.stats import Estimate

@@ -1,19 +1,62 @@
-"""Training records as curves: what is left unexplained, which path writes, how many features are active and dead."""
+"""What training leaves beside the weights: a record of its steps, curves of it, and what is known of a finished arm."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
+from typing_extensions import override
 
-from sae_nfm.training.recorder import read_training_record
+from sae_nfm.common.results import SavedResult, with_kind, without_kind
 
+RECORD_KIND = "training/1"
+TRAINED_FILENAME, RECORD_FILENAME = "trained.json", "training.jsonl"
 LONGEST = 200
 """Points of a curve at most; the first and the last are always among them."""
 EXPLAINED, DIRECT = "metrics/explained_variance", "metrics/fvu_direct"
 DEAD, L0, SHARE = "sparsity/dead_features", "metrics/l0", "metrics/share_"
 HELD_OUT_KL = "held_out/model_behavior_preservation/kl_div_with_sae"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(SavedResult):
+    """What is known of a finished arm besides its weights; `trained.json` in its folder."""
+
+    kind: ClassVar[str] = "trained/1"
+
+    arm: str
+    """Name of the arm."""
+    parameters: int
+    """Trainable numbers, counted on the SAE that was trained."""
+    tokens_per_second: float
+    """Training tokens per second of SAE time, the language model not counted."""
+    settings: dict[str, Any]
+    """All that the outcome depends on: SAELens's training configuration, the stream's, the learning rate."""
+
+    @override
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read it from its file, or the folder of a finished arm."""
+        path = Path(path)
+        return super().load(path / TRAINED_FILENAME if path.is_dir() else path)
+
+
+def record_line(line: Mapping[str, Any]) -> str:
+    """A line of a training record: each says its kind, so that a part of a record is one, too."""
+    return json.dumps(with_kind(RECORD_KIND, line)) + "\n"
+
+
+def read_training_record(path: str | Path, *, unfinished: bool = False) -> list[dict[str, Any]]:
+    """The lines written by `record_training`.
+
+    Args:
+        path: the file.
+        unfinished: whether the last line may be cut, of a run that broke off; it is left out then.
+    """
+    lines = Path(path).read_text().splitlines(keepends=True)
+    return [without_kind(RECORD_KIND, json.loads(line)) for line in lines if line.endswith("\n") or not unfinished]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,387 @@
+"""What `sae-nfm attribute` finds: as words for the terminal, as JSON, and its pairs as a graph of features.
+
+The graph's JSON is the node-link form that networkx (`node_link_graph(content, edges="edges")`) and d3 read; its GraphML is what
+Gephi, Cytoscape and networkx read.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+from xml.etree import ElementTree
+
+import networkx
+import pandas as pd
+from pydantic import TypeAdapter
+
+from sae_nfm.common import whole, write_json
+from sae_nfm.common.results import SavedResult
+
+Point = tuple[float, float]
+DRAWN = 50
+"""Pairs of most energy that are laid out to be drawn."""
+
+LEGEND = """\
+effect: change in the target when the term is ablated. direct: through the unembedding alone, the final scale held; gradient: to
+first order through the rest of the model; frozen: pair removed, gates held, model rerun; free: gates free to flip, which is what
+removing the pair really does. promotes, suppresses: on the direct path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureNode:
+    """A feature."""
+
+    feature: int
+    tokens: int
+    """Tokens on which the interaction path reads it."""
+    mean_activation: float
+    """Mean activation on those tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairEdge:
+    """A pair of features over a corpus."""
+
+    first: int
+    second: int
+    tokens: int
+    """Tokens on which the pair fires."""
+    frequency: float
+    """Their share of all tokens."""
+    norm_mean: float
+    """Mean ||o_ij|| where it fires."""
+    norm_max: float
+    """Largest ||o_ij||."""
+    energy_share: float
+    """Its part of the summed energy ||o_ij||^2 of all pairs."""
+    effect_mean: float | None
+    """Mean effect on the target where it fires; None without a target."""
+    weight: float
+    """Weight-only strength at average gates and activations (`pair_weights`, "scaled")."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InteractionGraph:
+    """Features and pairs: nodes by number, edges by descending energy."""
+
+    nodes: tuple[FeatureNode, ...]
+    edges: tuple[PairEdge, ...]
+
+    def save(self, path: str | Path) -> None:
+        """Write as .graphml or .json, under a temporary name first.
+
+        Raises:
+            ValueError: for another suffix.
+        """
+        _check_suffix(path)
+        if Path(path).suffix == ".json":  # by hand: networkx would order the edges by node
+            nodes = [{"id": node.feature, **asdict(node)} for node in self.nodes]
+            links = [{"source": edge.first, "target": edge.second, **asdict(edge)} for edge in self.edges]
+            write_json(path, {"directed": False, "multigraph": False, "graph": {}, "nodes": nodes, "edges": links})
+            return
+        graph = networkx.Graph()
+        for node in self.nodes:
+            graph.add_node(f"n{node.feature}", **asdict(node))
+        for edge in self.edges:
+            values = {name: value for name, value in asdict(edge).items() if value is not None}
+            graph.add_edge(f"n{edge.first}", f"n{edge.second}", **values)
+        with whole(path) as partial:
+            networkx.write_graphml(graph, partial)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "InteractionGraph":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: for another suffix, or a file of another kind.
+        """
+        _check_suffix(path)
+        try:
+            if Path(path).suffix == ".json":
+                content: Any = json.loads(Path(path).read_text())
+                nodes, edges = content["nodes"], content["edges"]
+            else:
+                graph: Any = networkx.read_graphml(path)
+                nodes = [data for _, data in graph.nodes(data=True)]
+                edges: list[dict[str, Any]] = [{"effect_mean": None} | data for *_, data in graph.edges(data=True)]
+                edges.sort(key=lambda edge: (-edge["energy_share"], edge["first"], edge["second"]))
+            return TypeAdapter(cls).validate_python({"nodes": nodes, "edges": edges})
+        except (ValueError, KeyError, TypeError, networkx.NetworkXError, ElementTree.ParseError) as error:
+            raise ValueError(
+                f"{path} is not an interaction graph ({str(error).splitlines()[0]}); write one with `sae-nfm attribute`"
+            ) from error
+
+
+def _check_suffix(path: str | Path) -> None:
+    if Path(path).suffix not in (".graphml", ".json"):
+        raise ValueError(f"the graph {str(path)!r} ends in {Path(path).suffix!r}; give a name in .graphml or .json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """A token on which a pair fires."""
+
+    row: int
+    position: int
+    norm: float
+    """||o_ij|| there."""
+    effect: float | None
+    """<o_ij, direction> there."""
+    text: str
+    """The token in its text, in [[double brackets]]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correlation:
+    """Two measures of pairs against each other."""
+
+    measure: str
+    against: str
+    pearson: float | None
+    """Pearson's r; None where one of them has one value throughout."""
+    spearman: float | None
+    """Spearman's rho, likewise."""
+    null_pearson: tuple[float, ...] = ()
+    """Pearson's r, one for each permutation of the rows of V; empty where V does not enter."""
+    null_spearman: tuple[float, ...] = ()
+    """Spearman's rho, likewise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairControls:
+    """What the strength of pairs goes with, over the pairs that fire often enough."""
+
+    tokens: int
+    pairs: int
+    """Pairs compared: those that fire on at least `min_tokens` of them. Pairs that never do have no strength on tokens."""
+    min_tokens: int
+    """See `pairs`."""
+    weights_against_tokens: tuple[Correlation, ...]
+    """The weight-only measures against those on tokens."""
+    cooccurrence: tuple[Correlation, ...]
+    """Every measure against co-activation frequency and covariance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusAttribution:
+    """Pairs over held-out tokens."""
+
+    tokens: int
+    """Tokens looked at: not special, not in position 0."""
+    pairs: int
+    firings: int
+    """Pairs that fired, summed over tokens."""
+    complete: bool
+    """Whether the table has every pair that fired; its statistics are exact in any case."""
+    slack_share: float
+    """Otherwise the largest energy share that a pair outside the table can have."""
+    target: str | None
+    """What effects are on: a target's direct effect, at the token where the pair fires."""
+    graph: InteractionGraph
+    contexts: tuple[tuple[Context, ...], ...]
+    controls: PairControls
+    places: dict[int, Point] | None = None
+    """Where to draw the features of the `DRAWN` pairs of most energy, in the unit square; None in files of 0.1.0."""
+
+    def words(self) -> str:
+        """For the terminal."""
+        scope = (
+            "every pair that fired is counted"
+            if self.complete
+            else (
+                "statistics of the pairs in the table are exact; a pair that was dropped has at most "
+                f"{self.slack_share:.1e} of the energy"
+            )
+        )
+        lines = [
+            f"{self.pairs:,} pairs over {self.tokens:,} tokens, {self.firings / self.tokens:.1f} firing a token; {scope}",
+            "",
+            f"Strongest pairs by energy{f'; effect: direct, on {self.target}' if self.target else ''}",
+            self._table(),
+            "",
+            "Where they write most (||o_ij||; the token in [[ ]])",
+        ]
+        for edge, contexts in zip(self.graph.edges, self.contexts, strict=False):
+            lines.append(f"  {edge.first} x {edge.second}")
+            lines += [f"    {one.norm:.3g}  {one.text!r}" for one in contexts]
+        return "\n".join([*lines, "", control_words(self.controls)])
+
+    def _table(self) -> str:
+        rows = [
+            {
+                "pair": f"{edge.first} x {edge.second}",
+                "tokens": f"{edge.tokens:,}",
+                "share of tokens": f"{edge.frequency:.2%}",
+                "mean norm": f"{edge.norm_mean:.3g}",
+                "max norm": f"{edge.norm_max:.3g}",
+                "share of energy": f"{edge.energy_share:.2%}",
+                **({} if edge.effect_mean is None else {"mean effect": f"{edge.effect_mean:+.4f}"}),
+            }
+            for edge in self.graph.edges[: len(self.contexts)]
+        ]
+        return pd.DataFrame(rows).to_string(index=False)
+
+
+def control_words(controls: PairControls) -> str:
+    """The controls as two tables with what they say."""
+    head = f"over {controls.pairs:,} pairs that fire on at least {controls.min_tokens} of {controls.tokens:,} tokens"
+    weights = [_correlation_row(one) for one in controls.weights_against_tokens]
+    cooccurrence = [
+        _correlation_row(one) | {"null r": _range(one.null_pearson), "null rho": _range(one.null_spearman)}
+        for one in controls.cooccurrence
+    ]
+    return "\n".join(
+        [
+            f"Weights alone against what pairs do on tokens, {head}",
+            pd.DataFrame(weights).to_string(index=False),
+            "",
+            f"Is it co-occurrence? {head}; null: rows of V permuted over features",
+            pd.DataFrame(cooccurrence).to_string(index=False),
+            "A correlation that the null has too is due to the features' activations, not to which embeddings interact.",
+        ]
+    )
+
+
+def _correlation_row(one: Correlation) -> dict[str, Any]:
+    return {
+        "pair strength": one.measure,
+        "against": one.against,
+        "r": _figure(one.pearson),
+        "rho": _figure(one.spearman),
+    }
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:+.2f}"
+
+
+def _range(values: tuple[float, ...]) -> str:
+    if not values:
+        return ""
+    return f"{min(values):+.2f} to {max(values):+.2f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A vector that a path writes on a token, and what it does to the target."""
+
+    name: str
+    norm: float
+    """Its norm, in the SAE's normalised space."""
+    direct: float | None
+    """Effect on the target straight through the unembedding, the final scale held; None where there is no such path."""
+    gradient: float
+    """Effect on the target to first order through the rest of the model."""
+    promotes: tuple[str, ...]
+    """Tokens whose logits it raises most on the direct path, strongest first."""
+    suppresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairEffect:
+    """A pair on a token."""
+
+    first: int
+    second: int
+    product: float
+    written: Written
+    """What it writes with the gates held, and that vector's predicted effects."""
+    frozen: float
+    """Effect on the target, measured by removing the pair with the gates held and running the rest of the model."""
+    free: float
+    """The same with gates free: what removing the pair really does."""
+    flipped: float
+    """Share of the token's gates that flip then."""
+    prediction_error: float
+    """How far the measured change of the path's output with gates held is from what the pair writes, relative to its norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenAttribution:
+    """One token of a prompt."""
+
+    position: int
+    token: str
+    target: str
+    """What effects are on, read at this position."""
+    value: float
+    """The target's value with the SAE in place."""
+    path_norm: float
+    """Norm of what the interaction path writes, biases included."""
+    gates_open: float
+    """Share of gates that are open."""
+    pairs_firing: int
+    """Pairs of which both features are read."""
+    sum_error: float
+    """Distance of the sum of all terms from what passed hook_nfm_interaction, relative to its norm."""
+    all_pairs: Written
+    biases: tuple[Written, ...]
+    """b_2 and (b_1 * D) W_2."""
+    pairs: tuple[PairEffect, ...]
+    features: tuple[Written, ...]
+    """The strongest single features of the linear path, by the same; empty where that path is off."""
+
+    def words(self) -> str:
+        """For the terminal."""
+        terms = [self.all_pairs, *self.biases]
+        lines = [
+            f"token {self.position} {self.token!r}: effects on {self.target} (now {self.value:+.3f}), read at this token",
+            f"  interaction path: norm {self.path_norm:.3g}, {self.gates_open:.0%} of gates open, {self.pairs_firing} pairs "
+            f"fire; sum of the terms off by {self.sum_error:.0e}",
+            _table([_row(one) for one in terms]),
+            f"  strongest {len(self.pairs)} pairs",
+            _table([_pair_row(pair) for pair in self.pairs]),
+        ]
+        if self.features:
+            lines += [
+                f"  linear path, strongest {len(self.features)} features",
+                _table([_row(f) for f in self.features]),
+            ]
+        return "\n".join(lines)
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    if not rows:
+        return "    none"
+    text = pd.DataFrame(rows).set_index("").to_string(index_names=False)
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines() if line.strip())
+
+
+def _row(one: Written) -> dict[str, str]:
+    direct = {} if one.direct is None else {"direct": f"{one.direct:+.4f}"}
+    named = {"promotes": _quoted(one.promotes), "suppresses": _quoted(one.suppresses)} if direct else {}
+    return {"": one.name, "norm": f"{one.norm:.3g}", **direct, "gradient": f"{one.gradient:+.4f}", **named}
+
+
+def _pair_row(pair: PairEffect) -> dict[str, str]:
+    row = _row(pair.written)
+    named = {name: row.pop(name) for name in ("promotes", "suppresses") if name in row}
+    measured = {"frozen": f"{pair.frozen:+.4f}", "free": f"{pair.free:+.4f}", "gates flipped": f"{pair.flipped:.0%}"}
+    return row | measured | named
+
+
+def _quoted(tokens: tuple[str, ...]) -> str:
+    return " ".join(map(repr, tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution(SavedResult):
+    """What `sae-nfm attribute` found."""
+
+    kind: ClassVar[str] = "attribute/1"
+
+    sae: str
+    hook_name: str
+    tokens: tuple[TokenAttribution, ...]
+    corpus: CorpusAttribution | None
+    """Pairs over held-out text."""
+    provenance: dict[str, Any]
+    """Configuration, versions, sha256 of the tokens, command."""
+
+    def words(self) -> str:
+        """For the terminal."""
+        head = f"{self.sae} at {self.hook_name}"
+        if self.corpus is not None:
+            return f"{head}\n\n{self.corpus.words()}"
+        return "\n\n".join([head, *(token.words() for token in self.tokens), LEGEND])
