@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import tyro
 import torch
+import tyro
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
