@@ -1,4 +1,4 @@
-"""Runs one command of `sae-nfm`. Options are the fields of configuration classes; their docstrings are the help."""
+"""Runs one command of `sae-nfm`: parses its arguments, prints its result, and reports any error in one line."""
 
 import shlex
 import sys
@@ -11,6 +11,7 @@ import numpy as np
 from pydantic_core import to_json
 from sae_lens.training._interruption import InterruptedException
 
+from sae_nfm.common.results import SavedResult, with_kind
 from sae_nfm_cli.command import Result
 from sae_nfm_cli.commands import COMMANDS
 
@@ -29,7 +30,11 @@ def run(name: str, argv: Sequence[str]) -> int:
     told = trace = ""
     status = 0
     try:
-        config = COMMANDS[name].parse(name, argv)
+        parser = COMMANDS[name].make_parser(name, argv)
+        if "-h" in given or "--help" in given:
+            print(parser.help(), end="")
+            return status
+        config = parser.parse(argv)
         # what libraries print while it works is not the result
         with redirect_stdout(sys.stderr) if "--json" in given else nullcontext():
             result = COMMANDS[name].result(config, shlex.join(["sae-nfm", name, *argv]))
@@ -60,7 +65,8 @@ def _in_one_line(error: Exception) -> tuple[str, int]:
 
 def as_json(result: Result) -> str:
     """A result as its `save` writes it: its fields; null for what is no number, paths as text."""
-    return to_json(result, indent=1, inf_nan_mode="null", fallback=_plain).decode()
+    content = with_kind(result.kind, result.content()) if isinstance(result, SavedResult) else result
+    return to_json(content, indent=1, inf_nan_mode="null", fallback=_plain).decode()
 
 
 def _plain(value: Any) -> Any:

@@ -60,6 +60,7 @@ def sweep(
 
 
 def read_sweep(path: Path) -> list[SweepRow]:
+    """The rows of a `sweep.json`."""
     content = json.loads(path.read_text())
     rows = content if isinstance(content, list) else without_kind(SWEEP_KIND, content)["rows"]  # a list in 0.1.0
     return [SweepRow(**row) for row in rows]

@@ -9,8 +9,7 @@ from report_runs import run_of
 from sae_lens import TopKSAE, TopKSAEConfig
 
 from sae_nfm.analysis.norm_histograms import squared_norms
-from sae_nfm.analysis.path_shares import AS_TRAINED, CANONICAL
-from sae_nfm.analysis.results import INITIAL, TOPK, Statistic
+from sae_nfm.analysis.results import AS_TRAINED, CANONICAL, INITIAL, TOPK, Statistic
 from sae_nfm.experiments.reproduce.results import ReproduceResult, Section, reproduced_row
 from sae_nfm.report.chapters import norms as norms_chapter
 from sae_nfm.report.chapters import shares as shares_chapter

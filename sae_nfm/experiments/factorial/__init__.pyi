@@ -1,6 +1,3 @@
-from .cell_means import ArmCells as ArmCells
-from .cell_means import arm_cells as arm_cells
-from .cell_means import largest_clamps as largest_clamps
 from .results import PRIMARY_SCALE as PRIMARY_SCALE
 from .run import FactorialConfig as FactorialConfig
 from .run import factorial as factorial

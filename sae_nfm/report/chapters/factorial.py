@@ -7,13 +7,13 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_nfm.experiments.factorial import PRIMARY_SCALE, ArmCells, arm_cells, largest_clamps
-from sae_nfm.experiments.factorial.results import ArmResult, FactorialResult, SelectedUnit, who
+from sae_nfm.experiments.factorial.results import PRIMARY_SCALE, ArmResult, FactorialResult, SelectedUnit, who
 from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table, section_of
 from sae_nfm.report.plots.dot_plot import Axis
 from sae_nfm.report.plots.dot_rows import Dot, dot_data, dot_rows, ends
 from sae_nfm.report.plots.theme import DASHES, PALETTE, SYMBOLS, styled, wrapped
 from sae_nfm.report.run_folder import Found, Run
+from sae_nfm.stats import Estimate
 
 TITLE = "2x2 experiments"
 COMMANDS = ("sae-nfm factorial --output RUN/factorial",)
@@ -57,8 +57,7 @@ def section(run: Run) -> Section | None:
 
 def _blocks(found: Found[FactorialResult], number: int) -> list[Block]:
     result = found.result
-    cells = arm_cells(result, found.path.parent)
-    chosen = largest_clamps(cells)[:PANELS]
+    chosen = result.largest_clamps()[:PANELS]
     return [
         Prose(
             lines=[
@@ -72,9 +71,9 @@ def _blocks(found: Found[FactorialResult], number: int) -> list[Block]:
             title="The cells after each unit is clamped: parallel lines are no interaction",
             plot=cells_figure(chosen, _levels(result)),
             caption=_cells_caption(result, chosen),
-            data=pd.DataFrame([row for one in chosen for row in _cell_rows(one, result)]),
+            data=pd.DataFrame([row for arm in chosen for row in _cell_rows(arm, result)]),
         ),
-        *_contrasts(cells, number),
+        *_contrasts(result, number),
         _arms(result),
     ]
 
@@ -84,9 +83,9 @@ def _levels(result: FactorialResult) -> Levels:
     return (first[0], first[1]), (second[0], second[1])
 
 
-def _cells_caption(result: FactorialResult, chosen: list[ArmCells]) -> str:
+def _cells_caption(result: FactorialResult, chosen: Sequence[ArmResult]) -> str:
     first, second = (factor["name"] for factor in result.provenance["stimuli"]["factors"])
-    with_intervals = any(ends(cell)[1] is not None for one in chosen for cell in one.cells)
+    with_intervals = any(ends(cell)[1] is not None for arm in chosen for cell in _cells(arm))
     return (
         "Mean change of the target words' own interaction pattern by the cells of the stimuli, in nats of "
         f"log-probability: {first} along x, a line for each {second}. One panel a unit, at its largest clamp; axes "
@@ -94,25 +93,30 @@ def _cells_caption(result: FactorialResult, chosen: list[ArmCells]) -> str:
         + (
             "Bars: 95 % t intervals over the stimuli of a cell. "
             if with_intervals
-            else "changes.parquet is not beside it. "
+            else f"This file is of 0.1.0 and has no intervals; `{COMMANDS[0]}` writes one that has. "
         )
         + "Controls are a match in activation and frequency, units insensitive to the factors, and both features through the "
         "linear path only. Lines that are far from parallel in a control show what chance looks like."
     )
 
 
-def _cell_rows(one: ArmCells, result: FactorialResult) -> list[dict[str, Any]]:
+def _cells(arm: ArmResult) -> Sequence[Estimate | float]:
+    """Of a file of 0.1.0 the means alone."""
+    return arm.tests.items[PRIMARY_SCALE].cell_means if arm.cells is None else arm.cells
+
+
+def _cell_rows(arm: ArmResult, result: FactorialResult) -> list[dict[str, Any]]:
     first, second = _levels(result)
     names = [(a, b) for a in first for b in second]
     return [
-        {"arm": one.arm.name, "first": a, "second": b, "mean_nats": mean, "low": low, "high": high}
-        for (a, b), (mean, low, high) in zip(names, map(ends, one.cells), strict=True)
+        {"arm": arm.name, "first": a, "second": b, "mean_nats": mean, "low": low, "high": high}
+        for (a, b), (mean, low, high) in zip(names, map(ends, _cells(arm)), strict=True)
     ]
 
 
-def _contrasts(cells: Sequence[ArmCells], number: int) -> Iterator[Figure]:
+def _contrasts(result: FactorialResult, number: int) -> Iterator[Figure]:
     for kind, words in KINDS.items():
-        dots = contrast_dots(cells, kind)
+        dots = contrast_dots(result.arms, kind)
         if dots:
             yield Figure(
                 name=f"contrast-{kind}-{number}",
@@ -174,14 +178,14 @@ def _arms(result: FactorialResult) -> Table:
     return Table(columns=columns, rows=rows, caption=ARMS_CAPTION, strong=[not arm.control for arm in result.arms])
 
 
-def cells_figure(found: Sequence[ArmCells], levels: Levels) -> go.Figure:
+def cells_figure(found: Sequence[ArmResult], levels: Levels) -> go.Figure:
     """A panel an arm: the first factor along x, a line for each level of the second."""
     rows = -(-len(found) // COLUMNS)
     figure = make_subplots(rows=rows, cols=COLUMNS)
-    for number, one in enumerate(found):
+    for number, arm in enumerate(found):
         for line in range(2):
             figure.add_trace(
-                _line(one, levels, line, legend=number == 0), row=number // COLUMNS + 1, col=number % COLUMNS + 1
+                _line(arm, levels, line, legend=number == 0), row=number // COLUMNS + 1, col=number % COLUMNS + 1
             )
     styled(figure, height=60 + PANEL * rows)
     wide, narrow = (_grid(found, columns) for columns in (COLUMNS, NARROW_COLUMNS))
@@ -193,8 +197,8 @@ def cells_figure(found: Sequence[ArmCells], levels: Levels) -> go.Figure:
     return figure
 
 
-def _line(one: ArmCells, levels: Levels, second: int, *, legend: bool) -> go.Scatter:
-    cells = [one.cells[2 * first + second] for first in range(2)]
+def _line(arm: ArmResult, levels: Levels, second: int, *, legend: bool) -> go.Scatter:
+    cells = [_cells(arm)[2 * first + second] for first in range(2)]
     drawn = [ends(cell) for cell in cells]
     colour = PALETTE[second]
     return go.Scatter(
@@ -214,23 +218,23 @@ def _line(one: ArmCells, levels: Levels, second: int, *, legend: bool) -> go.Sca
         name=levels[1][second],
         legendgroup=levels[1][second],
         showlegend=legend,
-        hovertemplate=f"{one.arm.name}<br>%{{x}}, {levels[1][second]}: %{{y:.3g}} nats<extra></extra>",
+        hovertemplate=f"{arm.name}<br>%{{x}}, {levels[1][second]}: %{{y:.3g}} nats<extra></extra>",
     )
 
 
-def _grid(found: Sequence[ArmCells], columns: int) -> dict[str, Any]:
+def _grid(found: Sequence[ArmResult], columns: int) -> dict[str, Any]:
     """Where panels and their headings are, so many in a row."""
     rows, gap = -(-len(found) // columns), 0.09 if columns == COLUMNS else 0.2
     width, height = (1 - gap * (columns - 1)) / columns, 1 / rows
     layout: dict[str, Any] = {"annotations": []}
-    for number, one in enumerate(found):
+    for number, arm in enumerate(found):
         left, top = (number % columns) * (width + gap), 1 - (number // columns) * height
         suffix = "" if number == 0 else str(number + 1)
         layout[f"xaxis{suffix}"] = {"domain": [left, left + width]}
         layout[f"yaxis{suffix}"] = {"domain": [top - 0.84 * height, top - 0.2 * height]}
         layout["annotations"].append(
             {
-                "text": _heading(one.arm),
+                "text": _heading(arm),
                 "x": left + width / 2,
                 "y": top - 0.18 * height,
                 "xref": "paper",
@@ -248,24 +252,27 @@ def _heading(arm: ArmResult) -> str:
     return f"<b>{wrapped(arm.role, 26)}</b><br>{_numbers(arm)} at {arm.clamp}"
 
 
-def contrast_dots(found: Sequence[ArmCells], kind: str) -> list[Dot]:
+def contrast_dots(arms: Sequence[ArmResult], kind: str) -> list[Dot]:
     """Under each role its clamps, of the arms whose units are of one kind: pairs do far less than features."""
-    return [
-        Dot(
-            heading=f"{one.arm.role.removesuffix(' (main effect)')}: {_numbers(one.arm)}",
-            label=f"{one.arm.clamp}{_holm(one)}",
-            series="control" if one.arm.control else "selected",
-            figure=one.contrast,
-            note=f"p = {one.contrast.p_value:.2g}, not adjusted",
-        )
-        for role in dict.fromkeys(one.arm.role for one in found)
-        for one in found
-        if one.arm.role == role and one.arm.units[0].kind == kind
-    ]
+    dots: list[Dot] = []
+    for role in dict.fromkeys(arm.role for arm in arms):
+        for arm in arms:
+            if arm.role == role and arm.units[0].kind == kind:
+                test = arm.tests.items[PRIMARY_SCALE]
+                dots.append(
+                    Dot(
+                        heading=f"{role.removesuffix(' (main effect)')}: {_numbers(arm)}",
+                        label=f"{arm.clamp}{_holm(arm)}",
+                        series="control" if arm.control else "selected",
+                        figure=test.contrast if arm.contrast is None else arm.contrast,
+                        note=f"p = {test.p_value:.2g}, not adjusted",
+                    )
+                )
+    return dots
 
 
-def _holm(one: ArmCells) -> str:
-    p = one.arm.tests.items_p_adjusted
+def _holm(arm: ArmResult) -> str:
+    p = arm.tests.items_p_adjusted
     return "" if p is None else f", Holm p {'< 0.001' if p < 0.001 else f'= {p:.2f}'}"
 
 

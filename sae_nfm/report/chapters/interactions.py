@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from sae_nfm.attribution.graph import graph_layout
 from sae_nfm.attribution.results import (
+    DRAWN,
     LEGEND,
     Attribution,
     Context,
@@ -24,9 +24,9 @@ from sae_nfm.report.plots.theme import PALETTE, styled
 from sae_nfm.report.run_folder import Found, Run
 
 TITLE = "Interactions"
-COMMANDS = ("sae-nfm attribute --corpus --sae SAE --output RUN/attribution/corpus.json",)
-GRAPH_PAIRS, STRONGEST, TOKENS = 50, 20, 6
-"""Pairs in the graph, pairs in the dot plot, and tokens of a prompt that are shown."""
+COMMANDS = ("sae-nfm attribute --corpus --sae SAE --save RUN/attribution/corpus.json",)
+STRONGEST, TOKENS = 20, 6
+"""Pairs in the dot plot, and tokens of a prompt that are shown."""
 SHARE_AXIS = Axis(title="share of the energy of all pairs", tickformat=".1%", form=".2%", reference=0, from_zero=True)
 RHO_AXIS = Axis(title="Spearman's correlation over pairs", tickformat="+.1f", form="+.2f", reference=0)
 LEAD = (
@@ -50,8 +50,8 @@ CONTEXT_CAPTION = (
 )
 CONTROL_CAPTION = (
     "Is the strength of a pair only co-occurrence? Rank correlation of five measures of strength with how often both "
-    "features are active and with their covariance, over {pairs:,} pairs. Grey: the same with rows of V dealt out to "
-    "other features ({n} draws; few draws show the place, not the spread). Where a dot lies in or near the grey, "
+    "features are active and with their covariance, over {pairs:,} pairs. Grey: the same with rows of V permuted "
+    "among features ({n} draws; few draws show the place, not the spread). Where a dot lies in or near the grey, "
     "activations alone explain the correlation. From weights alone: open (all gates open), averaged (gates as often "
     "open as on tokens), scaled (averaged, times mean activations). On tokens: when firing (mean norm where the pair "
     "fires), total (its energy)."
@@ -105,14 +105,14 @@ def findings(corpus: CorpusAttribution) -> list[str]:
         if dot.label == "total" and dot.null is not None and isinstance(dot.figure, float):
             low, high = dot.null
             told.append(
-                f"Energy of pairs correlates at {dot.figure:+.2f} {dot.heading}; with embeddings dealt out anew at "
+                f"Energy of pairs correlates at {dot.figure:+.2f} {dot.heading}; with permuted embeddings at "
                 f"{low:+.2f} to {high:+.2f}."
             )
     return told
 
 
 def _corpus(corpus: CorpusAttribution, number: int) -> list[Block]:
-    edges = corpus.graph.edges[:GRAPH_PAIRS]
+    edges = corpus.graph.edges[:DRAWN]
     if not edges:
         return [Prose(lines=["No pair fired on these tokens."])]
     effect = (
@@ -124,10 +124,12 @@ def _corpus(corpus: CorpusAttribution, number: int) -> list[Block]:
     draws = max((len(one.null_spearman) for one in corpus.controls.cooccurrence), default=0)
     return [
         Prose(lines=findings(corpus)),
-        Figure(
+        Prose(lines=[f"This file is of 0.1.0 and has no layout of the graph; `{COMMANDS[0]}` writes one that has."])
+        if corpus.places is None
+        else Figure(
             name=f"graph-{number}",
             title="The strongest pairs as a graph",
-            plot=graph_figure(corpus.graph, edges, graph_layout(edges)),
+            plot=graph_figure(corpus.graph, edges, corpus.places),
             caption=GRAPH_CAPTION.format(pairs=len(edges), effect=effect),
             data=pd.DataFrame([vars(edge) for edge in edges]),
         ),
@@ -147,7 +149,7 @@ def _controls(corpus: CorpusAttribution, number: int, draws: int) -> Iterator[Fi
     dots = control_dots(corpus.controls.cooccurrence)
     yield Figure(
         name=f"controls-{number}",
-        title="Strength and co-occurrence, beside embeddings dealt out anew",
+        title="Strength and co-occurrence, and with permuted embeddings",
         plot=dot_rows(dots, RHO_AXIS, limits=(-1, 1)),
         caption=CONTROL_CAPTION.format(pairs=corpus.controls.pairs, n=draws),
         data=dot_data(dots),
@@ -258,7 +260,7 @@ def strength_dots(edges: Sequence[PairEdge]) -> list[Dot]:
 
 
 def control_dots(correlations: Sequence[Correlation]) -> list[Dot]:
-    """Spearman's rho of each measure of strength with co-occurrence; behind it what embeddings dealt out anew give."""
+    """Spearman's rho of each measure of strength with co-occurrence; behind it the same with permuted embeddings."""
     found: list[Dot] = []
     for one in correlations:
         if one.null_spearman and one.spearman is not None:
@@ -270,7 +272,7 @@ def control_dots(correlations: Sequence[Correlation]) -> list[Dot]:
                     series="this SAE",
                     figure=one.spearman,
                     null=null,
-                    note=f"rows of V dealt out anew: {null[0]:+.2f} to {null[1]:+.2f}",
+                    note=f"rows of V permuted: {null[0]:+.2f} to {null[1]:+.2f}",
                 )
             )
     return found

@@ -1,38 +1,26 @@
 """Are there two kinds of features? Squared decoder norms before and after fixing the gauge, beside TopK and no training."""
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
-from sae_lens.constants import SAE_CFG_FILENAME
 
-from sae_nfm.analysis import (
+from sae_nfm.analysis.results import (
     AS_TRAINED,
     CANONICAL,
     INITIAL,
     PUBLISHED_MEANS,
     TOPK,
     NormHistogram,
+    NormsResult,
     SquaredNorms,
     p_words,
-    squared_norms,
 )
-from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.loading import load_sae
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
 from sae_nfm.report.plots.theme import AXIS, PALETTE, styled
 from sae_nfm.report.run_folder import Run
 
 TITLE = "Norms of the features"
 COMMANDS = ("sae-nfm demo --output RUN/demo",)
-LARGEST_N = 4
-"""SAEs that are shown; a comparison of many seeds has more."""
-SEED = 0
-"""Of the random initialisation."""
 LEAD = (
     "Does training both paths split the features into two kinds? arXiv 2507.00269 reports squared decoder norms of "
     "the joint model in two groups, without a test. Norms are set by the gauge and by how encoder and decoder share "
@@ -61,16 +49,14 @@ ROW = 96
 
 
 def section(run: Run) -> Section | None:
-    """Norms of the joint SAEs that a run has saved; None without any."""
+    """Norms of the joint SAEs that a run has saved (`sae-nfm report` measures them); None without any."""
     blocks: list[Block] = []
     verdicts: list[str] = []
-    for number, (folder, topk) in enumerate(_chosen(run)):
-        label = run.label(folder)
-        found = squared_norms(_loaded(folder), topk=None if topk is None else _loaded(topk), seed=SEED)
-        blocks += [Heading(text=label), *(_figure(norms, number) for norms in found)]
-        if found[0].not_canonical is not None:
-            blocks.append(Prose(lines=[f"There is no canonical gauge here: {found[0].not_canonical}."]))
-        verdicts += [f"{label}: {sentence}" for norms in found for sentence in norms.findings()]
+    for number, sae in enumerate(sae for found in run.of(NormsResult) for sae in found.result.saes):
+        blocks += [Heading(text=sae.sae), *(_figure(norms, number) for norms in sae.norms)]
+        if sae.norms[0].not_canonical is not None:
+            blocks.append(Prose(lines=[f"There is no canonical gauge here: {sae.norms[0].not_canonical}."]))
+        verdicts += [f"{sae.sae}: {sentence}" for norms in sae.norms for sentence in norms.findings()]
     if not blocks:
         return None
     return Section(id="norms", title=TITLE, lead=LEAD, blocks=blocks, verdicts=verdicts)
@@ -90,28 +76,6 @@ def _figure(norms: SquaredNorms, number: int) -> Figure:
             ]
         ),
     )
-
-
-def _chosen(run: Run) -> Iterator[tuple[Path, Path | None]]:
-    """Joint SAEs with a linear path, each with a TopK SAE of its width beside it where there is one."""
-    configs = {folder: json.loads((folder / SAE_CFG_FILENAME).read_text()) for folder in run.saes}
-    joint = [folder for folder, config in configs.items() if _is_joint(config)]
-    for folder in joint[:LARGEST_N]:
-        width = configs[folder]["d_sae"]
-        beside = (
-            other
-            for other, config in configs.items()
-            if config.get("architecture") == "topk" and other.parent == folder.parent and config["d_sae"] == width
-        )
-        yield folder, next(beside, None)
-
-
-def _is_joint(config: dict[str, Any]) -> bool:
-    return config.get("architecture") == ARCHITECTURE and bool(config.get("use_linear_path"))
-
-
-def _loaded(folder: Path) -> Any:
-    return load_sae(str(folder)).eval()
 
 
 def norms_figure(norms: SquaredNorms) -> go.Figure:
