@@ -44,7 +44,7 @@ def run_demo(cfg: DemoConfig, *, command: str | None = None) -> Demo:
     prepared, output = Prepared.of(cfg.comparison()), Path(cfg.output)
     found = compare_once(prepared, command=command)
     rows = prepared.held_out
-    n_rows = max(1, min(EXPLORED_TOKENS, cfg.validation_tokens) // rows.tokens.shape[1])
+    n_rows = max(1, min(EXPLORED_TOKENS, cfg.held_out_tokens) // rows.tokens.shape[1])
     sae = SAE.load_from_disk(output / "saes" / ArmName.JOINT, device=cfg.device).eval()
     explored = explore(prepared.model, sae, rows.tokens[:n_rows], rows.documents[:n_rows], name=str(ArmName.JOINT))
     explored.save(output / FILENAME)

@@ -109,8 +109,11 @@ def subtitle(run: Run) -> str:
     places: list[str] = []
     for found in run.results:
         config = _config(found)
-        if config.get("hook_name") and config.get("model_name"):
-            places.append(f"{config['hook_name']} of {config['model_name']}")
+        hook, model = (
+            config.get(name) or config.get(f"{name}_name") for name in ("hook", "model")
+        )  # those of 0.1 last
+        if hook and model:
+            places.append(f"{hook} of {model}")
     return "; ".join(dict.fromkeys(places))
 
 
