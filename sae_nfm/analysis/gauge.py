@@ -2,7 +2,7 @@
 
 Where both decoders read the same f (nfm_top_k = None), (W_dec + D, W_lin - D) gives the same output for every D. Both then have
 the same gradient, and under Adam with one rate, no rescaling, no dead-feature loss and no dropout on the path, W_dec - W_lin
-stays at its initial value up to rounding: norms, shares and every figure of the direct path alone are set by initialisation.
+stays at its initial value up to rounding: norms, shares and every statistic of the direct path alone are set by initialisation.
 The canonical gauge is W_dec := W_dec + W_lin, W_lin := 0.
 
 Rows are compared in one of three units, all `norms.PathRows`:
@@ -104,7 +104,6 @@ def gauge_drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Ga
     Args:
         before: state of a training SAE, with W_dec and W_lin as trained (no fold): a `state_dict()`, or the tensors of a
             checkpoint's sae_weights.safetensors.
-        after: a later state of the same SAE.
 
     Raises:
         ValueError: when a state lacks either matrix, has other shapes, or folded decoder norms.

@@ -135,7 +135,6 @@ def linear_part(
         d_sae: number of features.
         seed: of the division into parts: about 60, 20 and 20 % of the documents.
         documents: the document of each token; None divides by token, which flatters the fit on text.
-        penalties: tried.
         top_n: read only the strongest features, as the linear path does with `nfm_top_k`.
         solver: "normal equations" holds d_sae^2 numbers; "conjugate gradient" is for more than about 15,000 features.
 

@@ -27,8 +27,9 @@ from sae_lens import SAE
 from sae_lens.saes.topk_sae import act_times_W_dec
 from torch import Tensor
 
-from sae_nfm.analysis.gauge import as_read
-from sae_nfm.architectures import NFMDecoder, Paths
+from sae_nfm.analysis.gauge import as_read, canonical, has_canonical
+from sae_nfm.analysis.weight_norms import PathRows
+from sae_nfm.architectures import NFMDecoder, NFMPaths, Paths
 from sae_nfm.interventions import counted_tokens, splice
 from sae_nfm.kernels import SparseActs, reference
 from sae_nfm.models import LanguageModel
@@ -70,7 +71,7 @@ def read_activations(
     """
     counted = counted_tokens(model, tokens)
     if not counted.any():
-        raise ValueError(f"no token to read: {tokens.numel()} tokens, all special or in position 0; give more")
+        raise ValueError(f"no tokens to read: all {tokens.numel()} are special or at position 0; provide more")
     read: list[Tensor] = []
 
     def keep(value: Tensor, hook: Any) -> None:  # noqa: ARG001
@@ -91,7 +92,6 @@ def token_paths(
     Args:
         sae: joint_nfm or TopK, training or inference class.
         x: activations as the SAE takes them (one in training that normalises by a factor takes scaled ones), heads flattened.
-        documents: the document of each token.
 
     Raises:
         ValueError: for an SAE of another kind, or documents that are not one to a token.
@@ -154,7 +154,7 @@ def pair_contributions(
     """
     if head not in ("fm", "mlp"):
         raise ValueError(
-            f"what one feature writes through the head {head!r} is not known; features are told apart with head 'fm' or 'mlp'"
+            f"what one feature writes through the head {head!r} is not known; features are separable with head 'fm' or 'mlp'"
         )
     rows = read.values[..., None] * V[read.indices]
     if head == "fm":
@@ -226,7 +226,6 @@ def interaction_energies(sae: SAE[Any], read: SparseActs, gates: Tensor | None) 
     """Squared norm of each read feature's `pair_contributions`, in chunks of tokens; 0 without an interaction path.
 
     Args:
-        sae: any SAE; one without gates has no interaction path.
         read: what the interaction path reads.
         gates: h > 0, [tokens, nfm_dim].
     """
@@ -280,3 +279,77 @@ def _joined(parts: list[SparseActs]) -> SparseActs:
 def _cat(parts: Any) -> Tensor | None:
     present = [part for part in parts if part is not None]
     return torch.cat(present) if present else None
+
+
+def present_paths(sae: SAE[Any]) -> list[str]:
+    """The paths that are switched on, "direct", "linear", "square", "interaction"; an SAE without an NFM has the first."""
+    if not isinstance(sae, NFMPaths):
+        return ["direct"]
+    cfg = sae.cfg
+    switched = {"linear": cfg.use_linear_path, "square": cfg.use_square_path, "interaction": cfg.head != "none"}
+    return ["direct", *(name for name, on in switched.items() if on)]
+
+
+@torch.no_grad()
+def gauges(sae: SAE[Any]) -> dict[str, PathRows]:
+    """Rows that a unit of each feature writes, in every gauge that the SAE has."""
+    found = {"as trained": as_read(sae)}
+    if has_canonical(sae):
+        found["canonical"] = as_read(canonical(sae))
+    return found
+
+
+class PathSums:
+    """Sums over tokens, [d_sae] each.
+
+    Args:
+        sae: of any architecture.
+    """
+
+    def __init__(self, sae: SAE[Any]) -> None:
+        self._sae, zeros = sae, torch.zeros(sae.cfg.d_sae, dtype=torch.float64)
+        self._active, self._second, self._fourth, self._read, self._written = (zeros.clone() for _ in range(5))
+
+    @torch.no_grad()
+    def add(self, acts: Float[Tensor, "tokens d_sae"], gates: Bool[Tensor, "tokens nfm_dim"] | None) -> None:
+        """Add some tokens.
+
+        Args:
+            acts: features as hooked at `hook_sae_acts_post`.
+            gates: h > 0; None without an interaction path.
+        """
+        active = reference.top_n(acts, max(1, int((acts > 0).sum(-1).amax())))
+        squares = active.values.double().square()
+        for sums, values in ((self._active, active.values > 0), (self._second, squares), (self._fourth, squares**2)):
+            self._add_sparse(sums, active, values)
+        if not isinstance(self._sae, NFMPaths):
+            return
+        n: int | None = self._sae.cfg.nfm_top_k
+        read = active if n is None else reference.top_n(acts, n)
+        self._add_sparse(self._read, read, read.values.double().square())
+        if gates is not None:
+            self._add_sparse(self._written, read, interaction_energies(self._sae, read, gates))
+
+    @staticmethod
+    def _add_sparse(sums: Tensor, acts: SparseActs, values: Tensor) -> None:
+        sums.index_add_(0, acts.indices.flatten().cpu(), values.flatten().double().cpu())
+
+    @torch.no_grad()
+    def shares(self) -> dict[str, dict[str, Float[Tensor, " d_sae"]]]:
+        """By gauge and path, summing to 1 over the paths; 0 for a feature that never fired."""
+        sae: Any = self._sae
+        found = dict[str, dict[str, Tensor]]()
+        for gauge, rows in gauges(sae).items():
+            norms = rows.norms()
+            energies = {
+                "direct": self._second * norms.direct.double().cpu().square(),
+                "linear": self._read * norms.linear.double().cpu().square(),
+                "interaction": self._written,
+            }
+            if "square" in present_paths(sae):
+                energies["square"] = self._fourth * (sae.U.double().norm(dim=-1).cpu() / sae.cfg.square_scale).square()
+            sizes = {path: energies[path].sqrt() for path in present_paths(sae)}
+            total = torch.stack(list(sizes.values())).sum(0)
+            fires = (self._active > 0) & (total > 0)
+            found[gauge] = {path: torch.where(fires, size / total, 0.0) for path, size in sizes.items()}
+        return found

@@ -114,9 +114,7 @@ def pair_projections(
 
     Args:
         read: features that the interaction path reads; pairs with a value of 0 are left out.
-        gates: h > 0.
         directions: decoder rows, as read or in the canonical gauge.
-        V, W_1, W_2: weights of the interaction path.
     """
     n, units = read.indices.shape[-1], directions / directions.norm(dim=-1, keepdim=True).clamp_min(1e-30)
     size = max(1, CELLS // (n * max(n, *W_2.shape)))
@@ -175,7 +173,6 @@ def squared_error_gains(
     Args:
         x: what is reconstructed, in the space of the paths.
         paths: what each writes.
-        documents: the document of each token.
         keep_means: leave a path's mean over tokens in its place when it is off (mean ablation). Zero ablation, the published
             one, takes a constant away that biases could hold in any path.
 

@@ -1,4 +1,4 @@
-"""The published figures of what paths do on tokens, each beside its control, with intervals over documents.
+"""The published statistics of what paths do on tokens, each beside its control, with intervals over documents.
 
     as published (biases in, zero ablation)              control (means over tokens left out or kept in place)
     share of the mean absolute value, by path            share of the energy about the mean; of the whole output
@@ -103,7 +103,7 @@ class FunctionalFigures:
     nonlinear_of_output: Estimate | None
     """Energy of the interaction path over that of the whole output, both about the mean: free of the gauge."""
     share_correlations: Mapping[str, PermutedCorrelation | None]
-    """E[f_i^2] ||w_i||^2 over active tokens with the shares of root-mean-square contributions, rows dealt out as the null."""
+    """E[f_i^2] ||w_i||^2 over active tokens with the shares of root-mean-square contributions, permuted rows as the null."""
     inhibition: Inhibition | None
     """Linear + nonlinear along direct, as they are."""
     gauge_free_inhibition: Inhibition | None
@@ -127,13 +127,11 @@ def functional_figures(
     n_permutations: int = N_PERMUTATIONS,
     with_residual: bool = True,
 ) -> FunctionalFigures:
-    """All figures of this module; None for what an SAE without the paths in question does not have.
+    """All statistics of this module; None for what an SAE without the paths in question does not have.
 
     Args:
-        sae: joint_nfm or TopK.
         tokens: `token_paths` of it, with documents.
         seed: of the permutations and of the division of documents.
-        n_permutations: of the null.
         with_residual: whether to fit the linear map.
 
     Raises:

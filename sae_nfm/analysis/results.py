@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import ClassVar, Literal
 
+from sae_nfm.common.results import SavedResult
 from sae_nfm.stats import ALPHA, DipTest, Estimate
 
 AS_TRAINED, CANONICAL, TOPK, INITIAL = "as trained", "canonical gauge", "TopK SAE", "random initialisation"
@@ -81,6 +82,25 @@ class SquaredNorms:
                 f"Fixing the gauge, which leaves the output as it is, takes the mean from {before:.3g} to {after:.3g}."
             )
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAENorms:
+    """Squared norms of one SAE."""
+
+    sae: str
+    """Its folder, relative to the run's."""
+    norms: tuple[SquaredNorms, ...]
+    """One for each `Measure`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormsResult(SavedResult):
+    """Squared norms of the joint SAEs of a run."""
+
+    kind: ClassVar[str] = "norms/1"
+
+    saes: tuple[SAENorms, ...]
 
 
 def _modes(measure: Measure, histogram: NormHistogram) -> str:

@@ -1,4 +1,4 @@
-"""Norms, shares and paths of one SAE: the published figures beside their controls, in one frozen result.
+"""Norms, shares and paths of one SAE: the published statistics beside their controls, in one frozen result.
 
 Weights are reported as trained (published), in one unit, in the canonical gauge, weighted by activation, and at random
 initialisation; what paths do on tokens as `path_figures` has it, for the SAE and for its copy in the canonical gauge. The same
@@ -29,7 +29,7 @@ PERMUTED, PAIRED = "rows permuted over features", "random pairing"
 
 @dataclass(frozen=True, kw_only=True)
 class WeightReport:
-    """Figures of a feature's weights, as published and under controls."""
+    """Statistics of a feature's weights, as published and under controls."""
 
     as_trained: WeightFigures
     one_unit: WeightFigures
@@ -76,7 +76,6 @@ def gauge_report(
         documents: the document of each token; at least 5.
         seed: of permutations, divisions and the random initialisation.
         initial: how the SAE was initialised, for the reference; None leaves that out.
-        n_permutations: of each null.
 
     Raises:
         ValueError: for too few features or documents, another kind of SAE, or metadata that do not say how it was trained.
@@ -138,7 +137,7 @@ def _weighted(sae: SAE[Any], energies: FeatureEnergies, settings: Any) -> Weight
 
 
 def figure_rows(report: GaugeReport) -> list[FigureRow]:
-    """Every figure with its controls, norms first, then what paths do on tokens."""
+    """Every statistic with its controls, norms first, then what paths do on tokens."""
     weights, paths, canonical = report.weights, report.paths, report.canonical_paths
     gauge = "canonical gauge" + (f": none, {weights.not_canonical}" if weights.not_canonical else "")
     return [
@@ -153,7 +152,7 @@ def figure_rows(report: GaugeReport) -> list[FigureRow]:
 
 
 def _references(weights: WeightReport, gauge: str) -> Iterator[FigureRow]:
-    """Figures of the weights beside the same ones in another gauge, another unit, or before training."""
+    """Statistics of the weights beside the same ones in another gauge, another unit, or before training."""
     references = {
         "rows in one unit": weights.one_unit,
         f"rows in one unit, {gauge}": weights.canonical,

@@ -2,8 +2,8 @@
 
 A feature has one row in each path: w_i of W_dec, l_i of W_lin, v_i of V. The published share of a path is its part of
 ||w_i|| + ||l_i|| + ||v_i||, correlated over features with ||w_i||^2. That norm stands in the denominator too, so the correlation
-is near -1 (integration) and +1 (direct) for weights that have nothing to do with each other: the null deals the rows of the
-integration paths out to other features and computes the shares again.
+is near -1 (integration) and +1 (direct) for weights that have nothing to do with each other: the null permutes the rows of the
+integration paths over features and recomputes the shares.
 
 Source: arXiv 2507.00269, analysis of decoder norms (shares, Spearman, the split at 0.2, principal components); the null is ours.
 """
@@ -132,7 +132,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFigures:
-    """The published figures of a feature's weights, in one gauge and one unit."""
+    """The published statistics of a feature's weights, in one gauge and one unit."""
 
     squared_norm: Float[Tensor, " d_sae"]
     """||w_i||^2."""
@@ -141,7 +141,7 @@ class WeightFigures:
     below: Split
     above: Split
     share_correlations: Mapping[str, PermutedCorrelation | None]
-    """||w_i||^2 with each share, against rows dealt out to other features; None where one of the two does not vary."""
+    """||w_i||^2 with each share, against rows permuted over features; None where one of the two does not vary."""
     norm_correlations: Mapping[str, PermutedCorrelation | None]
     """||w_i||^2 with ||l_i|| ("linear") and ||v_i|| ("nonlinear") themselves: no term in common, so the null is at 0."""
     participation: PermutedCorrelation | None
@@ -157,13 +157,11 @@ class WeightFigures:
 def weight_figures(
     rows: PathRows, *, seed: int, threshold: float = SPLIT, n_permutations: int = N_PERMUTATIONS
 ) -> WeightFigures:
-    """All figures of this module.
+    """All statistics of this module.
 
     Args:
         rows: in one unit, see `gauge`; at least 10 features.
-        seed: of the permutations and the mixtures' starting points.
         threshold: squared norm that divides the features; the published 0.2 means something in the published unit only.
-        n_permutations: of each null.
 
     Raises:
         ValueError: for fewer than 10 features.
@@ -194,12 +192,10 @@ def weight_figures(
 def share_correlations(
     norms: PathNorms, *, seed: int, n_permutations: int = N_PERMUTATIONS
 ) -> dict[str, PermutedCorrelation | None]:
-    """Spearman correlation of ||w_i||^2 with each share, against integration rows dealt out to other features.
+    """Spearman correlation of ||w_i||^2 with each share, against integration rows permuted over features.
 
     Args:
-        norms: of the rows.
         seed: of the permutations; the same ones serve every share.
-        n_permutations: of the null.
 
     Returns:
         By share; None where the share or the norm does not vary.

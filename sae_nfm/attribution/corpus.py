@@ -57,12 +57,8 @@ class Corpus:
     What the first batches read is remembered, up to `REMEMBERED` bytes; for the others the language model runs in every pass.
 
     Args:
-        model: the language model.
-        sae: its SAE.
         tokens: held-out rows, each beginning with BOS where the model wants one.
         target: measure each pair's direct effect on it; or a fixed direction [d_in] in the space of what the path writes.
-        batch_rows: rows per forward pass.
-        show_progress: whether each pass shows a progress bar.
 
     Raises:
         ValueError: see `attributable` and `DirectPath`; or no token is counted (not special, not in position 0).
@@ -84,7 +80,7 @@ class Corpus:
         self._remembered, self._left = dict[int, TokenBatch](), REMEMBERED
         self._direct = DirectPath(model, sae) if isinstance(target, Target) else None
         if not counted_tokens(model, tokens).any():
-            raise ValueError(f"no token to read: {tokens.numel()} tokens, all special or in position 0; give more text")
+            raise ValueError(f"no tokens to read: all {tokens.numel()} are special or at position 0; provide more text")
 
     @property
     def directed(self) -> bool:

@@ -31,8 +31,6 @@ def interaction_graph(sums: PairSums, weights: PathWeights, *, n: int, directed:
     """The pairs of most energy over a corpus as a graph.
 
     Args:
-        sums: of the corpus.
-        weights: of the interaction path.
         n: pairs, at most.
         directed: whether the corpus had a target or direction, so that effects mean something.
     """
@@ -69,7 +67,6 @@ def graph_layout(edges: Sequence[PairEdge], *, seed: int = 0) -> dict[int, Point
 
     Args:
         edges: pairs; at least one.
-        seed: of the starts.
     """
     features, ends = np.unique([(edge.first, edge.second) for edge in edges], return_inverse=True)
     ends, n = ends.reshape(-1, 2), len(features)

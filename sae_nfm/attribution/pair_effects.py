@@ -103,11 +103,7 @@ def gradients(
     """g: gradients of targets with respect to what the interaction path writes, each at its own position.
 
     Args:
-        model: the language model.
-        sae: the SAE.
-        tokens: the prompt.
         targets: (position, target); several can be at one position.
-        batch_rows: copies of the prompt in a forward pass.
     """
     starts = range(0, len(targets), batch_rows)
     return torch.cat([_gradients(model, sae, tokens, targets[start : start + batch_rows]) for start in starts])
@@ -137,11 +133,8 @@ def remove_pairs(
     """Take pairs out of the pooled vector, one at a time, and rerun the model, with gates held and free.
 
     Args:
-        model: the language model.
-        sae: the SAE.
         run: the prompt with nothing removed.
         removals: what to remove; pairs that do not fire change nothing.
-        batch_rows: copies of the prompt in a forward pass.
     """
     weights, found = PathWeights.of(sae), list[Removed]()
     for start in range(0, len(removals), batch_rows):

@@ -4,8 +4,8 @@ A first pass keeps at most `capacity` pairs. Whenever there are more, the weight
 off every pair's weight, and pairs with nothing left are dropped (Misra-Gries, the weight being the energy ||o_ij||^2). What is
 exact:
 
-* where nothing was dropped, every figure of every pair that fired;
-* otherwise a second pass counts the pairs kept from the start, so that their figures are exact too, and every pair that is not
+* where nothing was dropped, every statistic of every pair that fired;
+* otherwise a second pass counts the pairs kept from the start, so that their statistics are exact too, and every pair that is not
   among them has an energy of at most `slack`, itself at most the total energy / (capacity + 1).
 
 Totals (tokens, firings, energy) are exact in either case. "Exact" is up to float32 for each pair on a token and float64 for sums.
@@ -73,7 +73,7 @@ class PairTable:
 
     def __init__(self, capacity: int | None) -> None:
         if capacity is not None and capacity < 1:
-            raise ValueError(f"capacity is {capacity} pairs; give a positive whole number")
+            raise ValueError(f"capacity must be > 0, got {capacity}")
         self._capacity, self._parts, self._waiting = capacity, list[pd.DataFrame](), 0
         self._table: Any = pd.DataFrame(columns=list(COLUMNS), dtype=np.float64, index=pd.Index([], dtype=np.int64))
         self.slack = 0.0
@@ -178,7 +178,6 @@ def pair_rows(batch: TokenBatch, weights: PathWeights, only: NDArray[np.int64] |
 
     Args:
         batch: tokens.
-        weights: of the interaction path.
         only: sorted keys of the pairs to look at; None for all.
     """
     read, gates, pairs = batch.reads.read, batch.reads.gates, TokenPairs.of(batch.reads.read)
@@ -203,7 +202,6 @@ def strongest_firings(corpus: Corpus, keys: NDArray[np.int64], *, n: int) -> pd.
     """Where some pairs write most, in one pass: the n tokens of largest ||o_ij|| of each pair, the earlier of equal ones.
 
     Args:
-        corpus: the corpus.
         keys: first * d_sae + second.
         n: tokens for each pair, at most.
 
@@ -234,7 +232,6 @@ def top_contexts(corpus: Corpus, keys: NDArray[np.int64], *, n: int = 5) -> dict
     """`strongest_firings` with their text.
 
     Args:
-        corpus: the corpus.
         keys: first * d_sae + second.
         n: tokens for each pair, at most.
     """

@@ -73,7 +73,6 @@ def norms(
     Args:
         pairs: of some tokens.
         gates: D; numbers between 0 and 1 hold gates at their average.
-        weights: of the path.
     """
     reduced, found, n_pairs = weights.reduced(), list[Tensor](), pairs.product.shape[1]
     m, rank = reduced.shape
@@ -100,8 +99,6 @@ def along(
 
     Args:
         read: features as the path reads them.
-        gates: D.
-        weights: of the path.
         directions: u, one for all tokens or one for each.
     """
     pooled_direction = ((directions @ weights.W_2.T) * gates) @ weights.W_1.T

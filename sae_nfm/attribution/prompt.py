@@ -37,10 +37,8 @@ def attribute_token(
     """The strongest pairs of one token, and single features of the linear path.
 
     Args:
-        model, sae, run: from `run_prompt`.
         position: of the token.
         target: what to measure effects on, there.
-        top: how many.
         rank_by: norm of what is written, or an absolute effect.
 
     Raises:
@@ -112,7 +110,7 @@ class _Effects:
 
     @torch.no_grad()
     def of(self, name: str, vector: Float[Tensor, " d_in"]) -> Written:
-        """Figures of one vector."""
+        """Statistics of one vector."""
         direct, promotes, suppresses = None, (), ()
         if self._direct is not None:
             logits = self._direct.logits((vector * self._unit)[None], self._scale)[0]
@@ -129,7 +127,7 @@ class _Effects:
         )
 
     def of_pairs(self, pairs: TokenPairs, vectors: Float[Tensor, "pairs d_in"]) -> tuple[PairEffect, ...]:
-        """Figures of pairs, which are removed one by one."""
+        """Statistics of pairs, which are removed one by one."""
         keys = _keys(pairs)
         removals = [Removal(position=self._position, first=i, second=j, target=self._target) for i, j in keys]
         removed = remove_pairs(self._model, self._sae, self._run, removals)

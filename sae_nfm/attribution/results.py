@@ -22,7 +22,7 @@ DRAWN = 50
 """Pairs of most energy that are laid out to be drawn."""
 
 LEGEND = """\
-effects: with the term less without it, on the target. direct: through the unembedding alone, the final scale held; gradient: to
+effect: change in the target when the term is ablated. direct: through the unembedding alone, the final scale held; gradient: to
 first order through the rest of the model; frozen: pair removed, gates held, model rerun; free: gates free to flip, which is what
 removing the pair really does. promotes, suppresses: on the direct path."""
 
@@ -143,7 +143,7 @@ class Correlation:
     spearman: float | None
     """Spearman's rho, likewise."""
     null_pearson: tuple[float, ...] = ()
-    """Pearson's r, once for each time the rows of V were dealt out anew; empty where V does not enter."""
+    """Pearson's r, one for each permutation of the rows of V; empty where V does not enter."""
     null_spearman: tuple[float, ...] = ()
     """Spearman's rho, likewise."""
 
@@ -173,7 +173,7 @@ class CorpusAttribution:
     firings: int
     """Pairs that fired, summed over tokens."""
     complete: bool
-    """Whether the table has every pair that fired; its figures are exact in any case."""
+    """Whether the table has every pair that fired; its statistics are exact in any case."""
     slack_share: float
     """Otherwise the largest energy share that a pair outside the table can have."""
     target: str | None
@@ -190,7 +190,8 @@ class CorpusAttribution:
             "every pair that fired is counted"
             if self.complete
             else (
-                f"figures of the pairs kept are exact; a pair that was dropped has at most {self.slack_share:.1e} of the energy"
+                "statistics of the pairs in the table are exact; a pair that was dropped has at most "
+                f"{self.slack_share:.1e} of the energy"
             )
         )
         lines = [
@@ -235,7 +236,7 @@ def control_words(controls: PairControls) -> str:
             f"Weights alone against what pairs do on tokens, {head}",
             pd.DataFrame(weights).to_string(index=False),
             "",
-            f"Is it co-occurrence? {head}; null: rows of V dealt out to other features",
+            f"Is it co-occurrence? {head}; null: rows of V permuted over features",
             pd.DataFrame(cooccurrence).to_string(index=False),
             "A correlation that the null has too is due to the features' activations, not to which embeddings interact.",
         ]

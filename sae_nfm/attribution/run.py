@@ -87,10 +87,6 @@ class AttributeConfig(SavedSAEOptions, HeldOutOptions):
 def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribution:
     """Attribute a prompt or a corpus; writes `config.save` and `config.graph` where those are given.
 
-    Args:
-        config: what to do.
-        command: how to repeat it, for the provenance.
-
     Raises:
         ValueError, FileNotFoundError: for an SAE, model, token or data set that does not work; nothing is written.
     """
@@ -247,8 +243,7 @@ def attribute_corpus(
         n_contexts: tokens for each of the top pairs.
         capacity: see `pair_sums`.
         control_tokens: tokens that the controls hold in memory, with every pair that fires on them.
-        n_permutations: how often the controls deal the rows of V out anew.
-        seed: of these permutations.
+        n_permutations: permutations of the rows of V that the controls are computed for.
     """
     weights, sums = PathWeights.of(corpus.sae), pair_sums(corpus, capacity=capacity)
     keys = np.asarray(sums.table.index[:top], dtype=np.int64)

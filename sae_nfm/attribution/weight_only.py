@@ -9,7 +9,7 @@ not. None knows which gates are open where the two features fire, or how strong 
 
 On tokens: `when firing` is the mean ||o_ij|| over tokens on which the pair fires, `total` its sum of ||o_ij||^2. A pair of
 features that are active together more often has more of the second by counting alone, so each measure is correlated with how
-often the pair fires and with the covariance of its features, beside the same with the rows of V dealt out to other features
+often the pair fires and with the covariance of its features, beside the same with the rows of V permuted over features
 (gates computed anew): what is left under the null is due to the features' activations, not to which embeddings interact.
 
 Source: PolySAE, arXiv 2602.01322 (correlation of interaction weights with co-occurrence 0.06, of an SAE's covariance 0.82).
@@ -43,7 +43,6 @@ def weight_strengths(weights: PathWeights, sums: PairSums, table: Any | None = N
     """The weight-only measures of the pairs in a table, by name.
 
     Args:
-        weights: of the interaction path.
         sums: from which gates and activations are averaged.
         table: rows of `sums.table`; all of them unless given.
     """
@@ -82,11 +81,8 @@ def pair_controls(
 
     Args:
         reads: tokens in memory (`pair_batches.first_reads`); every pair that fires on them is counted.
-        weights: of the interaction path.
-        seed: of the permutations.
         min_tokens: on how many tokens a pair has to fire.
-        n_permutations: how often the rows of V are dealt out anew; each costs as much as the figures themselves.
-        show_progress: whether to show a progress bar.
+        n_permutations: permutations of the rows of V; each costs as much as the statistics themselves.
 
     Raises:
         ValueError: when fewer than 3 pairs fire often enough.
@@ -95,8 +91,8 @@ def pair_controls(
     measured, compared, n_pairs = _measures(reads, weights, min_tokens)
     nulls: list[Mapping[str, Floats]] = []
     for _ in tqdm(range(n_permutations), desc="Null", disable=not show_progress):
-        dealt = torch.randperm(len(weights.V), generator=generator).to(weights.V.device)
-        other = replace(weights, V=weights.V[dealt])
+        order = torch.randperm(len(weights.V), generator=generator).to(weights.V.device)
+        other = replace(weights, V=weights.V[order])
         nulls.append(_measures(replace(reads, gates=gates_of(reads, other)), other, min_tokens)[0])
     return PairControls(
         tokens=len(reads.gates),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from sae_lens import SAE
 
-from sae_nfm.common.results import RESULTS_FILENAME
 from sae_nfm.cli.report import write_report
+from sae_nfm.common.results import RESULTS_FILENAME
 from sae_nfm.comparison import DemoConfig, Prepared, compare_once
 from sae_nfm.comparison.results import ArmName, CompareResult
 from sae_nfm.explorer import FILENAME, explore

@@ -117,7 +117,7 @@ def firings_of(
         raise ValueError("this SAE is in training; save it for inference (save_inference_model) and load that")
     counted, found = counted_tokens(model, tokens), _Found(sae)
     if not counted.any():
-        raise ValueError(f"no token to read: {tokens.numel()} tokens, all special or in position 0; give more text")
+        raise ValueError(f"no tokens to read: all {tokens.numel()} are special or at position 0; provide more text")
     with tqdm(total=len(tokens), desc="Features", unit="row", disable=not show_progress) as progress:
         for first in range(0, len(tokens), batch_rows):
             rows = slice(first, first + batch_rows)

@@ -96,12 +96,7 @@ def assembled(
     """The explorer of what was found.
 
     Args:
-        model: the language model.
-        sae: the SAE.
-        firings: of its features.
         pairs: of its features, where it has them.
-        documents: the document of each token.
-        name: of the SAE.
         sizes: how much of it.
         provenance: where it is from.
     """
@@ -275,8 +270,6 @@ def token_effects(
     """The n logits that move most up, and down, for each vector; token ids as the model's.
 
     Args:
-        model: the language model.
-        sae: its SAE.
         vectors: what is written.
         of: which feature or pair each is of, ascending; the others have no logits.
         total: features, or pairs.

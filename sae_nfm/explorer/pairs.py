@@ -68,16 +68,12 @@ def shown_pairs(
     """Choose pairs and find their contexts: two passes over the tokens, three where more pairs fire than fit.
 
     Args:
-        model: the language model.
         sae: an SAE that `has_pairs`.
-        tokens: held-out rows.
         pairs: pairs of most energy.
         partners: strongest pairs of each feature beside them.
         contexts: of each pair, at most.
         described: pairs, of most energy, of which the mean is kept.
         capacity: see `pair_sums`.
-        batch_rows: rows in a forward pass.
-        show_progress: whether each pass shows a progress bar.
     """
     corpus = Corpus(model, sae, tokens, batch_rows=batch_rows, show_progress=show_progress)
     sums, weights = pair_sums(corpus, capacity=capacity), PathWeights.of(sae)
@@ -111,13 +107,7 @@ def _chosen(first: Ints, second: Ints, pairs: int, partners: int) -> Ints:
 
 @torch.no_grad()
 def mean_written(sums: PairSums, weights: PathWeights, table: Any) -> Float[Tensor, "pairs d_in"]:
-    """mean(f_i f_j) ((v_i * v_j) W_1 mean(D)) W_2: what pairs write on average where they fire, but for the gates' variation.
-
-    Args:
-        sums: of a corpus.
-        weights: of the interaction path.
-        table: rows of the sums' table.
-    """
+    """mean(f_i f_j) ((v_i * v_j) W_1 mean(D)) W_2: what pairs write on average where they fire, but for the gates' variation."""
     first, second = (torch.from_numpy(features).to(weights.V.device) for features in sums.features(table))
     product = torch.tensor((table["product"] / table["tokens"]).to_numpy()).to(weights.V)
     pooled = product[:, None] * weights.V[first] * weights.V[second]

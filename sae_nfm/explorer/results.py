@@ -74,7 +74,7 @@ class Contexts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FeatureFigures:
-    """Figures of every feature, [d_sae]; 0 for one that never fired."""
+    """Statistics of every feature, [d_sae]; 0 for one that never fired."""
 
     tokens: Ints
     """Tokens on which it fires (its activation is positive)."""

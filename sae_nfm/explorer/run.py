@@ -124,7 +124,6 @@ def run_explore(config: ExploreConfig, *, command: str | None = None) -> Explore
     """Explore an SAE and write `explorer.json.gz` to `config.output`.
 
     Args:
-        config: what to do.
         command: how to repeat it; not kept in the file, which is the same whatever folder it is written to.
 
     Raises:
@@ -163,14 +162,12 @@ def explore(
     """What one SAE does on held-out rows; its `save` writes the file.
 
     Args:
-        model: the language model.
         sae: an SAE of any architecture, for inference.
         tokens: held-out rows, each beginning with BOS where the model wants one.
         documents: the document of each token (`documents.TokenRows`); without it each row counts as one.
         name: of the SAE, as shown.
         sizes: how much to show.
         settings: for the provenance; the sizes unless given.
-        show_progress: whether each pass shows a progress bar.
 
     Raises:
         ValueError: see `firings.firings_of` and `splicing.splice`.

@@ -111,7 +111,7 @@ def register_releases(path: str | Path, *, replace: bool = False) -> tuple[Relea
 def register_packaged_releases() -> None:
     """Have the packaged releases entered whenever SAELens's directory is read; nothing is read now.
 
-    Calling it again, or importing the package anew, replaces our own layers. A packaged name that is taken by somebody else
+    Calling it again, or re-importing the package, replaces our own layers. A packaged name that is taken by somebody else
     is a ValueError when the directory is read.
     """
     current = getattr(pretrained_saes_directory, DIRECTORY)
@@ -235,7 +235,7 @@ def _strict_hub_loader(original: Any) -> Any:
             if get_sae_lens_config_from_hf(repo_id, folder_name).get("architecture") not in INFERENCE_CONFIGS:
                 raise
             raise ValueError(
-                f"a weight file of {folder_name!r} in {repo_id!r} is damaged ({error}); fetch it anew with "
+                f"a weight file of {folder_name!r} in {repo_id!r} is damaged ({error}); download it again with "
                 "force_download=True. If that does not help it was uploaded so: ask who published it"
             ) from error
         return _checked(config, f"{folder_name}/{SAE_CFG_FILENAME} of {repo_id!r}"), state_dict, sparsity

@@ -85,7 +85,7 @@ class FolderSource:
         Raises:
             FileNotFoundError: there is no such file.
         """
-        return _existing(Path(self.folder) / path, "restore it, or register the release anew")
+        return _existing(Path(self.folder) / path, "restore it, or register the release again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +253,7 @@ def check_sha256(path: Path, expected: str, what: str) -> None:
     found = sha256(path)
     if found != expected:
         raise ValueError(
-            f"{what} has sha256 {found}, the release says {expected}: the file is damaged or was replaced. Fetch it anew "
+            f"{what} has sha256 {found}, the release says {expected}: the file is damaged or was replaced. Download it again "
             "(force_download=True, or install again); if the new file is meant, correct the release (release_entry)"
         )
 

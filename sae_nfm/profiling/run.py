@@ -1,7 +1,7 @@
 """The job of `sae-nfm speed`: what a training step of joint_nfm costs, beside SAELens's TopK and beside what it must cost.
 
 All arms (`speed_arms.ARMS`) make their steps in turn, round after round, so that a change in the machine's speed meets all of
-them; a figure is the median over rounds. A step is SAELens's `SAETrainer.step`: forward, backward, clipping, Adam, statistics.
+them; each time is the median over rounds. A step is SAELens's `SAETrainer.step`: forward, backward, clipping, Adam, statistics.
 """
 
 import platform

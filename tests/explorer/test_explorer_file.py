@@ -167,7 +167,7 @@ def damaged(path: tuple[str, ...], value: Any) -> bytes:
         (b"no gzip", r"explorer\.json\.gz.*Not a gzipped file"),
         (gzip.compress(b"{}", mtime=0)[:-6], r"explorer\.json\.gz.*damaged"),
         (gzip.compress(b"{no json", mtime=0), r"explorer\.json\.gz.*damaged"),
-        (gzip.compress(b"[]", mtime=0), r"\bNone\b.*'sae-nfm explorer 1'.*`sae-nfm explore`"),
+        (gzip.compress(b"[]", mtime=0), r"\blist\b.*'explore/1'.*`sae-nfm explore`"),
         (damaged(("kind",), "explore/9"), r"'explore/9'.*'explore/1'"),
         (damaged(("features", "max"), [1.0]), r"\(1,\).*\b8 numbers\b.*`sae-nfm explore`"),
         (damaged(("stream", "ids"), [10**6]), r"damaged.*\bstarts\b.*\b1 entries\b"),

@@ -1,4 +1,18 @@
-"""Figures of checkpoints, feature by feature and from one checkpoint to another: what `learning_dynamics` makes a result of."""
+"""Statistics of checkpoints, feature by feature and from one checkpoint to another.
+
+Shares: energies (`FeatureEnergies`) are sums over tokens, so those of a text are the sums of its documents'. Documents are assigned
+to groups, and a statistic over all tokens is compared with those without each group:
+
+    SE^2 = (G - 1)/G sum_g (s_(-g) - s)^2        s: over all tokens, s_(-g): without group g      (delete-a-group jackknife)
+
+Transitions: features that pass from one third of the integration shares to another between two checkpoints. Thirds are divided in
+two ways: at the same shares for all checkpoints (tertiles of all features at all checkpoints), so that a shift of all shares shows,
+and at each checkpoint's own tertiles, so that only a change of order does. The null permutes the features of the later checkpoint:
+how many are in each third stays, which ones does not. Tables with the same margins are then all there is to draw from.
+
+Source: the shares are those of arXiv 2507.00269, taken on tokens; Kott 2001, J. Official Statistics 17:521 (the jackknife);
+Patefield 1981, Applied Statistics 30:91 (random tables with given margins, by scipy).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,14 +55,12 @@ def transitions(
     seed: int,
     n_permutations: int = 1_999,
 ) -> Transitions:
-    """Count the transitions of features and hold them against shuffled identities.
+    """Count the transitions of features and compare them with shuffled identities.
 
     Args:
         before: [features], integration shares at one checkpoint, none nan.
         after: [features], at another.
         edges: from `tertiles`; None takes those of `before` for it and those of `after` for it.
-        seed: of the null's draws.
-        n_permutations: how many.
 
     Raises:
         ValueError: for unequal lengths, nan, or no feature.
@@ -100,7 +112,7 @@ class GroupedTokens:
 
     @classmethod
     def of(cls, x: Float[Tensor, "tokens d_in"], documents: Int[Tensor, " tokens"]) -> "GroupedTokens":
-        """Documents dealt out in turn.
+        """Documents assigned to groups in turn.
 
         Raises:
             ValueError: for fewer than 2 documents.
@@ -229,10 +241,8 @@ def measured(run: str, checkpoint: Checkpoint, first: SAE[Any], tokens: GroupedT
 
     Args:
         run: `RUN` or `REFERENCE`.
-        checkpoint: where it is.
         first: the SAE of the run's first checkpoint, which the others have to go with.
         tokens: the same for all.
-        device: of the SAE.
 
     Raises:
         ValueError, FileNotFoundError: for another architecture, model, hook point or size, or a damaged file.
@@ -310,11 +320,7 @@ def movement(
     """From one checkpoint to another of the same run.
 
     Args:
-        before: the earlier one.
-        after: the later one.
         edges: between the thirds of integration shares, by gauge.
-        seed: of the null's draws.
-        n_permutations: how many.
     """
     both = (before.whole.active > 0) & (after.whole.active > 0)
     spearman: dict[str, float | None] = {

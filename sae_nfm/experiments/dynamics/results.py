@@ -14,7 +14,7 @@ LEVELS = ("identity", "mixed", "integration")
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
-    """A number of features beside what it is when features are dealt out anew."""
+    """A number of features beside what it is when features are permuted."""
 
     observed: int
     expected: float
@@ -76,7 +76,7 @@ class Movement:
     before: int
     after: int
     features: int
-    """Features that are active on the held-out tokens at both; all figures are of these."""
+    """Features that are active on the held-out tokens at both; all statistics are over these."""
     spearman: Mapping[str, float | None]
     """By one of `QUANTITIES`: rank correlation of the two checkpoints; None where a quantity is not there or does not vary."""
     change: Mapping[str, Estimate]
@@ -130,7 +130,7 @@ class DynamicsResult(SavedResult):
 
     def _stability(self) -> list[str]:
         lines = [
-            "Rank correlation (Spearman) of a feature's figures at two checkpoints",
+            "Rank correlation (Spearman) of a feature's statistics at two checkpoints",
             f"{'run':<10}{'from':>9}{'to':>9}{'features':>10}" + "".join(f"{name:>30}" for name in QUANTITIES),
         ]
         for one in (*self.steps, *self.overall):
@@ -188,7 +188,7 @@ class DynamicsResult(SavedResult):
 def _direction(change: Estimate) -> str:
     assert change.p_value is not None
     if change.p_value >= ALPHA:
-        return "told apart from no change in neither direction"
+        return "not significantly different from no change"
     return "towards identity" if change.estimate < 0 else "towards integration"
 
 

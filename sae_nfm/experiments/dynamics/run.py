@@ -75,10 +75,6 @@ class DynamicsConfig(SavedSAEOptions):
 def run_dynamics(cfg: DynamicsConfig, *, command: str | None = None) -> DynamicsResult:
     """Measure all checkpoints and write `results.json` and `features.parquet` to `cfg.output`.
 
-    Args:
-        cfg: what to do.
-        command: how to repeat it, for the provenance.
-
     Raises:
         ValueError, FileNotFoundError: for folders without checkpoints, of another architecture or hook point, a model or text
             that does not work; nothing is written.

@@ -102,9 +102,6 @@ def pair_candidates(
     Of each token the pairs of its `STRONGEST` features are looked at, so nothing is d_sae^2.
 
     Args:
-        model: the language model.
-        sae: the SAE.
-        prompts: the stimuli.
         pool: over the tokens of a stimulus.
         max_pairs: pairs kept; among equally frequent ones those of lower feature numbers.
     """
@@ -158,10 +155,8 @@ def secondary_activations(
     """Mean activation of every secondary feature over the counted tokens of each stimulus, under an intervention.
 
     Args:
-        model: the language model.
         sae: the primary of the intervention, which attaches the secondary SAE.
         intervention: of which no part clamps secondary features.
-        prompts: the stimuli.
     """
     seen, found = dict[str, Tensor](), dict[int, np.ndarray]()
     hook_point: Any = sae.hook_secondary_acts_post  # pyright: ignore[reportAttributeAccessIssue] (made by name)

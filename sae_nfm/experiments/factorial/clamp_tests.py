@@ -44,9 +44,7 @@ def clamp_tests(
     Args:
         changes: by scale, [items, words]: with the clamp less without it.
         word_cells: [words], the bucket of each.
-        cells: [items].
         rng: of the permutations.
-        n_permutations: how many.
     """
     buckets = {scale: by_bucket(values, word_cells) for scale, values in changes.items()}
     outcome, in_any = word_pattern(buckets[PRIMARY_SCALE]), any_bucket_p(buckets[PRIMARY_SCALE], cells)

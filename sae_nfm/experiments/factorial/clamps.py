@@ -68,7 +68,6 @@ def arms(
     """Every clamp of every unit; controls are clamped at multiples only.
 
     Args:
-        sae: the SAE.
         units: selected ones and controls.
         times: clamps in units of each one's typical activation.
         absolute: clamps as they are.

@@ -107,10 +107,6 @@ class FactorialConfig(SavedSAEOptions):
 def run_factorial(cfg: FactorialConfig, *, command: str | None = None) -> FactorialResult:
     """Do the experiment and write `results.json` and `changes.parquet` to `cfg.output`.
 
-    Args:
-        cfg: what to do.
-        command: how to repeat it, for the provenance.
-
     Raises:
         ValueError, FileNotFoundError: for stimuli, an SAE or a model that do not work or do not go together.
     """
@@ -138,12 +134,9 @@ def factorial(
     """The experiment on a model at hand.
 
     Args:
-        model: the language model.
         sae: an SAE of any architecture; pairs are looked at where it has an interaction path over pairs.
-        stimuli: the stimuli.
         cfg: of which the names of model, SAE and stimuli are not used.
         secondary: an SAE on its hidden code.
-        command: for the provenance.
 
     Returns:
         The result, and the changes: a row for every arm, stimulus and word with its change on every scale.

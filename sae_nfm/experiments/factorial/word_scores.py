@@ -56,7 +56,6 @@ def tokenized(model: LanguageModel, stimuli: StimulusSet, *, prepend_bos: bool =
 
     Args:
         model: whose tokenizer, and context.
-        stimuli: the set.
         prepend_bos: whether a prompt begins with BOS.
 
     Raises:

@@ -82,10 +82,7 @@ def secondary_rows(
     """A row for the primary as it is, its hidden code by mean and by zero, and for each SAE.
 
     Args:
-        model: the language model.
-        primary: the primary.
         trained: SAEs that were trained on what passes through it.
-        rows: held-out rows.
         fitted: others, for the mean.
         folder: for the rows of `behaviour.measure`.
         seed: of the permutation and of intervals.

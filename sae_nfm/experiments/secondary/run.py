@@ -67,10 +67,6 @@ class SecondaryConfig(SavedSAEOptions, TextOptions):
 def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> SecondaryResult:
     """Train, measure, and write `results.json` and the SAEs to `cfg.output`.
 
-    Args:
-        cfg: what to do.
-        command: how to repeat it, for the provenance.
-
     Raises:
         ValueError, FileNotFoundError: for a primary, model, data set or size that does not work, or a folder of another run.
     """

@@ -1,7 +1,7 @@
 """Training of secondary SAEs and of their controls, with SAELens's own runner.
 
     hidden code             h = z W_1 + b_1 of the primary, which a secondary SAE is for
-    permuted hidden code    each dimension of h dealt out anew among the tokens of a batch: its distribution stays, what the
+    permuted hidden code    each dimension of h permuted among the tokens of a batch: its distribution stays, what the
                             dimensions do together goes. What such an SAE explains owes nothing to structure across dimensions
     linear path             what the linear integration path writes
     residual                what the primary reads
@@ -156,7 +156,6 @@ def activations_of(model: HookedSAETransformer, primary: SAE[Any], trained_on: T
     """Within it these activations pass through the hook point of the model whose name is given.
 
     Args:
-        model: the language model.
         primary: spliced in meanwhile, unless it is the residual that is trained on.
         trained_on: which activations.
         seed: of the permutation.
@@ -185,7 +184,7 @@ def _generator_for(tokens: Int[Tensor, "rows pos"], seed: int) -> torch.Generato
 def permuted(
     hidden: Float[Tensor, "*batch nfm_dim"], counted: Bool[Tensor, "*batch"], generator: torch.Generator
 ) -> Float[Tensor, "*batch nfm_dim"]:
-    """Each dimension dealt out anew among the counted tokens, on its own; the other tokens keep what they have.
+    """Each dimension permuted among the counted tokens, independently; the other tokens keep what they have.
 
     Args:
         hidden: activations.
