@@ -38,7 +38,7 @@ def test_every_kind_is_recognised(run):
         "speed/scan.json": "speed/1",
         "speed/speed.json": "speed/1",
     }
-    assert set(kinds.values()) | {"measure/1"} == set(KINDS)
+    assert set(kinds.values()) | {"measure/1", "norms/1"} == set(KINDS)
 
 
 def test_files_written_again_read_the_same(run, tmp_path):
