@@ -117,6 +117,18 @@ def test_holm_over_clamps_and_units(experiments):
     assert [family[i].items_p_adjusted for i in order] == pytest.approx(list(stepped))
 
 
+def test_cells_are_those_of_the_changes(experiments):
+    result, rows = experiments[True]
+    for arm in result.arms[:3]:
+        own = rows[rows["arm"] == arm.name]
+        words = own.groupby(["item", "word_cell"])["log_prob_change"].mean().unstack()
+        outcome = (words[0] - words[1] - words[2] + words[3]) / 4
+        means = outcome.groupby(own.groupby("item")["item_cell"].first()).mean()
+        assert [cell.estimate for cell in arm.cells] == pytest.approx(list(means), rel=1e-9, abs=1e-12)
+        assert [cell.estimate for cell in arm.cells] == pytest.approx(arm.tests.items["log_prob"].cell_means, rel=1e-12)
+        assert arm.contrast.estimate == arm.tests.items["log_prob"].contrast
+
+
 def test_result_as_json(experiments, tmp_path):
     result, _ = experiments[True]
     result.save(tmp_path / "results.json")

@@ -1,14 +1,14 @@
 """Statistics of checkpoints, feature by feature and from one checkpoint to another.
 
-Shares: energies (`FeatureEnergies`) are sums over tokens, so those of a text are the sums of its documents'. Documents are assigned
-to groups, and a statistic over all tokens is compared with those without each group:
+Shares: energies (`FeatureEnergies`) are sums over tokens, so those of a text are the sums of its documents'. Documents are
+assigned to groups, and a statistic over all tokens is compared with those without each group:
 
     SE^2 = (G - 1)/G sum_g (s_(-g) - s)^2        s: over all tokens, s_(-g): without group g      (delete-a-group jackknife)
 
-Transitions: features that pass from one third of the integration shares to another between two checkpoints. Thirds are divided in
-two ways: at the same shares for all checkpoints (tertiles of all features at all checkpoints), so that a shift of all shares shows,
-and at each checkpoint's own tertiles, so that only a change of order does. The null permutes the features of the later checkpoint:
-how many are in each third stays, which ones does not. Tables with the same margins are then all there is to draw from.
+Transitions: features that pass from one third of the integration shares to another between two checkpoints. Thirds are divided
+in two ways: at the same shares for all checkpoints (tertiles of all features at all checkpoints), so that a shift of all shares
+shows, and at each checkpoint's own tertiles, so that only a change of order does. The null permutes the features of the later
+checkpoint: how many are in each third stays, which ones does not. Tables with these margins are then all there is to draw from.
 
 Source: the shares are those of arXiv 2507.00269, taken on tokens; Kott 2001, J. Official Statistics 17:521 (the jackknife);
 Patefield 1981, Applied Statistics 30:91 (random tables with given margins, by scipy).
