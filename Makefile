@@ -25,11 +25,11 @@ test-cuda: $(READY) ## on a machine with a GPU: the Triton kernels as a GPU runs
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m cuda
 
 speed-cuda: $(READY) ## on a machine with a GPU: the figures of docs/speed.md for one
-	$(BIN)/sae-nfm speed --device cuda --d_in 768 --d_sae 24576 --batch 4096 --repeats 15 --output runs/speed-cuda/k32.json
-	$(BIN)/sae-nfm speed --device cuda --d_in 3200 --d_sae 50000 --k 1024 --nfm_dim 300 --nfm_top_k 512 --batch 4096 \
-	  --autocast true --arms "joint_nfm auto" "joint_nfm no Triton" topk --output runs/speed-cuda/paper.json
-	$(BIN)/sae-nfm speed --device cuda --d_in 768 --d_sae 8192 --batch 4096 --scan d_sae --scan_to 65536 \
-	  --output runs/speed-cuda/scan.json
+	$(BIN)/sae-nfm speed --device cuda --d-in 768 --d-sae 24576 --batch 4096 --repeats 15 --save runs/speed-cuda/k32.json
+	$(BIN)/sae-nfm speed --device cuda --d-in 3200 --d-sae 50000 --k 1024 --nfm-dim 300 --nfm-top-k 512 --batch 4096 \
+	  --autocast true --arms "joint_nfm auto" "joint_nfm no Triton" topk --save runs/speed-cuda/paper.json
+	$(BIN)/sae-nfm speed --device cuda --d-in 768 --d-sae 8192 --batch 4096 --scan d_sae --scan-to 65536 \
+	  --save runs/speed-cuda/scan.json
 
 # the environment is the one that docs/saebench.md sets up, or that of another python named by SAE_NFM_SAEBENCH_PYTHON
 test-saebench: $(READY) ## in SAEBench's own environment: the adapter (docs/saebench.md)

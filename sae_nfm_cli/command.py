@@ -30,49 +30,31 @@ class Command:
     """What its own help begins with; the summary unless given."""
     examples: tuple[tuple[str, str], ...] = ()
     """Command lines that work, each after what it does and how long that takes."""
-    config: str
-    """Its configuration class, or a function that makes a configuration of arguments and examples, as module:name."""
+    config: str = ""
+    """Its configuration class, as module:name."""
     parser: str = ""
-    """The function that makes its parser of examples, where `config` is a function."""
+    """A function that makes its parser of arguments and examples, as module:name, where that depends on the arguments."""
     run: str
     """The function that does it, given the configuration, and returns a `Result`."""
     keeps_command: bool = False
     """Whether that is given the command line too, for the provenance."""
-    arguments: str = ""
-    """Its arguments without a flag, as its usage line names them."""
-    dashes: bool = False
-    """Whether its options are spelt with dashes in the help; both spellings are understood."""
+    arguments: tuple[str, ...] = ()
+    """The fields of its configuration that are arguments without a flag."""
 
-    def make_parser(self, name: str) -> "CommandParser":
-        """The parser of its arguments, those that follow its name."""
-        from simple_parsing.wrappers.field_wrapper import DashVariant
-
-        from sae_nfm.cli.parser import CommandParser
+    def make_parser(self, name: str, argv: Sequence[str] = ()) -> "CommandParser":
+        """The parser of the arguments that follow its name."""
+        from sae_nfm.cli.parser import CommandParser, options_of
 
         if self.parser:
-            return imported(self.parser)(examples=self.examples)
-        parser = CommandParser(
+            return imported(self.parser)(argv, examples=self.examples)
+        config_class = imported(self.config)
+        return CommandParser(
             prog=f"sae-nfm {name}",
-            usage=" ".join(["%(prog)s", *self.arguments.split(), "[options]"]),
             description=self.description or f"{self.summary[0].upper()}{self.summary[1:]}.",
             examples=self.examples,
-            titles={imported(self.config).__name__: "options"},
-            add_option_string_dash_variants=DashVariant.DASH if self.dashes else DashVariant.UNDERSCORE,
+            options=options_of(config_class, positional=self.arguments),
+            build=lambda values, _given: config_class(**values),
         )
-        parser.add_arguments(imported(self.config), dest="config")
-        return parser
-
-    def parse(self, name: str, argv: Sequence[str]) -> Any:
-        """Its configuration from the arguments that follow its name.
-
-        Raises:
-            ValueError: for arguments that do not work, in one line.
-        """
-        from sae_nfm.cli.parser import dashed, underscored
-
-        if self.parser:
-            return imported(self.config)(argv, examples=self.examples)
-        return self.make_parser(name).parse_args(dashed(argv) if self.dashes else underscored(argv)).config
 
     def result(self, config: Any, line: str = "") -> Result:
         """Do it.

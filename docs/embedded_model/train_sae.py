@@ -56,7 +56,7 @@ def train_sae(config: TrainSAEConfig) -> CompareResult:
     """Train where no finished run is there, round, and write the SAE, its card and its release."""
     run = DemoConfig(
         training_tokens=config.training_tokens,
-        validation_tokens=102_400,  # all there are
+        held_out_tokens=102_400,  # all there are
         nfm_top_fraction=1,
         lr=config.lr,
         seed=config.seed,

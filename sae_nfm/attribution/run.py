@@ -6,12 +6,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import simple_parsing
 import torch
 from sae_lens import SAE
 from tqdm.auto import tqdm
 
-from sae_nfm import demo
 from sae_nfm.architectures import PathWeights, attributable
 from sae_nfm.attribution.corpus import Corpus, first_reads
 from sae_nfm.attribution.direct_logits import Target
@@ -22,18 +20,19 @@ from sae_nfm.attribution.prompt import RankBy, attribute_token
 from sae_nfm.attribution.results import DRAWN, Attribution, CorpusAttribution, TokenAttribution
 from sae_nfm.attribution.weight_only import pair_controls
 from sae_nfm.common import provenance
+from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_corpus
 from sae_nfm.loading import load_sae
 from sae_nfm.models import LanguageModel, check_context, check_device, device_of, model_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttributeConfig:
+class AttributeConfig(SavedSAEOptions, HeldOutOptions):
     """Which SAE, on what, effects on what."""
 
-    prompt: str | None = simple_parsing.field(default=None, positional=True, nargs="?")
+    prompt: str | None = None
     """Text whose tokens are looked at; leave it out with --corpus."""
-    sae: str = f"{demo.MODEL_NAME}:blocks.2.hook_resid_post"
+    sae: str = PACKAGED_SAE
     """Folder of a saved SAE with pairs (joint_nfm or sequential_nfm, head fm), or release:sae_id of a released one."""
     token: tuple[str, ...] = ("-1",)
     """Tokens of the prompt: positions (BOS is 0, the last one -1), texts such as " good" (wherever they stand), or all."""
@@ -47,16 +46,9 @@ class AttributeConfig:
     top: int = 8
     """Pairs to show, and features of the linear path."""
     corpus: bool = False
-    """Look at pairs over held-out text in place of a prompt."""
-    dataset_path: str | None = None
-    """With --corpus: a .parquet, .jsonl or .txt file, a folder, a data set on disk or on the hub; the embedded model's held-out
-    tokens unless given."""
-    split: str = "validation"
-    """Split of dataset_path, where it has several."""
+    """Look at pairs over held-out text instead of a prompt."""
     n_tokens: int = 20_000
     """With --corpus: tokens to look at."""
-    context_size: int | None = None
-    """With --corpus: tokens in a row; the one in the SAE's metadata unless given."""
     batch_rows: int = 16
     """Rows in a forward pass."""
     capacity: int = CAPACITY
@@ -64,19 +56,15 @@ class AttributeConfig:
     control_tokens: int = 10_000
     """With --corpus: tokens on which pair strength is compared with weights and with co-occurrence."""
     n_permutations: int = 2
-    """With --corpus: how often the rows of V are dealt out anew for the null."""
+    """With --corpus: how often the rows of V are permuted for the null distribution."""
     graph: str | None = None
     """With --corpus: .graphml or .json file for the graph of features and pairs."""
     graph_pairs: int = 500
     """Pairs in it, those of most energy."""
     seed: int = 0
     """Of the permutations."""
-    model_name: str | None = None
-    """The language model: a name or a local Hugging Face folder; the one in the SAE's metadata unless given."""
-    device: str = "cpu"
-    """Device of the language model and the SAE."""
-    output: str | None = None
-    """JSON file for every figure, with configuration and versions."""
+    save: str | None = None
+    """JSON file for every number, with configuration and versions."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is loaded."""
@@ -97,7 +85,7 @@ class AttributeConfig:
 
 
 def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribution:
-    """Attribute a prompt or a corpus; writes `config.output` and `config.graph` where those are given.
+    """Attribute a prompt or a corpus; writes `config.save` and `config.graph` where those are given.
 
     Raises:
         ValueError, FileNotFoundError: for an SAE, model, token or data set that does not work; nothing is written.
@@ -105,7 +93,7 @@ def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribu
     check_device(config.device)
     sae = load_sae(config.sae, device=config.device).eval()
     attributable(sae)
-    model, _ = model_of(sae, config.device, model_name=config.model_name)
+    model, _ = model_of(sae, config.device, model_name=config.model)
     tokens = _corpus_tokens(model, sae, config) if config.prompt is None else _prompt_tokens(model, config.prompt)
     found = Attribution(
         sae=config.sae,
@@ -118,8 +106,8 @@ def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribu
     )
     if config.graph is not None and found.corpus is not None:
         found.corpus.graph.save(config.graph)
-    if config.output is not None:
-        found.save(config.output)
+    if config.save is not None:
+        found.save(config.save)
     return found
 
 
@@ -202,8 +190,15 @@ def _prompt_tokens(model: LanguageModel, prompt: str) -> torch.Tensor:
 
 
 def _corpus_tokens(model: LanguageModel, sae: SAE[Any], config: AttributeConfig) -> torch.Tensor:
-    names = ("model_name", "dataset_path", "split", "context_size", "n_tokens")
-    return held_out_corpus(model, sae, **{name: getattr(config, name) for name in names}).tokens
+    return held_out_corpus(
+        model,
+        sae,
+        model_name=config.model,
+        dataset_path=config.held_out,
+        split=config.split,
+        context_size=config.context_size,
+        n_tokens=config.n_tokens,
+    ).tokens
 
 
 def _tokenizer(model: LanguageModel) -> Any:

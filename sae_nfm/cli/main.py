@@ -1,4 +1,4 @@
-"""Runs one command of `sae-nfm`. Options are the fields of configuration classes; their docstrings are the help."""
+"""Runs one command of `sae-nfm`: parses its arguments, prints its result, and reports any error in one line."""
 
 import shlex
 import sys
@@ -29,7 +29,11 @@ def run(name: str, argv: Sequence[str]) -> int:
     told = trace = ""
     status = 0
     try:
-        config = COMMANDS[name].parse(name, argv)
+        parser = COMMANDS[name].make_parser(name, argv)
+        if "-h" in given or "--help" in given:
+            print(parser.help(), end="")
+            return status
+        config = parser.parse(argv)
         # what libraries print while it works is not the result
         with redirect_stdout(sys.stderr) if "--json" in given else nullcontext():
             result = COMMANDS[name].result(config, shlex.join(["sae-nfm", name, *argv]))

@@ -1,207 +1,305 @@
-"""Parsers whose options are the fields of config classes, with help that reads well.
+"""The command line of one command: options are the fields of dataclasses, their docstrings the help; tyro reads them.
 
-`simple_parsing` makes the options; here they are put into named sections, described by the docstring of their class or
-field alone (SAELens's comments are no help), and a mistake is a ValueError of one line.
+argv -> old spellings rewritten (spelling.py) -> tyro -> values by name -> the command's configuration
 """
 
-import argparse
-import inspect
+import io
+import os
 import re
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from simple_parsing import ArgumentParser
-from simple_parsing.docstring import dp_parse, get_attribute_docstring
-from simple_parsing.helpers.custom_actions import BooleanOptionalAction
-from simple_parsing.wrappers.dataclass_wrapper import DataclassWrapper
-from typing_extensions import override
+import docstring_parser
+import tyro
 
+from sae_nfm.cli.spelling import Option, respelt
 from sae_nfm_cli.command import WIDTH
 
-
-class HelpFormatter(argparse.HelpFormatter):
-    """`--flag type` and its help, a column for each; of a bool no separate --noflag; paragraphs stay."""
-
-    def __init__(self, prog: str, **kwargs: Any) -> None:
-        width = min(shutil.get_terminal_size().columns, WIDTH) - 2
-        super().__init__(prog, max_help_position=34 if width > 80 else 28, width=width, **kwargs)
-
-    @override
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
-        return "\n\n".join(textwrap.fill(p, width, initial_indent=indent, subsequent_indent=indent) for p in paragraphs)
-
-    @override
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # names have hyphens
-
-    @override
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings:
-            return _name(action).upper()
-        flags = ", ".join(_flags(action))
-        return flags if action.nargs == 0 else f"{flags} {_metavar(action)}"
+COMMON = ("sae", "model", "hook", "dataset", "held_out", "split", "context_size", "device", "output", "save")
+"""Options that mean the same in every command; they come last in the help."""
+METAVARS = {"output": "FOLDER", "save": "FILE"}
+SCALARS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
+SWITCHES = (
+    Option(
+        name="json",
+        type=bool,
+        default=False,
+        section="common",
+        help="Print the result as JSON to stdout; progress goes to stderr.",
+    ),
+    Option(name="debug", type=bool, default=False, section="common", help="Print the traceback of an error."),
+)
+"""Options of every command; `sae_nfm.cli.main` acts on them."""
 
 
-class CommandParser(ArgumentParser):
-    """The parser of one command.
-
-    Every one has --json and --debug; `sae_nfm.cli.main` acts on them.
+def options_of(config_class: type, *, positional: Sequence[str] = ()) -> list[Option]:
+    """The fields of a config class as options.
 
     Args:
-        examples: command lines, each after what it does; they stand before the options.
-        sections: titles of the help's sections, each with the options that stand there in that order; options named nowhere
-            follow under the title of their class. A section without options keeps the place for a class's title.
-        titles: the title for a config class, by its name.
-        hidden: options that are accepted and not shown.
-        told: help for an option in place of its docstring.
-        measured: options whose default says nothing, as another value is found out.
-        usual: defaults elsewhere (SAELens's), by option; the help names them where ours differ.
-        kwargs: as for `simple_parsing.ArgumentParser`.
+        config_class: a dataclass with a docstring below each field, or an Args section.
+        positional: names of the fields that are arguments without a flag, in their order.
     """
-
-    def __init__(
-        self,
-        *,
-        examples: Sequence[tuple[str, str]] = (),
-        sections: Mapping[str, Sequence[str]] | None = None,
-        titles: Mapping[str, str] | None = None,
-        hidden: Sequence[str] = (),
-        told: Mapping[str, str] | None = None,
-        measured: Sequence[str] = (),
-        usual: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        defaults: dict[str, Any] = {
-            "formatter_class": HelpFormatter,
-            "allow_abbrev": False,
-            "usage": "%(prog)s [options]",
-        }
-        super().__init__(**(defaults | kwargs))
-        self.add_argument(
-            "--json", action="store_true", help="Print the result as JSON on stdout, and nothing else there."
+    hints = get_type_hints(config_class)
+    options = [
+        Option(
+            name=f.name,
+            type=hints[f.name],
+            default=default_of(f),
+            help=description(config_class, f.name),
+            section="common" if f.name in COMMON else "",
+            positional=f.name in positional,
         )
-        self.add_argument("--debug", action="store_true", help="Print the traceback of an error.")
-        self._help_action.help = "Print this help."
-        self._examples = examples
-        self._sections, self._titles, self._hidden = sections or {}, titles or {}, hidden
-        self._told, self._measured, self._usual = told or {}, measured, usual or {}
-
-    @override
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: Any = None, attempt_to_reorder: bool = False
-    ) -> tuple[argparse.Namespace, list[str]]:
-        assert args is not None
-        self._preprocessing(args, namespace)
-        optional = {f: a for a in self._actions if a.nargs == "?" for f in a.option_strings if a.const is None}
-        spelt = [arg.removesuffix("=None") if arg.partition("=")[0] in optional else arg for arg in args]
-        kept = [a for i, a in enumerate(spelt) if not (a == "None" and i and spelt[i - 1] in optional)]
-        return super().parse_known_args(kept, namespace, attempt_to_reorder)
-
-    @override
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; `{self.prog} --help` has every option")
-
-    @override
-    def format_help(self) -> str:
-        head, rest = self._get_formatter(), self._get_formatter()
-        head.add_text(self.description)
-        head.add_usage(self.usage, [], [])
-        for title, actions in self._by_section().items():
-            rest.start_section(title)
-            rest.add_arguments(actions)
-            rest.end_section()
-        rest.add_text(self.epilog)
-        examples = "\n".join(f"  # {told}\n  {line}" for told, line in self._examples)
-        parts = [head.format_help(), f"examples:\n{examples}\n" if examples else "", rest.format_help()]
-        return "\n".join(part for part in parts if part)
-
-    def completed(self) -> "CommandParser":
-        """Itself, with the options that no argument chooses made and described."""
-        self._preprocessing([])
-        for action in self.shown_actions():
-            action.option_strings = _flags(action)
-        return self
-
-    def shown_actions(self) -> list[argparse.Action]:
-        """What the help names."""
-        return [action for actions in self._by_section().values() for action in actions]
-
-    def _by_section(self) -> dict[str, list[argparse.Action]]:
-        actions = {action.dest: action for action in self._actions}
-        named = {name for names in self._sections.values() for name in names}
-        found: dict[str, argparse.Action] = {}
-        rest: dict[str, list[argparse.Action]] = {}
-        for wrapper in self._wrappers:
-            for field in wrapper.fields:
-                action = actions[field.dest]
-                name = _name(action)
-                action.help = self._describe(name, action, wrapper, field.name)
-                if name in named:
-                    found[name] = action
-                elif name in self._hidden:
-                    action.help = argparse.SUPPRESS
-                elif not action.option_strings:
-                    rest.setdefault("arguments", []).append(action)
-                else:
-                    title = self._titles.get(wrapper.dataclass.__name__, wrapper.dataclass.__name__)
-                    rest.setdefault(title, []).append(action)
-        sections = {title: [found[name] for name in names if name in found] for title, names in self._sections.items()}
-        return sections | rest | {"every command": [actions["json"], actions["debug"], self._help_action]}
-
-    def _describe(self, name: str, action: argparse.Action, wrapper: DataclassWrapper[Any], field_name: str) -> str:
-        text = self._told.get(name) or description(wrapper.dataclass, field_name)
-        stated, usual = "(required)" if action.required else "", self._usual.get(name, action.default)
-        if name not in self._measured and usual != action.default:
-            stated = f"(default: {_typed(action.default)}; SAELens's: {_typed(usual)})"
-        elif name not in self._measured and action.default not in (None, "", (), (None,), {}, argparse.SUPPRESS):
-            stated = f"(default: {_typed(action.default)})"
-        return f"{text} {stated}".strip().replace("%", "%%") or " "
+        for f in fields(config_class)
+        if f.init
+    ]
+    arguments = sorted((o for o in options if o.positional), key=lambda option: positional.index(option.name))
+    others = sorted((o for o in options if not o.positional), key=lambda option: option.section == "common")
+    return [*arguments, *others]
 
 
-def description(config_class: type, field_name: str) -> str:
-    """A field's description: in the Args section of its class or a base of it, else the docstring below it; "" for none."""
-    for base in inspect.getmro(config_class):
-        for parameter in dp_parse(inspect.cleandoc(vars(base).get("__doc__") or "")).params:
-            if parameter.arg_name == field_name and parameter.description:
-                text = " ".join(parameter.description.split())
-                return re.sub(r" ?(Inherited from \w+\.?|\(default is [^)]*\)\.?)$", "", text)
-    return " ".join(get_attribute_docstring(config_class, field_name).docstring_below.split())
+def default_of(f: "Field[Any]") -> Any:
+    """A field's default; MISSING where it has none."""
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
-def underscored(argv: Sequence[str]) -> list[str]:
-    """The arguments with the dashes inside an option's name as underscores: --hook-name is --hook_name."""
-    return [re.sub(r"(?<=^--)[^=]*", lambda name: name[0].replace("-", "_"), arg) for arg in argv]
+def description(config_class: type, name: str) -> str:
+    """A field's description, in its class or a base: from the Args section, or else the docstring below it."""
+    for base in config_class.__mro__:
+        text = _descriptions(base).get(name)
+        if text:
+            return re.sub(r" ?(Inherited from \w+\.?|\(default is [^)]*\)\.?)$", "", " ".join(text.split()))
+    return ""
 
 
-def dashed(argv: Sequence[str]) -> list[str]:
-    """The other way round: --hook_name is --hook-name."""
-    return [re.sub(r"(?<=^--)[^=]*", lambda name: name[0].replace("_", "-"), arg) for arg in argv]
+@cache
+def _descriptions(config_class: type) -> dict[str, str]:
+    if config_class is object:
+        return {}
+    parsed = docstring_parser.parse_from_object(config_class)
+    return {p.arg_name: p.description for p in reversed(parsed.params) if p.description}
 
 
-def _flags(action: argparse.Action) -> list[str]:
-    hidden = action.negative_option_strings if isinstance(action, BooleanOptionalAction) else []
-    return [flag for flag in action.option_strings if flag not in hidden]
+@dataclass(frozen=True, kw_only=True)
+class CommandParser:
+    """Reads the arguments of one command and writes its help."""
+
+    prog: str
+    """The command as it is typed."""
+    description: str
+    """What the help begins with."""
+    examples: Sequence[tuple[str, str]] = ()
+    """Command lines, each after what it does."""
+    options: Sequence[Option]
+    """In the order of the help."""
+    build: Callable[[Mapping[str, Any], frozenset[str]], Any]
+    """The configuration, given values by option and the names of the options that were given."""
+    epilog: str = ""
+    """What the help ends with."""
+    underscores: bool = False
+    """Whether options have SAELens's names, with underscores; old spellings are then accepted without a warning."""
+
+    def parse(self, argv: Sequence[str]) -> Any:
+        """The configuration.
+
+        Raises:
+            ValueError: for arguments that do not work, in one line.
+        """
+        return self.build(*self.values(argv))
+
+    def values(self, argv: Sequence[str]) -> tuple[dict[str, Any], frozenset[str]]:
+        """Values by option, and the names of the options that were given.
+
+        Raises:
+            ValueError: for an unknown or missing option, or a value of another type, in one line.
+        """
+        options = [*self.options, *SWITCHES]
+        args, given = respelt(argv, options, underscores=self.underscores)
+        parsed, unknown = self._read(options, args)
+        if unknown:
+            flags = [self._flag(option).lstrip("-") for option in options if not option.hidden]
+            wrong = next((arg for arg in unknown if arg.startswith("-")), "")
+            near = get_close_matches(wrong.lstrip("-"), flags, n=1)
+            kind = "unknown option" if wrong else "unexpected argument"
+            guess = f"did you mean --{near[0]}? " if near else ""
+            raise self._refused(f"{kind} {' '.join(unknown)}; {guess}")
+        values: dict[str, Any] = {}
+        for option in self.options:
+            value = parsed[option.name]
+            if option.convert is not None and value is not None:
+                try:
+                    value = option.convert(value)
+                except ValueError:
+                    raise self._refused(f"{self._flag(option)}: {value!r} is not {option.metavar}; ") from None
+            if option.convert is None or value is not None:
+                values[option.name] = value
+        return values, given
+
+    def _refused(self, told: str) -> ValueError:
+        return ValueError(f"{told}`{self.prog} --help` has every option")
+
+    def help(self) -> str:
+        """The help: usage, description, examples, options by section."""
+        width = min(shutil.get_terminal_size().columns, WIDTH)
+        shown = io.StringIO()
+        with _columns(width), redirect_stdout(shown), suppress(SystemExit):
+            self._cli(self.root(), ["--help"])
+        usage, _, options = _unboxed(shown.getvalue()).partition("\n")
+        examples = "\n".join(f"  # {told}\n  {line}" for told, line in self.examples)
+        parts = (usage, _wrapped(self.description, width), examples and f"examples:\n{examples}", options.strip("\n"))
+        return "\n\n".join(filter(None, (*parts, _wrapped(self.epilog, width)))) + "\n"
+
+    def root(self, options: Sequence[Option] | None = None) -> type:
+        """The dataclass that tyro reads: a dataclass in it for each section; by default of the options in the help."""
+        shown = [o for o in [*self.options, *SWITCHES] if not o.hidden] if options is None else options
+        sections: dict[str, list[tuple[str, Any, Any]]] = {}
+        for option in shown:
+            where = "" if option.positional else option.section
+            sections.setdefault(where, []).append(
+                (_identifier(option.name), self._annotated(option, shown=options is None), _default(option))
+            )
+        name = "".join(word.capitalize() for word in re.findall(r"\w+", self.prog))
+        parts = [
+            (f"section{i}", Annotated[make_dataclass(f"{name}{i}", found, kw_only=True), tyro.conf.arg(name=title)])
+            for i, (title, found) in enumerate(sections.items())
+        ]
+        return make_dataclass(name, parts)
+
+    def _annotated(self, option: Option, *, shown: bool) -> Any:
+        kind = option.type if option.convert is None else str | None
+        markers = [tyro.conf.Positional] if option.positional else []
+        if shown and option.is_flag and option.default is False:
+            markers.append(
+                tyro.conf.FlagCreatePairsOff
+            )  # of --x and --no-x the help names the one that changes something
+        metavar = option.metavar or METAVARS.get(option.name) or _metavar(option.type)
+        if option.positional:
+            metavar = option.name.upper() if option.default is MISSING else f"[{option.name.upper()}]"
+        argument: Any = tyro.conf.arg(
+            name=self._flag(option).lstrip("-"),
+            help=option.help.replace("\n", " ") or None,
+            help_behavior_hint=None if option.default is MISSING else _hint(option),
+            metavar=metavar,
+            aliases=[f"-{option.name}"] if len(option.name) == 1 else [self._flag(option, a) for a in option.aliases],
+        )
+        return Annotated[kind, argument, *markers]
+
+    def _flag(self, option: Option, name: str = "") -> str:
+        name = name or option.name
+        return f"--{name if self.underscores else name.replace('_', '-')}"
+
+    def _read(self, options: Sequence[Option], args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        told = io.StringIO()
+        with _columns(10_000), redirect_stderr(told), redirect_stdout(told):
+            try:
+                parsed, unknown = self._cli(self.root(options), args)
+            except SystemExit:
+                pass
+            else:
+                found = {key: value for section in vars(parsed).values() for key, value in vars(section).items()}
+                return {option.name: found[_identifier(option.name)] for option in options}, unknown
+        raise self._refused(f"{_mistake(told.getvalue())}; ")
+
+    def _cli(self, root: type, args: Sequence[str]) -> Any:
+        return tyro.cli(
+            root,
+            prog=self.prog,
+            description="",
+            args=args,
+            return_unknown_args=True,
+            use_underscores=self.underscores,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+        )
 
 
-def _typed(value: Any) -> str:
+@contextmanager
+def _columns(width: int) -> Generator[None]:
+    """A terminal of this width, for what asks for it."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(width)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _identifier(name: str) -> str:
+    return name.replace(".", "__")
+
+
+def _default(option: Option) -> Any:
+    if option.default is MISSING:
+        return field()
+    default = None if option.convert is not None else option.default
+    return field(default_factory=lambda: default)
+
+
+def _hint(option: Option) -> str:
+    """What stands after an option's help: its default as it would be typed."""
+    if option.hint is not None:
+        return option.hint
+    return (
+        ""
+        if option.default is False or option.default in (None, "", (), [], (None,), {})
+        else f"(default: {typed(option.default)})"
+    )
+
+
+def typed(value: Any) -> str:
     """A default as it would be typed."""
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _name(action: argparse.Action) -> str:
-    """An option's longest flag without its dashes, a positional's name."""
-    return max(_flags(action), key=len).lstrip("-") if action.option_strings else action.dest.rpartition(".")[2]
+def _metavar(hint: Any) -> str | None:
+    """What stands for a value in the help; None leaves it to tyro."""
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    if get_origin(hint) is Literal:
+        return None
+    if get_origin(hint) in (tuple, list):
+        return f"{_metavar(kinds[0])} ..."
+    names = [SCALARS.get(kind) or "|".join(map(str, get_args(kind) or ("true", "false"))) for kind in kinds]
+    return None if hint is bool else "|".join(names)
 
 
-def _metavar(action: argparse.Action) -> str:
-    """What stands for an option's value in the help: its type, or its choices."""
-    if action.choices is not None:
-        return action.metavar if isinstance(action.metavar, str) else "{" + ",".join(map(str, action.choices)) + "}"
-    if isinstance(action, BooleanOptionalAction):
-        return "[bool]"  # the option alone stands for true
-    name = str(action.metavar or getattr(action.type, "__name__", "str"))
-    name = re.sub(r"json_dict|\bdict\b", "JSON", name.replace("Literal", "str"))
-    return re.sub(r"[\[\]]", "", name).split(" ")[0] + (" ..." if action.nargs == "*" else "")
+def _wrapped(text: str, width: int) -> str:
+    return "\n\n".join(textwrap.fill(" ".join(part.split()), width) for part in text.split("\n\n"))
+
+
+def _unboxed(told: str) -> str:
+    """Tyro's sections without a terminal: a title over a rule, and what follows; here "title:" and what follows."""
+    return re.sub(r" *$", "", re.sub(r"^ (\S.*?) *\n -+ *$", r"\1:", told, flags=re.MULTILINE), flags=re.MULTILINE)
+
+
+def _mistake(told: str) -> str:
+    """What tyro says of a mistake, in one line."""
+    title, *body = _unboxed(told).splitlines()
+    ends = (i for i, line in enumerate(body) if not line.strip() or line.strip().startswith(("---", "Got errors")))
+    body = body[: next(ends, len(body))]
+    if title == "Required options:":
+        return f"{', '.join(line.strip() for line in body if re.match(r' {6}[^ ]', line))} is missing"
+    return re.sub(r"^Error parsing |\.$|\{None\}\||section\d+\.", "", " ".join(" ".join(body).split()))
+
+
+def completion_script(parsers: Iterable[tuple[str, CommandParser]], shell: str) -> str:
+    """The completion script of `sae-nfm` with these commands."""
+    kinds = [Annotated[parser.root(), tyro.conf.subcommand(name=name)] for name, parser in parsers]
+    union: Any = kinds[0]
+    for kind in kinds[1:]:
+        union = union | kind
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        try:
+            args = ["--tyro-print-completion", shell]
+            tyro.cli(union, prog="sae-nfm", args=args, config=(tyro.conf.OmitArgPrefixes,))
+        except SystemExit:
+            pass
+    return printed.getvalue()

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 EMBEDDED_MODEL = "sae-nfm-demo"
 """Name of the language model that the package has inside."""
+PACKAGED_SAE = f"{EMBEDDED_MODEL}:blocks.2.hook_resid_post"
+"""The SAE that the package has inside, as release:sae_id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """The language model and the place in it."""
+    """The language model and the place in it, for commands that train."""
 
     model: str = EMBEDDED_MODEL
     """TransformerLens model name or local Hugging Face folder; by default the embedded model."""
@@ -19,10 +21,33 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SavedSAEOptions:
+    """The language model, for commands that take a trained SAE, whose metadata name model and hook point."""
+
+    model: str | None = None
+    """TransformerLens model name or local Hugging Face folder; by default the one in the SAE's metadata."""
+    device: str = "cpu"
+    """Device of the language model and the SAEs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """The text."""
+    """The text, for commands that train."""
 
     dataset: str | None = None
     """Training text: a parquet, jsonl or txt file, or a hub data set; by default tokens sampled from the embedded model."""
     held_out: str | None = None
     """Held-out text, likewise; by default a hub data set's validation split, or the embedded tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutOptions:
+    """The text, for commands that take a trained SAE."""
+
+    held_out: str | None = None
+    """Held-out text or tokens: a .parquet, .jsonl or .txt file, a folder, a data set on disk or on the hub; by default the
+    embedded model's held-out tokens."""
+    split: str = "validation"
+    """Split of the held-out text, where it has several."""
+    context_size: int | None = None
+    """Tokens in a row; by default the one in the SAE's metadata."""

@@ -28,7 +28,7 @@ class SizeOptions(TextOptions, ModelOptions):
     """Dropout on the pooled interactions (the paper's is 0.15)."""
     training_tokens: int = 400_000
     """Activations that each SAE is trained on."""
-    validation_tokens: int = 40_000
+    held_out_tokens: int = 40_000
     """Held-out tokens evaluated on, at most."""
     batch_size: int = 2_048
     """Activations per training step."""
@@ -37,7 +37,7 @@ class SizeOptions(TextOptions, ModelOptions):
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot work."""
-        check_positive(self, "d_sae", "nfm_dim", "training_tokens", "validation_tokens", "batch_size")
+        check_positive(self, "d_sae", "nfm_dim", "training_tokens", "held_out_tokens", "batch_size")
         if self.context_size < 2:
             raise ValueError(f"context_size must be at least 2, got {self.context_size}: position 0 is left out")
         require_a_batch(self, "training_tokens")
@@ -65,7 +65,7 @@ class CompareConfig(SizeOptions):
     """Adam's learning rates to try for each arm; a single one is taken as it is, for all."""
     sweep_tokens: int = 200_000
     """Activations that each arm is trained on at each of these rates."""
-    sweep_validation_tokens: int = 10_000
+    sweep_held_out_tokens: int = 10_000
     """Held-out tokens that the rates are chosen on; they follow those that arms are compared on."""
     sweep_seed: int = 1_000
     """Seed of the sweep; none of the compared."""
@@ -84,7 +84,7 @@ class CompareConfig(SizeOptions):
         """Refuse what cannot work."""
         super().__post_init__()
         if self.sweeps:
-            check_positive(self, "sweep_tokens", "sweep_validation_tokens")
+            check_positive(self, "sweep_tokens", "sweep_held_out_tokens")
             require_a_batch(self, "sweep_tokens")
         for name in ("arms", "seeds", "k", "learning_rates"):
             values = getattr(self, name)

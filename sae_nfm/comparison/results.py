@@ -472,7 +472,13 @@ def lines_over_l0(means: Sequence[ArmMean]) -> Mapping[str, tuple[ArmMean, ...]]
 
 # Files of 0.1.0, for one version.
 
-RENAMED = {"model_name": "model", "hook_name": "hook", "validation": "held_out"}
+RENAMED = {
+    "model_name": "model",
+    "hook_name": "hook",
+    "validation": "held_out",
+    "validation_tokens": "held_out_tokens",
+    "sweep_validation_tokens": "sweep_held_out_tokens",
+}
 """Settings by their names in 0.1.0."""
 
 

@@ -76,11 +76,11 @@ class Prepared:
         seed = 0 if cfg.shuffle else cfg.seeds[0]
         train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, cfg.model, seed)
         context_size = min(cfg.context_size, model.cfg.n_ctx)
-        held_out = held_out_rows(model, validation, context_size, cfg.validation_tokens)
+        held_out = held_out_rows(model, validation, context_size, cfg.held_out_tokens)
         swept = held_out
         if cfg.sweeps:
             skipped = held_out.tokens.numel()
-            swept = held_out_rows(model, validation, context_size, cfg.sweep_validation_tokens, skipped)
+            swept = held_out_rows(model, validation, context_size, cfg.sweep_held_out_tokens, skipped)
         cfg = replace(cfg, hook=site.hook_name)
         return cls(cfg=cfg, model=model, site=site, train=train, held_out=held_out, sweep_held_out=swept)
 

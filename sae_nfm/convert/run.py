@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import simple_parsing
 from sae_lens import SAE
 from sae_lens.constants import SAE_WEIGHTS_FILENAME, SPARSIFY_WEIGHTS_FILENAME
 
@@ -35,17 +34,17 @@ KNOWN_BY = {
     SPARSIFY_WEIGHTS_FILENAME: "sparsify",
 }
 """The file that a folder of each format has."""
-METADATA = ("model_name", "hook_name", "context_size", "prepend_bos")
-"""Options that go into the metadata."""
+METADATA = {"model_name": "model", "hook_name": "hook", "context_size": "context_size", "prepend_bos": "prepend_bos"}
+"""What goes into the metadata, with the option for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
     """What to convert, and what its files do not say."""
 
-    source: Path = simple_parsing.field(positional=True, metavar="SOURCE")  # noqa: RUF009 (a dataclass field)
+    source: Path
     """Folder of one SAE, or the .pt file of one."""
-    output: Path = simple_parsing.field(positional=True, metavar="OUTPUT")  # noqa: RUF009 (a dataclass field)
+    output: Path
     """Folder to write; an SAE that is there is kept beside it."""
     format: Format = "auto"
     """Whose format it is: the paper's author's, SAELens's, dictionary_learning's or sparsify's; auto looks at the file names."""
@@ -63,9 +62,9 @@ class ConvertConfig:
     """Interaction dimensions of an added NFM."""
     seed: int = 0
     """Seed of an added NFM's V and W_1."""
-    model_name: str | None = None
+    model: str | None = None
     """The language model, for the metadata; what the source says unless given."""
-    hook_name: str | None = None
+    hook: str | None = None
     """The hook point, as in blocks.16.hook_resid_pre, for the metadata; what the source says unless given."""
     context_size: int | None = None
     """Tokens in a row, for the metadata; what the source says unless given."""
@@ -99,7 +98,7 @@ class Converted:
         lines += [f"The SAE that was there is kept in {self.kept}"] if self.kept else []
         lines += [f"Not in the files, assumed: {'; '.join(self.assumed)}"] if self.assumed else []
         if self.unknown:
-            flags = ", ".join(f"--{name}" for name in self.unknown)
+            flags = ", ".join(f"--{METADATA[name].replace('_', '-')}" for name in self.unknown)
             lines.append(
                 f"Not in the files, and needed to use it in a language model: {flags}; convert again with them"
             )
@@ -171,7 +170,7 @@ def _refuse_idle_options(config: ConvertConfig, form: str) -> None:
             if getattr(config, name) != ConvertConfig.__dataclass_fields__[name].default
         ]
     if idle:
-        flags = ", ".join(f"--{name}" for name in idle)
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         raise ValueError(f"{flags} would change nothing for the format {form} without an added NFM; leave it out")
 
 
@@ -192,12 +191,12 @@ def _read(config: ConvertConfig, form: str) -> SAE[Any]:
 def _describe(sae: SAE[Any], config: ConvertConfig, form: str) -> None:
     """Put the options into the metadata, and where the SAE is from."""
     metadata = sae.cfg.metadata
-    for name in METADATA:
-        if (value := getattr(config, name)) is not None:
+    for name, option in METADATA.items():
+        if (value := getattr(config, option)) is not None:
             metadata[name] = value
     metadata["converted_from"] = f"{form}: {config.source.absolute().name}"
-    if config.hook_name is not None:  # read when the folder is loaded, which fails where the two do not agree
-        sae.cfg.reshape_activations = "hook_z" if config.hook_name.endswith("hook_z") else "none"
+    if config.hook is not None:  # read when the folder is loaded, which fails where the two do not agree
+        sae.cfg.reshape_activations = "hook_z" if config.hook.endswith("hook_z") else "none"
 
 
 def _assumed(config: ConvertConfig, form: str) -> tuple[str, ...]:

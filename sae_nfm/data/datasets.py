@@ -34,13 +34,13 @@ def load_splits(dataset: str | None, validation: str | None, model_name: str, se
     if dataset is None and validation is None:
         if model_name != demo.MODEL_NAME:
             raise ValueError(
-                f"the embedded tokens suit the embedded model only; give --dataset and --validation for {model_name!r}"
+                f"the embedded tokens suit the embedded model only; give --dataset and --held-out for {model_name!r}"
             )
         return demo.load_tokens("train"), demo.load_tokens("validation")
     if dataset is None:
-        raise ValueError(f"--validation is {validation!r} but there is no --dataset to train on; give both")
+        raise ValueError(f"--held-out is {validation!r} but there is no --dataset to train on; give both")
     if validation is None and _is_file(dataset):
-        raise ValueError(f"--dataset is the file {dataset!r}; give held-out text too, with --validation FILE")
+        raise ValueError(f"--dataset is the file {dataset!r}; give held-out text too, with --held-out FILE")
     return _load_text(dataset, "train", seed), _load_text(validation or dataset, "validation", seed=0)
 
 

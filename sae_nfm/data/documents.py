@@ -136,7 +136,7 @@ def held_out_corpus(
     elif (model_name or metadata.model_name) == demo.MODEL_NAME:
         dataset = demo.load_tokens("validation")
     else:
-        raise ValueError("the embedded tokens suit the embedded model only; give held-out text with --dataset-path")
+        raise ValueError("the embedded tokens suit the embedded model only; give held-out text with --held-out")
     size = context_size or metadata.context_size
     if size is None:
         raise ValueError("the SAE's metadata has no context_size; give --context-size")

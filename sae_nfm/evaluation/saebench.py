@@ -25,13 +25,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
-import simple_parsing
 import torch
+import tyro
 from sae_lens import SAE, ActivationsStore, HookedSAETransformer, TrainingSAE
 from sae_lens.util import temporary_seed
 
 from sae_nfm import demo
 from sae_nfm.common import listed, whole, write_json
+from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import open_dataset, refuse_without_tokenizer
 from sae_nfm.evaluation.saelens_evals import store_as_in_training
 from sae_nfm.loading import load_sae, quiet_saelens
@@ -53,16 +54,14 @@ EvaluationName = Literal["core", "sparse_probing", "mdl"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAEBenchConfig:
+class SAEBenchConfig(SavedSAEOptions):
     """Which SAEs, which evaluation, on what."""
 
-    saes: tuple[str, ...] = simple_parsing.field(positional=True, default=(), metavar="SAE")
+    saes: tyro.conf.Positional[tuple[str, ...]] = ()
     """Folders of saved SAEs, or released ones as release:sae_id."""
     evaluation: EvaluationName = "sparse_probing"
     """core: KL, cross-entropy, reconstruction, sparsity. sparse_probing: sae-probes. mdl: description length (needs CUDA)."""
-    model_name: str | None = None
-    """The language model, by name or as a local Hugging Face folder; the one in the SAE's metadata unless given."""
-    dataset_path: str | None = None
+    held_out: str | None = None
     """Text or tokens for core and mdl: a file, a folder or a hub name; the embedded model's held-out tokens unless given."""
     context_size: int | None = None
     """Tokens in a row for core; the one in the SAE's metadata unless given."""
@@ -76,8 +75,6 @@ class SAEBenchConfig:
     """How many features a probe reads."""
     seed: int = 42
     """Seed of the probes' splits and of mdl."""
-    device: str = "cpu"
-    """Device of the language model and the SAE."""
     output: str = "runs/saebench"
     """Folder for SAEBench's result files, the probes and the cached activations of the model. The cache goes by the model's
     name: take another folder for another model of that name."""
@@ -186,9 +183,9 @@ def evaluate_saved(config: SAEBenchConfig) -> tuple[Score, ...]:
     saes = {
         sae.strip("/").replace("/", "_").replace(":", "_"): load_sae(sae, device=config.device) for sae in config.saes
     }
-    names = {config.model_name or sae.cfg.metadata.model_name for sae in saes.values()}
+    names = {config.model or sae.cfg.metadata.model_name for sae in saes.values()}
     if len(names) > 1 or None in names:
-        raise ValueError(f"the SAEs' metadata name the models {', '.join(map(str, names))}; give one with --model_name")
+        raise ValueError(f"the SAEs' metadata name the models {', '.join(map(str, names))}; give one with --model")
     return evaluate(saes, load_model(str(*names), config.device), config)
 
 
@@ -204,7 +201,7 @@ def _core(name: str, sae: SAE[Any], model: HookedSAETransformer, config: SAEBenc
         batch_size_prompts=config.batch_size_prompts,
         n_eval_reconstruction_batches=config.batches,
         n_eval_sparsity_variance_batches=config.batches,
-        dataset=config.dataset_path or demo.MODEL_NAME,
+        dataset=config.held_out or demo.MODEL_NAME,
         context_size=config.context_size or sae.cfg.metadata.context_size,
         exclude_special_tokens_from_reconstruction=excluded,
         **dict.fromkeys(computed, True),
@@ -297,7 +294,7 @@ def _store(sae: SAE[Any], model: HookedSAETransformer, config: SAEBenchConfig) -
     refuse_without_tokenizer(model, dataset)
     context_size = config.context_size or metadata.context_size
     if context_size is None:
-        raise ValueError("the SAE's metadata has no context_size; give --context_size")
+        raise ValueError("the SAE's metadata has no context_size; give --context-size")
     check_context(model, context_size)
     with quiet_saelens():
         return store_as_in_training(
@@ -306,9 +303,9 @@ def _store(sae: SAE[Any], model: HookedSAETransformer, config: SAEBenchConfig) -
 
 
 def _dataset(config: SAEBenchConfig) -> Any:
-    if config.dataset_path is None:
+    if config.held_out is None:
         return demo.load_tokens("validation")
-    return open_dataset(config.dataset_path, split="validation")
+    return open_dataset(config.held_out, split="validation")
 
 
 def _digest(sae: SAE[Any], config: SAEBenchConfig) -> str:
@@ -322,7 +319,7 @@ def _digest(sae: SAE[Any], config: SAEBenchConfig) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see `--help`. Returns 2 for a mistake, which is told in one line."""
     try:
-        scores = evaluate_saved(simple_parsing.parse(SAEBenchConfig, args=argv))
+        scores = evaluate_saved(tyro.cli(SAEBenchConfig, args=argv))
     except (ImportError, ValueError, FileNotFoundError) as error:
         print(f"sae_nfm.evaluation.saebench: {error}", file=sys.stderr)
         return 2

@@ -10,11 +10,10 @@ The figures are those of `sae_lens.evals.run_evals`, under its names. What one h
 """
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
-import simple_parsing
 import torch
 from sae_lens import SAE, ActivationsStore
 from sae_lens.evals import EvalConfig, run_evals
@@ -23,8 +22,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm import demo
-from sae_nfm.cli.parser import CommandParser, underscored
 from sae_nfm.common import provenance
+from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_tokens, open_dataset
 from sae_nfm.evaluation.results import Evaluation
 from sae_nfm.loading import load_sae, quiet_saelens
@@ -32,24 +31,18 @@ from sae_nfm.models import LanguageModel, check_context, check_device, model_of,
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(SavedSAEOptions, HeldOutOptions):
     """Which SAE, on what, by which metrics."""
 
-    sae: str = simple_parsing.field(positional=True, metavar="SAE")
+    sae: str
     """Folder of a saved SAE, or a released one as release:sae_id or release sae_id."""
-    sae_id: str | None = simple_parsing.field(default=None, positional=True, nargs="?")
+    sae_id: str | None = None
     """Id of the SAE in its release."""
-    model_name: str | None = None
-    """The language model: a name or a local Hugging Face folder; the one in the SAE's metadata unless given."""
+    held_out: str | None = None
+    """Held-out text or tokens: a .parquet, .jsonl or .txt file, a folder, a data set on disk or on the hub. By default the
+    embedded model's held-out tokens with that model, else the data set the SAE was trained on."""
     model_class_name: str | None = None
     """HookedTransformer, TransformerBridge or AutoModelForCausalLM; the one in the SAE's metadata unless given."""
-    dataset_path: str | None = None
-    """Held-out text or tokens: a .parquet, .jsonl or .txt file, a folder, a data set on disk or on the hub. Without it: the
-    embedded model's held-out tokens with that model, else the data set the SAE was trained on."""
-    split: str = "validation"
-    """Split of dataset_path, where it has several."""
-    context_size: int | None = None
-    """Tokens in a row; the one in the SAE's metadata unless given."""
     batch_size_prompts: int = 16
     """Rows in a batch."""
     n_eval_reconstruction_batches: int = 10
@@ -72,10 +65,8 @@ class EvaluateConfig:
     """For each feature: norms, encoder bias, cosine of encoder and decoder (in the JSON file)."""
     exclude_special_tokens: bool | None = None
     """Whether BOS, EOS and padding are left out; as in the SAE's metadata unless given, and left out where that is silent."""
-    device: str = "cpu"
-    """Device of the language model and the SAE."""
-    output: str | None = None
-    """JSON file for every figure, with configuration, versions and the sha256 of the tokens."""
+    save: str | None = None
+    """JSON file for every number, with configuration, versions and the sha256 of the tokens."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot work."""
@@ -105,45 +96,8 @@ class HashedStore(ActivationsStore):
         return super()._iterate_tokenized_sequences()
 
 
-def parse(argv: Sequence[str], *, examples: Sequence[tuple[str, str]] = ()) -> EvaluateConfig:
-    """Understand a command line after `sae-nfm evaluate`.
-
-    Args:
-        argv: the command line.
-        examples: for the help.
-
-    Raises:
-        ValueError: for a flag or value that does not work, in one line.
-    """
-    return make_parser(examples=examples).parse_args(underscored(argv)).config
-
-
-def make_parser(*, examples: Sequence[tuple[str, str]] = ()) -> CommandParser:
-    """The parser, with examples for its help."""
-    parser = CommandParser(
-        prog="sae-nfm evaluate",
-        usage="%(prog)s SAE [SAE_ID] [options]",
-        description=DESCRIPTION,
-        examples=examples,
-        sections={"SAE, model and data": SHOWN_FIRST},
-        titles={EvaluateConfig.__name__: "metrics and output"},
-    )
-    parser.add_arguments(EvaluateConfig, dest="config")
-    return parser
-
-
-SHOWN_FIRST = ("sae", "sae_id", "model_name", "model_class_name", "dataset_path", "split", "context_size", "device")
-DESCRIPTION = """\
-Evaluate a saved or released SAE of any architecture with SAELens's own evaluation (`sae_lens.evals.run_evals`), spliced into
-its language model, on held-out text.
-
-Special tokens that the SAE was trained without pass it by and are left out of every mean. The ablation that SAELens compares
-with zeroes the hook point everywhere, at special tokens too, so scores relative to it flatter an SAE; kl_div_with_sae and
-ce_loss_with_sae do not depend on it."""
-
-
 def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Evaluation:
-    """Evaluate one SAE; writes `config.output` where that is given.
+    """Evaluate one SAE; writes `config.save` where that is given.
 
     Args:
         config: what to do.
@@ -159,7 +113,7 @@ def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Eva
     dataset, data = _data(sae, config)
     context_size = config.context_size or metadata.context_size
     if context_size is None:
-        raise ValueError("the SAE's metadata has no context_size; give --context_size")
+        raise ValueError("the SAE's metadata has no context_size; give --context-size")
     check_context(model, context_size)
     held_out_tokens(model, dataset, context_size, 1)  # says so where the text fills no row
     with quiet_saelens():
@@ -170,7 +124,7 @@ def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Eva
     result = Evaluation(
         sae=config.sae if config.sae_id is None else f"{config.sae}:{config.sae_id}",
         architecture=sae.cfg.architecture(),
-        model_name=config.model_name or metadata.model_name,
+        model_name=config.model or metadata.model_name,
         hook_name=metadata.hook_name,
         data=data,
         context_size=context_size,
@@ -181,14 +135,14 @@ def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Eva
             config, command=command, sae_config=sae.cfg.to_dict(), tokens_sha256=store.sha256.hexdigest()
         ),
     )
-    if config.output is not None:
-        result.save(config.output)
+    if config.save is not None:
+        result.save(config.save)
     return result
 
 
 def _load_model(sae: SAE[Any], config: EvaluateConfig) -> LanguageModel:
     """The SAE's model; the SAE's hook name becomes the model's own for it."""
-    model, site = model_of(sae, config.device, model_name=config.model_name, model_class_name=config.model_class_name)
+    model, site = model_of(sae, config.device, model_name=config.model, model_class_name=config.model_class_name)
     refuse_heads_of_a_bridge(model, site.hook_name)
     sae.cfg.metadata.hook_name = site.hook_name
     return model
@@ -197,13 +151,13 @@ def _load_model(sae: SAE[Any], config: EvaluateConfig) -> LanguageModel:
 def _data(sae: SAE[Any], config: EvaluateConfig) -> tuple[Any, str]:
     """The data set, and what to call it."""
     trained_on = sae.cfg.metadata.dataset_path
-    if config.dataset_path is not None:
-        return open_dataset(config.dataset_path, split=config.split), config.dataset_path
-    if (config.model_name or sae.cfg.metadata.model_name) == demo.MODEL_NAME:
+    if config.held_out is not None:
+        return open_dataset(config.held_out, split=config.split), config.held_out
+    if (config.model or sae.cfg.metadata.model_name) == demo.MODEL_NAME:
         return demo.load_tokens("validation"), "held-out tokens of the embedded model"
     if not trained_on:
-        raise ValueError("the SAE's metadata names no data set; give held-out text with --dataset_path")
-    label = f"{trained_on}, on which the SAE was trained: not held out (give --dataset_path)"
+        raise ValueError("the SAE's metadata names no data set; give held-out text with --held-out")
+    label = f"{trained_on}, on which the SAE was trained: not held out (give --held-out)"
     return open_dataset(trained_on, split="train"), label
 
 

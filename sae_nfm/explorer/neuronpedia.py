@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simple_parsing
 
 from sae_nfm.common import whole
 from sae_nfm.explorer.results import FULL, Contexts, Explorer, TokenEffects
@@ -39,9 +38,9 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 class ExportConfig:
     """Which explorer, and where its features go."""
 
-    explorer: str = simple_parsing.field(positional=True)
+    explorer: str
     """An explorer.json.gz, or the folder that has it."""
-    output: str = simple_parsing.field(positional=True)
+    output: str
     """File for the features, a line each: .jsonl, or .jsonl.gz to compress it."""
     model_id: str | None = None
     """Neuronpedia's name of the model; the explorer's unless given."""

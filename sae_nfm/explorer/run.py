@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simple_parsing
 from jaxtyping import Int
 from sae_lens import SAE
 from torch import Tensor
 
-from sae_nfm import demo
 from sae_nfm.common import provenance
+from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_corpus
 from sae_nfm.explorer.activations import firings_of
 from sae_nfm.explorer.assemble import ExplorerSizes, assembled
@@ -30,24 +29,13 @@ from sae_nfm.models import LanguageModel, check_device, model_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Explored:
+class Explored(SavedSAEOptions, HeldOutOptions):
     """Which SAE, on what text."""
 
-    sae: str = simple_parsing.field(default=f"{demo.MODEL_NAME}:blocks.2.hook_resid_post", positional=True, nargs="?")
+    sae: str = PACKAGED_SAE
     """Folder of a saved SAE of any architecture, or release:sae_id of a released one."""
-    dataset_path: str | None = None
-    """Held-out text: a .parquet, .jsonl or .txt file, a folder, a data set on disk or on the hub; the embedded model's
-    held-out tokens unless given."""
-    split: str = "validation"
-    """Split of dataset_path, where it has several."""
     n_tokens: int = 20_000
     """Tokens to look at."""
-    context_size: int | None = None
-    """Tokens in a row; the one in the SAE's metadata unless given."""
-    model_name: str | None = None
-    """The language model: a name or a local Hugging Face folder; the one in the SAE's metadata unless given."""
-    device: str = "cpu"
-    """Device of the language model and the SAE."""
     output: str = "runs/explorer"
     """Folder for explorer.json.gz."""
 
@@ -144,12 +132,12 @@ def run_explore(config: ExploreConfig, *, command: str | None = None) -> Explore
     del command
     check_device(config.device)
     sae = load_sae(config.sae, device=config.device).eval()
-    model, _ = model_of(sae, config.device, model_name=config.model_name)
+    model, _ = model_of(sae, config.device, model_name=config.model)
     rows = held_out_corpus(
         model,
         sae,
-        model_name=config.model_name,
-        dataset_path=config.dataset_path,
+        model_name=config.model,
+        dataset_path=config.held_out,
         split=config.split,
         context_size=config.context_size,
         n_tokens=config.n_tokens,

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import simple_parsing
 from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
@@ -34,9 +33,9 @@ Contents = Mapping[str, Path | bytes]
 class PushConfig:
     """What to publish, and where."""
 
-    source: Path = simple_parsing.field(positional=True, metavar="SOURCE")  # noqa: RUF009 (a dataclass field)
+    source: Path
     """Folder of a saved SAE, or the output folder of `sae-nfm demo`, whose SAEs, table and report go together."""
-    repo_id: str = simple_parsing.field(positional=True, metavar="REPO_ID")
+    repo_id: str
     """Hub repository, as in user/repository; it is created where it does not exist."""
     sae_id: str | None = None
     """Id of a single SAE, the folder it gets in the repository; its hook name unless given."""
@@ -58,9 +57,9 @@ class PushConfig:
 class PullConfig:
     """What to fetch, and where it goes."""
 
-    repo_id: str = simple_parsing.field(positional=True, metavar="REPO_ID")
+    repo_id: str
     """Hub repository, as in user/repository, written by `push`."""
-    output: Path = simple_parsing.field(positional=True, metavar="OUTPUT")  # noqa: RUF009 (a dataclass field)
+    output: Path
     """Folder to write: one folder for each SAE, and what stands beside them. It must not exist yet."""
     revision: str = "main"
     """Branch, tag or commit."""

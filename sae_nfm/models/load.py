@@ -259,7 +259,7 @@ def model_of(
     name = model_name or metadata.model_name
     if name is None or metadata.hook_name is None:
         raise ValueError(
-            "the SAE's metadata has no model_name or no hook_name, so it is not known where to splice it in; give --model_name, "
+            "the SAE's metadata has no model_name or no hook_name, so it is not known where to splice it in; give --model, "
             "or save the SAE with a hook_name"
         )
     kind = model_class_name or metadata.model_class_name or "HookedTransformer"
@@ -270,7 +270,7 @@ def model_of(
     if site.d_in != sae.cfg.d_in:
         raise ValueError(
             f"the SAE has d_in {sae.cfg.d_in}, but {site.hook_name!r} of {name} has width {site.d_in}; give the model it "
-            "was trained on with --model_name"
+            "was trained on with --model"
         )
     return model, site
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import simple_parsing
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, TopKTrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
@@ -205,7 +204,7 @@ def _seconds(
 class DryRunConfig:
     """Which run to check, and for which device."""
 
-    experiment: str = simple_parsing.field(positional=True, default="paper", nargs="?", metavar="EXPERIMENT")
+    experiment: str = "paper"
     """A .yaml file, or the name of an experiment that comes with the package."""
     memory_gib: float | None = None
     """Memory of the device in GiB, in place of the file's."""

@@ -43,8 +43,8 @@ class SpeedConfig(Sizes):
     """How the steps grow with this size, d_sae or nfm_dim, doubled from its value up to scan_to."""
     scan_to: int | None = None
     """Last size of the scan; 8 times the first unless given."""
-    output: str | None = None
-    """JSON file for every figure, with configuration and versions."""
+    save: str | None = None
+    """JSON file for every number, with configuration and versions."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be timed."""
@@ -71,7 +71,7 @@ class SpeedConfig(Sizes):
 
 
 def measure_speed(config: SpeedConfig) -> SpeedResult:
-    """Time the arms, or scan one size; writes `config.output` where that is given.
+    """Time the arms, or scan one size; writes `config.save` where that is given.
 
     Raises:
         ValueError: for sizes that do not fit together, or a device that is not there.
@@ -92,8 +92,8 @@ def measure_speed(config: SpeedConfig) -> SpeedResult:
         peaks = measure_peaks(cases, timings) if config.memory else {}
         rows = tuple(_row(case, timings, peaks, rates) for case in cases)
         result = SpeedResult(rows=rows, rates=rates, provenance=_provenance(config))
-    if config.output is not None:
-        result.save(config.output)
+    if config.save is not None:
+        result.save(config.save)
     return result
 
 

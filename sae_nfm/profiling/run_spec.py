@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sae_nfm.models import is_folder
 from sae_nfm.profiling.results import Device
-from sae_nfm.training import TrainArguments, parse
+from sae_nfm.training import TrainArguments, train_arguments
 
 CONFIGS = Path(__file__).parent / "configs"
 """Experiments that come with the package; each goes by its name without .yaml, too."""
@@ -50,7 +50,8 @@ class Experiment:
         Raises:
             ValueError: for a flag or value that does not work.
         """
-        return parse(self.argv())
+        given = {option.replace("-", "_"): value for option, value in self.train.items()}
+        return train_arguments(given, argv=self.argv())
 
     def model_config(self) -> PretrainedConfig:
         """The model's Hugging Face configuration.

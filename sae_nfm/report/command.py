@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import simple_parsing
-
 from sae_nfm.common import whole
 from sae_nfm.common.results import REPORT_FILENAME
 from sae_nfm.report.chapters import sections
@@ -16,9 +14,9 @@ from sae_nfm.report.run_folder import read_run
 class ReportConfig:
     """What to show, and where the page goes."""
 
-    run: str = simple_parsing.field(positional=True)
+    run: str
     """Folder of a run, or of several: every result in it is shown."""
-    output: str | None = None
+    save: str | None = None
     """The HTML file; report.html in the run's folder unless given."""
 
 
@@ -51,7 +49,7 @@ def write_run_report(cfg: ReportConfig) -> WrittenReport:
     """
     run = read_run(cfg.run)
     there, missing = sections(run)
-    path = Path(cfg.output or run.folder / REPORT_FILENAME)
+    path = Path(cfg.save or run.folder / REPORT_FILENAME)
     with whole(path) as partial:
         partial.write_text(page(run, there, missing), encoding="utf-8")
     return WrittenReport(

@@ -109,8 +109,11 @@ def subtitle(run: Run) -> str:
     places: list[str] = []
     for found in run.results:
         config = _config(found)
-        if config.get("hook_name") and config.get("model_name"):
-            places.append(f"{config['hook_name']} of {config['model_name']}")
+        hook, model = (
+            config.get(name) or config.get(f"{name}_name") for name in ("hook", "model")
+        )  # those of 0.1 last
+        if hook and model:
+            places.append(f"{hook} of {model}")
     return "; ".join(dict.fromkeys(places))
 
 
@@ -120,7 +123,9 @@ def _what(run: Run) -> str:
 
 
 def _origin(run: Run, found: Found[Any]) -> list[Block]:
-    origin: dict[str, Any] = found.result.provenance
+    origin: dict[str, Any] = getattr(found.result, "provenance", {})
+    if not origin:
+        return []
     command = origin.get("command")
     told = {key: value for key, value in origin.items() if key != "command"}
     repeat = f"$ {command}" if command else "Made from Python; the configuration is below."
@@ -132,5 +137,5 @@ def _origin(run: Run, found: Found[Any]) -> list[Block]:
 
 
 def _config(found: Found[Any]) -> dict[str, Any]:
-    config = found.result.provenance.get("config")
+    config = getattr(found.result, "provenance", {}).get("config")
     return config if isinstance(config, dict) else {}

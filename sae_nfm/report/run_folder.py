@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from sae_nfm.attribution import Attribution
+from sae_nfm.analysis.results import NormsResult
+from sae_nfm.attribution.results import Attribution
 from sae_nfm.common.before_kinds import kind_by_keys
 from sae_nfm.common.results import KIND, RESULTS_FILENAME, SavedResult, as_result
 from sae_nfm.comparison.results import CompareResult
@@ -28,6 +29,7 @@ RESULTS: tuple[type[SavedResult], ...] = (
     Attribution,
     SpeedResult,
     MeasuredKL,
+    NormsResult,
 )
 """Results that a chapter draws."""
 KINDS: Mapping[str, type[SavedResult]] = {result.kind: result for result in RESULTS}

@@ -1,5 +1,5 @@
 from .arguments import TrainArguments as TrainArguments
-from .arguments import parse as parse
+from .arguments import train_arguments as train_arguments
 from .fused_adam import fuse as fuse
 from .fused_adam import layer_trainer as layer_trainer
 from .multi_arm import StreamConfig as StreamConfig

@@ -23,7 +23,6 @@ from typing_extensions import override
 
 from sae_nfm import demo
 from sae_nfm.architectures import SequentialNFM
-from sae_nfm.cli.parser import underscored
 from sae_nfm.common import check_output, discard_unstarted, partial_folder, publish
 from sae_nfm.convert import write_adapter
 from sae_nfm.data import explained_hub, held_out_tokens, local_dataset, open_dataset, refuse_without_tokenizer
@@ -220,9 +219,7 @@ def _data(arguments: TrainArguments) -> tuple[Any, Any]:
     cfg, held_out = arguments.cfg, arguments.record.held_out
     embedded = cfg.dataset_path in ("", demo.MODEL_NAME)
     if embedded and cfg.model_name != demo.MODEL_NAME:
-        raise ValueError(
-            f"the embedded tokens suit the embedded model only; give --dataset_path for {cfg.model_name!r}"
-        )
+        raise ValueError(f"the embedded tokens suit the embedded model only; give --dataset for {cfg.model_name!r}")
     if embedded:
         cfg.dataset_path = demo.MODEL_NAME
     dataset = demo.load_tokens("train") if embedded else local_dataset(cfg.dataset_path, seed=cfg.seed)
@@ -261,7 +258,7 @@ def how_to_go_on(arguments: TrainArguments) -> str:
 
 def _without_resume(argv: Sequence[str]) -> list[str]:
     """The arguments without the flag that says where to resume from."""
-    plain = [arg.partition("=")[0] for arg in underscored(argv)]
-    flags = [i for i, arg in enumerate(plain) if arg == "--resume_from_checkpoint"]
+    plain = [arg.partition("=")[0].replace("-", "_") for arg in argv]
+    flags = [i for i, arg in enumerate(plain) if arg == "__resume_from_checkpoint"]
     values = [i + 1 for i in flags if "=" not in argv[i] and not "".join(argv[i + 1 : i + 2]).startswith("--")]
     return [arg for i, arg in enumerate(argv) if i not in {*flags, *values}]

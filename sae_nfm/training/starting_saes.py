@@ -80,7 +80,7 @@ class LoadedSAEs:
         if self.primary.cfg.metadata.hook_name not in model.acts_to_saes:  # SAELens only logs a warning
             raise ValueError(
                 f"the model has no hook point {self.primary.cfg.metadata.hook_name!r}, where the primary was trained; give its "
-                "model with --model_name"
+                "model with --model"
             )
 
     def starting_sae(self, cfg: LanguageModelSAERunnerConfig[Any], given: frozenset[str]) -> TrainingSAE[Any] | None:

@@ -7,9 +7,10 @@ import pytest
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from sae_nfm.cli.parser import dashed, underscored
+from sae_nfm.cli.spelling import Option, respelt
+from sae_nfm.cli.train import HIDDEN, parse
 from sae_nfm.evaluation.saelens_evals import EvaluateConfig
-from sae_nfm.training.arguments import EMBEDDED, EMBEDDED_SAE, HIDDEN, parse
+from sae_nfm.training.arguments import EMBEDDED, EMBEDDED_SAE, train_arguments
 from sae_nfm_cli import main
 
 TRIED = ("joint_nfm", "sequential_nfm", "matryoshka_batchtopk", "gated")
@@ -21,9 +22,7 @@ OURS = {"record_every", "held_out", "evaluate_every", "warm_start", "primary", "
 
 
 def printed_help(capsys, *argv: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main([*argv, "--help"])
-    assert stop.value.code == 0
+    assert main([*argv, "--help"]) == 0
     return capsys.readouterr().out
 
 
@@ -38,16 +37,17 @@ def saelens_flags(capsys, architecture: str) -> set[str]:
 @pytest.mark.parametrize("architecture", ALL)
 def test_train_has_exactly_the_flags_of_saelens(architecture, capsys):
     text = printed_help(capsys, "train", "--architecture", architecture)
-    _, _, options = text.partition("model and hook point:")
-    shown = set(re.findall(r"^  (?:-k, |--sae, )?--([\w.]+) ", options, re.MULTILINE))
+    _, _, options = text.partition("model and hook point options:")
+    lines = re.findall(r"^  (-.*?)(?:  |$)", options, re.MULTILINE)
+    shown = {re.findall(r"--(?!no_)([\w.]+)", line)[-1] for line in lines}
     theirs = {{"sae": "architecture"}.get(flag, flag) for flag in saelens_flags(capsys, architecture)}
     assert shown == theirs - set(HIDDEN) | OURS
 
 
 def test_help_of_train_has_no_noise(capsys):
     text = printed_help(capsys, "train")
-    _, _, wandb = text.partition("Weights & Biases:")
-    assert "--log_to_wandb [bool]" in wandb
+    _, _, wandb = text.partition("Weights & Biases options:")
+    assert "--log_to_wandb " in wandb
     assert "(default: False; SAELens's: True)" in " ".join(wandb.split())
     for noise in (
         "Config(",
@@ -63,7 +63,7 @@ def test_help_of_train_has_no_noise(capsys):
 def test_help_of_evaluate_describes_every_option(capsys):
     text = printed_help(capsys, "evaluate")
     for field in fields(EvaluateConfig):
-        assert field.name in ("sae", "sae_id") or f"--{field.name} " in text
+        assert field.name in ("sae", "sae_id") or re.search(rf"--{field.name.replace('_', '-')}[ ,\n]", text)
     words = " ".join(text.split())
     assert "SAE Folder of a saved SAE, or a released one as release:sae_id or release sae_id." in words
     assert "zeroes the hook point everywhere, at special tokens too" in words
@@ -87,7 +87,7 @@ def test_flags_given_mean_what_they_mean_to_saelens(architecture):
     ours, theirs = parse(flags), _parse_cfg_args(flags)
     assert ours.cfg.to_dict() == theirs.to_dict()
     assert ours.cfg.sae.d_in == 7  # so that the flags were read at all
-    assert {"d_in", "adam_beta1", "nostreaming"} <= ours.given
+    assert {"d_in", "adam_beta1", "streaming"} <= ours.given
 
 
 def test_values_that_saelens_cannot_read_are_read():
@@ -113,15 +113,81 @@ def test_matryoshka_widths_unless_given():
     assert parse([*flags, "--matryoshka_widths", "3", "48"]).cfg.sae.matryoshka_widths == [3, 48]
 
 
-def test_dashes_and_underscores_in_names_only():
-    assert underscored(["--hook-name", "a-b", "-k", "--x-y=a-b", "-5"]) == [
-        "--hook_name",
-        "a-b",
-        "-k",
-        "--x_y=a-b",
-        "-5",
+def test_a_run_from_typed_values_is_the_run_of_its_command_line():
+    given = {"architecture": "topk", "k": 4, "lr": "1e-3", "seqpos_slice": [1, None], "sae.dtype": "float32"}
+    argv = [
+        "--architecture",
+        "topk",
+        "--k",
+        "4",
+        "--lr",
+        "1e-3",
+        "--seqpos_slice",
+        "1",
+        "None",
+        "--sae.dtype",
+        "float32",
     ]
-    assert dashed(["--hook_name", "a_b", "--x_y=a_b"]) == ["--hook-name", "a_b", "--x-y=a_b"]
+    parsed, made = parse([*argv, "--wandb_id", "x"]), train_arguments(given | {"wandb_id": "x"}, argv=argv)
+    assert made.cfg.to_dict() == parsed.cfg.to_dict()
+    with pytest.raises(ValueError, match="no option kk"):
+        train_arguments({"kk": 4}, argv=[])
+    with pytest.raises(ValueError, match="k is 'many'"):
+        train_arguments({"k": "many"}, argv=[])
+
+
+OPTIONS = [
+    Option(name="sae", type=str, positional=True),
+    Option(name="hook", type=str),
+    Option(name="save", type=str | None),
+    Option(name="d_sae", type=int),
+    Option(name="pairs", type=bool),
+    Option(name="prepend_bos", type=bool | None),
+]
+
+
+@pytest.mark.parametrize(
+    ("argv", "new", "told"),
+    [
+        ("--hook a_b --d-sae 4 x", "--hook a_b --d-sae 4 x", ()),
+        (
+            "--hook-name a_b --d_sae=-4",
+            "--hook a_b --d-sae=-4",
+            ("--hook-name is now --hook", "--d_sae is now --d-sae"),
+        ),
+        ("--hook_name=a-b -5", "--hook=a-b -5", ("--hook_name is now --hook",)),
+        ("--output x", "--save x", ("--output is now --save",)),
+        ("--save none", "--save None", ()),
+        ("--pairs true", "--pairs", ("--pairs true is now --pairs",)),
+        ("--pairs False", "--no-pairs", ("--pairs False is now --no-pairs",)),
+        ("--nopairs", "--no-pairs", ("--nopairs is now --no-pairs",)),
+        ("--prepend-bos", "--prepend-bos True", ()),
+        ("--no-prepend-bos --pairs x", "--prepend-bos False --pairs x", ()),
+        ("y --sae x", "x y", ()),
+        ("--other_one -- --hook-name", "--other_one -- --hook-name", ()),
+    ],
+)
+def test_old_spellings_work_and_are_told_of(argv, new, told, capsys):
+    args, _ = respelt(argv.split(), OPTIONS, underscores=False)
+    assert args == new.split()
+    assert capsys.readouterr().err == "".join(
+        f"sae-nfm: {line}; the old spelling works until version 0.3\n" for line in told
+    )
+
+
+def test_names_of_saelens_are_no_old_spelling(capsys):
+    args, given = respelt(["--d-sae", "4", "--hook_name", "x", "--pairs", "false"], OPTIONS, underscores=True)
+    assert args == ["--d_sae", "4", "--hook", "x", "--no_pairs"]
+    assert given == {"d_sae", "hook", "pairs"}
+    assert capsys.readouterr().err == ""
+
+
+def test_options_mean_the_same_in_train():
+    common = parse(["--model", "gpt2", "--hook", "h", "--dataset", "d", "--output", "o", "--held-out", "t"])
+    cfg, record = common.cfg, common.record
+    assert (cfg.model_name, cfg.hook_name, cfg.dataset_path, cfg.output_path) == ("gpt2", "h", "d", "o")
+    assert record.held_out == "t"
+    assert common.given == {"model_name", "hook_name", "dataset_path", "output_path", "held_out"}
 
 
 def told_of_a_mistake(capsys, *argv: str) -> str:
@@ -150,6 +216,9 @@ def test_push_says_what_is_wrong_with_its_source(capsys):
         (["evaluate"], r"\bSAE\b.*`sae-nfm evaluate --help`"),
         (["demo", "--k", "0"], r"\bk\b.*\b0\b"),
         (["demo", "--foo"], "--foo; .*`sae-nfm demo --help`"),
+        (["demo", "--devise", "cpu"], "--devise cpu; did you mean --device.*`sae-nfm demo --help`"),
+        (["explore", "a", "b"], "unexpected argument b; .*`sae-nfm explore --help`"),
+        (["train", "--exclude_special_tokens", "some"], "--exclude_special_tokens: 'some'.*`sae-nfm train --help`"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -118,7 +118,7 @@ def test_debug_puts_the_traceback_before_the_line(kind, status, capsys):
 
 def test_debug_of_a_mistake_in_the_options(capsys):
     assert main(["fail", "--knd", "x", "--debug"]) == 2
-    assert "in parse_args" in capsys.readouterr().err
+    assert "in parse" in capsys.readouterr().err
 
 
 def test_what_follows_two_dashes_is_no_switch(capsys):
@@ -168,7 +168,7 @@ def test_json_of_everything_a_result_holds():
 
 def test_the_json_of_a_command_is_what_it_saves(tmp_path, capsys):
     saved = tmp_path / "attribution.json"
-    argv = ["attribute", "The film was not good", "--json", "--output", str(saved)]
+    argv = ["attribute", "The film was not good", "--json", "--save", str(saved)]
     assert main(argv) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(saved.read_text())

@@ -28,8 +28,8 @@ from sae_nfm.training.results import read_training_record
 from sae_nfm_cli.commands import COMMANDS
 
 TINY = {
-    "training_tokens": 1024, "validation_tokens": 384, "context_size": 32, "d_sae": 96, "k": (16,), "nfm_dim": 4,
-    "batch_size": 128, "seeds": (0, 1), "learning_rates": (5e-3, 1e-2), "sweep_tokens": 256, "sweep_validation_tokens": 128,
+    "training_tokens": 1024, "held_out_tokens": 384, "context_size": 32, "d_sae": 96, "k": (16,), "nfm_dim": 4,
+    "batch_size": 128, "seeds": (0, 1), "learning_rates": (5e-3, 1e-2), "sweep_tokens": 256, "sweep_held_out_tokens": 128,
     "standard_l1": (0.01, 2.0),
 }  # fmt: skip
 JOINT = str(ArmName.JOINT)
@@ -70,7 +70,7 @@ def test_rows_are_every_arm_of_every_seed(finished):
 def test_the_figures_are_those_of_evaluate(finished):
     cfg, output, result = finished
     model = demo.load_model()
-    tokens = datasets.held_out_tokens(model, demo.load_tokens("validation"), cfg.context_size, cfg.validation_tokens)
+    tokens = datasets.held_out_tokens(model, demo.load_tokens("validation"), cfg.context_size, cfg.held_out_tokens)
     arms = [Arm(name=name, sae=SAE.load_from_disk(output / "k16" / "seed-0" / name).eval()) for name in SAES]
     for name, fidelity in evaluate(model, tokens, arms).items():
         row = row_of(result, name)
@@ -108,8 +108,8 @@ def test_each_arm_has_the_rate_that_its_own_sweep_chose(finished):
     best = min((row for row in result.sweep if row.arm == "topk"), key=lambda row: row.fvu)
     assert rates["topk"] == best.learning_rate
     model, validation = demo.load_model(), demo.load_tokens("validation")
-    compared = held_out_rows(model, validation, cfg.context_size, cfg.validation_tokens)
-    swept = held_out_rows(model, validation, cfg.context_size, cfg.sweep_validation_tokens, compared.tokens.numel())
+    compared = held_out_rows(model, validation, cfg.context_size, cfg.held_out_tokens)
+    swept = held_out_rows(model, validation, cfg.context_size, cfg.sweep_held_out_tokens, compared.tokens.numel())
     assert not {tuple(row) for row in compared.tokens.tolist()} & {tuple(row) for row in swept.tokens.tolist()}
 
 
@@ -286,7 +286,7 @@ def test_every_claim_is_about_arms_that_exist():
     [
         ({"training_tokens": 8192}, r"\btraining_tokens\b.*\b8192\b.*\b1024\b.*run'"),
         ({"learning_rates": (1e-3,)}, r"\blearning_rates\b.*\[0\.001\].*\[0\.005, 0\.01\]"),
-        ({"validation_tokens": 512}, r"\bvalidation_tokens\b.*\b512\b.*\b384\b"),
+        ({"held_out_tokens": 512}, r"\bvalidation_tokens\b.*\b512\b.*\b384\b"),
         ({"d_sae": 97}, r"\bd_sae\b.*\b97\b.*\b96\b"),
     ],
 )  # fmt: skip
@@ -324,7 +324,7 @@ def test_bad_input_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"\bk\b.*\b200\b.*\bd_sae\b.*\b96\b"):
         run_compare(CompareConfig(**(TINY | {"k": (200,)}), output=str(output)))
     with pytest.raises(ValueError, match=r"\bone row of 32 tokens\b.*\bskip_tokens\b"):
-        run_compare(CompareConfig(**(TINY | {"validation_tokens": 10**9}), output=str(output)))
+        run_compare(CompareConfig(**(TINY | {"held_out_tokens": 10**9}), output=str(output)))
     assert not output.exists()
     output.mkdir()
     (output / "thesis.txt").write_text("mine")

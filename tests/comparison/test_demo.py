@@ -23,7 +23,7 @@ from sae_nfm.training.results import read_training_record
 from sae_nfm_cli import main
 
 TINY = {
-    "training_tokens": 1024, "validation_tokens": 256, "context_size": 32, "d_sae": 96, "k": 8, "nfm_dim": 4,
+    "training_tokens": 1024, "held_out_tokens": 256, "context_size": 32, "d_sae": 96, "k": 8, "nfm_dim": 4,
     "batch_size": 128,
 }  # fmt: skip
 TINY_FLAGS = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -113,7 +113,7 @@ def test_one_seed_gives_one_table(commanded):
 
 def test_another_seed_gives_other_saes(finished, tmp_path):
     cfg, output, _ = finished
-    other = replace(cfg, output=str(tmp_path / "other"), seed=1, validation_tokens=cfg.context_size)
+    other = replace(cfg, output=str(tmp_path / "other"), seed=1, held_out_tokens=cfg.context_size)
     compare_once(Prepared.of(other.comparison()))
     for name in ("joint_nfm", "joint_nfm square", "topk", "topk matched"):
         one, other = (SAE.load_from_disk(folder / "saes" / name) for folder in (output, tmp_path / "other"))
@@ -136,7 +136,7 @@ def test_a_second_run_replaces_the_first(finished, tmp_path):
     cfg, output, _ = finished
     copytree(output, tmp_path / "run")
     (tmp_path / "run" / "saes.partial.partial").mkdir()  # of a run that was interrupted
-    smaller = replace(cfg, output=str(tmp_path / "run"), d_sae=64, validation_tokens=cfg.context_size)
+    smaller = replace(cfg, output=str(tmp_path / "run"), d_sae=64, held_out_tokens=cfg.context_size)
     compare_once(Prepared.of(smaller.comparison()))
     assert SAE.load_from_disk(tmp_path / "run" / "saes" / "topk").cfg.d_sae == 64
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["results.json", "saes", "training.jsonl"]
@@ -215,7 +215,7 @@ def test_help_describes_every_option(capsys):
         (["--held-out", "x.txt"], ["no --dataset"]),
         (["--dataset", "no.txt", "--held-out", "no.txt"], ["no.txt"]),
         (["--dataset", "EMPTY.txt", "--held-out", "EMPTY.txt"], ["EMPTY.txt", "no text"]),
-        (["--model", "gpt2"], ["embedded", "--dataset", "--validation"]),
+        (["--model", "gpt2"], ["embedded", "--dataset", "--held-out"]),
     ],
 )
 def test_bad_input_is_one_clear_line_and_leaves_nothing(flags, named, tmp_path, capsys, monkeypatch):

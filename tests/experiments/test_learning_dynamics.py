@@ -82,7 +82,7 @@ def found(tmp_path_factory):
     cfg = DynamicsConfig(
         checkpoints=str(run.parent),
         reference=str(reference),
-        validation_tokens=1_024,
+        held_out_tokens=1_024,
         n_permutations=199,
         output=str(root / "out"),
     )
@@ -335,7 +335,7 @@ def test_a_damaged_checkpoint(tmp_path):
     ids=["a topk run", "a joint reference", "another hook point", "another size", "no model", "no text"],
 )
 def test_runs_that_do_not_go_together(found, tmp_path, wrong, message):
-    cfg = replace(found[0], validation_tokens=512, output=str(tmp_path / "out"), **wrong(tmp_path / "wrong"))
+    cfg = replace(found[0], held_out_tokens=512, output=str(tmp_path / "out"), **wrong(tmp_path / "wrong"))
     with pytest.raises(ValueError, match=message):
         run_dynamics(cfg)
     assert not (tmp_path / "out").exists()
@@ -343,7 +343,7 @@ def test_runs_that_do_not_go_together(found, tmp_path, wrong, message):
 
 def test_no_canonical_gauge(found, tmp_path):
     saes = [joint([0.3, 0.6] * 8, head="fm", nfm_top_k=3)] * 2
-    changed = {"checkpoints": str(save(tmp_path / "run", saes)), "reference": None, "validation_tokens": 512}
+    changed = {"checkpoints": str(save(tmp_path / "run", saes)), "reference": None, "held_out_tokens": 512}
     cfg = replace(found[0], **changed, output=str(tmp_path / "out"))
     result = run_dynamics(cfg)
     assert result.not_canonical is not None
@@ -353,6 +353,6 @@ def test_no_canonical_gauge(found, tmp_path):
 
 def test_refused_before_anything_is_read():
     with pytest.raises(ValueError, match=r"\bvalidation_tokens\b.*\b0\b"):
-        DynamicsConfig(checkpoints="nowhere", validation_tokens=0)
+        DynamicsConfig(checkpoints="nowhere", held_out_tokens=0)
     with pytest.raises(ValueError, match=r"\bcontext_size\b.*\b1\b.*\b2\b"):
         DynamicsConfig(checkpoints="nowhere", context_size=1)

@@ -26,7 +26,7 @@ from sae_nfm.training.results import Trained
 
 pytest_plugins = ["finished_runs"]
 CANONICAL, DIRECT = str(Paths.CANONICAL), str(Paths.DIRECT)
-CONTEXT, ROWS = SMALL["context_size"], SMALL["validation_tokens"] // SMALL["context_size"]
+CONTEXT, ROWS = SMALL["context_size"], SMALL["held_out_tokens"] // SMALL["context_size"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def fidelity(reproduction):
     arms = [Arm(name=str(paths), sae=joint, off=off) for paths, off in ablations(joint).items()]
     arms += [Arm(name="all", sae=joint), Arm(name="topk matched", sae=topk)]
     arms += [Arm(name=CANONICAL, sae=canonical, off=("hook_nfm_interaction",))]
-    return evaluate(model, datasets.held_out_tokens(model, validation, CONTEXT, SMALL["validation_tokens"]), arms)
+    return evaluate(model, datasets.held_out_tokens(model, validation, CONTEXT, SMALL["held_out_tokens"]), arms)
 
 
 def row(result: ReproduceResult, name: str, control: str):
@@ -144,7 +144,7 @@ def test_a_finished_comparison_is_read(config, result, tmp_path):
     """Its SAEs, its settings: the same table, although other sizes were asked for; without an arm, it says what that takes."""
     copytree(Path(config.output) / "compare", tmp_path / "compare")
     rmtree(tmp_path / "compare" / "k8" / "seed-1" / "topk")
-    other = {"d_sae": 99, "validation_tokens": 1, "sentences": 0}
+    other = {"d_sae": 99, "held_out_tokens": 1, "sentences": 0}
     again = replace(config, compare=str(tmp_path / "compare"), output=str(tmp_path / "out"), **other)
     found = run_reproduce(again).rows
     left = {

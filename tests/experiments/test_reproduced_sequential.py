@@ -38,7 +38,7 @@ from sae_nfm.training.results import TRAINED_FILENAME, Trained
 pytest_plugins = ["finished_runs"]
 JOINT, MATCHED = "joint_nfm", "topk matched"
 NAMES = (SEQUENTIAL, ADAPTER)
-ROWS = SMALL["validation_tokens"] // SMALL["context_size"]
+ROWS = SMALL["held_out_tokens"] // SMALL["context_size"]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def behaviour(reproduction):
 
 @pytest.fixture(scope="module")
 def activations(model, saes):
-    rows = held_out_rows(model, demo.load_tokens("validation"), SMALL["context_size"], SMALL["validation_tokens"])
+    rows = held_out_rows(model, demo.load_tokens("validation"), SMALL["context_size"], SMALL["held_out_tokens"])
     return read_activations(model, saes[SEQUENTIAL], rows.tokens, rows.documents)
 
 

@@ -54,7 +54,7 @@ def config(tmp_path_factory) -> SecondaryConfig:
         validation=write_text(folder / "validation.jsonl", 40, seed=2),
         expansion=3,
         training_tokens=1_024,
-        validation_tokens=480,
+        held_out_tokens=480,
         fit_tokens=320,
         batch_size=64,
         context_size=CONTEXT,
@@ -74,7 +74,7 @@ def parts(config, result):
     primary = SAE.load_from_disk(config.primary)
     model = load_model(primary.cfg.metadata.model_name)
     _, validation = load_splits(config.dataset, config.validation, "tiny")
-    return model, primary, held_out_rows(model, validation, CONTEXT, config.validation_tokens)
+    return model, primary, held_out_rows(model, validation, CONTEXT, config.held_out_tokens)
 
 
 def saved(config, source: str, k: int) -> SAE:

@@ -16,7 +16,7 @@ SMALL: dict[str, Any] = {
     "nfm_dim": 8,
     "context_size": 32,
     "training_tokens": 4_096,  # two batches
-    "validation_tokens": 192,  # six rows, each a document: as many as shares of paths need
+    "held_out_tokens": 192,  # six rows, each a document: as many as shares of paths need
     "fit_tokens": 512,
     "n_permutations": 19,
     "sentences": 4,

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import simple_parsing
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 from sae_nfm import demo
 from sae_nfm.analysis import gauge, read_activations
 from sae_nfm.common import provenance, whole
+from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import held_out_rows, open_dataset
 from sae_nfm.experiments.dynamics.checkpoints import checkpoints_of_run, load_checkpoint
 from sae_nfm.experiments.dynamics.measure import (
@@ -41,19 +41,17 @@ from sae_nfm.models import check_context, check_device, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynamicsConfig:
+class DynamicsConfig(SavedSAEOptions):
     """Which checkpoints, on what, and where the results go."""
 
-    checkpoints: str = simple_parsing.field(positional=True, metavar="RUN_CHECKPOINTS")
+    checkpoints: str
     """Folder of the checkpoints of one joint_nfm run, as `sae-nfm train --n_checkpoints` leaves it: folders named by tokens."""
     reference: str | None = None
     """The same of a topk run on the same data, for norms and firing."""
-    model_name: str | None = None
-    """The language model: a name or a local Hugging Face folder; the one in the checkpoints' metadata unless given."""
-    validation: str | None = None
+    held_out: str | None = None
     """Held-out text: a .parquet, .jsonl or .txt file, or a hub name; with the embedded model its own held-out tokens unless
     given."""
-    validation_tokens: int = 20_000
+    held_out_tokens: int = 20_000
     """Held-out tokens, at most."""
     context_size: int | None = None
     """Tokens per row; the one in the checkpoints' metadata unless given."""
@@ -61,14 +59,12 @@ class DynamicsConfig:
     """Draws of each null distribution."""
     seed: int = 0
     """Of these draws."""
-    device: str = "cpu"
-    """Device of the language model and the SAEs."""
     output: str = "runs/dynamics"
     """Folder for results.json and features.parquet."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        for name in ("validation_tokens", "n_permutations"):
+        for name in ("held_out_tokens", "n_permutations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
         if self.context_size is not None and self.context_size < 2:
@@ -104,20 +100,18 @@ def run_dynamics(cfg: DynamicsConfig, *, command: str | None = None) -> Dynamics
 
 def _activations(cfg: DynamicsConfig, sae: SAE[Any]) -> tuple[Tensor, Tensor]:
     metadata = sae.cfg.metadata
-    name = cfg.model_name or metadata.model_name
+    name = cfg.model or metadata.model_name
     if name is None or metadata.hook_name is None:
         raise ValueError(
-            f"the metadata in {cfg.checkpoints!r} have no model_name or no hook_name; give --model-name, or checkpoints with both"
+            f"the metadata in {cfg.checkpoints!r} have no model_name or no hook_name; give --model, or checkpoints with both"
         )
-    if cfg.validation is None and name != demo.MODEL_NAME:
-        raise ValueError(f"the embedded tokens suit the embedded model only; give --validation for {name!r}")
+    if cfg.held_out is None and name != demo.MODEL_NAME:
+        raise ValueError(f"the embedded tokens suit the embedded model only; give --held-out for {name!r}")
     model = load_model(name, cfg.device, model_class_name=metadata.model_class_name or "HookedTransformer")
     context_size = cfg.context_size or metadata.context_size or 256
     check_context(model, context_size)
-    text = (
-        demo.load_tokens("validation") if cfg.validation is None else open_dataset(cfg.validation, split="validation")
-    )
-    rows = held_out_rows(model, text, context_size, cfg.validation_tokens)
+    text = demo.load_tokens("validation") if cfg.held_out is None else open_dataset(cfg.held_out, split="validation")
+    rows = held_out_rows(model, text, context_size, cfg.held_out_tokens)
     x, documents = read_activations(model, sae, rows.tokens, rows.documents)
     assert documents is not None
     return x, documents

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from sae_nfm.architectures import NFMPaths
 from sae_nfm.common import provenance, whole
+from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions
 from sae_nfm.experiments.factorial.candidates import (
     Candidates,
     Pool,
@@ -62,15 +63,13 @@ CHANGES_FILENAME = "changes.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorialConfig:
+class FactorialConfig(SavedSAEOptions):
     """What to test, and where the results go."""
 
-    sae: str = "sae-nfm-demo:blocks.2.hook_resid_post"
+    sae: str = PACKAGED_SAE
     """Folder of a saved SAE, or a released one as release:sae_id."""
     secondary: str | None = None
     """A secondary SAE on its hidden code, likewise; its features are selected and clamped too."""
-    model_name: str | None = None
-    """The language model: a name or a local Hugging Face folder; the one in the SAE's metadata unless given."""
     stimuli: str = "sentiment-register"
     """Stimuli: a .yaml file (docs/factorial.md), or one of formality-emotion, sentiment-register."""
     clamps: tuple[float, ...] = (-4.0, 0.0, 1.0, 4.0)
@@ -89,8 +88,6 @@ class FactorialConfig:
     """Seed of the division of the stimuli and of the permutations."""
     batch_rows: int = 64
     """Rows per forward pass."""
-    device: str = "cpu"
-    """Device of the language model and the SAE."""
     output: str = "runs/factorial"
     """Folder for results.json and changes.parquet."""
 
@@ -117,7 +114,7 @@ def run_factorial(cfg: FactorialConfig, *, command: str | None = None) -> Factor
     stimuli = load_stimuli(cfg.stimuli)
     sae = load_sae(cfg.sae, device=cfg.device).eval()
     secondary = None if cfg.secondary is None else load_sae(cfg.secondary, device=cfg.device).eval()
-    model, _ = model_of(sae, cfg.device, model_name=cfg.model_name)
+    model, _ = model_of(sae, cfg.device, model_name=cfg.model)
     result, rows = factorial(model, sae, stimuli, cfg, secondary=secondary, command=command)
     with whole(Path(cfg.output) / CHANGES_FILENAME) as partial:
         rows.to_parquet(partial)

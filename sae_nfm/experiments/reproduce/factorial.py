@@ -67,7 +67,7 @@ def factorial_rows(
     cfg = FactorialConfig(
         sae=str(ArmName.JOINT),
         secondary=str(output / SECONDARY),
-        model_name=stream.model_name,
+        model=stream.model_name,
         stimuli=whole.name,
         clamps=(CLAMP,),
         absolute=(),

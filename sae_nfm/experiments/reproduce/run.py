@@ -142,7 +142,7 @@ def _behaviour(
 ) -> tuple[TokenRows, Behaviour]:
     """The held-out text, and a measurement of every arm on it."""
     context_size = min(cfg.context_size, model.cfg.n_ctx)
-    rows = held_out_rows(model, validation, context_size, cfg.validation_tokens)
+    rows = held_out_rows(model, validation, context_size, cfg.held_out_tokens)
     fitted = held_out_rows(model, validation, context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     arms = behaviour_arms(model, saes, fitted)
     folder = measure(model, rows, arms, Path(cfg.output) / "rows", seed=cfg.seed)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import simple_parsing
 from sae_lens import SAE
 
 from sae_nfm import demo
 from sae_nfm.architectures import check_primary, primary_digest
 from sae_nfm.common import provenance
+from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions, TextOptions
 from sae_nfm.data import TokenRows, datasets, held_out_rows
 from sae_nfm.experiments.secondary.measure import secondary_rows
 from sae_nfm.experiments.secondary.results import SecondaryResult
@@ -24,22 +24,13 @@ from sae_nfm.loading import digest, load_sae
 from sae_nfm.models import check_device, load_model
 from sae_nfm.training import StreamConfig
 
-PACKAGED = f"{demo.MODEL_NAME}:blocks.2.hook_resid_post"
-"""The SAE that comes with the package."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class SecondaryConfig:
+class SecondaryConfig(SavedSAEOptions, TextOptions):
     """Which primary, what to train, and where the results go."""
 
-    primary: str = simple_parsing.field(default=PACKAGED, positional=True, nargs="?", metavar="PRIMARY")
+    primary: str = PACKAGED_SAE
     """Folder of a saved SAE with an interaction path, or a released one as release:sae_id."""
-    model_name: str | None = None
-    """A TransformerLens model name or a local Hugging Face folder; the one in the primary's metadata unless given."""
-    dataset: str | None = None
-    """Training text: a parquet, jsonl or txt file, or a hub name; None takes tokens sampled from the embedded model."""
-    validation: str | None = None
-    """Held-out text, likewise; None takes a hub data set's validation split, or the embedded tokens."""
     expansion: int = 25
     """Features per dimension of what is reconstructed; the paper's is 7,500 / 300."""
     k: tuple[int, ...] = ()
@@ -47,7 +38,7 @@ class SecondaryConfig:
     of 300. The SAEs of the linear path and of the residual take the smallest."""
     training_tokens: int = 100_000
     """Activations that each SAE is trained on."""
-    validation_tokens: int = 20_000
+    held_out_tokens: int = 20_000
     """Held-out tokens that figures are taken on, at most."""
     fit_tokens: int = 10_000
     """Held-out tokens, after those, for the mean of the hidden code."""
@@ -59,14 +50,12 @@ class SecondaryConfig:
     """Adam's learning rate, the same for every SAE."""
     seed: int = 0
     """Seed of initialisation, data order and permutations."""
-    device: str = "cpu"
-    """Device of the language model and the SAEs."""
     output: str = "runs/secondary"
     """Folder for everything."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot work."""
-        for name in ("expansion", "training_tokens", "validation_tokens", "fit_tokens", "batch_size"):
+        for name in ("expansion", "training_tokens", "held_out_tokens", "fit_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
         if self.training_tokens < self.batch_size:
@@ -84,14 +73,14 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
     check_device(cfg.device)
     primary = load_sae(cfg.primary, device=cfg.device).eval()
     checked, metadata, output = check_primary(primary), primary.cfg.metadata, Path(cfg.output)
-    name = cfg.model_name or metadata.model_name
+    name = cfg.model or metadata.model_name
     if name is None or metadata.hook_name is None:
         raise ValueError(
             f"the metadata of {cfg.primary!r} has no model_name or no hook_name, so it is not known what it reads; give "
-            "--model-name, or save the SAE with a hook_name"
+            "--model, or save the SAE with a hook_name"
         )
     model = load_model(name, cfg.device)
-    train, validation = datasets.load_splits(cfg.dataset, cfg.validation, name, cfg.seed)
+    train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, name, cfg.seed)
     stream = StreamConfig(
         model_name=name,
         hook_name=metadata.hook_name,
@@ -102,7 +91,7 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
         seed=cfg.seed,
         device=cfg.device,
     )
-    rows = held_out_rows(model, validation, stream.context_size, cfg.validation_tokens)
+    rows = held_out_rows(model, validation, stream.context_size, cfg.held_out_tokens)
     fitted = held_out_rows(model, validation, stream.context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     ks = tuple(sorted(set(cfg.k or default_k(checked.cfg.nfm_dim))))
     sizes = SecondarySizes(expansion=cfg.expansion, k=ks, learning_rate=cfg.lr)

@@ -24,7 +24,7 @@ from sae_nfm.report.plots.theme import PALETTE, styled
 from sae_nfm.report.run_folder import Found, Run
 
 TITLE = "Interactions"
-COMMANDS = ("sae-nfm attribute --corpus --sae SAE --output RUN/attribution/corpus.json",)
+COMMANDS = ("sae-nfm attribute --corpus --sae SAE --save RUN/attribution/corpus.json",)
 STRONGEST, TOKENS = 20, 6
 """Pairs in the dot plot, and tokens of a prompt that are shown."""
 SHARE_AXIS = Axis(title="share of the energy of all pairs", tickformat=".1%", form=".2%", reference=0, from_zero=True)

@@ -14,7 +14,7 @@ from sae_nfm.report.run_folder import Found, Run
 from sae_nfm.stats import Estimate
 
 TITLE = "Speed"
-COMMANDS = ("sae-nfm speed --output RUN/speed/speed.json",)
+COMMANDS = ("sae-nfm speed --save RUN/speed/speed.json",)
 STEP, PEAK = "training step", "peak memory"
 RATIO_AXIS = Axis(title="times topk's (1: the same)", form=".2f", reference=1, from_zero=True)
 AXES: dict[Scan, str] = {"d_sae": "features (d_sae)", "nfm_dim": "interaction dimensions"}
