@@ -15,8 +15,8 @@ MOVED: dict[str, str] = {
     "attribute": "attribution.run attribution.results",
     "baselines": "comparison.arms",
     "behaviour": "evaluation.fidelity",
-    "benchmark": "comparison.benchmark",
-    "claims": "comparison.claims",
+    "benchmark": "comparison.run",
+    "claims": "comparison.claims comparison.results",
     "compare": "comparison.run",
     "compare_config": "comparison.config",
     "compare_results": "comparison.results",
@@ -66,7 +66,7 @@ MOVED: dict[str, str] = {
     "reproduce": "experiments.reproduce.run",
     "reproduced_result": "experiments.reproduce.results",
     "resampling": "stats.clustered",
-    "results": "comparison.benchmark_results",
+    "results": "comparison.results",
     "resume": "training.resume",
     "sae": "architectures.joint_sae",
     "sae_by_name": "loading.by_name",
@@ -96,6 +96,14 @@ MOVED: dict[str, str] = {
     "warm_start": "convert.warm_start",
 }
 """The old module, and the new one with others that took some of its names; their package is looked in last."""
+RENAMED = {
+    "BenchmarkConfig": "DemoConfig",
+    "BenchmarkResult": "CompareResult",
+    "Comparison": "Change",
+    "Row": "CompareRow",
+    "run_benchmark": "compare_once",
+}
+"""Names in these modules that have changed."""
 
 
 class OldNames(MetaPathFinder, Loader):
@@ -113,6 +121,7 @@ class OldNames(MetaPathFinder, Loader):
         places = [import_module(name) for name in (new, *others, new.rpartition(".")[0])]
 
         def found(name: str) -> Any:
+            name = RENAMED.get(name, name)
             for place in places:
                 if not name.startswith("__") and hasattr(place, name):
                     return getattr(place, name)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import simple_parsing
+import tyro
 import torch
 from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from sae_nfm import demo
 from sae_nfm.common import written_whole
-from sae_nfm.comparison import DemoConfig, Prepared, compare_once
+from sae_nfm.comparison import DemoConfig, compare_once
 from sae_nfm.comparison.results import CompareResult
 from sae_nfm.data import datasets
 from sae_nfm.demo.tokens import TOKENS_DIR
@@ -63,7 +63,7 @@ def train_sae(config: TrainSAEConfig) -> CompareResult:
         output=str(config.run),
     )
     command = "python docs/embedded_model/train_sae.py"
-    result = _finished(run) or compare_once(Prepared.of(run.comparison()), command=command)
+    result = _finished(run) or compare_once(run, command=command)
     folder = config.output / run.hook
     package(config.run / "saes", folder)
     fvu = result.row(TRAINED).fvu
@@ -129,7 +129,7 @@ def effect_of_rounding(config: TrainSAEConfig, hook_name: str) -> dict[str, Fide
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: see `--help`."""
-    config = simple_parsing.parse(TrainSAEConfig, args=argv)
+    config = tyro.cli(TrainSAEConfig, args=argv)
     result = train_sae(config)
     print(f"{result.words()}\n")
     for name, fidelity in effect_of_rounding(config, result.provenance["config"]["hook"]).items():

@@ -206,7 +206,6 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         """Save the inference SAE as SAELens does, with a README.md that says what loads it.
 
         Args:
-            path: folder.
             folded: whether to fold the linear path into the decoder and leave it out (`JointNFMSAE.folded`).
 
         Raises:

@@ -94,13 +94,7 @@ def refuse_unknown_keys(config_class: type, config_dict: dict[str, Any], archite
 
 
 def refuse_missing_keys(config_class: type, config_dict: dict[str, Any], source: str) -> None:
-    """Raise a ValueError that names every key decoding needs and a saved config lacks; a default could be wrong.
-
-    Args:
-        config_class: the inference config.
-        config_dict: the config as saved.
-        source: where it was read, for the message.
-    """
+    """Raise a ValueError that names every key decoding needs and a saved config lacks; a default could be wrong."""
     needed = {field.name for field in fields(config_class)} - {"metadata", "dtype", "device", "kernel"}
     missing = sorted(needed - set(config_dict))
     if missing:

@@ -57,11 +57,7 @@ class PathWeights:
 
     @classmethod
     def of(cls, sae: SAE[Any]) -> "PathWeights":
-        """Those of an SAE.
-
-        Raises:
-            ValueError: when its interaction path is no sum over pairs, see `attributable`.
-        """
+        """Those of an SAE. Raises a ValueError when its interaction path is no sum over pairs, see `attributable`."""
         sae = attributable(sae)
         written = sae._written  # pyright: ignore[reportPrivateUsage] (linear: what a path's weights make, as it is added)
         linear = sae.cfg.use_linear_path

@@ -110,11 +110,7 @@ def place_secondary(primary: NFMPaths, attached: Secondary) -> AbstractContextMa
 
 
 def detach_secondary(sae: SAE[Any]) -> None:
-    """Take the secondary SAE off again.
-
-    Raises:
-        ValueError: when none is attached.
-    """
+    """Take the secondary SAE off again. Raises a ValueError when none is attached."""
     if not isinstance(sae, NFMPaths) or secondary_of(sae) is None:
         raise ValueError("no secondary SAE is attached, so there is none to detach")
     sae.hidden_code = None

@@ -96,11 +96,7 @@ def base_config(base: SAE[Any]) -> dict[str, Any]:
 
 
 def check_base(tensors: dict[str, Tensor], sha256: str, source: str) -> None:
-    """Compare a base's weights with those that the NFM was trained on.
-
-    Raises:
-        ValueError: when they are others.
-    """
+    """Compare a base's weights with those that the NFM was trained on. Raises a ValueError when they are others."""
     found = sha256_of(tensors)
     if found != sha256:
         name = f" {source!r}" if source else ""

@@ -43,7 +43,7 @@ def run_demo(cfg: DemoConfig, *, command: str | None = None) -> Demo:
         ValueError, FileNotFoundError: as `Prepared.of`; nothing is written then.
     """
     prepared, output = Prepared.of(cfg.comparison()), Path(cfg.output)
-    found = compare_once(prepared, command=command)
+    found = compare_once(cfg, command=command, prepared=prepared)
     rows = prepared.held_out
     n_rows = max(1, min(EXPLORED_TOKENS, cfg.held_out_tokens) // rows.tokens.shape[1])
     sae = SAE.load_from_disk(output / "saes" / ArmName.JOINT, device=cfg.device).eval()

@@ -37,7 +37,7 @@ from sae_nfm.common import provenance, whole, write_json
 from sae_nfm.common.results import RESULTS_FILENAME, with_kind, without_kind
 from sae_nfm.comparison.arms import ArmSizes, training_arms
 from sae_nfm.comparison.claims import answers
-from sae_nfm.comparison.config import CompareConfig
+from sae_nfm.comparison.config import CompareConfig, DemoConfig
 from sae_nfm.comparison.lr_sweep import chosen_rates, sweep
 from sae_nfm.comparison.results import CompareResult, SweepRow, changes, renamed
 from sae_nfm.comparison.table import evaluated, evaluated_once, tidy
@@ -132,24 +132,28 @@ class Prepared:
         )
 
 
-def compare_once(prepared: Prepared, *, command: str | None = None) -> CompareResult:
-    """Train every arm once, evaluate it with every combination of its paths, write everything to the output folder.
+def compare_once(cfg: DemoConfig, *, command: str | None = None, prepared: Prepared | None = None) -> CompareResult:
+    """Train every SAE once, evaluate it with every combination of its paths, write everything to the output folder.
 
     There are `saes/<arm>`, `training.jsonl` and `results.json` then; SAEs that were there before are replaced. What is trained
     lies in `saes.partial` until all is there.
 
     Args:
-        prepared: of one seed, one k and one learning rate, as `DemoConfig.comparison` has them.
+        cfg: what to do.
         command: how to repeat it, for the provenance.
+        prepared: `Prepared.of(cfg.comparison())`, where that is there already.
+
+    Raises:
+        ValueError, FileNotFoundError: as `Prepared.of`; nothing is written then.
     """
-    cfg = prepared.cfg
-    (k,), (seed,), (rate,) = cfg.k, cfg.seeds, cfg.learning_rates
-    arms, output = prepared.arms(k, cfg.training_tokens), Path(cfg.output)
+    prepared = prepared or Prepared.of(cfg.comparison())
+    k, seed, output = cfg.k, cfg.seed, Path(cfg.output)
+    arms = prepared.arms(k, cfg.training_tokens)
     saes, unfinished = output / "saes", output / "saes.partial"
     for folder in output.glob("saes.partial*"):
         shutil.rmtree(folder)
     stream = replace(prepared.stream(seed, cfg.training_tokens), fewest_steps_counted=COUNTED_STEPS)
-    train_arms(stream, arms, dict.fromkeys(arms, rate), prepared.model, prepared.data(seed), unfinished)
+    train_arms(stream, arms, dict.fromkeys(arms, cfg.lr), prepared.model, prepared.data(seed), unfinished)
     records = {name: read_training_record(unfinished / name / RECORD_FILENAME) for name in arms}
     lines = sorted((line for own in records.values() for line in own), key=lambda line: line["step"])
     for name in arms:

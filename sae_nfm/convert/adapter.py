@@ -75,9 +75,7 @@ def load_adapter(path: str | Path, base: str | SAE[Any], *, device: str = "cpu")
     """Load an adapter whose base is elsewhere than its config says.
 
     Args:
-        path: the adapter's folder.
         base: the base: folder, release:sae_id, or the SAE itself.
-        device: where the SAE goes.
 
     Raises:
         FileNotFoundError, ValueError: when either is missing, or the base has other weights.

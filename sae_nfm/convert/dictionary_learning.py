@@ -35,7 +35,6 @@ def dictionary_learning_loader(
 
     Args:
         path: a trainer's folder, or one of its .pt files (checkpoints/ae_1000.pt).
-        device: where the SAE goes.
         cfg_overrides: entries of the config to replace.
 
     Returns:

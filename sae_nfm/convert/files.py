@@ -102,9 +102,7 @@ def checked(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], p
     """The tensors of a checkpoint, as wide as they have to be.
 
     Args:
-        content: what was read.
         shapes: name and shape of every tensor there has to be.
-        path: where it was read, for the message.
 
     Raises:
         ValueError: for a missing or an extra tensor, another shape, something else, or a value that is not finite.

@@ -34,7 +34,6 @@ def topk_sae(folder: str | Path, device: str = "cpu") -> TopKSAE:
     Args:
         folder: of a finished SAE (cfg.json and sae_weights.safetensors), or a checkpoint of training, with
             activation_scaler.json where the trainer normalised the activations.
-        device: where it goes.
 
     Raises:
         ValueError, FileNotFoundError: for another architecture, a damaged, mismatched or missing file, or a normalisation

@@ -52,7 +52,6 @@ def sparsify_loader(
 
     Args:
         path: the folder of one SAE, whose name is its hook point in the model (layers.10).
-        device: where the SAE goes.
         cfg_overrides: entries of the config to replace.
 
     Returns:

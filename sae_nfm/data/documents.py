@@ -23,11 +23,7 @@ NO_DOCUMENT = -1
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRows:
-    """Rows of tokens and the document that each token is from.
-
-    Raises:
-        ValueError: when the two differ in shape.
-    """
+    """Rows of tokens and the document that each token is from. Raises a ValueError when the two differ in shape."""
 
     tokens: Int[Tensor, "rows pos"]
     """Token ids, on the model's device."""

@@ -106,10 +106,7 @@ def held_out_sums(
     """Sums by arm and document.
 
     Args:
-        model: the language model.
-        rows: held-out rows with their documents.
         arms: SAEs at one hook point, by name.
-        batch_rows: rows per forward pass.
 
     Raises:
         ValueError: when no token is left to average over.

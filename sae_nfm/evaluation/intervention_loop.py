@@ -59,9 +59,7 @@ def outcomes(
     a rounding error below zero; of unchanged logits it is 0 exactly.
 
     Args:
-        model: the language model.
         batch: rows that go into it at once.
-        arms: interventions by name.
         generators: for those that draw at random, by name.
         with_acts: whether to keep feature activations; wide SAEs need [tokens, d_sae] numbers for them.
     """

@@ -99,10 +99,6 @@ class HashedStore(ActivationsStore):
 def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Evaluation:
     """Evaluate one SAE; writes `config.save` where that is given.
 
-    Args:
-        config: what to do.
-        command: how to repeat it, for the provenance.
-
     Raises:
         ValueError, FileNotFoundError: for an SAE, model or data set that does not work; nothing is written.
     """

@@ -42,7 +42,6 @@ def editing(
     an inner context's edits.
 
     Args:
-        model: the language model.
         sae: the SAE itself, not a copy.
         edits: in the order in which they act.
         special_tokens: whether edits leave special tokens out ("kept"), also where the SAE does not.

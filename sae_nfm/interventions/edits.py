@@ -85,7 +85,6 @@ class SAEEdit(ABC):
         """What goes on in place of what passes the hook point.
 
         Args:
-            sae: the SAE.
             value: what passes, heads flattened.
             reads: what the path `needs` reads in this pass.
             chosen: the tokens to be changed.

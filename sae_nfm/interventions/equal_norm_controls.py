@@ -77,10 +77,8 @@ def fit_activations(
     """Mean and covariance at a hook point.
 
     Args:
-        model: the language model.
         tokens: held-out rows, other than those evaluated on (`held_out_rows` with `skip_tokens`).
         hook_name: by a name of either kind.
-        batch_rows: rows per forward pass.
 
     Raises:
         ValueError: when there is no such hook point, or fewer than two tokens are counted.

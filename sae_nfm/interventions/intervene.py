@@ -102,7 +102,6 @@ class Intervention(ABC):
         """At work on a model for a while.
 
         Args:
-            model: of any kind.
             generator: for kinds that draw at random; on the CPU, so that the draws are the same on every device.
 
         Raises:
@@ -262,10 +261,8 @@ def path_means(
 
     Args:
         model: the language model; the SAE sees its activations as they are.
-        sae: the SAE.
         tokens: held-out rows, better not those that will be evaluated on.
         names: hook points of the SAE, such as "hook_nfm_linear".
-        batch_rows: rows per forward pass.
 
     Raises:
         ValueError: for a hook point the SAE does not have, or when no token is counted.

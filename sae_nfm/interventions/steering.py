@@ -154,15 +154,11 @@ def compare_steering(
     Args:
         model: the language model, without the SAE.
         sae: an SAE with an interaction path; its metadata says where it belongs.
-        pair: the features i and j.
         tokens: rows of text, one document each; the effect is averaged over the counted tokens of each.
         alphas: distances, in the units of the activations; negative ones point the other way.
         target: a token id whose log-probability as the next token is followed.
         gate_tokens: text on which the gates are averaged; None takes `tokens`.
-        n_random: random directions.
         seed: of the random directions.
-        batch_rows: rows per forward pass.
-        show_progress: whether to show a progress bar.
 
     Raises:
         ValueError: when the pair, the distances or the text do not allow it.

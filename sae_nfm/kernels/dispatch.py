@@ -77,11 +77,8 @@ def encode(
 
     Args:
         sae_in: the encoder's input, b_dec subtracted where the SAE does so.
-        W_enc: encoder weight.
-        b_enc: encoder bias.
         scale: decoder norms with `rescale_acts_by_decoder_norm`, else None.
         k: active features a token.
-        kernel: the form, see the module.
         gradient: the form in which the sparse one makes the gradients of input and weight; dense ones are matrix products.
     """
     acts = _top(sae_in, W_enc, b_enc, scale, k, kernel, gradient)
@@ -98,10 +95,8 @@ def weighted_rows(
     """`sum_i f_i weight_i`, differentiable in the values and the weight; dense activations are multiplied as they are.
 
     Args:
-        acts: activations.
         weight: one row per feature.
         routing: `route(acts.indices, d_sae)` to share; with None a backward pass that needs it makes its own.
-        kernel: the form, see the module.
     """
     if not isinstance(acts, SparseActs):
         return acts @ weight
@@ -128,12 +123,8 @@ def both_decoders(
     than adding all rows, and sums over the tokens of a feature once for both gradients.
 
     Args:
-        acts: activations.
-        W_dec: decoder weight.
         norms: the norms n of its rows with `rescale_acts_by_decoder_norm`, else None.
-        W_lin: weight of the linear path.
         routing: as in `weighted_rows`.
-        kernel: the form, see the module.
     """
     if kernel == "dense" or not isinstance(acts, SparseActs):
         return weighted_rows(acts, W_lin + (W_dec if norms is None else W_dec / norms[:, None]), kernel="dense")

@@ -107,7 +107,6 @@ def block_scores(product: Tensor, bias: Tensor, scale: Tensor | None, blocks: Te
         bias: [d_sae].
         scale: [d_sae] or None.
         blocks: numbers of the chosen blocks, [n_tokens, n_chosen].
-        n_blocks: how many there are.
     """
     (n_tokens, d_sae), n_chosen = product.shape, blocks.shape[1]
     size = triton.cdiv(d_sae, n_blocks)

@@ -17,8 +17,6 @@ def load_sae(sae: str, sae_id: str | None = None, device: str = "cpu", dtype: st
 
     Args:
         sae: folder, or release:sae_id, or release with `sae_id` beside it.
-        sae_id: id in the release.
-        device: where it goes.
         dtype: data type of its parameters; unless given a folder's own, and float32 for a release.
 
     Raises:

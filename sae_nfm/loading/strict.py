@@ -35,7 +35,6 @@ def check_state_dict(state_dict: Mapping[str, Tensor], expected: Mapping[str, Te
     """Compare tensors read from a file with those the SAE has.
 
     Args:
-        state_dict: tensors as read.
         expected: tensors of the SAE (the meta device suffices: names and shapes are read).
 
     Raises:

@@ -74,7 +74,6 @@ def load_model(
 
     Args:
         name: "sae-nfm-demo", a folder with config.json, or a name that TransformerLens or the hub knows.
-        device: where the model goes.
         model_class_name: "HookedTransformer", "TransformerBridge" or "AutoModelForCausalLM".
         from_pretrained_kwargs: as that class's loader takes them, e.g. `dtype="bfloat16"`.
 
@@ -248,7 +247,6 @@ def model_of(
 
     Args:
         sae: the SAE; its metadata name the model, its kind and its hook point.
-        device: where the model goes.
         model_name: another name or folder of the model.
         model_class_name: another kind.
 

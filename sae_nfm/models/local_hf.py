@@ -63,7 +63,6 @@ def hooked_from_folder(
 
     Args:
         folder: config.json, weights, tokenizer; without a tokenizer the model reads token ids only.
-        device: where the model goes.
         dtype: of the weights, whatever it is on disk.
         tokenizer: instead of the folder's.
         n_ctx: longest input in tokens; None takes the config's.

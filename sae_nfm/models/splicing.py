@@ -48,8 +48,6 @@ def splice(model: LanguageModel, sae: SAE[Any], special_tokens: SpecialTokens = 
     """Put the SAE in place of the hook point its metadata names, by a name of either kind; special tokens bypass it.
 
     Args:
-        model: the language model.
-        sae: the SAE.
         special_tokens: "changed" lets special tokens through the SAE too.
 
     Raises:

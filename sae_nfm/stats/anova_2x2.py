@@ -102,7 +102,6 @@ def factorial_test(values: Floats, cells: Cells, effect: Effect = "interaction")
     Args:
         values: [units].
         cells: [units], 0 to 3.
-        effect: which.
 
     Raises:
         ValueError: for an empty cell, too few units, or values that are not finite.
@@ -134,7 +133,6 @@ def partial_eta_squared(f: float, df: int, confidence: float = CONFIDENCE) -> Es
     Args:
         f: F with 1 and df degrees of freedom.
         df: of the error, N - 4.
-        confidence: nominal coverage.
 
     Source: Steiger 2004.
     """

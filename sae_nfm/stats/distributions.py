@@ -54,8 +54,6 @@ def permuted_spearman(
         y: [n], permuted against x; or, for a y that contains x, a function that is given an order [n] and computes y
             with every part but x taken in that order (the order 0, 1, ..., n - 1 gives y itself):
             `lambda order: lin[order] / (x + lin[order])`.
-        seed: seed of the permutations.
-        n_permutations: permutations drawn.
 
     Raises:
         ValueError: for NaN or infinite values, unequal lengths, fewer than 3 pairs, or one value throughout.

@@ -79,7 +79,6 @@ def clustered_mean(
     Args:
         values: [tokens].
         documents: [tokens], which document each is from; in any order.
-        confidence: nominal coverage.
         bootstrap: resample documents; None refers to Student's t.
 
     Raises:
@@ -124,7 +123,6 @@ def ratio_of_means(
         a: [tokens], for example KL of the SAE.
         b: [tokens], for example KL of the equal-distance random arm.
         documents: [tokens], which document each is from.
-        confidence: nominal coverage.
         bootstrap: resample documents; None refers to Student's t.
 
     Raises:

@@ -94,8 +94,6 @@ def select(
     Args:
         values: [items, candidates], the selecting half.
         cells: [items].
-        effect: which.
-        rng: of the permutations.
         n_permutations: how many; 0 leaves the p-value 1.
 
     Raises:
@@ -122,9 +120,7 @@ def select_and_test(
     Args:
         values: [items, candidates].
         cells: [items].
-        effect: which.
         half: [items], from `halves`.
-        rng: of the permutations.
         n_permutations: of the selection's null.
     """
     selection = select(values[half], cells[half], effect, rng, n_permutations)
@@ -141,10 +137,8 @@ def shuffled_procedure(
     Args:
         values: [items, candidates].
         cells: [items].
-        effect: which.
         observed_f: the real held-out F.
         rng: of shuffles and divisions.
-        n_shuffles: how many.
     """
     held_out, same = list[float](), list[float]()
     for _ in range(n_shuffles):
@@ -171,8 +165,6 @@ def permuted_p(values: Floats, cells: Cells, rng: np.random.Generator, n_permuta
     Args:
         values: [items].
         cells: [items].
-        rng: of the permutations.
-        n_permutations: how many.
     """
     columns = np.tile(residuals(values, cells, "interaction")[:, None], n_permutations)
     return _interaction_p(values, rng.permuted(columns, axis=0), cells)
@@ -184,8 +176,6 @@ def flipped_p(values: Floats, cells: Cells, rng: np.random.Generator, n_flips: i
     Args:
         values: [items].
         cells: [items].
-        rng: of the signs.
-        n_flips: how many.
     """
     flips = rng.choice([-1.0, 1.0], (len(cells), n_flips))
     return _interaction_p(values, residuals(values, cells, "interaction")[:, None] * flips, cells)

@@ -119,9 +119,7 @@ def verdict(
     Args:
         a: [seeds, documents], the arm's mean of the measure over each document's tokens.
         b: [seeds, documents], likewise of the arm it is compared with: same seeds, same documents, same order.
-        arm: name of the arm.
         against: name of the arm it is compared with.
-        measure: what was measured, with its unit.
         weights: [documents], what each counts for: its tokens for a mean over tokens; for FVU, where a and b are squared
             error over squared distance from the mean within the document, that squared distance. None: equal.
         confidence: nominal coverage of both intervals.

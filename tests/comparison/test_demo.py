@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
     cfg = DemoConfig(**TINY, output=str(output))
     state = torch.get_rng_state()
-    result = compare_once(Prepared.of(cfg.comparison()), command="a command")
+    result = compare_once(cfg, command="a command")
     assert torch.equal(torch.get_rng_state(), state), "the run must scope its random state"
     return cfg, output, result
 
@@ -114,7 +114,7 @@ def test_one_seed_gives_one_table(commanded):
 def test_another_seed_gives_other_saes(finished, tmp_path):
     cfg, output, _ = finished
     other = replace(cfg, output=str(tmp_path / "other"), seed=1, held_out_tokens=cfg.context_size)
-    compare_once(Prepared.of(other.comparison()))
+    compare_once(other)
     for name in ("joint_nfm", "joint_nfm square", "topk", "topk matched"):
         one, other = (SAE.load_from_disk(folder / "saes" / name) for folder in (output, tmp_path / "other"))
         assert not torch.equal(one.W_enc, other.W_enc), name
@@ -137,7 +137,7 @@ def test_a_second_run_replaces_the_first(finished, tmp_path):
     copytree(output, tmp_path / "run")
     (tmp_path / "run" / "saes.partial.partial").mkdir()  # of a run that was interrupted
     smaller = replace(cfg, output=str(tmp_path / "run"), d_sae=64, held_out_tokens=cfg.context_size)
-    compare_once(Prepared.of(smaller.comparison()))
+    compare_once(smaller)
     assert SAE.load_from_disk(tmp_path / "run" / "saes" / "topk").cfg.d_sae == 64
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["results.json", "saes", "training.jsonl"]
 

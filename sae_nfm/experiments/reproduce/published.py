@@ -122,7 +122,7 @@ WEIGHTS: Mapping[str, Published] = {
     "mean squared decoder norm": Published(value=0.4, unit=Unit.NUMBER, note="(SAE)"),
     "modes of the squared norm: p-value of the dip test": Published(unit=Unit.NUMBER, note=_BIMODAL),
     "modes of the squared norm: Gaussians preferred by BIC": Published(unit=Unit.COUNT, note=_BIMODAL),
-    "components for 90 % of variance": Published(value=860, unit=Unit.COUNT, note="of 3,200, about"),
+    "components for 90 % of variance": Published(value=860.0, unit=Unit.COUNT, note="of 3,200, about"),
     Statistic.CORRELATION.of("integration"): _correlation(-0.987),
     Statistic.CORRELATION.of("linear"): _correlation(-0.867),
     Statistic.CORRELATION.of("nonlinear"): _correlation(-0.922),
