@@ -61,6 +61,7 @@ def corpus(**changes):
             nodes=tuple(FeatureNode(feature=f, tokens=5 * f, mean_activation=1.0) for f in (1, 2, 3, 4, 7, 8)),
             edges=EDGES,
         ),
+        places=graph_layout(EDGES),
         contexts=((Context(row=0, position=3, norm=1.0, effect=None, text="one[[ two]]\n three"),), ()),
         controls=PairControls(
             tokens=100,
@@ -174,7 +175,7 @@ def test_what_is_said_of_a_corpus(of_corpus):
     assert of_corpus is not None
     assert of_corpus.verdicts == [
         "50 pairs fire on 100 tokens; the strongest, 1 x 2, has 40.0% of their energy.",
-        "Energy of pairs correlates at +0.45 with co-activation frequency; with embeddings dealt out anew at +0.50 to +0.53.",
+        "Energy of pairs correlates at +0.45 with co-activation frequency; with permuted embeddings at +0.50 to +0.53.",
     ]
     (table,) = (block for block in of_corpus.blocks if isinstance(block, Table))
     assert [row[0] for row in table.rows] == ["1 x 2", "2 x 3"]
