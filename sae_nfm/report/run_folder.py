@@ -45,9 +45,7 @@ class Found(Generic[T]):
     """A result and where it was."""
 
     result: T
-    """The result."""
     path: Path
-    """Its file."""
     label: str
     """Its folder inside the run, "." for the run itself; its file where that is not called results.json."""
 
@@ -57,7 +55,6 @@ class Run:
     """Everything found in a folder."""
 
     folder: Path
-    """The folder."""
     results: tuple[Found[Any], ...]
     """One for each file, by path."""
     records: tuple[Path, ...]
@@ -65,7 +62,6 @@ class Run:
     measurements: tuple[Path, ...]
     """Folders with rows by token and arm, of `behaviour.measure`."""
     saes: tuple[Path, ...]
-    """Folders of saved SAEs."""
     explorers: tuple[Path, ...]
     """Files of `sae-nfm explore`."""
 
