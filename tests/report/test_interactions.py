@@ -44,7 +44,6 @@ def corpus(**changes):
             nodes=tuple(FeatureNode(feature=f, tokens=5 * f, mean_activation=1.0) for f in (1, 2, 3, 4, 7, 8)),
             edges=EDGES,
         ),
-        places=graph_layout(EDGES),
         contexts=((Context(row=0, position=3, norm=1.0, effect=None, text="one[[ two]]\n three"),), ()),
         controls=PairControls(
             tokens=100,
