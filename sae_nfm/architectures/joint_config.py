@@ -11,6 +11,7 @@ from sae_lens import TopKSAEConfig, TopKTrainingSAEConfig
 from typing_extensions import override
 
 from sae_nfm.architectures.nfm_config import NFMFields, NFMTrainingFields, refuse_unknown_keys, with_requirement
+from sae_nfm.common import check_positive
 
 ARCHITECTURE = "joint_nfm"
 
@@ -164,13 +165,11 @@ def parameter_count(cfg: JointNFMConfig) -> int:
 
 
 def _validate(cfg: JointNFMConfig) -> None:
-    for name in ("d_in", "d_sae", "k", "nfm_dim"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} is {getattr(cfg, name)}; give a positive whole number")
+    check_positive(cfg, "d_in", "d_sae", "k", "nfm_dim")
     if cfg.k > cfg.d_sae:
-        raise ValueError(f"k is {cfg.k}, more than the d_sae = {cfg.d_sae} features there are; lower k or raise d_sae")
+        raise ValueError(f"k must be at most d_sae = {cfg.d_sae}, got {cfg.k}; lower k or raise d_sae")
     if cfg.nfm_top_k is not None and not 1 <= cfg.nfm_top_k <= cfg.k:
         raise ValueError(
-            f"nfm_top_k is {cfg.nfm_top_k}; give a number from 1 to k = {cfg.k}, or None for all k active features"
+            f"nfm_top_k must be from 1 to k = {cfg.k}, or None for all k active features, got {cfg.nfm_top_k}"
         )
     cfg.check_nfm_fields()

@@ -1,14 +1,14 @@
 """The fields that say what a Neural Factorization Machine adds to an SAE, shared by every architecture that has one."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sae_lens.saes.sae import SAEMetadata
 
+from sae_nfm.common import check_choice, check_positive
 from sae_nfm.kernels import check_head
 
 Kernel = Literal["auto", "dense", "sparse"]
-KERNELS = ("auto", "dense", "sparse")
 REQUIRES = "pip install sae-nfm; then `import sae_nfm` before SAELens loads this SAE"
 """`metadata.requires` of every cfg.json, for whoever meets a saved SAE without this package."""
 
@@ -44,17 +44,13 @@ class NFMFields:
 
     def check_nfm_fields(self) -> None:
         """Raise a ValueError for values that cannot work."""
-        if self.nfm_dim < 1:
-            raise ValueError(f"nfm_dim is {self.nfm_dim}; give a positive whole number")
-        if self.nfm_top_k is not None and self.nfm_top_k < 1:
-            raise ValueError(
-                f"nfm_top_k is {self.nfm_top_k}; give a positive whole number, or None for all active features"
-            )
+        check_positive(self, "nfm_dim", "nfm_top_k")
         check_head(self.head)
-        if self.kernel not in KERNELS:
-            raise ValueError(f"kernel is {self.kernel!r}; give one of {', '.join(map(repr, KERNELS))}")
+        check_choice("kernel", self.kernel, get_args(Kernel))
         if not 0 < self.square_scale < float("inf"):
-            raise ValueError(f"square_scale is {self.square_scale}; give a positive number, about a typical activation")
+            raise ValueError(
+                f"square_scale must be > 0 and finite, about a typical activation, got {self.square_scale}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -75,10 +71,10 @@ class NFMTrainingFields(NFMFields):
     def check_training_fields(self) -> None:
         """Raise a ValueError for values that cannot work."""
         if not 0 <= self.nfm_dropout < 1:
-            raise ValueError(f"nfm_dropout is {self.nfm_dropout}; give a probability in [0, 1), 0 for none")
+            raise ValueError(f"nfm_dropout must be a probability in [0, 1), got {self.nfm_dropout}")
         for name in ("nfm_embedding_init_std", "nfm_weight_init_std"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a standard deviation >= 0")
+                raise ValueError(f"{name} must be a standard deviation >= 0, got {getattr(self, name)}")
 
 
 def refuse_unknown_keys(config_class: type, config_dict: dict[str, Any], architecture: str) -> None:

@@ -19,7 +19,7 @@ from sae_nfm.comparison.claims import ABLATED
 from sae_nfm.comparison.results import ARM_GROUPS, ArmGroup, ArmName, CompareRow, Paths, RowKind
 from sae_nfm.data import TokenRows
 from sae_nfm.evaluation import Arm, Fidelity, evaluate
-from sae_nfm.evaluation.held_out_sums import SUMS, Figures, figures, held_out_sums
+from sae_nfm.evaluation.held_out_sums import SUMS, fidelity_of, held_out_sums
 from sae_nfm.models import LanguageModel
 from sae_nfm.training import Trained, TrainingArm
 
@@ -131,13 +131,13 @@ def _of_seed(folder: Path, k: int, seed: int, arms: Mapping[str, TrainingArm]) -
         for paths in Paths:
             own: pd.DataFrame = sums[name].loc[sums[name]["arm"] == paths.of(name)]
             if len(own):
-                rows.append(_row(k, seed, paths, arm, trained[name], figures(own), folder / name))
+                rows.append(_row(k, seed, paths, arm, trained[name], fidelity_of(own), folder / name))
                 tables.append(own)
     target = next((row.l0 for row in rows if row.arm == ArmName.JOINT), None) or float(k)
     for family in dict.fromkeys(arm.family for arm in arms.values() if arm.coefficient is not None):
         members = [arm for arm in arms.values() if arm.family == family]
         between = _interpolated(family, [sums[arm.name] for arm in members], target)
-        found = None if between is None else figures(between)
+        found = None if between is None else fidelity_of(between)
         rows.append(_row(k, seed, Paths.ALL, members[0], trained[members[0].name], found, interpolated_at=target))
         tables += [] if between is None else [between]
     return rows, pd.concat(tables, ignore_index=True)
@@ -145,7 +145,7 @@ def _of_seed(folder: Path, k: int, seed: int, arms: Mapping[str, TrainingArm]) -
 
 def _interpolated(family: str, members: Sequence[pd.DataFrame], l0: float) -> pd.DataFrame | None:
     """Sums of an arm at that L0, document by document; None where it was not reached."""
-    weights = interpolation_weights([figures(member).l0 for member in members], l0)
+    weights = interpolation_weights([fidelity_of(member).l0 for member in members], l0)
     if weights is None:
         return None
     stacked = np.stack([member[SUMS].to_numpy(dtype=np.float64) for member in members])
@@ -162,7 +162,7 @@ def _row(
     paths: Paths,
     arm: TrainingArm,
     trained: Trained,
-    found: Fidelity | Figures | None,
+    found: Fidelity | None,
     folder: Path | None = None,
     *,
     interpolated_at: float | None = None,

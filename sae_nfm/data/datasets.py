@@ -41,21 +41,11 @@ def load_splits(dataset: str | None, validation: str | None, model_name: str, se
         raise ValueError(f"--held-out is {validation!r} but there is no --dataset to train on; give both")
     if validation is None and _is_file(dataset):
         raise ValueError(f"--dataset is the file {dataset!r}; give held-out text too, with --held-out FILE")
-    return _load_text(dataset, "train", seed), _load_text(validation or dataset, "validation", seed=0)
+    return open_dataset(dataset, split="train", seed=seed), open_dataset(validation or dataset, split="validation")
 
 
 def _is_file(source: str) -> bool:
     return Path(source).suffix in SUFFIXES or Path(source).exists()
-
-
-def _load_text(source: str, split: str, seed: int) -> Any:
-    if _is_file(source):
-        documents = datasets.Dataset.from_dict({"text": read_documents(Path(source))})
-        return documents.shuffle(seed=seed)  # files often go source by source
-    try:
-        return datasets.load_dataset(source, split=split, streaming=True)
-    except OSError as error:
-        raise FileNotFoundError(f"{source!r} is neither a file nor a data set the hub can give; {OFFLINE}") from error
 
 
 def held_out_tokens(model: LanguageModel, dataset: Any, context_size: int, n_tokens: int) -> Int[Tensor, "rows pos"]:

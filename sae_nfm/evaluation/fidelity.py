@@ -25,6 +25,7 @@ from sae_nfm.data import TokenRows
 from sae_nfm.evaluation import token_table
 from sae_nfm.evaluation.error_controls import summarise
 from sae_nfm.evaluation.intervention_loop import Outcome, outcomes
+from sae_nfm.evaluation.results import Fidelity
 from sae_nfm.interventions import Intervention, Splice, counted_tokens, digest
 from sae_nfm.models import LanguageModel
 
@@ -54,24 +55,6 @@ class Arm:
             known = ", ".join(self.sae.hook_dict)
             raise ValueError(f"the SAE of {self.name!r} has no {', '.join(unknown)}; it has {known}")
         return Splice(sae=self.sae, ablated=dict.fromkeys(self.off))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fidelity:
-    """How faithful a spliced model is to the original, averaged over held-out tokens."""
-
-    fvu: float
-    """Fraction of variance unexplained: squared error over squared distance from the held-out mean."""
-    l0: float
-    """Active features per token."""
-    kl_nats: float
-    """KL(original || spliced) of the next-token distributions, nats per token."""
-    ce_nats: float
-    """Cross-entropy of the spliced model, nats per token."""
-    ce_delta_nats: float
-    """Increase of cross-entropy over the original model, nats per token."""
-    tokens: int
-    """Tokens averaged over."""
 
 
 class _Sums:

@@ -14,7 +14,6 @@ A mean over all tokens, a fraction of variance, a test over documents: all are m
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 
 from sae_nfm.data import TokenRows
 from sae_nfm.evaluation.fidelity import Outcome, counted_tokens, outcomes
+from sae_nfm.evaluation.results import Fidelity
 from sae_nfm.evaluation.token_table import Activations
 from sae_nfm.interventions import Splice
 from sae_nfm.models import LanguageModel
@@ -39,28 +39,10 @@ SUMS = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Figures:
-    """Averages over held-out tokens, as `behaviour.Fidelity` has them."""
-
-    l0: float
-    """Active features per token."""
-    fvu: float
-    """Fraction of variance unexplained: squared error over squared distance from the held-out mean."""
-    kl_nats: float
-    """KL(original || spliced) of the next-token distributions, nats per token."""
-    ce_nats: float
-    """Cross-entropy of the spliced model, nats per predicted token."""
-    ce_delta_nats: float
-    """Its increase over the original model."""
-    tokens: int
-    """Tokens averaged over."""
-
-
-def figures(sums: pd.DataFrame) -> Figures:
+def fidelity_of(sums: pd.DataFrame) -> Fidelity:
     """The averages over all documents of one arm."""
     total: dict[str, float] = {name: float(np.asarray(sums[name]).sum()) for name in SUMS}
-    return Figures(
+    return Fidelity(
         l0=total["active"] / total["tokens"],
         fvu=total["error_energy"] / total["variance_energy"],
         kl_nats=total["kl_nats"] / total["tokens"],

@@ -1,4 +1,4 @@
-"""Saved results of evaluations: KL by arm of a measurement, and SAELens's metrics of one SAE."""
+"""Results of evaluations: fidelity, KL by arm of a measurement, and SAELens's metrics of one SAE."""
 
 import json
 import math
@@ -15,6 +15,24 @@ from sae_nfm.interventions.results import EQUAL_DISTANCE, UNDER_TEST, Role
 from sae_nfm.stats import Estimate
 
 MANIFEST_FILENAME, SUMMARY_FILENAME = "manifest.json", "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """How faithful a spliced model is to the original, averaged over held-out tokens."""
+
+    fvu: float
+    """Fraction of variance unexplained: squared error over squared distance from the held-out mean."""
+    l0: float
+    """Active features per token."""
+    kl_nats: float
+    """KL(original || spliced) of the next-token distributions, nats per token."""
+    ce_nats: float
+    """Cross-entropy of the spliced model, nats per token."""
+    ce_delta_nats: float
+    """Increase of cross-entropy over the original model, nats per token."""
+    tokens: int
+    """Tokens averaged over."""
 
 
 @dataclass(frozen=True, kw_only=True)

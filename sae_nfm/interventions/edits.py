@@ -19,6 +19,7 @@ from sae_lens import SAE
 from torch import Tensor
 from typing_extensions import override
 
+from sae_nfm.common import check_choice
 from sae_nfm.interventions.edit_targets import (
     Index,
     Where,
@@ -35,7 +36,6 @@ from sae_nfm.interventions.path_inputs import FEATURES, PATHS, WRITTEN_AT, Path,
 from sae_nfm.loading import digest
 
 Mode = Literal["clamp", "scale", "add"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,7 @@ class SAEEdit(ABC):
 
     def __post_init__(self) -> None:
         """Refuse what no SAE could take."""
-        if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}; give one of {', '.join(map(repr, MODES))}")
+        check_choice("mode", self.mode, get_args(Mode))
         value = torch.as_tensor(self.value)
         if value.ndim > 1 or value.dtype == torch.bool or value.is_complex() or not value.isfinite().all():
             given = self.value if value.ndim == 0 else f"a tensor {tuple(value.shape)} of {value.dtype}"
@@ -231,8 +230,7 @@ class ReadEdit(SAEEdit):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.path not in PATHS:
-            raise ValueError(f"path is {self.path!r}; give one of {', '.join(map(repr, PATHS))}")
+        check_choice("path", self.path, PATHS)
         check_index(self.index, self.value)
 
     @property

@@ -10,7 +10,6 @@ Each arm ends in a folder of its own, written whole: SAELens's files, `training.
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,12 @@ from sae_lens import (
     TrainingSAEConfig,
 )
 from sae_lens.constants import RUNNER_CFG_FILENAME
-from sae_lens.registry import get_sae_training_class
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.util import temporary_seed
 from torch import Tensor
 from typing_extensions import override
 
+from sae_nfm.architectures import random_initialisation
 from sae_nfm.loading import quiet_saelens
 from sae_nfm.training.recorder import record_training
 from sae_nfm.training.results import RECORD_FILENAME, TRAINED_FILENAME, Trained, read_training_record, record_line
@@ -192,7 +191,7 @@ def _train_round(
             {name: arm.decoder_rate for name, arm in arms.items()},
             override_dataset=dataset,
             override_model=model,
-            override_saes={name: initialised(arm.sae, stream.seed) for name, arm in arms.items()},
+            override_saes={name: random_initialisation(arm.sae, stream.seed) for name, arm in arms.items()},
         )
         parameters = {name: sum(p.numel() for p in sae.parameters()) for name, sae in runner.saes.items()}
         exact_resume(runner)
@@ -209,12 +208,6 @@ def _train_round(
         made = unfinished / "saes"
         _write_runner_cfg(made, name, learning_rates[name])
         _publish(made / name, trained, [line for line in lines if line["sae"] == name], folder / name)
-
-
-def initialised(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
-    """The training SAE of a configuration, initialised from a seed: SAEs of one shape begin with the same encoder and decoder."""
-    with temporary_seed(seed):
-        return get_sae_training_class(cfg.architecture())[0](deepcopy(cfg))
 
 
 def runner_config(

@@ -18,6 +18,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
 from sae_nfm.architectures import TrainedPaths
+from sae_nfm.common import check_positive
 from sae_nfm.loading import quiet_saelens
 from sae_nfm.training.results import read_training_record, record_line
 
@@ -36,9 +37,7 @@ class HeldOut:
     """Batches of `store_batch_size_prompts` rows; the same rows each time."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "n_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
+        check_positive(self, "every", "n_batches")
 
 
 @dataclass(kw_only=True)
@@ -85,7 +84,7 @@ def record_training(
         ValueError: when `every` is not positive.
     """
     if every < 1:
-        raise ValueError(f"every is {every}; give a positive number of steps")
+        raise ValueError(f"every must be > 0 steps, got {every}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".partial")

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from sae_nfm import demo
 from sae_nfm.architectures import SequentialNFM
-from sae_nfm.common import check_output, discard_unstarted, partial_folder, publish
+from sae_nfm.common import check_output, check_positive, discard_unstarted, partial_folder, publish
 from sae_nfm.convert import write_adapter
 from sae_nfm.data import explained_hub, held_out_tokens, local_dataset, open_dataset, refuse_without_tokenizer
 from sae_nfm.loading import quiet_saelens
@@ -173,9 +173,7 @@ def fit_to_model(arguments: TrainArguments, others: LoadedSAEs) -> LanguageModel
 def _check_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     for device in {cfg.device, cfg.llm_device, cfg.act_store_device}:
         check_device(str(device))
-    for name in POSITIVE:
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} is {getattr(cfg, name)}; give a positive whole number")
+    check_positive(cfg, *POSITIVE)
     pretrained = cfg.from_pretrained_path
     if pretrained is not None and not (Path(pretrained) / SAE_CFG_FILENAME).is_file():
         raise FileNotFoundError(

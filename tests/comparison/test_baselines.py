@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.nn.utils import parameters_to_vector
 
 from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig, parameter_count
+from sae_nfm.architectures.registry import random_initialisation
 from sae_nfm.comparison.arms import (
     ArmSizes,
     flop_matched_width,
@@ -26,7 +27,7 @@ from sae_nfm.comparison.arms import (
     training_flops,
 )
 from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS
-from sae_nfm.training.multi_arm import StreamConfig, initialised, multiply_decoder_steps, train_arms
+from sae_nfm.training.multi_arm import StreamConfig, multiply_decoder_steps, train_arms
 from sae_nfm.training.results import Trained, read_training_record
 
 DOUBLED = "topk doubled decoder rate"
@@ -109,7 +110,7 @@ def test_matching_holds_for_counted_parameters_and_flops(d_in, nfm_dim):
     assert abs(counted(made["topk matched"]) - counted(joint)) <= feature / 2
     # the square path has no bias, the linear one has: d_in numbers fewer than joint_nfm
     assert abs(counted(made["topk matched"]) - counted(made["joint_nfm square"])) <= feature / 2 + d_in
-    folded = initialised(joint, 0)
+    folded = random_initialisation(joint, 0)
     folded.fold_linear_path()
     kept = parameters_to_vector(p for name, p in folded.named_parameters() if name not in ("W_lin", "b_lin"))
     assert abs(counted(made["topk matched folded"]) - len(kept)) <= feature / 2
@@ -217,7 +218,7 @@ def test_learning_rates_are_each_arms_own(tmp_path):
 
 def test_the_doubled_decoder_moves_as_at_twice_the_rate(tmp_path):
     def one_step(rate, factor):
-        sae = initialised(arms("topk")["topk"].sae, seed=0)
+        sae = random_initialisation(arms("topk")["topk"].sae, seed=0)
         trainer = SAETrainer.__new__(SAETrainer)
         trainer.sae, trainer.optimizer = sae, torch.optim.Adam(sae.parameters(), lr=rate)
         multiply_decoder_steps(trainer, factor)

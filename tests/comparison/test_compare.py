@@ -22,7 +22,7 @@ from sae_nfm.comparison.table import _interpolated
 from sae_nfm.data import datasets
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import Arm, evaluate
-from sae_nfm.evaluation.held_out_sums import SUMS, figures, held_out_sums
+from sae_nfm.evaluation.held_out_sums import SUMS, fidelity_of, held_out_sums
 from sae_nfm.training.multi_arm import train_arms
 from sae_nfm.training.results import read_training_record
 from sae_nfm_cli.commands import COMMANDS
@@ -212,7 +212,7 @@ def test_held_out_sums_by_hand():
         assert row["active"] == active[mine].sum()
         assert row["error_energy"] == pytest.approx(error[mine].sum().item(), rel=1e-5)  # float32 activations
         assert row["variance_energy"] == pytest.approx(variance[mine].sum().item(), rel=1e-5)
-    assert figures(sums).fvu == pytest.approx((error.sum() / variance.sum()).item(), rel=1e-5)
+    assert fidelity_of(sums).fvu == pytest.approx((error.sum() / variance.sum()).item(), rel=1e-5)
 
 
 def document_rows(arms, seeds=range(5), documents=20, noise=0.01):

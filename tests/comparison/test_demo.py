@@ -208,7 +208,7 @@ def test_help_describes_every_option(capsys):
         (["--hook", "blocks.2.hook_resid_pst"], ["'blocks.2.hook_resid_pst'", "hook_resid_"]),
         (["--hook", "blocks.0.attn.hook_pattern"], ["(1, 4, 2, 2)", "[batch, pos, d_in]"]),
         (["--k", "0"], ["k", "> 0", "got 0"]),
-        (["--k", "99"], ["k is 99", "d_sae = 96"]),
+        (["--k", "99"], ["k must", "99", "d_sae = 96"]),
         (["--nfm-top-fraction", "0"], ["nfm_top_fraction", "(0, 1]", "got 0.0"]),
         (["--training-tokens", "100"], ["training_tokens", "128", "got 100"]),
         (["--dataset", "none.parquet"], ["--dataset", "'none.parquet'", "held-out"]),

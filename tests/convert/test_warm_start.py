@@ -147,7 +147,7 @@ def test_saelens_trains_it_further_without_a_scale(tmp_path: Path) -> None:
         ),
         (topk_in_training, {"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
         (topk_in_training, {"nfm_dimm": 2}, r"\bkey 'nfm_dimm'"),
-        (topk_in_training, {"nfm_top_k": 4}, r"nfm_top_k is 4\b.*\bk = 3\b"),
+        (topk_in_training, {"nfm_top_k": 4}, r"nfm_top_k .*\bk = 3\b.* 4\b"),
         (lambda: "nowhere", {}, "'nowhere'.*folder.*release:sae_id"),
     ],
 )

@@ -246,7 +246,7 @@ def test_checkpoints_are_named(shared, capsys):
         (["--architecture", "topk", "--k", "99"], r"\bk is 99\b.*\b1\b.*d_sae = 32\b"),
         (["--training_tokens", "10"], r"training_tokens is 10\b.*\b64\b"),
         (["--context_size", "33"], r"context_size is 33\b.*\b32\b"),
-        (["--store_batch_size_prompts", "0"], r"store_batch_size_prompts is 0\b"),
+        (["--store_batch_size_prompts", "0"], r"store_batch_size_prompts .* 0\b"),
         (["--n_batches_in_buffer", "1"], r"n_batches_in_buffer.* 16\b.* 64\b"),
         (["--device", "abacus"], "device 'abacus'"),
         (["--from_pretrained_path", "no"], "from_pretrained_path is 'no'.*folder"),
