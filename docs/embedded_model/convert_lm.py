@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import simple_parsing
+import tyro
 
 from sae_nfm.common import written_whole
 from sae_nfm.demo.model import MODEL_DIR, load_gpt2
@@ -44,7 +44,7 @@ def convert(config: ConvertConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: see `--help`."""
-    config = simple_parsing.parse(ConvertConfig, args=argv)
+    config = tyro.cli(ConvertConfig, args=argv)
     convert(config)
     for file in sorted(config.output.iterdir()):
         print(f"{file.stat().st_size:>10,} bytes  {file}")

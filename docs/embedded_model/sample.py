@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import simple_parsing
 import torch
+import tyro
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -124,7 +124,7 @@ def replace_long_passages(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: see `--help`."""
-    config = simple_parsing.parse(SampleConfig, args=argv)
+    config = tyro.cli(SampleConfig, args=argv)
     sample(config, load_gpt2(MODEL_DIR))
     for file in sorted(config.output.glob("*.parquet")):
         print(f"{file.stat().st_size:>10,} bytes  {file}")

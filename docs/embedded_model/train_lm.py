@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import simple_parsing
 import torch
+import tyro
 from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -184,7 +184,7 @@ def training_steps(model: GPT2LMHeadModel, stream: Int[Tensor, " token"], config
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: see `--help`."""
-    config = simple_parsing.parse(TrainConfig, args=argv)
+    config = tyro.cli(TrainConfig, args=argv)
     result = train_lm(config)
     print(f"{result.loss_nats[0]:.3f} -> {result.loss_nats[-1]:.3f} nats per token; wrote {config.output}")
 

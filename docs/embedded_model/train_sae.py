@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import simple_parsing
 import torch
+import tyro
 from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from safetensors.torch import load_file, save
@@ -129,7 +129,7 @@ def effect_of_rounding(config: TrainSAEConfig, hook_name: str) -> dict[str, Fide
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: see `--help`."""
-    config = simple_parsing.parse(TrainSAEConfig, args=argv)
+    config = tyro.cli(TrainSAEConfig, args=argv)
     result = train_sae(config)
     print(f"{result.words()}\n")
     for name, fidelity in effect_of_rounding(config, result.provenance["config"]["hook"]).items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import simple_parsing
+import tyro
 from jaxtyping import Int
 
 from sae_nfm.data import read_documents, token_stream
@@ -69,7 +69,7 @@ def corpus_tokens(path: Path) -> Int[np.ndarray, " token"]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: see `--help`. Exits with 1 when a long passage was found."""
-    config = simple_parsing.parse(VerbatimConfig, args=argv)
+    config = tyro.cli(VerbatimConfig, args=argv)
     corpus = corpus_tokens(config.corpus)
     n_long = 0
     for split in ("train", "validation"):

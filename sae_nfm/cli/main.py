@@ -11,6 +11,7 @@ import numpy as np
 from pydantic_core import to_json
 from sae_lens.training._interruption import InterruptedException
 
+from sae_nfm.common.results import SavedResult, with_kind
 from sae_nfm_cli.command import Result
 from sae_nfm_cli.commands import COMMANDS
 
@@ -64,7 +65,8 @@ def _in_one_line(error: Exception) -> tuple[str, int]:
 
 def as_json(result: Result) -> str:
     """A result as its `save` writes it: its fields; null for what is no number, paths as text."""
-    return to_json(result, indent=1, inf_nan_mode="null", fallback=_plain).decode()
+    content = with_kind(result.kind, result.content()) if isinstance(result, SavedResult) else result
+    return to_json(content, indent=1, inf_nan_mode="null", fallback=_plain).decode()
 
 
 def _plain(value: Any) -> Any:

@@ -150,7 +150,8 @@ class CommandParser:
         shown = io.StringIO()
         with _columns(width), redirect_stdout(shown), suppress(SystemExit):
             self._cli(self.root(), ["--help"])
-        usage, _, options = _unboxed(shown.getvalue()).partition("\n")
+        _, _, options = _unboxed(shown.getvalue()).partition("\n")  # without tyro's usage, which may list every option
+        usage = " ".join(["usage:", self.prog, *(_metavar(o) or "" for o in self.options if o.positional), "[options]"])
         examples = "\n".join(f"  # {told}\n  {line}" for told, line in self.examples)
         parts = (usage, _wrapped(self.description, width), examples and f"examples:\n{examples}", options.strip("\n"))
         return "\n\n".join(filter(None, (*parts, _wrapped(self.epilog, width)))) + "\n"
@@ -178,14 +179,11 @@ class CommandParser:
             markers.append(
                 tyro.conf.FlagCreatePairsOff
             )  # of --x and --no-x the help names the one that changes something
-        metavar = option.metavar or METAVARS.get(option.name) or _metavar(option.type)
-        if option.positional:
-            metavar = option.name.upper() if option.default is MISSING else f"[{option.name.upper()}]"
         argument: Any = tyro.conf.arg(
             name=self._flag(option).lstrip("-"),
             help=option.help.replace("\n", " ") or None,
             help_behavior_hint=None if option.default is MISSING else _hint(option),
-            metavar=metavar,
+            metavar=_metavar(option),
             aliases=[f"-{option.name}"] if len(option.name) == 1 else [self._flag(option, a) for a in option.aliases],
         )
         return Annotated[kind, argument, *markers]
@@ -259,13 +257,19 @@ def typed(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _metavar(hint: Any) -> str | None:
+def _metavar(option: Option) -> str | None:
     """What stands for a value in the help; None leaves it to tyro."""
+    if option.positional:
+        return option.name.upper() if option.default is MISSING else f"[{option.name.upper()}]"
+    return option.metavar or METAVARS.get(option.name) or _type_name(option.type)
+
+
+def _type_name(hint: Any) -> str | None:
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     if get_origin(hint) is Literal:
         return None
     if get_origin(hint) in (tuple, list):
-        return f"{_metavar(kinds[0])} ..."
+        return f"{_type_name(kinds[0])} ..."
     names = [SCALARS.get(kind) or "|".join(map(str, get_args(kind) or ("true", "false"))) for kind in kinds]
     return None if hint is bool else "|".join(names)
 

@@ -72,7 +72,7 @@ def respelt(argv: Sequence[str], options: Sequence[Option], *, underscores: bool
             args += [arg, *rest]
             break
         flag, equals, value = arg.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
+        name = flag.lstrip("-").replace("-", "_")
         option, negative = by_name.get(name), False
         if option is None:
             for prefix in ("no_", "no"):
@@ -80,7 +80,8 @@ def respelt(argv: Sequence[str], options: Sequence[Option], *, underscores: bool
                 if name.startswith(prefix) and found is not None and found.is_bool:
                     option, negative = found, True
                     break
-        if option is None or not flag.startswith("--"):
+        short = option is not None and arg == f"-{option.name}"
+        if option is None or not (flag.startswith("--") or short):
             args.append(arg)
             continue
         given.add(option.name)
@@ -96,7 +97,7 @@ def respelt(argv: Sequence[str], options: Sequence[Option], *, underscores: bool
             negative ^= values[0].lower() == "false"
         spelt = option.name if underscores else option.name.replace("_", "-")
         new = f"--{'no_' if underscores else 'no-'}{spelt}" if negative else f"--{spelt}"
-        if not underscores and before != new:
+        if not underscores and before != new and not short:
             print(f"sae-nfm: {before} is now {new}; the old spelling works until version 0.3", file=sys.stderr)
         if option.is_flag:
             args.append(new)
@@ -104,6 +105,8 @@ def respelt(argv: Sequence[str], options: Sequence[Option], *, underscores: bool
             args += [f"--{spelt}", str(not negative)]
         elif equals:
             args.append(f"{new}={_plain(value, option)}")
+        elif underscores and not values and type(None) in get_args(option.type):
+            args += [new, "None"]  # as SAELens's own command line has it
         else:
             args += [new, *(_plain(text, option) for text in values)]
     return [*first, *args], frozenset(given)

@@ -28,7 +28,7 @@ def loaded():
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> AttributeConfig:
     return AttributeConfig(
-        prompt=PROMPT, token=("-1", " good"), logit=" as", top=3, output=str(tmp_path_factory.mktemp("a") / "a.json")
+        prompt=PROMPT, token=("-1", " good"), logit=" as", top=3, save=str(tmp_path_factory.mktemp("a") / "a.json")
     )
 
 
@@ -71,14 +71,14 @@ def test_the_words_and_the_file_have_the_figures(config, found):
     assert f"{pair.first} x {pair.second}" in words
     assert f"{pair.free:+.4f}" in words
     assert "effects on the logit of ' as' less the mean logit" in words
-    content = json.loads(Path(config.output).read_text())
+    content = json.loads(Path(config.save).read_text())
     assert content["tokens"][0]["pairs"][0]["frozen"] == pair.frozen
     assert content["provenance"]["command"] == "sae-nfm attribute"
 
 
 def test_ranked_by_effect_the_first_pair_has_the_largest(config, found):
     for kind in ("direct", "gradient"):
-        (token,) = attribute(replace(config, token=("-1",), rank_by=kind, against=" a", output=None)).tokens
+        (token,) = attribute(replace(config, token=("-1",), rank_by=kind, against=" a", save=None)).tokens
         effects = [abs(getattr(pair.written, kind)) for pair in token.pairs]
         assert effects == sorted(effects, reverse=True)
         assert token.target == "the logit of ' as' less that of ' a'"
@@ -95,7 +95,7 @@ def test_without_a_logit_the_likeliest_next_token_is_the_target(loaded):
 def test_a_corpus(tmp_path):
     config = AttributeConfig(
         corpus=True, n_tokens=512, control_tokens=200, n_permutations=1, top=2, graph_pairs=20, logit=" film",
-        capacity=30_000, graph=str(tmp_path / "g.graphml"), output=str(tmp_path / "c.json"),
+        capacity=30_000, graph=str(tmp_path / "g.graphml"), save=str(tmp_path / "c.json"),
     )  # fmt: skip
     found = attribute(config).corpus
     # 2 rows of 255 counted tokens, one of them a BOS within its row
@@ -108,7 +108,7 @@ def test_a_corpus(tmp_path):
     assert f"{edge.first} x {edge.second}" in words
     assert "a pair that was dropped has at most" in words
     assert "Is it co-occurrence?" in words
-    assert json.loads(Path(config.output).read_text())["corpus"]["graph"]["edges"][0]["first"] == edge.first
+    assert json.loads(Path(config.save).read_text())["corpus"]["graph"]["edges"][0]["first"] == edge.first
 
 
 @pytest.mark.parametrize(
@@ -140,4 +140,4 @@ def test_options_that_cannot_work_are_refused_at_once(options, message):
 )
 def test_what_the_prompt_does_not_have_is_said(config, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        attribute(replace(config, output=None, **options))
+        attribute(replace(config, save=None, **options))

@@ -141,6 +141,7 @@ OPTIONS = [
     Option(name="hook", type=str),
     Option(name="save", type=str | None),
     Option(name="d_sae", type=int),
+    Option(name="k", type=int),
     Option(name="pairs", type=bool),
     Option(name="prepend_bos", type=bool | None),
 ]

@@ -117,7 +117,7 @@ def test_help_of_every_command(name, capsys, monkeypatch):
         assert 0 == places[0] < places[1] < places[2]
         assert "options:\n" not in text[places[2] + 20 :]
         assert all(len(line) <= columns or len(line.split()) <= 2 for line in text.splitlines())
-        for noise in ("Config(", "None)", "section0", "(default: ())", "\x1b"):
+        for noise in ("Config(", "(default: None", "section0", "(default: ())", "\x1b"):
             assert noise not in text
     assert [option.name for option in parser.options if not option.help and not option.hidden] == []
 

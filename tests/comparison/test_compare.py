@@ -354,6 +354,6 @@ def test_flags_of_several_values():
         "--arms",
         "topk",
     ]
-    cfg = COMMANDS["compare"].parse("compare", [*flags, "joint_nfm mlp"])
+    cfg = COMMANDS["compare"].make_parser("compare").parse([*flags, "joint_nfm mlp"])
     assert (cfg.k, cfg.seeds, cfg.learning_rates, cfg.jumprelu_l0) == ((16, 64), (3, 4), (1e-3,), (0.5, 5.0))
     assert cfg.chosen_arms == ("topk", "joint_nfm mlp")

@@ -193,10 +193,8 @@ def data_of(page: Path) -> dict[str, str]:
 
 
 def test_help_describes_every_option(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        main(["demo", "--help"])
+    assert main(["demo", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert exit_info.value.code == 0
     for field in fields(DemoConfig):
         assert f"--{field.name.replace('_', '-')}" in text
     assert "Features of each SAE but the matched ones." in text

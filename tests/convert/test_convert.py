@@ -44,21 +44,21 @@ def test_the_command_line_says_what_is_and_what_is_not_known(tmp_path: Path) -> 
         str(out),
         "--statistics",
         str(tmp_path / "statistics.json"),
-        "--hook-name",
+        "--hook",
         "blocks.16.hook_resid_pre",
     ]
-    assert COMMAND.result(COMMAND.parse("convert", line)).words().splitlines() == [
+    assert COMMAND.result(COMMAND.make_parser("convert").parse(line)).words().splitlines() == [
         f"Converted from author to joint_nfm (d_in 5, d_sae 1,100, k 1,024, nfm_dim 3, nfm_top_k 512): {out}",
         "Not in the files, assumed: k = 1024, the paper's; nfm_top_k = 512, the paper's",
-        "Not in the files, and needed to use it in a language model: --model_name, --context_size; convert again with them",
+        "Not in the files, and needed to use it in a language model: --model, --context-size; convert again with them",
         "In Python:",
         "    import sae_nfm",
         "    from sae_lens import SAE",
         f'    sae = SAE.load_from_disk("{out}")',
     ]
     assert {path.name for path in out.iterdir()} == {"cfg.json", "sae_weights.safetensors", "README.md"}
-    line += ["--model_name", "gpt2", "--context_size", "128", "--prepend_bos", "False", "--k", "9", "--nfm_top_k", "9"]
-    words = COMMAND.result(COMMAND.parse("convert", line)).words().splitlines()
+    line += ["--model", "gpt2", "--context-size", "128", "--no-prepend-bos", "--k", "9", "--nfm-top-k", "9"]
+    words = COMMAND.result(COMMAND.make_parser("convert").parse(line)).words().splitlines()
     assert words[:2] == [
         f"Converted from author to joint_nfm (d_in 5, d_sae 1,100, k 9, nfm_dim 3, nfm_top_k all): {out}",
         f"The SAE that was there is kept in {out}.1",
@@ -86,12 +86,12 @@ def test_files_are_detected_too(tmp_path: Path) -> None:
 
 def test_heads_are_flattened_where_the_hook_point_has_them(tmp_path: Path) -> None:
     write_sparsify(tmp_path / "sparsify", d_in=6)
-    convert_one(tmp_path, "sparsify", hook_name="blocks.1.attn.hook_z")
+    convert_one(tmp_path, "sparsify", hook="blocks.1.attn.hook_z")
     sae, x = SAE.load_from_disk(tmp_path / "out"), torch.randn(4, 5, 2, 3, generator=torch.Generator().manual_seed(0))
     flat = SAE.load_from_disk(tmp_path / "sparsify", converter=sparsify_loader)
     assert torch.equal(sae(x), flat(x.flatten(-2)).reshape(x.shape))
     (tmp_path / "out").rename(tmp_path / "saelens")
-    convert_one(tmp_path, "saelens", hook_name="blocks.1.hook_resid_post")
+    convert_one(tmp_path, "saelens", hook="blocks.1.hook_resid_post")
     assert torch.equal(SAE.load_from_disk(tmp_path / "out")(x.flatten(-2)), flat(x.flatten(-2)))
 
 

@@ -23,9 +23,9 @@ from sae_nfm.models.load import load_model
 from sae_nfm_cli import main
 
 ROWS = 12
-FEW = ["--batch_size_prompts", "2", "--n_eval_reconstruction_batches", "3", "--n_eval_sparsity_variance_batches", "3"]
+FEW = ["--batch-size-prompts", "2", "--n-eval-reconstruction-batches", "3", "--n-eval-sparsity-variance-batches", "3"]
 
-ONE = ["--batch_size_prompts", "2", "--n_eval_reconstruction_batches", "1", "--n_eval_sparsity_variance_batches", "1"]
+ONE = ["--batch-size-prompts", "2", "--n-eval-reconstruction-batches", "1", "--n-eval-sparsity-variance-batches", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def test_the_figures_are_those_of_run_evals(kind, shared, tmp_path, capsys):
         "gated": lambda: other_sae(GatedSAEConfig),
     }[kind]()
     folder, output = saved(shared, tmp_path / "sae", sae), tmp_path / "figures.json"
-    everything = ["--compute-featurewise-density-statistics", "--compute_featurewise_weight_based_metrics", "True"]
-    assert main(["evaluate", folder, *FEW, *everything, "--output", str(output)]) == 0
+    everything = ["--compute-featurewise-density-statistics", "--compute-featurewise-weight-based-metrics"]
+    assert main(["evaluate", folder, *FEW, *everything, "--save", str(output)]) == 0
     with quiet_saelens():
         model, loaded = load_model(shared / "model"), SAE.load_from_disk(folder)
         metrics, features = run_evals(
@@ -131,11 +131,10 @@ def test_what_it_was_measured_on_is_written_down(shared, tmp_path):
         "evaluate",
         folder,
         *FEW,
-        "--dataset-path",
+        "--held-out",
         data,
-        "--compute_kl",
-        "False",
-        "--output",
+        "--no-compute-kl",
+        "--save",
         str(tmp_path / "a" / "b.json"),
     ]
     assert main(argv) == 0
@@ -155,12 +154,11 @@ def test_what_it_was_measured_on_is_written_down(shared, tmp_path):
 
 def test_rows_that_count_twice_and_training_data_are_said(shared, tmp_path, capsys):
     folder = saved(shared, tmp_path / "sae", inference_sae(training_config("joint_nfm")))
-    assert main(["evaluate", folder, *FEW, "--n_eval_reconstruction_batches", "5"]) == 0
+    assert main(["evaluate", folder, *FEW, "--n-eval-reconstruction-batches", "5"]) == 0
     printed = capsys.readouterr().out
     assert f"{folder}: joint_nfm at {HOOK} of {shared / 'model'}\n" in printed
     assert (
-        f"Data: {shared / 'tokens.parquet'}, on which the SAE was trained: not held out (give --dataset_path)\n"
-        in printed
+        f"Data: {shared / 'tokens.parquet'}, on which the SAE was trained: not held out (give --held-out)\n" in printed
     )
     assert "The data were read 2 times: there are fewer rows than asked for.\n" in printed
 
@@ -182,7 +180,7 @@ def test_one_sae_in_every_class_of_model(shared, tmp_path, capsys):
     places = {"HookedTransformer": HOOK, "TransformerBridge": HOOK, "AutoModelForCausalLM": "transformer.h.0"}
     for model_class_name, hook_name in places.items():
         saved(shared, tmp_path / "sae", inference_sae(training_config("joint_nfm")), hook_name=hook_name)
-        assert main(["evaluate", folder, *FEW, "--model_class_name", model_class_name]) == 0
+        assert main(["evaluate", folder, *FEW, "--model-class-name", model_class_name]) == 0
         # three implementations of one model: float32 rounding, four decimals printed
         assert figures(capsys.readouterr().out) == pytest.approx(usual, abs=2e-3, rel=1e-3), model_class_name
 
@@ -191,7 +189,7 @@ def test_heads(shared, tmp_path, capsys):
     folder = saved(shared, tmp_path / "sae", inference_sae(training_config("joint_nfm", HOOK_Z)), hook_name=HOOK_Z)
     assert main(["evaluate", folder, *FEW]) == 0
     assert figures(capsys.readouterr().out)["l0"] > 0
-    assert main(["evaluate", folder, *FEW, "--model_class_name", "TransformerBridge"]) == 2
+    assert main(["evaluate", folder, *FEW, "--model-class-name", "TransformerBridge"]) == 2
     assert "'blocks.0.attn.o.hook_in'" in capsys.readouterr().err
 
 
@@ -214,7 +212,7 @@ def test_no_number_is_null(tmp_path):
 def test_a_mistake_is_one_line(shared, tmp_path, capsys):
     folder = saved(shared, tmp_path / "sae", inference_sae(training_config("joint_nfm")))
     output = tmp_path / "out.json"
-    assert main(["evaluate", folder, *FEW, "--context_size", "33", "--output", str(output)]) == 2
+    assert main(["evaluate", folder, *FEW, "--context-size", "33", "--save", str(output)]) == 2
     told = capsys.readouterr().err.rpartition("sae-nfm: ")[2]
     assert re.search(r"\bcontext_size is 33\b.*\b32\b", told)
     assert told.count("\n") == 1
@@ -225,12 +223,12 @@ def test_what_cannot_be_measured_is_refused(shared, tmp_path):
     (tmp_path / "short.txt").write_text("t1 t2")
     folder = saved(shared, tmp_path / "sae", inference_sae(training_config("joint_nfm")))
     for given, message in (
-        ({"model_name": "sae-nfm-demo"}, rf"\bd_in {D_MODEL}\b.*'{HOOK}' of sae-nfm-demo\b.*\b256\b"),
-        ({"dataset_path": str(tmp_path / "short.txt")}, r"\bheld-out text\b.*\b16 tokens\b"),
+        ({"model": "sae-nfm-demo"}, rf"\bd_in {D_MODEL}\b.*'{HOOK}' of sae-nfm-demo\b.*\b256\b"),
+        ({"held_out": str(tmp_path / "short.txt")}, r"\bheld-out text\b.*\b16 tokens\b"),
         ({"device": "abacus"}, r"\bdevice 'abacus'"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate_saved(EvaluateConfig(sae=folder, output=str(tmp_path / "out.json"), **given))
+            evaluate_saved(EvaluateConfig(sae=folder, save=str(tmp_path / "out.json"), **given))
         assert not (tmp_path / "out.json").exists()
 
 
@@ -273,8 +271,8 @@ def test_metadata_that_says_too_little(shared, tmp_path):
     bare = copy.deepcopy(training_config("joint_nfm"))
     for field, message in (
         ("model_name", r"metadata\b.*\bmodel_name\b"),
-        ("context_size", r"metadata\b.*\bcontext_size\b.*--context_size"),
-        ("dataset_path", r"metadata\b.*\bdata set\b.*--dataset_path"),
+        ("context_size", r"metadata\b.*\bcontext_size\b.*--context-size"),
+        ("dataset_path", r"metadata\b.*\bdata set\b.*--held-out"),
     ):
         folder = saved(shared, tmp_path / field, inference_sae(bare), **{field: None})
         with pytest.raises(ValueError, match=message):

@@ -325,11 +325,11 @@ def test_a_damaged_checkpoint(tmp_path):
         ),
         (
             lambda path: {"checkpoints": str(save(path, [joint([0.5] * 8, metadata=metadata(model_name=None))] * 2))},
-            r"\bmodel_name\b.*--model-name",
+            r"\bmodel_name\b.*--model",
         ),
         (
             lambda path: {"checkpoints": str(save(path, [joint([0.5] * 8, metadata=metadata(model_name="gpt2"))] * 2))},
-            r"--validation.*'gpt2'",
+            r"--held-out.*'gpt2'",
         ),
     ],
     ids=["a topk run", "a joint reference", "another hook point", "another size", "no model", "no text"],
@@ -352,7 +352,7 @@ def test_no_canonical_gauge(found, tmp_path):
 
 
 def test_refused_before_anything_is_read():
-    with pytest.raises(ValueError, match=r"\bvalidation_tokens\b.*\b0\b"):
+    with pytest.raises(ValueError, match=r"\bheld_out_tokens\b.*\b0\b"):
         DynamicsConfig(checkpoints="nowhere", held_out_tokens=0)
     with pytest.raises(ValueError, match=r"\bcontext_size\b.*\b1\b.*\b2\b"):
         DynamicsConfig(checkpoints="nowhere", context_size=1)

@@ -11,7 +11,6 @@ from sae_lens import SAE, TopKTrainingSAEConfig
 from tiny_models import write_checkpoint
 
 from sae_nfm.architectures.secondary import HIDDEN, PRIMARY_DIGEST, attach_secondary, primary_digest
-from sae_nfm.cli.parser import CommandParser, dashed
 from sae_nfm.data.datasets import load_splits
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import Arm, evaluate
@@ -21,6 +20,7 @@ from sae_nfm.experiments.secondary.run import SecondaryConfig, run_secondary
 from sae_nfm.experiments.secondary.training import activations_of, default_k, permuted
 from sae_nfm.models.load import load_model
 from sae_nfm.stats.estimates import Estimate
+from sae_nfm_cli.commands import COMMANDS
 
 HOOK = "blocks.0.hook_resid_post"
 FOLDERS = ["hidden-code/k1", "hidden-code/k7", "linear-path/k1", "permuted-hidden-code/k1", "permuted-hidden-code/k7"]
@@ -51,7 +51,7 @@ def config(tmp_path_factory) -> SecondaryConfig:
     return SecondaryConfig(
         primary=save_primary(folder / "primary", model),
         dataset=write_text(folder / "train.jsonl", 60, seed=1),
-        validation=write_text(folder / "validation.jsonl", 40, seed=2),
+        held_out=write_text(folder / "validation.jsonl", 40, seed=2),
         expansion=3,
         training_tokens=1_024,
         held_out_tokens=480,
@@ -73,7 +73,7 @@ def parts(config, result):
     """Model, primary and held-out rows of the job, loaded anew."""
     primary = SAE.load_from_disk(config.primary)
     model = load_model(primary.cfg.metadata.model_name)
-    _, validation = load_splits(config.dataset, config.validation, "tiny")
+    _, validation = load_splits(config.dataset, config.held_out, "tiny")
     return model, primary, held_out_rows(model, validation, CONTEXT, config.held_out_tokens)
 
 
@@ -276,7 +276,5 @@ def test_refused(config, tmp_path):
     [([], "sae-nfm-demo:blocks.2.hook_resid_post", ()), (["runs/mine", "--k", "8", "16"], "runs/mine", (8, 16))],
 )
 def test_command_line(argv, primary, k):
-    parser = CommandParser(prog="sae-nfm secondary")
-    parser.add_arguments(SecondaryConfig, dest="config")
-    config = parser.parse_args(dashed(argv)).config
+    config = COMMANDS["secondary"].make_parser("secondary").parse(argv)
     assert (config.primary, config.k) == (primary, k)

@@ -346,4 +346,4 @@ def test_what_cannot_be_explored_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"\bembedded\b.*\bheld-out text\b"):
         sae_of("topk").save_model(tmp_path / "sae")
         write_checkpoint(tmp_path / "gpt2", "gpt2")
-        run_explore(ExploreConfig(sae=str(tmp_path / "sae"), model_name=str(tmp_path / "gpt2")))
+        run_explore(ExploreConfig(sae=str(tmp_path / "sae"), model=str(tmp_path / "gpt2")))

@@ -18,6 +18,7 @@ from tiny_models import new_model, write_checkpoint
 
 from sae_nfm import JointNFMTrainingSAEConfig
 from sae_nfm.architectures.joint_training import JointNFMTrainingSAE
+from sae_nfm.cli.train import parse
 from sae_nfm.models.load import find_site, load_model
 from sae_nfm.profiling import arms
 from sae_nfm.profiling.arms import Sizes, joint_config
@@ -27,7 +28,6 @@ from sae_nfm.profiling.requirements import _kernel as chosen_kernel
 from sae_nfm.profiling.requirements import dry_run
 from sae_nfm.profiling.results import Device, DryRun
 from sae_nfm.profiling.run_spec import CONFIGS, Experiment, load_experiment
-from sae_nfm.training.arguments import parse
 from sae_nfm_cli import main
 
 LOADERS = {
@@ -374,7 +374,7 @@ def test_a_file_of_ones_own(tmp_path, capsys):
     path.write_text(yaml.safe_dump(content))
     assert main(["dry-run", str(path)]) == 0  # the model's shape is read from its folder
     assert "needed at once on mine: 0.00 of 2.5" in capsys.readouterr().out
-    assert main(["dry-run", str(path), "--memory_gib", "0.00001"]) == 2
+    assert main(["dry-run", str(path), "--memory-gib", "0.00001"]) == 2
     assert "mine has 1e-05" in capsys.readouterr().err
 
 

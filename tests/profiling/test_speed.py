@@ -233,7 +233,7 @@ def test_a_scan_of_nfm_dim_ends_at_eight_times_the_first():
 
 def test_the_file(tmp_path):
     path = tmp_path / "new" / "speed.json"
-    result = measure_speed(SpeedConfig(**TINY, arms=("topk", PUBLISHED), output=str(path)))
+    result = measure_speed(SpeedConfig(**TINY, arms=("topk", PUBLISHED), save=str(path)))
     assert SpeedResult.load(path) == result
     assert [file.name for file in path.parent.iterdir()] == ["speed.json"]
     provenance = json.loads(path.read_text())["provenance"]

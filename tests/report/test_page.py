@@ -151,7 +151,7 @@ def test_folders_without_results_are_refused(tmp_path):
 
 def test_the_page_of_a_run_has_its_verdicts_its_command_and_what_is_missing(tmp_path):
     run = saved(tmp_path, provenance=compared_once().provenance | {"command": "sae-nfm demo --seed 7"})
-    written = write_run_report(ReportConfig(run=str(run), output=str(tmp_path / "page.html")))
+    written = write_run_report(ReportConfig(run=str(run), save=str(tmp_path / "page.html")))
     html = written.path.read_text()
     assert "FVU +25.0%, KL -20.0% (mixed)" in html
     assert "$ sae-nfm demo --seed 7" in html
@@ -169,8 +169,7 @@ def test_the_page_of_a_run_has_its_verdicts_its_command_and_what_is_missing(tmp_
 def test_two_pages_of_one_run_are_equal_bytes(tmp_path):
     run = saved(tmp_path)
     pages = [
-        write_run_report(ReportConfig(run=str(run), output=str(tmp_path / name))).path.read_bytes()
-        for name in ("a", "b")
+        write_run_report(ReportConfig(run=str(run), save=str(tmp_path / name))).path.read_bytes() for name in ("a", "b")
     ]
     assert pages[0] == pages[1]
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from small_training import SIZES
 
 from sae_nfm import read_training_record
+from sae_nfm.cli.train import parse
 from sae_nfm.data.datasets import local_dataset
 from sae_nfm.models.load import load_model
-from sae_nfm.training.arguments import parse
 from sae_nfm.training.run import how_to_go_on
 from sae_nfm_cli import main
 
@@ -237,7 +237,7 @@ def test_checkpoints_are_named(shared, capsys):
         (["--hook_head_index", "2"], r"hook_head_index is 2\b.*\b0 to 1\b"),
         (["--model_name", "no-such-model"], "model 'no-such-model'"),
         (["--model_class_name", "GPT"], "model_class_name is 'GPT'.*'HookedTransformer'"),
-        (["--dataset_path="], "embedded tokens.*--dataset_path"),
+        (["--dataset_path="], "embedded tokens.*--dataset"),
         (["--dataset_path", "no.jsonl"], r"\bno\.jsonl\b.*\.parquet"),
         (["--dataset_path", "short.txt"], r"'short\.txt'.*\b16 tokens\b.*context_size"),
         (["--held_out", "short.txt"], r"held-out.*\b16 tokens\b"),
