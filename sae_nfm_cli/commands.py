@@ -58,7 +58,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             ),
             config="sae_nfm.report.command:ReportConfig",
             arguments=("run",),
-            run="sae_nfm.report.command:write_run_report",
+            run="sae_nfm.cli.report:write_report",
         ),
     },
     "train": {

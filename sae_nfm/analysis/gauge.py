@@ -81,6 +81,14 @@ def canonical(sae: SAE[Any]) -> SAE[Any]:
     return copied
 
 
+def canonical_or_reason(sae: SAE[Any]) -> tuple[SAE[Any] | None, str | None]:
+    """`canonical`, or None and why there is none."""
+    try:
+        return canonical(sae), None
+    except ValueError as error:
+        return None, str(error)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GaugeDrift:
     """How far W_dec - W_lin moved between two states, beside how far W_dec + W_lin did; lengths per entry."""

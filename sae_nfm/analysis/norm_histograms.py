@@ -56,11 +56,9 @@ def squared_norms(sae: SAE[Any], *, topk: SAE[Any] | None, seed: int, bins: int 
         topk: a TopK SAE to compare with.
         seed: of the random initialisation, which is left out where the metadata do not say how the SAE was trained.
     """
-    saes, reason = {AS_TRAINED: sae}, None
-    try:
-        saes[CANONICAL] = gauge.canonical(sae)
-    except ValueError as error:
-        reason = str(error)
+    saes, (fixed, reason) = {AS_TRAINED: sae}, gauge.canonical_or_reason(sae)
+    if fixed is not None:
+        saes[CANONICAL] = fixed
     if topk is not None:
         saes[TOPK] = topk
     with suppress(ValueError):

@@ -255,7 +255,7 @@ def _residual(
     explained = ratio_of_means(part.squared_error.numpy(), part.deviation.numpy(), held_out)
     return ResidualFigures(
         part=part,
-        r2=replace(explained, estimate=1 - explained.estimate, low=1 - explained.high, high=1 - explained.low),
+        r2=explained.complement(),
         of_output=_ratio(part.squared_error, output[chosen], held_out),
         gain_of_path=_saved(whole, with_mean, held_out),
         gain_of_residual=_saved(whole, with_linear, held_out),
@@ -264,8 +264,7 @@ def _residual(
 
 def _saved(error: NDArray[Any], without: NDArray[Any], documents: Documents) -> Estimate:
     """1 - error / without, tested against 0."""
-    ratio = ratio_of_means(error, without, documents)
-    return replace(ratio, estimate=1 - ratio.estimate, low=1 - ratio.high, high=1 - ratio.low)
+    return ratio_of_means(error, without, documents).complement()
 
 
 def _ratio(a: Tensor | NDArray[Any], b: Tensor | NDArray[Any], documents: Documents) -> Estimate:

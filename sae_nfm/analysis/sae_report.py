@@ -8,7 +8,7 @@ Source: arXiv 2507.00269, analysis of decoder norms and components; the controls
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -80,7 +80,7 @@ def gauge_report(
     Raises:
         ValueError: for too few features or documents, another kind of SAE, or metadata that do not say how it was trained.
     """
-    fixed, reason = _canonical(sae)
+    fixed, reason = gauge.canonical_or_reason(sae)
     tokens = token_paths(sae, x, documents)
     paths = functional_figures(sae, tokens, seed=seed, n_permutations=n_permutations)
     cfg = training_config(sae) if initial == "from metadata" else initial
@@ -92,13 +92,6 @@ def gauge_report(
             fixed, tokens, seed=seed, n_permutations=n_permutations, with_residual=False
         )
     return GaugeReport(weights=weights, paths=paths, canonical_paths=canonical_paths)
-
-
-def _canonical(sae: SAE[Any]) -> tuple[SAE[Any] | None, str | None]:
-    try:
-        return gauge.canonical(sae), None
-    except ValueError as error:
-        return None, str(error)
 
 
 def _weight_report(
@@ -252,12 +245,16 @@ def _residual(paths: FunctionalFigures) -> Iterator[FigureRow]:
     if residual is None:
         return
     share, of_path, gain = paths.magnitude_shares["interaction"], residual.r2, residual.gain_of_path
-    left = replace(of_path, estimate=1 - of_path.estimate, low=1 - of_path.high, high=1 - of_path.low)
     of_output = "nonlinear share of what is written"
     lines: list[tuple[str, Figure, Figure, str]] = [
         (of_output, share, paths.nonlinear_of_output, "energy, of the whole output"),
         (of_output, share, residual.of_output, "the same, less what is linear in f (held out)"),
-        ("nonlinear share of the interaction path", 1.0, left, "less what is linear in f (held out); published: all"),
+        (
+            "nonlinear share of the interaction path",
+            1.0,
+            of_path.complement(),
+            "less what is linear in f (held out); published: all",
+        ),
         ("error the path saves over its mean", gain, residual.gain_of_residual, "over its own linear prediction"),
     ]
     for name, published, controlled, control in lines:

@@ -196,12 +196,7 @@ def observed(model: LanguageModel, sae: SAE[Any], seen: dict[str, Any]) -> Gener
     """The SAE in place, and in `seen` what `reading` sees, its reconstruction and the final normalisation's scale."""
     kept = {name: keeping(seen, name) for name in (RECONS, OUTPUT)}
     scale: list[Any] = [(SCALE, keeping(seen, SCALE))] if SCALE in model.hook_dict else []
-    with (
-        reading(sae, seen) as hooks,
-        splice(model, sae) as found,
-        found.hooks(hooks | kept),
-        model.hooks(fwd_hooks=scale),
-    ):
+    with splice(model, sae) as found, found.hooks(reading(sae, seen) | kept), model.hooks(fwd_hooks=scale):
         yield
 
 

@@ -1,7 +1,6 @@
 """What the paths of an SAE read and write on tokens: features as the interaction path reads them, gates, outputs."""
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,16 +63,12 @@ class TokenReads:
             yield self.of(torch.arange(start, min(start + size, len(self.gates)), device=self.gates.device))
 
 
-@contextmanager
-def reading(sae: SAE[Any], seen: dict[str, Any]) -> Generator[dict[str, HookFunction]]:
-    """Hook functions for an SAE that put what its paths read and write into `seen`, in its next run.
-
-    Args:
-        sae: see `attributable`.
-        seen: by their hook points what the interaction path reads, the hidden code and what each path writes.
+def reading(sae: SAE[Any], seen: dict[str, Any]) -> dict[str, HookFunction]:
+    """Hook functions for an SAE (see `attributable`) that put into `seen`, by hook point, what the interaction path reads, the
+    hidden code and what each path writes.
     """
     names = [READ, INTERACTION, HIDDEN, *([LINEAR] if attributable(sae).cfg.use_linear_path else [])]
-    yield {name: keeping(seen, name) for name in names}
+    return {name: keeping(seen, name) for name in names}
 
 
 def reads_of(seen: dict[str, Any]) -> TokenReads:
@@ -95,8 +90,7 @@ def token_reads(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> TokenReads:
         ValueError: see `attributable`.
     """
     seen = dict[str, Any]()
-    with reading(sae, seen) as hooks:
-        reconstruction(sae, x, hooks)
+    reconstruction(sae, x, reading(sae, seen))
     return reads_of(seen)
 
 
@@ -104,7 +98,6 @@ def _in_order(read: Float[Tensor, "*batch d_sae"]) -> SparseActs:
     """As many columns as the token with most active features has, features in the order of their numbers."""
     flat = read.flatten(0, -2)
     most = int((flat != 0).sum(-1).amax()) if flat.numel() else 0
-    indices = (
-        flat.abs().topk(most, dim=-1, sorted=False).indices.sort(dim=-1).values
-    )  # some architectures have negative ones
+    strongest = flat.abs().topk(most, dim=-1, sorted=False).indices  # some architectures have negative ones
+    indices = strongest.sort(dim=-1).values
     return SparseActs(indices, flat.gather(-1, indices))

@@ -15,9 +15,10 @@ import pandas as pd
 from pydantic import TypeAdapter
 
 from sae_nfm.common import whole, write_json
-from sae_nfm.common.results import SavedResult
+from sae_nfm.common.results import SavedResult, with_kind, without_kind
 
 Point = tuple[float, float]
+GRAPH_KIND = "graph/1"
 DRAWN = 50
 """Pairs of most energy that are laid out to be drawn."""
 
@@ -77,7 +78,8 @@ class InteractionGraph:
         if Path(path).suffix == ".json":  # by hand: networkx would order the edges by node
             nodes = [{"id": node.feature, **asdict(node)} for node in self.nodes]
             links = [{"source": edge.first, "target": edge.second, **asdict(edge)} for edge in self.edges]
-            write_json(path, {"directed": False, "multigraph": False, "graph": {}, "nodes": nodes, "edges": links})
+            form = {"directed": False, "multigraph": False, "graph": {}}
+            write_json(path, with_kind(GRAPH_KIND, {**form, "nodes": nodes, "edges": links}))
             return
         graph = networkx.Graph()
         for node in self.nodes:
@@ -99,7 +101,7 @@ class InteractionGraph:
         _check_suffix(path)
         try:
             if Path(path).suffix == ".json":
-                content: Any = json.loads(Path(path).read_text())
+                content = without_kind(GRAPH_KIND, json.loads(Path(path).read_text()))
                 nodes, edges = content["nodes"], content["edges"]
             else:
                 graph: Any = networkx.read_graphml(path)

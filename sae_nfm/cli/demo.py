@@ -5,11 +5,12 @@ from pathlib import Path
 
 from sae_lens import SAE
 
+from sae_nfm.cli.report import write_report
 from sae_nfm.common.results import RESULTS_FILENAME
 from sae_nfm.comparison import DemoConfig, Prepared, compare_once
 from sae_nfm.comparison.results import ArmName, CompareResult
 from sae_nfm.explorer import FILENAME, explore
-from sae_nfm.report.command import ReportConfig, write_run_report
+from sae_nfm.report.command import ReportConfig
 
 EXPLORED_TOKENS = 20_000
 """Held-out tokens that the explorer's contexts and pairs are from."""
@@ -48,5 +49,5 @@ def run_demo(cfg: DemoConfig, *, command: str | None = None) -> Demo:
     sae = SAE.load_from_disk(output / "saes" / ArmName.JOINT, device=cfg.device).eval()
     explored = explore(prepared.model, sae, rows.tokens[:n_rows], rows.documents[:n_rows], name=str(ArmName.JOINT))
     explored.save(output / FILENAME)
-    report = write_run_report(ReportConfig(run=cfg.output)).path
+    report = write_report(ReportConfig(run=cfg.output)).path
     return Demo(comparison=found, results=output / RESULTS_FILENAME, report=report)

@@ -33,11 +33,8 @@ class Table:
     """A table of text."""
 
     columns: Sequence[str]
-    """Headings; the first column is left-aligned."""
     rows: Sequence[Sequence[str]]
-    """Cells."""
     caption: str
-    """What the columns mean."""
     strong: Sequence[bool] | None = None
     """Which rows are set in bold, such as whole SAEs among their ablations."""
     text_columns: Sequence[int] = (0,)
@@ -51,7 +48,6 @@ class Prose:
     lines: Sequence[str]
     """One paragraph or item each."""
     listed: bool = False
-    """Whether they are items."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +55,6 @@ class Heading:
     """A heading inside a section, where it has several results."""
 
     text: str
-    """The heading."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +62,7 @@ class Verbatim:
     """Text in a fixed-width font, folded away until asked for."""
 
     title: str
-    """What it is."""
     text: str
-    """As it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +70,6 @@ class Embedded:
     """The place of something that a script of the page fills."""
 
     id: str
-    """The element's id."""
     data: bytes
     """What it works on, embedded as base64 in an element `<id>-data`."""
     fallback: str
@@ -92,13 +84,10 @@ class Section:
     """A section of the page."""
 
     id: str
-    """Its anchor."""
     title: str
-    """Its heading."""
     lead: str
     """What question it answers, in a sentence or two."""
     blocks: Sequence[Block]
-    """Its content."""
     verdicts: Sequence[str] = ()
     """What it found, in sentences for the summary: null results and losses as plainly as wins."""
 

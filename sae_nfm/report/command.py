@@ -25,9 +25,7 @@ class WrittenReport:
     """The page and what is on it."""
 
     path: Path
-    """The HTML file."""
     size: int
-    """Its bytes."""
     sections: tuple[str, ...]
     """Titles of the chapters shown."""
     missing: tuple[tuple[str, str], ...]

@@ -123,7 +123,9 @@ def _what(run: Run) -> str:
 
 
 def _origin(run: Run, found: Found[Any]) -> list[Block]:
-    origin: dict[str, Any] = found.result.provenance
+    origin: dict[str, Any] = getattr(found.result, "provenance", {})
+    if not origin:
+        return []
     command = origin.get("command")
     told = {key: value for key, value in origin.items() if key != "command"}
     repeat = f"$ {command}" if command else "Made from Python; the configuration is below."
@@ -135,5 +137,5 @@ def _origin(run: Run, found: Found[Any]) -> list[Block]:
 
 
 def _config(found: Found[Any]) -> dict[str, Any]:
-    config = found.result.provenance.get("config")
+    config = getattr(found.result, "provenance", {}).get("config")
     return config if isinstance(config, dict) else {}

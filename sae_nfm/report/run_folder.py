@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from sae_nfm.attribution import Attribution
+from sae_nfm.analysis.results import NormsResult
+from sae_nfm.attribution.results import Attribution
 from sae_nfm.common.before_kinds import kind_by_keys
 from sae_nfm.common.results import KIND, RESULTS_FILENAME, SavedResult, as_result
 from sae_nfm.comparison.results import CompareResult
@@ -28,6 +29,7 @@ RESULTS: tuple[type[SavedResult], ...] = (
     Attribution,
     SpeedResult,
     MeasuredKL,
+    NormsResult,
 )
 """Results that a chapter draws."""
 KINDS: Mapping[str, type[SavedResult]] = {result.kind: result for result in RESULTS}
@@ -43,9 +45,7 @@ class Found(Generic[T]):
     """A result and where it was."""
 
     result: T
-    """The result."""
     path: Path
-    """Its file."""
     label: str
     """Its folder inside the run, "." for the run itself; its file where that is not called results.json."""
 
@@ -55,7 +55,6 @@ class Run:
     """Everything found in a folder."""
 
     folder: Path
-    """The folder."""
     results: tuple[Found[Any], ...]
     """One for each file, by path."""
     records: tuple[Path, ...]
@@ -63,7 +62,6 @@ class Run:
     measurements: tuple[Path, ...]
     """Folders with rows by token and arm, of `behaviour.measure`."""
     saes: tuple[Path, ...]
-    """Folders of saved SAEs."""
     explorers: tuple[Path, ...]
     """Files of `sae-nfm explore`."""
 

@@ -66,6 +66,10 @@ class Estimate:
     correction: str | None = None
     """How `p_value` was adjusted for several tests, in words. The interval never is."""
 
+    def complement(self) -> "Estimate":
+        """1 - this."""
+        return replace(self, estimate=1 - self.estimate, low=1 - self.high, high=1 - self.low)
+
 
 def clustered_mean(
     values: ArrayLike, documents: ArrayLike, *, confidence: float = 0.95, bootstrap: Bootstrap | None = None

@@ -192,7 +192,7 @@ def test_saved_and_loaded(config, result):
     result.save(path)
     assert SecondaryResult.load(path).rows == result.rows
     path.with_name("other.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"other\.json.*`sae-nfm secondary`.*\bcontent\b"):
+    with pytest.raises(ValueError, match=r"other\.json.*`sae-nfm secondary`.*\blist\b"):
         SecondaryResult.load(path.with_name("other.json"))
 
 

@@ -339,7 +339,7 @@ def test_what_cannot_be_explored_is_said(tmp_path):
     model, tokens = tiny_model(torch.float64), tokens_of()
     with pytest.raises(ValueError, match=r"\btraining\b.*\bsave_inference_model\b"):
         explore(model, random_sae(training_config("joint_nfm")), tokens, name="training", show_progress=False)
-    with pytest.raises(ValueError, match=r"\b5 tokens\b.*\bposition 0\b"):
+    with pytest.raises(ValueError, match=r"no tokens.*\b5\b.*\bposition 0\b"):
         explore(model, sae_of("topk"), tokens[:, :1], name="topk", show_progress=False)
     with pytest.raises(ValueError, match=r"\blogits\b.*\b30\b.*\b50 tokens\b"):
         explore(model, sae_of("topk"), tokens, name="topk", sizes=replace(SIZES, logits=30), show_progress=False)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from sae_lens import SAE
 
+from sae_nfm.attribution.results import InteractionGraph
 from sae_nfm.comparison.lr_sweep import read_sweep
 from sae_nfm.evaluation.token_table import read_manifest, read_rows
 from sae_nfm.explorer.results import Explorer
@@ -38,7 +39,7 @@ def test_every_kind_is_recognised(run):
         "speed/scan.json": "speed/1",
         "speed/speed.json": "speed/1",
     }
-    assert set(kinds.values()) | {"measure/1"} == set(KINDS)
+    assert set(kinds.values()) | {"measure/1", "norms/1"} == set(KINDS)
 
 
 def test_files_written_again_read_the_same(run, tmp_path):
@@ -59,6 +60,7 @@ def test_one_page_shows_them_all(run):
 
 
 def test_the_files_that_no_chapter_draws():
+    assert len(InteractionGraph.load(GOLDEN / "attribute" / "pairs.json").edges) == 20
     assert SteeringComparison.load(GOLDEN / "steering" / "steering.json").pair == (9, 11)
     assert len(read_sweep(GOLDEN / "compare" / "k8" / "sweep.json")) == 8
     assert Trained.load(GOLDEN / "compare" / "k8" / "seed-0" / "joint_nfm").arm == "joint_nfm"

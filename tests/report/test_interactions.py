@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
+from pair_edges import EDGES
 from report_inputs import RUN, figures_by_name, traces
 from report_runs import run_of
 
-from sae_nfm.attribution.graph import graph_layout
 from sae_nfm.attribution.results import (
     Attribution,
     Context,
@@ -16,33 +15,16 @@ from sae_nfm.attribution.results import (
     FeatureNode,
     InteractionGraph,
     PairControls,
-    PairEdge,
     PairEffect,
     TokenAttribution,
     Written,
 )
-from sae_nfm.report.blocks import Table
+from sae_nfm.report.blocks import Prose, Table
 from sae_nfm.report.chapters import interactions as interactions_chapter
 from sae_nfm.report.html import section_html
 
 FREQUENCY = "co-activation frequency"
-
-
-def edge(first, second, share=0.1, effect=None):
-    return PairEdge(
-        first=first,
-        second=second,
-        tokens=10,
-        frequency=0.1,
-        norm_mean=0.5,
-        norm_max=1.0,
-        energy_share=share,
-        effect_mean=effect,
-        weight=0.2,
-    )
-
-
-EDGES = (edge(1, 2, 0.4, 0.3), edge(2, 3, 0.2, -0.1), edge(1, 4, 0.1, 0.2), edge(7, 8, 0.05, -0.2))
+PLACES = {1: (0.0, 0.2), 2: (0.5, 0.9), 3: (1.0, 1.0), 4: (0.2, 0.4), 7: (0.1, 0.1), 8: (0.2, 0.1)}
 
 
 def written(name, direct, gradient):
@@ -57,6 +39,7 @@ def corpus(**changes):
         complete=True,
         slack_share=0.0,
         target="the logit of ' x'",
+        places=PLACES,
         graph=InteractionGraph(
             nodes=tuple(FeatureNode(feature=f, tokens=5 * f, mean_activation=1.0) for f in (1, 2, 3, 4, 7, 8)),
             edges=EDGES,
@@ -119,51 +102,26 @@ def of_corpus():
     return interactions_chapter.section(run_of(RUN, attribution(corpus=corpus())))
 
 
-def test_the_layout_repeats_and_lies_in_the_unit_square():
-    places = graph_layout(EDGES)
-    assert places == graph_layout(EDGES)
-    assert sorted(places) == [1, 2, 3, 4, 7, 8]
-    points = np.array(list(places.values()))
-    assert points.min() >= 0
-    assert points.max() <= 1
-    assert len({tuple(point) for point in points}) == 6
-
-
-def test_neighbours_stand_closer_than_others():
-    star = [edge(0, i) for i in range(1, 6)] + [edge(10, i) for i in range(11, 16)] + [edge(0, 10)]
-    places = {feature: np.array(point) for feature, point in graph_layout(star).items()}
-
-    def apart(pairs):
-        return np.mean([np.linalg.norm(places[i] - places[j]) for i, j in pairs])
-
-    assert 2 * apart([(one.first, one.second) for one in star]) < apart(
-        (i, j) for i in range(1, 6) for j in range(11, 16)
-    )
-
-
-def test_parts_that_are_not_connected_do_not_overlap():
-    places = graph_layout(EDGES)
-    assert max(places[7][1], places[8][1]) < min(places[feature][1] for feature in (1, 2, 3, 4))
-
-
-def test_one_pair_is_laid_out():
-    assert set(graph_layout([edge(3, 9)])) == {3, 9}
+def test_files_of_0_1_0_have_no_graph():
+    section = interactions_chapter.section(run_of(RUN, attribution(corpus=corpus(places=None))))
+    assert section is not None
+    assert "graph-0" not in figures_by_name(section)
+    assert any("no layout" in line for block in section.blocks if isinstance(block, Prose) for line in block.lines)
 
 
 def test_edges_are_lines_between_their_features(of_corpus):
     drawn = figures_by_name(of_corpus)["graph-0"]
-    places = graph_layout(EDGES)
     lines = {(trace.name, tuple(trace.x), tuple(trace.y)): trace for trace in drawn.plot.data if trace.mode == "lines"}
     assert len(lines) == 4
     for one in EDGES:
-        (x0, y0), (x1, y1) = places[one.first], places[one.second]
+        (x0, y0), (x1, y1) = PLACES[one.first], PLACES[one.second]
         sign = "raises the target" if (one.effect_mean or 0) > 0 else "lowers the target"
         width = lines[sign, (x0, x1), (y0, y1)].line.width
         assert width == pytest.approx(max(1.0, 9 * (one.energy_share / 0.4) ** 0.5), abs=0.005)  # rounded to 0.01
     assert drawn.data["energy_share"].tolist() == [0.4, 0.2, 0.1, 0.05]
 
 
-def test_correlations_stand_before_what_dealt_out_embeddings_give(of_corpus):
+def test_correlations_stand_before_what_permuted_embeddings_give(of_corpus):
     drawn = figures_by_name(of_corpus)["controls-0"]
     assert list(traces(drawn)["this SAE"].x) == [0.45]
     assert list(traces(drawn)["by chance"].x) == [0.5, 0.53, None]
@@ -174,7 +132,7 @@ def test_what_is_said_of_a_corpus(of_corpus):
     assert of_corpus is not None
     assert of_corpus.verdicts == [
         "50 pairs fire on 100 tokens; the strongest, 1 x 2, has 40.0% of their energy.",
-        "Energy of pairs correlates at +0.45 with co-activation frequency; with embeddings dealt out anew at +0.50 to +0.53.",
+        "Energy of pairs correlates at +0.45 with co-activation frequency; with permuted embeddings at +0.50 to +0.53.",
     ]
     (table,) = (block for block in of_corpus.blocks if isinstance(block, Table))
     assert [row[0] for row in table.rows] == ["1 x 2", "2 x 3"]

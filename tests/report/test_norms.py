@@ -9,13 +9,17 @@ from report_runs import run_of
 from sae_lens import TopKSAE, TopKSAEConfig
 
 from sae_nfm.analysis.norm_histograms import squared_norms
-from sae_nfm.analysis.results import AS_TRAINED, CANONICAL, INITIAL, TOPK, Statistic
+from sae_nfm.analysis.results import AS_TRAINED, CANONICAL, INITIAL, TOPK, NormsResult, Statistic
+from sae_nfm.cli.report import write_report
 from sae_nfm.experiments.reproduce.results import ReproduceResult, Section, reproduced_row
+from sae_nfm.report.blocks import Heading
 from sae_nfm.report.chapters import norms as norms_chapter
 from sae_nfm.report.chapters import shares as shares_chapter
 from sae_nfm.report.chapters.shares import CHANCE, CONTROL, HERE, PUBLISHED, dots
+from sae_nfm.report.command import ReportConfig
 from sae_nfm.report.html import section_html
 from sae_nfm.report.plots.dot_rows import dot_data
+from sae_nfm.report.run_folder import read_run
 
 
 def joint(**overrides):
@@ -97,22 +101,41 @@ def test_norms_that_are_all_one_are_not_tested():
     assert "Squared norm, decoder, TopK SAE: all features have one, 1." in decoder.findings()
 
 
+def saved(folder, *saes):
+    for number, sae in enumerate(saes):
+        sae.save_model(folder / "saes" / str(number))
+    return write_report(ReportConfig(run=str(folder)))
+
+
 def test_the_section_draws_the_histograms_of_the_saved_saes(tmp_path):
-    folders = tuple(tmp_path / "saes" / name for name in ("joint", "topk"))
-    for folder, sae in zip(folders, (joint(), topk_sae()), strict=True):
-        sae.save_model(folder)
-    run = run_of(tmp_path, saes=folders)
-    section = norms_chapter.section(run)
+    written = saved(tmp_path, joint(), topk_sae())
+    assert norms_chapter.TITLE in written.sections
+    section = norms_chapter.section(read_run(tmp_path))
     assert section is not None
     drawn = figures_by_name(section)["decoder-0"]
-    expected, _ = squared_norms(joint(), topk=topk_sae(), seed=norms_chapter.SEED)
+    expected, _ = squared_norms(joint(), topk=topk_sae(), seed=0)
     for histogram in expected.histograms:
         assert tuple(traces(drawn)[histogram.name].y) == histogram.counts
     assert drawn.data["features"].sum() == 32 * len(expected.histograms)
-    again = norms_chapter.section(run)
+    write_report(ReportConfig(run=str(tmp_path)))
+    again = norms_chapter.section(read_run(tmp_path))
     assert again is not None
     assert section_html(again) == section_html(section)
-    assert norms_chapter.section(run_of(tmp_path, saes=folders[1:])) is None
+
+
+def test_each_sae_is_drawn_once(tmp_path):
+    saved(tmp_path / "demo", joint())
+    write_report(ReportConfig(run=str(tmp_path)))
+    run = read_run(tmp_path)
+    assert len(run.of(NormsResult)) == 2
+    section = norms_chapter.section(run)
+    assert section is not None
+    assert [block.text for block in section.blocks if isinstance(block, Heading)] == ["demo/saes/0"]
+
+
+def test_without_a_joint_sae_there_are_no_norms(tmp_path):
+    assert norms_chapter.TITLE not in saved(tmp_path, topk_sae()).sections
+    assert not (tmp_path / "norms.json").exists()
 
 
 def row(statistic, here, controlled, control, section=Section.PATHS, **more):

@@ -5,14 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from simulated_factorial import cells_of, changes_of_words
 
-from sae_nfm.experiments.factorial.clamp_tests import clamp_tests
-from sae_nfm.experiments.factorial.results import ArmResult, FactorialResult, SelectedUnit, Unit, with_holm
+from sae_nfm.experiments.factorial.clamp_tests import cell_estimates, clamp_tests, contrast_estimate
+from sae_nfm.experiments.factorial.results import (
+    PRIMARY_SCALE,
+    ArmResult,
+    FactorialResult,
+    SelectedUnit,
+    Unit,
+    with_holm,
+)
 from sae_nfm.experiments.factorial.word_scores import SCALES
 from sae_nfm.report.blocks import Figure, Section
-from sae_nfm.stats.anova_2x2 import factorial_test
+from sae_nfm.stats.anova_2x2 import by_bucket, factorial_test, word_pattern
 from sae_nfm.stats.estimates import Estimate
 from sae_nfm.stats.permutation import ProcedureNull, SelectedTest, Selection
 
@@ -54,36 +60,31 @@ UNITS = (
 
 
 @functools.cache
-def factorial_experiment() -> tuple[FactorialResult, pd.DataFrame]:
+def factorial_experiment() -> FactorialResult:
     """Four arms of simulated changes without an interaction, as `factorial` writes them; made once, to be read only."""
     rng = np.random.default_rng(0)
-    arms, frames = list[ArmResult](), list[pd.DataFrame]()
+    arms: list[ArmResult] = []
     for one, times in UNITS:
         changes = {scale: changes_of_words(rng, CELLS, WORD_CELLS) for scale in SCALES}
-        name = f"{one.role}: {one.name} at {times:g} x typical"
+        tests = clamp_tests(changes, WORD_CELLS, CELLS, rng, 19)
+        outcome = word_pattern(by_bucket(changes[PRIMARY_SCALE], WORD_CELLS))
         arms.append(
             ArmResult(
-                name=name,
+                name=f"{one.role}: {one.name} at {times:g} x typical",
                 role=one.role,
                 units=(one,),
                 clamp=f"{times:g} x typical",
                 times=times,
                 control=one.control,
-                tests=clamp_tests(changes, WORD_CELLS, CELLS, rng, 19),
-            )
-        )
-        words = len(WORD_CELLS)
-        frames.append(
-            pd.DataFrame(
-                {"arm": name, "item": np.repeat(np.arange(len(CELLS)), words), "item_cell": np.repeat(CELLS, words)}
-                | {"word": "w", "word_cell": np.tile(WORD_CELLS, len(CELLS))}
-                | {f"{scale}_change": values.ravel() for scale, values in changes.items()}
+                tests=tests,
+                cells=cell_estimates(outcome, CELLS),
+                contrast=contrast_estimate(tests.items[PRIMARY_SCALE]),
             )
         )
     selection = Selection(index=0, f=9.0, p_value=0.2, candidates=7)
     held_out = factorial_test(rng.normal(size=len(CELLS)), CELLS, "first")
     null = ProcedureNull(rejected=0.05, rejected_same_half=0.9, p_value=0.4, shuffles=20)
-    result = FactorialResult(
+    return FactorialResult(
         design="mood (calm / angry) x age (old / new)",
         items=(20, 20),
         selected=(
@@ -96,4 +97,3 @@ def factorial_experiment() -> tuple[FactorialResult, pd.DataFrame]:
             "stimuli": {"factors": [{"name": n, "levels": ls} for n, ls in zip(("mood", "age"), LEVELS, strict=True)]},
         },
     )
-    return result, pd.concat(frames, ignore_index=True)

@@ -250,7 +250,7 @@ def measured(run: str, checkpoint: Checkpoint, first: SAE[Any], tokens: GroupedT
     sae = load_checkpoint(checkpoint, run, device)
     _refuse_other(sae, first, checkpoint, same_size=run == RUN)
     by_gauge = {RAW: sae}
-    fixed, _ = canonical_of(sae)
+    fixed, _ = gauge.canonical_or_reason(sae)
     if run == RUN and fixed is not None:
         by_gauge[CANONICAL] = fixed
     return Measured(
@@ -279,14 +279,6 @@ def _refuse_other(sae: SAE[Any], first: SAE[Any], checkpoint: Checkpoint, *, sam
                 f"{name} is {found!r} in {str(checkpoint.folder)!r}, and {expected!r} in the first checkpoint of the run; give "
                 "checkpoints of one run, and a reference at the same place"
             )
-
-
-def canonical_of(sae: SAE[Any]) -> tuple[SAE[Any] | None, str | None]:
-    """The SAE in its canonical gauge, or why it has none."""
-    try:
-        return gauge.canonical(sae), None
-    except ValueError as error:
-        return None, str(error)
 
 
 def checkpoint_row(one: Measured) -> CheckpointRow:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_nfm import demo
-from sae_nfm.analysis import read_activations
+from sae_nfm.analysis import gauge, read_activations
 from sae_nfm.common import provenance, whole
 from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import held_out_rows, open_dataset
@@ -30,7 +30,6 @@ from sae_nfm.experiments.dynamics.measure import (
     RUN,
     GroupedTokens,
     Measured,
-    canonical_of,
     checkpoint_row,
     measured,
     movement,
@@ -131,7 +130,7 @@ def _result(
         features=first.cfg.d_sae,
         tokens=len(documents),
         documents=len(documents.unique()),
-        not_canonical=canonical_of(first)[1],
+        not_canonical=gauge.canonical_or_reason(first)[1],
         checkpoints=tuple(checkpoint_row(one) for one in found),
         steps=tuple(movement(*pair, edges, **draws) for pair in pairs),
         overall=tuple(movement(run[0], run[-1], edges, **draws) for run in runs),

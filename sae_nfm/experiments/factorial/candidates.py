@@ -110,7 +110,7 @@ def pair_candidates(
     weights, parts, counts = PathWeights.of(sae), list[np.ndarray](), np.zeros(len(prompts))
     for items, tokens, counted in _batches(model, prompts):
         seen = dict[str, Any]()
-        with splice(model, sae) as found, reading(sae, seen) as hooks, found.hooks(hooks):
+        with splice(model, sae) as found, found.hooks(reading(sae, seen)):
             model(tokens)
         counts[items] = counted.sum(1).cpu().numpy()
         flat = counted.flatten()

@@ -148,13 +148,7 @@ def explained(
 ) -> Estimate:
     """Fraction of variance explained, about the mean over all tokens, with an interval over documents."""
     unexplained = fvu(target, made, documents)
-    return replace(
-        unexplained,
-        estimate=1 - unexplained.estimate,
-        low=1 - unexplained.high,
-        high=1 - unexplained.low,
-        test=f"1 - FVU: {unexplained.test}",
-    )
+    return replace(unexplained.complement(), test=f"1 - FVU: {unexplained.test}")
 
 
 def fvu(

@@ -1,5 +1,7 @@
 """Are there two kinds of features? Squared decoder norms before and after fixing the gauge, beside TopK and no training."""
 
+from pathlib import Path
+
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -12,6 +14,7 @@ from sae_nfm.analysis.results import (
     TOPK,
     NormHistogram,
     NormsResult,
+    SAENorms,
     SquaredNorms,
     p_words,
 )
@@ -52,14 +55,21 @@ def section(run: Run) -> Section | None:
     """Norms of the joint SAEs that a run has saved (`sae-nfm report` measures them); None without any."""
     blocks: list[Block] = []
     verdicts: list[str] = []
-    for number, sae in enumerate(sae for found in run.of(NormsResult) for sae in found.result.saes):
-        blocks += [Heading(text=sae.sae), *(_figure(norms, number) for norms in sae.norms)]
+    for number, (folder, sae) in enumerate(_by_folder(run).items()):
+        label = run.label(folder)
+        blocks += [Heading(text=label), *(_figure(norms, number) for norms in sae.norms)]
         if sae.norms[0].not_canonical is not None:
             blocks.append(Prose(lines=[f"There is no canonical gauge here: {sae.norms[0].not_canonical}."]))
-        verdicts += [f"{sae.sae}: {sentence}" for norms in sae.norms for sentence in norms.findings()]
+        verdicts += [f"{label}: {sentence}" for norms in sae.norms for sentence in norms.findings()]
     if not blocks:
         return None
     return Section(id="norms", title=TITLE, lead=LEAD, blocks=blocks, verdicts=verdicts)
+
+
+def _by_folder(run: Run) -> dict[Path, SAENorms]:
+    """Each SAE once: where a run and a folder inside have norms of the same one, the run's, which are newer."""
+    found = sorted(run.of(NormsResult), key=lambda one: -len(one.path.parts))
+    return {one.path.parent / sae.sae: sae for one in found for sae in one.result.saes}
 
 
 def _figure(norms: SquaredNorms, number: int) -> Figure:

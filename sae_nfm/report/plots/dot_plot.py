@@ -22,7 +22,6 @@ class Row:
     key: str
     """What marks refer to; unique."""
     label: str
-    """What stands beside it."""
     heading: bool = False
     """Whether it is set in bold."""
 
@@ -34,15 +33,12 @@ class Group:
     name: str
     """Its words in the legend."""
     colour: str
-    """Its colour."""
     symbol: str
     """Its symbol, so that it is told apart without the colour too."""
     size: int = 11
-    """Pixels."""
     offset: float = 0.0
     """How far below the middle of the row its marks stand, in rows."""
     opacity: float = 1.0
-    """How opaque its marks are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +46,12 @@ class Mark:
     """A value."""
 
     row: str
-    """Key of its row."""
     group: str
-    """Name of its group."""
     x: float
-    """Its value."""
     low: float | None = None
     """Lower end of its interval; None where there is none."""
     high: float | None = None
-    """Upper end."""
     panel: str = ""
-    """Title of its panel."""
     note: str = ""
     """More words for who points at it."""
 
@@ -76,11 +67,9 @@ class Axis:
     form: str = ".4f"
     """How values are written for who points at them."""
     log: bool = False
-    """Whether it is logarithmic."""
     reference: float | None = None
     """Where a line stands that values are compared with."""
     from_zero: bool = False
-    """Whether it begins at zero."""
 
 
 def dot_plot(
