@@ -1,0 +1,15 @@
+from .device import product_dtype as product_dtype
+from .device import without_triton as without_triton
+from .dispatch import Kernel as Kernel
+from .heads import POOLS as POOLS
+from .heads import check_head as check_head
+from .heads import interaction_head as interaction_head
+from .reference import Acts as Acts
+from .reference import SparseActs as SparseActs
+from .reference import bi_interaction as bi_interaction
+from .reference import hidden_pre as hidden_pre
+from .reference import powers as powers
+from .reference import sparse_acts_from_dense as sparse_acts_from_dense
+from .reference import top_n as top_n
+from .reference import weighted_rows as weighted_rows
+from .topk import TOKENS_AT_ONCE as TOKENS_AT_ONCE
