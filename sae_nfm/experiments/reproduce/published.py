@@ -118,23 +118,17 @@ def of_part(what: str, part: str) -> str:
     return f"{what} relative to the direct path alone, {part}"
 
 
+_CORRELATIONS = {"integration": -0.987, "linear": -0.867, "nonlinear": -0.922, "direct": 0.987}
+_BELOW = {"integration": 0.828, "linear": 0.331, "nonlinear": 0.497, "direct": 0.172}
+_ABOVE = {"integration": 0.713, "linear": 0.290, "nonlinear": 0.423, "direct": 0.287}
 WEIGHTS: Mapping[str, Published] = {
     "mean squared decoder norm": Published(value=0.4, unit=Unit.NUMBER, note="(SAE)"),
     "modes of the squared norm: p-value of the dip test": Published(unit=Unit.NUMBER, note=_BIMODAL),
     "modes of the squared norm: Gaussians preferred by BIC": Published(unit=Unit.COUNT, note=_BIMODAL),
     "components for 90 % of variance": Published(value=860.0, unit=Unit.COUNT, note="of 3,200, about"),
-    Statistic.CORRELATION.of("integration"): _correlation(-0.987),
-    Statistic.CORRELATION.of("linear"): _correlation(-0.867),
-    Statistic.CORRELATION.of("nonlinear"): _correlation(-0.922),
-    Statistic.CORRELATION.of("direct"): _correlation(0.987),
-    f"{Statistic.NORM_SHARE.of('integration')}, squared norm below 0.2": _share(0.828),
-    f"{Statistic.NORM_SHARE.of('linear')}, squared norm below 0.2": _share(0.331),
-    f"{Statistic.NORM_SHARE.of('nonlinear')}, squared norm below 0.2": _share(0.497),
-    f"{Statistic.NORM_SHARE.of('direct')}, squared norm below 0.2": _share(0.172),
-    f"{Statistic.NORM_SHARE.of('integration')}, squared norm above 0.2": _share(0.713),
-    f"{Statistic.NORM_SHARE.of('linear')}, squared norm above 0.2": _share(0.29),
-    f"{Statistic.NORM_SHARE.of('nonlinear')}, squared norm above 0.2": _share(0.423),
-    f"{Statistic.NORM_SHARE.of('direct')}, squared norm above 0.2": _share(0.287),
+    **{Statistic.CORRELATION.of(path): _correlation(rho) for path, rho in _CORRELATIONS.items()},
+    **{f"{Statistic.NORM_SHARE.of(path)}, squared norm below 0.2": _share(part) for path, part in _BELOW.items()},
+    **{f"{Statistic.NORM_SHARE.of(path)}, squared norm above 0.2": _share(part) for path, part in _ABOVE.items()},
     Statistic.WRITTEN.of("linear"): _share(0.94, decimals=0),
     Statistic.WRITTEN.of("interaction"): _share(0.06, decimals=0),
     "nonlinear share of what is written": _share(0.06, decimals=0),
