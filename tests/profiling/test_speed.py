@@ -281,8 +281,8 @@ def test_peak_memory_comes_from_a_process_of_its_own():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k": 65}, r"\bk\b.*\b65\b.*\bd_sae\b.*\b64\b"),
-        ({"nfm_top_k": 5}, r"\bnfm_top_k\b.*\b5\b.*\bk\b.*\b4\b"),
+        ({"k": 65}, r"\bk\b.*\bd_sae\b.*\b64\b.*\b65\b"),
+        ({"nfm_top_k": 5}, r"\bnfm_top_k\b.*\bk\b.*\b4\b.*\b5\b"),
         ({"batch": 0}, r"\bbatch\b.*\b0\b"),
         ({"repeats": 0}, r"\brepeats\b.*\b0\b"),
         ({"warm_up": 0}, r"\bwarm_up\b.*\b0\b"),

@@ -110,7 +110,7 @@ def test_importing_again_leaves_one_working_registration(fresh_process):
 def test_import_loads_nothing_that_sae_lens_has_not_loaded(fresh_process):
     """So it costs milliseconds: our own modules and what loads them when asked for, nothing heavy such as plotly's
     figures or the embedded model."""
-    assert fresh_process["added"] == ["lazy_loader", "sae_nfm"]
+    assert fresh_process["added"] == ["lazy_loader", "pydantic", "sae_nfm"]
 
 
 def test_one_process_trains_another_loads_and_splices(once):
