@@ -168,11 +168,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
 
     @override
     def calculate_topk_aux_loss(
-        self,
-        sae_in: Tensor,
-        sae_out: Tensor,
-        hidden_pre: Tensor,
-        dead_neuron_mask: Tensor | None,
+        self, sae_in: Tensor, sae_out: Tensor, hidden_pre: Tensor, dead_neuron_mask: Tensor | None
     ) -> Tensor:
         """SAELens's dead-feature loss, also under per-token normalisation, which SAELens refuses."""
         if self.cfg.normalize_activations not in ("constant_norm_rescale", "layer_norm"):

@@ -86,11 +86,7 @@ def encode(
 
 
 def weighted_rows(
-    acts: Acts,
-    weight: Float[Tensor, "d_sae d_out"],
-    routing: Routing | None = None,
-    *,
-    kernel: Kernel = "sparse",
+    acts: Acts, weight: Float[Tensor, "d_sae d_out"], routing: Routing | None = None, *, kernel: Kernel = "sparse"
 ) -> Float[Tensor, "*batch d_out"]:
     """`sum_i f_i weight_i`, differentiable in the values and the weight; dense activations are multiplied as they are.
 
@@ -134,11 +130,7 @@ def both_decoders(
 
 
 def bi_interaction(
-    acts: Acts,
-    V: Float[Tensor, "d_sae nfm_dim"],
-    routing: Routing | None = None,
-    *,
-    kernel: Kernel = "sparse",
+    acts: Acts, V: Float[Tensor, "d_sae nfm_dim"], routing: Routing | None = None, *, kernel: Kernel = "sparse"
 ) -> Float[Tensor, "*batch nfm_dim"]:
     """`sum_{i<j} f_i f_j v_i*v_j`, as `reference.bi_interaction` in at least float32; arguments as `weighted_rows`.
 

@@ -79,10 +79,7 @@ def weighted_rows(acts: Acts, weight: Float[Tensor, "d_sae d_out"]) -> Float[Ten
         return acts @ weight
     k = acts.indices.shape[-1]
     rows = F.embedding_bag(
-        acts.indices.reshape(-1, k),
-        weight,
-        per_sample_weights=acts.values.reshape(-1, k).to(weight.dtype),
-        mode="sum",
+        acts.indices.reshape(-1, k), weight, per_sample_weights=acts.values.reshape(-1, k).to(weight.dtype), mode="sum"
     )
     return rows.reshape(*acts.indices.shape[:-1], weight.shape[-1])
 
@@ -126,18 +123,14 @@ def bi_interaction(acts: Acts, V: Float[Tensor, "d_sae nfm_dim"]) -> Float[Tenso
 
 
 def hidden_pre(
-    pooled: Float[Tensor, "*batch nfm_dim"],
-    W_1: Float[Tensor, "nfm_dim nfm_dim"],
-    b_1: Float[Tensor, " nfm_dim"],
+    pooled: Float[Tensor, "*batch nfm_dim"], W_1: Float[Tensor, "nfm_dim nfm_dim"], b_1: Float[Tensor, " nfm_dim"]
 ) -> Float[Tensor, "*batch nfm_dim"]:
     """The interaction hidden pre-activation `h = z W_1 + b_1`, the code that a secondary SAE decomposes."""
     return pooled @ W_1 + b_1
 
 
 def interaction_output(
-    hidden: Float[Tensor, "*batch nfm_dim"],
-    W_2: Float[Tensor, "nfm_dim d_in"],
-    b_2: Float[Tensor, " d_in"],
+    hidden: Float[Tensor, "*batch nfm_dim"], W_2: Float[Tensor, "nfm_dim d_in"], b_2: Float[Tensor, " d_in"]
 ) -> Float[Tensor, "*batch d_in"]:
     """What the nonlinear path writes: `ReLU(h) W_2 + b_2`."""
     return hidden.relu() @ W_2 + b_2

@@ -156,15 +156,7 @@ def sum_type(tensor: Tensor) -> Any:
 
 @triton.jit
 def _sum_by_token(
-    indices,
-    values,
-    rows,
-    out,
-    k,
-    d_out: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SUM: tl.constexpr,
+    indices, values, rows, out, k, d_out: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr, SUM: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -239,17 +231,7 @@ def _dots(
 
 
 @triton.jit
-def _transpose(
-    source,
-    out,
-    n_rows,
-    n_columns,
-    source_row,
-    source_column,
-    out_row,
-    out_column,
-    TILE: tl.constexpr,
-):
+def _transpose(source, out, n_rows, n_columns, source_row, source_column, out_row, out_column, TILE: tl.constexpr):
     row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
     column = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)
     read = source + row[:, None] * source_row + column[None, :] * source_column
@@ -260,16 +242,7 @@ def _transpose(
 
 @triton.jit
 def _block_maxima(
-    product,
-    bias,
-    scale,
-    out,
-    d_sae,
-    n_blocks,
-    size,
-    SCALED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SUM: tl.constexpr,
+    product, bias, scale, out, d_sae, n_blocks, size, SCALED: tl.constexpr, BLOCKS: tl.constexpr, SUM: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)

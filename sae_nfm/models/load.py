@@ -19,12 +19,7 @@ from sae_lens.load_model import HookedProxyLM
 from sae_lens.load_model import load_model as load_with_saelens
 from sae_lens.util import str_to_dtype
 from transformer_lens.loading_from_pretrained import get_official_model_name
-from transformer_lens.model_bridge.generalized_components import (
-    AttentionBridge,
-    BlockBridge,
-    GatedMLPBridge,
-    MLPBridge,
-)
+from transformer_lens.model_bridge.generalized_components import AttentionBridge, BlockBridge, GatedMLPBridge, MLPBridge
 
 from sae_nfm import demo
 from sae_nfm.demo.model import MODEL_DIR
@@ -61,11 +56,7 @@ def load_model(
     name: str | Path, device: str = ..., *, model_class_name: str, **from_pretrained_kwargs: Any
 ) -> LanguageModel: ...
 def load_model(
-    name: str | Path,
-    device: str = "cpu",
-    *,
-    model_class_name: str = "HookedTransformer",
-    **from_pretrained_kwargs: Any,
+    name: str | Path, device: str = "cpu", *, model_class_name: str = "HookedTransformer", **from_pretrained_kwargs: Any
 ) -> LanguageModel:
     """A language model: the embedded one by its own name, a local Hugging Face folder, or a name from the hub.
 

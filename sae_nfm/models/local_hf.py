@@ -82,12 +82,7 @@ def hooked_from_folder(
     given = {"n_ctx": n_ctx, "default_prepend_bos": default_prepend_bos, "device": device, "dtype": dtype}
     try:
         cfg, weights = _converted(hf, folder, {name: value for name, value in given.items() if value is not None})
-        model = HookedSAETransformer(
-            cfg,
-            tokenizer,
-            move_to_device=False,
-            default_padding_side=default_padding_side,
-        )
+        model = HookedSAETransformer(cfg, tokenizer, move_to_device=False, default_padding_side=default_padding_side)
         model.load_and_process_state_dict(weights, **processing)
     except (NotImplementedError, AttributeError, AssertionError, RuntimeError) as error:
         # how TransformerLens says: no table, a field that the table asks for, an activation function, tensors that do not fit
