@@ -21,8 +21,7 @@ from typing_extensions import override
 
 from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig
 from sae_nfm.architectures.joint_sae import JointNFMSAE, NFMDecoder
-from sae_nfm.architectures.nfm_paths import Paths, is_hooked
-from sae_nfm.architectures.path_metrics import TrainedPaths
+from sae_nfm.architectures.nfm_paths import Paths, TrainedPaths, is_hooked
 from sae_nfm.kernels import Acts, Kernel, SparseActs, dispatch, reference
 from sae_nfm.loading import write_note
 

@@ -1,8 +1,12 @@
 """The fields that say what a Neural Factorization Machine adds to an SAE, shared by every architecture that has one."""
 
+from copy import deepcopy
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
+import torch
+from sae_lens import SAE, TrainingSAE, TrainingSAEConfig
+from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata
 
 from sae_nfm.common import check_choice, check_positive
@@ -105,3 +109,28 @@ def with_requirement(metadata: Any) -> Any:
     return (
         SAEMetadata(**{**metadata.to_dict(), "requires": REQUIRES}) if isinstance(metadata, SAEMetadata) else metadata
     )
+
+
+def random_initialisation(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
+    """An SAE as it is before its first step: the reference that every figure of weights needs. No global seed changes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_sae_training_class(cfg.architecture())[0](deepcopy(cfg))
+
+
+def training_config(sae: SAE[Any]) -> TrainingSAEConfig:
+    """The config an SAE was trained with, as far as initialisation reads it; from its metadata for an inference SAE.
+
+    Raises:
+        ValueError: when the metadata does not have it.
+    """
+    if isinstance(sae, TrainingSAE):
+        return cast(TrainingSAEConfig, sae.cfg)
+    metadata = sae.cfg.metadata
+    details, architecture = metadata.training_architecture_details, metadata.training_architecture
+    if details is None or architecture is None:
+        raise ValueError(
+            "the SAE's metadata does not say how it was trained (training_architecture, training_architecture_details); "
+            "give the training config to random_initialisation yourself"
+        )
+    return get_sae_training_class(architecture)[1].from_dict(sae.cfg.to_dict() | details)

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths
-from sae_nfm.architectures.sequential_base import check_base, load_base
-from sae_nfm.architectures.sequential_config import SequentialNFMConfig, SequentialNFMSAEConfig
+from sae_nfm.architectures.sequential_config import SequentialNFMConfig, SequentialNFMSAEConfig, check_base, load_base
 from sae_nfm.kernels import dispatch, reference
 from sae_nfm.loading import sha256_of
 

@@ -14,9 +14,15 @@ from sae_lens.saes.sae import SAEMetadata, TrainCoefficientConfig, TrainStepInpu
 from torch import Tensor
 from typing_extensions import override
 
-from sae_nfm.architectures.path_metrics import TrainedPaths
-from sae_nfm.architectures.sequential_base import as_base, base_config, check_base, load_base
-from sae_nfm.architectures.sequential_config import ARCHITECTURE, SequentialNFMTrainingSAEConfig
+from sae_nfm.architectures.nfm_paths import TrainedPaths
+from sae_nfm.architectures.sequential_config import (
+    ARCHITECTURE,
+    SequentialNFMTrainingSAEConfig,
+    as_base,
+    base_config,
+    check_base,
+    load_base,
+)
 from sae_nfm.architectures.sequential_sae import SequentialNFM, fold_scale
 from sae_nfm.kernels import reference
 from sae_nfm.loading import sha256_of, write_note

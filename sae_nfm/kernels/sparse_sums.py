@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from sae_nfm.kernels import topk
 from sae_nfm.kernels.device import product_dtype, uses_triton
-from sae_nfm.kernels.routing import Routing, route
+from sae_nfm.kernels.reference import Routing, route
 
 Grads = tuple[Tensor | None, ...]
 TRANSPOSED_BYTES = 3 * 2**23

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_nfm.kernels.routing import Routing
+from sae_nfm.kernels.reference import Routing
 from sae_nfm.kernels.triton_sums import launch, shares_of
 
 

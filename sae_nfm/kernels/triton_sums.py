@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_nfm.kernels.routing import Routing
+from sae_nfm.kernels.reference import Routing
 
 CHUNKS = (512, 256, 128)
 """Columns of a program, for matrices at least as wide as the last; the fewest columns beyond the matrix win."""
