@@ -18,23 +18,13 @@ ARCHITECTURE = "joint_nfm"
 
 @dataclass
 class JointNFMSAEConfig(NFMFields, TopKSAEConfig):
-    """Configuration of an inference-only joint NFM-SAE; the fields of the NFM: `NFMFields`.
+    """Configuration of an inference-only joint NFM-SAE; the fields of the NFM: `NFMFields`, the others: `TopKSAEConfig`.
 
     Args:
-        k (int): Number of active features per token. Inherited from TopKSAEConfig.
         rescale_acts_by_decoder_norm (bool): Whether feature activations are multiplied by their decoder norm before the
             selection. The NFM reads the activations as hooked at hook_sae_acts_post, that is after this rescaling.
             Inherited from TopKSAEConfig.
-        d_in (int): Input dimension. Inherited from SAEConfig.
-        d_sae (int): Number of features. Inherited from SAEConfig.
-        dtype (str): Data type of the parameters. Inherited from SAEConfig.
-        device (str): Device of the parameters. Inherited from SAEConfig.
-        apply_b_dec_to_input (bool): Whether b_dec is subtracted before encoding. Inherited from SAEConfig.
-        normalize_activations (Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening"]):
-            Normalisation of the input. Inherited from SAEConfig.
-        reshape_activations (Literal["none", "hook_z"]): Whether attention heads are flattened. Inherited from SAEConfig.
-        metadata (SAEMetadata): Model name, hook name and the like. Inherited from SAEConfig.
-    """  # noqa: E501
+    """
 
     @override
     @classmethod
@@ -52,9 +42,8 @@ class JointNFMSAEConfig(NFMFields, TopKSAEConfig):
     def from_dict(cls, config_dict: dict[str, Any]) -> "JointNFMSAEConfig":
         # the config of a training checkpoint is welcome: what only training reads is left out
         training_only = {field.name for field in fields(JointNFMTrainingSAEConfig)}
-        refuse_unknown_keys(
-            cls, {key: value for key, value in config_dict.items() if key not in training_only}, ARCHITECTURE
-        )
+        kept = {key: value for key, value in config_dict.items() if key not in training_only}
+        refuse_unknown_keys(cls, kept, ARCHITECTURE)
         return super().from_dict(config_dict)
 
 
@@ -62,7 +51,7 @@ class JointNFMSAEConfig(NFMFields, TopKSAEConfig):
 class JointNFMTrainingSAEConfig(NFMTrainingFields, TopKTrainingSAEConfig):
     """Configuration for training a joint NFM-SAE: encoder, decoder and NFM together, on one reconstruction loss.
 
-    The fields of the NFM: `NFMTrainingFields`.
+    The fields of the NFM: `NFMTrainingFields`, the others: `TopKTrainingSAEConfig`.
 
     The defaults `rescale_acts_by_decoder_norm=True` and `nfm_top_k=None` were chosen by measurement: embedded model,
     blocks.2.hook_resid_post, real text, 400,000 tokens, d_sae 2,048, k 32, nfm_dim 64, one seed (a second one at learning
@@ -80,23 +69,12 @@ class JointNFMTrainingSAEConfig(NFMTrainingFields, TopKTrainingSAEConfig):
 
     Args:
         k (int): Number of active features per token. Inherited from TopKTrainingSAEConfig.
-        use_sparse_activations (bool): Whether feature activations are COO tensors. Inherited from TopKTrainingSAEConfig.
-        aux_loss_coefficient (float): Weight of the dead-feature loss. Inherited from TopKTrainingSAEConfig.
         rescale_acts_by_decoder_norm (bool): Whether feature activations are multiplied by their decoder norm before the
             selection. The NFM reads the activations as hooked at hook_sae_acts_post, that is after this rescaling.
             Inherited from TopKTrainingSAEConfig.
         decoder_init_norm (float | None): Norm of the initial decoder rows; None keeps the random ones. Inherited from
             TrainingSAEConfig.
-        d_in (int): Input dimension. Inherited from SAEConfig.
-        d_sae (int): Number of features. Inherited from SAEConfig.
-        dtype (str): Data type of the parameters. Inherited from SAEConfig.
-        device (str): Device of the parameters. Inherited from SAEConfig.
-        apply_b_dec_to_input (bool): Whether b_dec is subtracted before encoding. Inherited from SAEConfig.
-        normalize_activations (Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening"]):
-            Normalisation of the input. Inherited from SAEConfig.
-        reshape_activations (Literal["none", "hook_z"]): Whether attention heads are flattened. Inherited from SAEConfig.
-        metadata (SAEMetadata): Model name, hook name and the like. Inherited from SAEConfig.
-    """  # noqa: E501
+    """
 
     @override
     @classmethod

@@ -106,24 +106,20 @@ def refuse_missing_keys(config_class: type, config_dict: dict[str, Any], source:
 
 def with_requirement(metadata: Any) -> Any:
     """A copy that says what loads the SAE; SAELens passes a dict first when it reads a file, where it stands already."""
-    return (
-        SAEMetadata(**{**metadata.to_dict(), "requires": REQUIRES}) if isinstance(metadata, SAEMetadata) else metadata
-    )
+    if not isinstance(metadata, SAEMetadata):
+        return metadata
+    return SAEMetadata(**(metadata.to_dict() | {"requires": REQUIRES}))
 
 
 def random_initialisation(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
-    """An SAE as it is before its first step: the reference that every figure of weights needs. No global seed changes."""
+    """An SAE as it is before its first step: the reference for every statistic of weights. No global seed changes."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_sae_training_class(cfg.architecture())[0](deepcopy(cfg))
 
 
 def training_config(sae: SAE[Any]) -> TrainingSAEConfig:
-    """The config an SAE was trained with, as far as initialisation reads it; from its metadata for an inference SAE.
-
-    Raises:
-        ValueError: when the metadata does not have it.
-    """
+    """The config an SAE was trained with, as far as initialisation reads it; from its metadata for an inference SAE."""
     if isinstance(sae, TrainingSAE):
         return cast(TrainingSAEConfig, sae.cfg)
     metadata = sae.cfg.metadata

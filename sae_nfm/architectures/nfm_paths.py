@@ -90,9 +90,8 @@ class NFMPaths(_Host):
         if cfg.use_square_path:
             self.hook_nfm_square_in, self.hook_nfm_square = HookPoint(), HookPoint()
         if cfg.head != "none":
-            self.hook_nfm_interaction_in = HookPoint()
-            self.hook_nfm_pooled, self.hook_nfm_hidden_pre = HookPoint(), HookPoint()
-            self.hook_nfm_interaction = HookPoint()
+            self.hook_nfm_interaction_in, self.hook_nfm_pooled = HookPoint(), HookPoint()
+            self.hook_nfm_hidden_pre, self.hook_nfm_interaction = HookPoint(), HookPoint()
             for name in HIDDEN_CODE_HOOKS:
                 setattr(self, name, HookPoint())
         self.setup()
@@ -135,11 +134,8 @@ class NFMPaths(_Host):
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruct activations from features through all paths.
 
-        Args:
-            feature_acts: [*batch, d_sae] as hooked at `hook_sae_acts_post`, dense or COO.
-
-        Returns:
-            [*batch, d_in] (or [*batch, n_heads, d_head] for hook_z) in the space of the input.
+        From [*batch, d_sae] as hooked at `hook_sae_acts_post`, dense or COO, to [*batch, d_in] (or [*batch, n_heads, d_head]
+        for hook_z) in the space of the input.
         """
         sae_out_pre = self.hook_sae_recons(self.decode_paths(feature_acts).total())
         sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
@@ -216,9 +212,7 @@ def _hooked(hook: nn.Module, read: reference.Acts, d_sae: int) -> reference.Acts
 def attributable(sae: SAE[Any]) -> NFMPaths:
     """The SAE, when its interaction path is a sum over pairs with the gates held.
 
-    Raises:
-        ValueError: for an SAE without an NFM, another head than "fm", training with dropout, or a secondary SAE in place of
-            the hidden code.
+    Raises a ValueError without an NFM, for another head than "fm", with dropout or with a secondary SAE in the hidden code.
     """
     if not isinstance(sae, NFMPaths):
         raise ValueError(
@@ -243,19 +237,13 @@ class PathWeights:
     """Weights of the interaction and the linear path, for what reaches the SAE's output (before its normalisation is undone)."""
 
     V: Float[Tensor, "d_sae nfm_dim"]
-    """Embeddings v_i."""
     W_1: Float[Tensor, "nfm_dim nfm_dim"]
-    """From pooled to hidden."""
     b_1: Float[Tensor, " nfm_dim"]
-    """Bias of the hidden code."""
     W_2: Float[Tensor, "nfm_dim d_in"]
-    """From hidden to output."""
     b_2: Float[Tensor, " d_in"]
-    """Bias of the output."""
     W_lin: Float[Tensor, "d_sae d_in"] | None
-    """Rows of the linear path; None where it is off."""
+    """None where the linear path is off, as `b_lin`."""
     b_lin: Float[Tensor, " d_in"] | None
-    """Its bias."""
 
     @classmethod
     def of(cls, sae: SAE[Any]) -> "PathWeights":
@@ -263,15 +251,10 @@ class PathWeights:
         sae = attributable(sae)
         written = sae._written  # pyright: ignore[reportPrivateUsage] (linear: what a path's weights make, as it is added)
         linear = sae.cfg.use_linear_path
-        return cls(
-            V=sae.V.detach(),
-            W_1=sae.W_1.detach(),
-            b_1=sae.b_1.detach(),
-            W_2=written(sae.W_2.detach()),
-            b_2=written(sae.b_2.detach()),
-            W_lin=written(sae.W_lin.detach()) if linear else None,
-            b_lin=written(sae.b_lin.detach()) if linear else None,
-        )
+        weights: dict[str, Tensor] = {name: getattr(sae, name).detach() for name in ("V", "W_1", "b_1")}
+        weights |= {name: written(getattr(sae, name).detach()) for name in ("W_2", "b_2")}
+        W_lin, b_lin = (written(getattr(sae, name).detach()) if linear else None for name in ("W_lin", "b_lin"))
+        return cls(**weights, W_lin=W_lin, b_lin=b_lin)
 
     def reduced(self) -> Float[Tensor, "nfm_dim rank"]:
         """A matrix R of at most nfm_dim columns with ||y R|| = ||y W_2|| for every y: norms cost less with it."""
@@ -282,12 +265,13 @@ _Host = TrainingSAE[Any] if TYPE_CHECKING else object
 
 
 class TrainedPaths(NFMPaths, _Host):
-    """In steps that SAELens logs, `TrainStepOutput.metrics` has each path's error, magnitude and share (see `metrics`),
-    computed only when read. Dropout acts within a training step alone.
+    """What training SAEs with added paths share: dropout within a training step alone, histograms, the metrics of each path.
+
+    `TrainStepOutput.metrics` has each path's error, magnitude and share in steps that SAELens logs, computed only when read.
     """
 
     keep_paths = False
-    """Whether `metrics` has them also in steps that SAELens does not log."""
+    """Whether the metrics are there also in steps that SAELens does not log."""
     _in_training_step = False
     _step_paths: Paths | None = None
 
@@ -326,7 +310,6 @@ class TrainedPaths(NFMPaths, _Host):
         output.metrics.update(path_metrics(step_input.sae_in, output.sae_out.detach(), detached, scale))
 
     def _token_scale(self, sae_in: Tensor) -> Tensor | float:  # noqa: ARG002
-        """Length in the input's space of a unit vector in the space of the paths, [*batch, 1] where it varies by token."""
         return 1.0
 
     @override
@@ -351,11 +334,8 @@ def path_metrics(
     - `magnitude_<path>`: mean absolute value of what the path writes.
     - `share_<path>`: that magnitude over the sum of the integration paths' (the paper's "94 % linear, 6 % nonlinear").
 
-    Args:
-        sae_in: [batch, d_in].
-        sae_out: [batch, d_in], the output of all paths.
-        paths: name -> [batch, d_in], in the SAE's normalised space; the first is the direct path.
-        token_scale: length in the input's space of a unit in the normalised space: [batch, 1], or one number for all.
+    `paths` are in the SAE's normalised space, where a unit has the length `token_scale` of the input's space: [batch, 1], or one
+    number for all.
 
     Source: arXiv 2507.00269, component analysis.
     """

@@ -19,16 +19,15 @@ from sae_nfm.loading import load_sae, sha256_of
 
 BASES = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit")
 """Architectures that can be a base; SAELens saves batchtopk and matryoshka_batchtopk as jumprelu."""
-_TRANSCODER = "it reads one place and writes another, so there is no residual x - sae at one hook point"
-_HAS_NFM = "it has an NFM already; train it further with SAELens's from_pretrained_path"
+_TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 REFUSED = {
-    "transcoder": _TRANSCODER,
-    "skip_transcoder": _TRANSCODER,
-    "jumprelu_transcoder": _TRANSCODER,
-    "jumprelu_skip_transcoder": _TRANSCODER,
+    **dict.fromkeys(
+        _TRANSCODERS, "it reads one place and writes another, so there is no residual x - sae at one hook point"
+    ),
     "temporal": "its features of a token depend on the tokens before it, but SAEs are trained on tokens in random order",
-    "joint_nfm": _HAS_NFM,
-    "sequential_nfm": _HAS_NFM,
+    **dict.fromkeys(
+        ("joint_nfm", "sequential_nfm"), "it has an NFM already; train it further with SAELens's from_pretrained_path"
+    ),
 }
 """Architectures that cannot, and why."""
 UNFOLDED = ("expected_average_only_in", "covariance_whitening")
@@ -37,6 +36,8 @@ UNFOLDED = ("expected_average_only_in", "covariance_whitening")
 
 def as_base(sae: SAE[Any], norm_scaling_factor: float | None = None) -> SAE[Any]:
     """A copy of an SAE, fit to be a base: for inference, normalisation folded, heads flattened by whoever calls it.
+
+    The fold at the end of SAELens's training would rewrite the weights, and with them the features that the NFM was trained on.
 
     Args:
         sae: the SAE, for inference or in training; it stays as it is.
@@ -84,11 +85,7 @@ def for_inference(sae: SAE[Any]) -> SAE[Any]:
 
 
 def load_base(source: str, norm_scaling_factor: float | None, dtype: str, device: str = "cpu") -> SAE[Any]:
-    """`as_base` of a saved SAE (its folder) or a released one (release:sae_id).
-
-    Raises:
-        FileNotFoundError, ValueError: when there is none, it is damaged, or it cannot be a base.
-    """
+    """`as_base` of a saved SAE (its folder) or a released one (release:sae_id)."""
     try:
         return as_base(load_sae(source, device=device, dtype=dtype), norm_scaling_factor)
     except SafetensorError as error:
@@ -136,18 +133,7 @@ class BaseFields:
 
 @dataclass
 class SequentialNFMSAEConfig(NFMFields, BaseFields, SAEConfig):
-    """Configuration of an inference-only sequential NFM-SAE; see `NFMFields` and `BaseFields`.
-
-    Args:
-        d_in (int): Input dimension, the base's. Inherited from SAEConfig.
-        d_sae (int): Number of features, the base's. Inherited from SAEConfig.
-        dtype (str): Data type of the parameters. Inherited from SAEConfig.
-        device (str): Device of the parameters. Inherited from SAEConfig.
-        apply_b_dec_to_input (bool): The base's. Inherited from SAEConfig.
-        normalize_activations (Literal["none"]): The base normalises for itself. Inherited from SAEConfig.
-        reshape_activations (Literal["none", "hook_z"]): Whether attention heads are flattened. Inherited from SAEConfig.
-        metadata (SAEMetadata): Model name, hook name and the like. Inherited from SAEConfig.
-    """
+    """Configuration of an inference-only sequential NFM-SAE; see `NFMFields` and `BaseFields`."""
 
     @override
     @classmethod

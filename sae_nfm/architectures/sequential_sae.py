@@ -95,14 +95,7 @@ class SequentialNFM(NFMPaths):
 
     @override
     def encode(self, x: Tensor) -> Tensor:
-        """The base's features, bit for bit.
-
-        Args:
-            x: [*batch, d_in], or [*batch, n_heads, d_head] for hook_z.
-
-        Returns:
-            [*batch, d_sae] as hooked at `hook_sae_acts_post`.
-        """
+        """The base's features [*batch, d_sae] as hooked at `hook_sae_acts_post`, bit for bit."""
         self._check_width(x)
         return self.hook_sae_acts_post(self.base.encode(self.reshape_fn_in(x)))
 
@@ -164,7 +157,6 @@ class SequentialNFM(NFMPaths):
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
-        """Save as SAELens does, self-contained, with a README.md that says what loads it."""
         self._describe_base()
         return super().save_model(path)
 
@@ -182,7 +174,7 @@ class SequentialNFM(NFMPaths):
 
 
 class SequentialNFMSAE(SequentialNFM, SAE[SequentialNFMSAEConfig]):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Inference-only sequential NFM-SAE; trained by `sequential_training.SequentialNFMTrainingSAE`."""
+    """Inference-only sequential NFM-SAE; trained by `SequentialNFMTrainingSAE`."""
 
     cfg: SequentialNFMSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 

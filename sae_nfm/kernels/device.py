@@ -6,7 +6,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -92,11 +92,6 @@ def _float32_precision() -> Any:
 @torch.no_grad()
 def measure_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     """Time products and sums of gathered rows, outside autocast; random numbers are the measurement's own."""
-    with torch.autocast(device.type, enabled=False):
-        return _measure(device, dtype)
-
-
-def _measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     from sae_nfm.kernels.sparse_sums import sum_by_token  # which asks this module for the device
 
     generator = torch.Generator(device).manual_seed(0)
@@ -104,23 +99,20 @@ def _measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     indices = torch.randint(FEATURES, (TOKENS, ACTIVE), device=device, generator=generator)
     values = torch.ones(TOKENS, ACTIVE, device=device)
     left, right = rows[:TOKENS].to(dtype), rows.T.to(dtype)
-    product = _seconds(lambda: left @ right, device)
-    gather = _seconds(lambda: sum_by_token(indices, values, rows), device)
+    with torch.autocast(device.type, enabled=False):
+        product = _seconds(lambda: left @ right, device)
+        gather = _seconds(lambda: sum_by_token(indices, values, rows), device)
     return DeviceRates(2 * TOKENS * WIDTH * FEATURES / product, 4 * TOKENS * ACTIVE * WIDTH / gather)
 
 
 def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     found: list[float] = []
     for _ in range(ROUNDS + 1):
-        _wait(device)
+        wait()
         begin = time.perf_counter()
         for _ in range(LAUNCHES):
             work()
-        _wait(device)
+        wait()
         found.append((time.perf_counter() - begin) / LAUNCHES)
     return median(found[1:])  # the first also compiles
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -39,9 +39,7 @@ Pool = Callable[[Acts, Tensor], Tensor]
 def sparse_acts_from_coo(feature_acts: Tensor, k: int) -> SparseActs | None:
     """The same activations as `SparseActs`, differentiable in the values; None unless each token stores k entries.
 
-    Args:
-        feature_acts: COO tensor [*batch, d_sae], as SAELens's TopK makes it; a hook may leave another number of entries.
-        k: stored entries a token.
+    From a COO tensor [*batch, d_sae], as SAELens's TopK makes it; a hook may leave another number of entries.
     """
     coo = feature_acts.coalesce()
     batch, indices, values = coo.shape[:-1], coo.indices(), coo.values()
@@ -66,11 +64,9 @@ def sparse_acts_from_dense(feature_acts: Float[Tensor, "*batch d_sae"], k: int) 
 
 def top_n(acts: Acts, n: int) -> SparseActs:
     """The n largest entries of each token's activations; among equal entries any choice is valid."""
-    if isinstance(acts, SparseActs):
-        values, position = acts.values.topk(n, dim=-1, sorted=False)
-        return SparseActs(acts.indices.gather(-1, position), values)
-    values, indices = acts.topk(n, dim=-1, sorted=False)
-    return SparseActs(indices, values)
+    sparse = isinstance(acts, SparseActs)
+    values, position = (acts.values if sparse else acts).topk(n, dim=-1, sorted=False)
+    return SparseActs(acts.indices.gather(-1, position) if sparse else position, values)
 
 
 def weighted_rows(acts: Acts, weight: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "*batch d_out"]:
@@ -84,11 +80,14 @@ def weighted_rows(acts: Acts, weight: Float[Tensor, "d_sae d_out"]) -> Float[Ten
     return rows.reshape(*acts.indices.shape[:-1], weight.shape[-1])
 
 
+def with_values(acts: Acts, change: Callable[[Tensor], Tensor]) -> Acts:
+    """The activations with a function of each value, in the form given."""
+    return SparseActs(acts.indices, change(acts.values)) if isinstance(acts, SparseActs) else change(acts)
+
+
 def powers(acts: Acts, exponent: int) -> Acts:
     """`f^exponent`, in the form given."""
-    if isinstance(acts, SparseActs):
-        return SparseActs(acts.indices, acts.values.pow(exponent))
-    return acts.pow(exponent)
+    return with_values(acts, lambda f: f.pow(exponent))
 
 
 def squared(acts: Acts) -> Acts:
@@ -103,7 +102,7 @@ def at_least_float32(pool: Pool) -> Pool:
     def widened(acts: Acts, V: Tensor) -> Tensor:
         with torch.autocast(device_type=V.device.type, enabled=False):
             wide = V.to(torch.promote_types(V.dtype, torch.float32))
-            return pool(_as_dtype(acts, wide.dtype), wide).to(V.dtype)
+            return pool(with_values(acts, lambda f: f.to(wide.dtype)), wide).to(V.dtype)
 
     return widened
 
@@ -112,10 +111,9 @@ def at_least_float32(pool: Pool) -> Pool:
 def bi_interaction(acts: Acts, V: Float[Tensor, "d_sae nfm_dim"]) -> Float[Tensor, "*batch nfm_dim"]:
     """Bi-interaction pooling `1/2 [(f V)^2 - (f^2)(V^2)]`, the sum over pairs i < j of `f_i f_j v_i*v_j`.
 
-    It is a difference of squares, and where one feature dominates a bfloat16 difference would be rounding error.
-
-    In float32 the rounding error is about 1e-7 times the sum of f_i^2 v_i^2. It is small beside the pairs unless one feature
-    outweighs all others by orders of magnitude, as with a single feature, where z is 0 and the error is all there is.
+    It is a difference of squares, and where one feature dominates a bfloat16 difference would be rounding error. In float32 that
+    error is about 1e-7 times the sum of f_i^2 v_i^2: small beside the pairs unless one feature outweighs all others by orders
+    of magnitude, as with a single feature, where z is 0 and the error is all there is.
 
     Source: He & Chua 2017, eq. 4.
     """
@@ -139,12 +137,6 @@ def interaction_output(
 def square_output(acts: Acts, U: Float[Tensor, "d_sae d_in"], scale: float) -> Float[Tensor, "*batch d_in"]:
     """What the square path writes, `(f^2 / scale) U`: how a feature's direction bends with its strength."""
     return weighted_rows(squared(acts), U) / scale
-
-
-def _as_dtype(acts: Acts, dtype: torch.dtype) -> Acts:
-    if isinstance(acts, SparseActs):
-        return SparseActs(acts.indices, acts.values.to(dtype))
-    return acts.to(dtype)
 
 
 class Routing(NamedTuple):

@@ -242,15 +242,9 @@ def sum_by_feature(routing: Routing, values: Tensor, by_token: Tensor) -> Tensor
     """`sum_b f_bi g_b`, [d_sae, d_out], 0 for features that no token uses."""
     if uses_triton(by_token):
         return _triton().sum_by_feature(routing, values, by_token)
-    weights = values.detach().flatten()[routing.entries]
-    return F.embedding_bag(
-        routing.tokens,
-        by_token.detach().contiguous(),
-        routing.starts,
-        per_sample_weights=weights,
-        mode="sum",
-        include_last_offset=True,
-    )
+    weights, rows = values.detach().flatten()[routing.entries], by_token.detach().contiguous()
+    bags: dict[str, Any] = {"offsets": routing.starts, "include_last_offset": True}
+    return F.embedding_bag(routing.tokens, rows, per_sample_weights=weights, mode="sum", **bags)
 
 
 def dots(indices: Tensor, by_token: Tensor, rows: Tensor) -> Tensor:
@@ -275,9 +269,8 @@ class PairPool(torch.autograd.Function):
     def forward(ctx: Any, indices: Tensor, values: Tensor, V: Tensor, routing: Routing | None) -> Tensor:
         from sae_nfm.kernels import triton_pairs
 
-        wide_values = wide(values)
         top = values.abs().argmax(dim=-1)
-        z, strongest, rest = triton_pairs.pool(indices, wide_values, V, top)
+        z, strongest, rest = triton_pairs.pool(indices, wide(values), V, top)
         ctx.save_for_backward(indices, values, V, top, strongest, rest)
         ctx.routing = routing
         return z

@@ -49,8 +49,7 @@ def top_hidden_pre(
     sae_in, W_enc = (tensor.to(product_dtype(sae_in)) for tensor in (sae_in, W_enc))
     at_once = max(1, min(len(sae_in), TOKENS_AT_ONCE.get(device, len(sae_in))))
     if uses_triton(sae_in):
-        parts = [_top_by_triton(tokens, W_enc, b_enc, scale, k) for tokens in sae_in.split(at_once)]
-        return _joined(parts)
+        return _joined([_top_by_triton(tokens, W_enc, b_enc, scale, k) for tokens in sae_in.split(at_once)])
     dtypes = [tensor.dtype for tensor in (sae_in, b_enc, scale) if tensor is not None]
     memory = sae_in.new_empty(at_once, len(b_enc), dtype=reduce(torch.promote_types, dtypes))
     blocks = Blocks(memory, k) if device == "cpu" else None
@@ -71,10 +70,8 @@ def top_hidden_pre(
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(parts) == 1:
-        return parts[0]
-    indices, values = (torch.cat(same) for same in zip(*parts, strict=True))
-    return indices, values
+    indices, values = zip(*parts, strict=True)
+    return parts[0] if len(parts) == 1 else (torch.cat(indices), torch.cat(values))
 
 
 def _top_by_triton(sae_in: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:

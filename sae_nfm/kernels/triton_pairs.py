@@ -15,6 +15,7 @@ See `triton_sums` for how programs are laid out and tested.
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from sae_nfm.kernels.reference import Routing
 from sae_nfm.kernels.triton_sums import launch, shares_of
@@ -23,11 +24,7 @@ from sae_nfm.kernels.triton_sums import launch, shares_of
 def pool(indices: Tensor, values: Tensor, V: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pool: z in the type of V, and for its gradients f_s v_s and r in the type of the values, [n_tokens, nfm_dim] each.
 
-    Args:
-        indices: [n_tokens, k].
-        values: [n_tokens, k], in float32 at least.
-        V: [d_sae, nfm_dim].
-        top: position of the strongest feature among the k, [n_tokens].
+    Indices and values are [n_tokens, k], values in float32 at least; `top` [n_tokens] is the position of the strongest feature.
     """
     (n_tokens, k), nfm_dim = indices.shape, V.shape[1]
     z, strongest, rest = V.new_empty(n_tokens, nfm_dim), *values.new_empty(2, n_tokens, nfm_dim)
@@ -39,8 +36,7 @@ def grad_values(
     indices: Tensor, values: Tensor, V: Tensor, top: Tensor, strongest: Tensor, rest: Tensor, grad: Tensor
 ) -> Tensor:
     """dL/df [n_tokens, k], for the gradient [n_tokens, nfm_dim] of z; the other arguments from `pool`."""
-    shares = shares_of(indices, values, V.shape[1])
-    pooled = (top, strongest, rest)
+    shares, pooled = shares_of(indices, values, V.shape[1]), (top, strongest, rest)
     launch(_grad_values, len(indices), V.shape[1], V, indices, values, V, *pooled, grad, shares, *indices.shape)
     return shares.sum(dim=0)
 
@@ -57,19 +53,9 @@ def grad_V(
 
 @triton.jit
 def _pool(
-    indices,
-    values,
-    V,
-    top,
-    z,
-    strongest,
-    rest,
-    k,
-    nfm_dim: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SUM: tl.constexpr,
-):
+    indices, values, V, top, z, strongest, rest, k,
+    nfm_dim: constexpr, CHUNK: constexpr, ENTRIES: constexpr, SUM: constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = columns < nfm_dim
@@ -97,21 +83,9 @@ def _pool(
 
 @triton.jit
 def _grad_values(
-    indices,
-    values,
-    V,
-    top,
-    strongest,
-    rest,
-    grad,
-    shares,
-    n_tokens,
-    k,
-    nfm_dim: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SUM: tl.constexpr,
-):
+    indices, values, V, top, strongest, rest, grad, shares, n_tokens, k,
+    nfm_dim: constexpr, CHUNK: constexpr, ENTRIES: constexpr, SUM: constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = columns < nfm_dim
@@ -135,22 +109,9 @@ def _grad_values(
 
 @triton.jit
 def _grad_V(
-    starts,
-    tokens,
-    order,
-    values,
-    V,
-    top,
-    strongest,
-    rest,
-    grad,
-    out,
-    k,
-    nfm_dim: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SUM: tl.constexpr,
-):
+    starts, tokens, order, values, V, top, strongest, rest, grad, out, k,
+    nfm_dim: constexpr, CHUNK: constexpr, ENTRIES: constexpr, SUM: constexpr,
+):  # fmt: skip
     feature = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = columns < nfm_dim

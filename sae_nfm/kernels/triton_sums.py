@@ -1,5 +1,5 @@
 # pyright: basic, reportCallIssue=false, reportArgumentType=false
-"""The sums of `active_sums` and the block maxima of `ranking` as Triton kernels: twins of one signature, for GPUs.
+"""The sums of `sparse_sums` and the block maxima of `topk` as Triton kernels: twins of one signature, for GPUs.
 
 Each program sums the entries of one token or feature for one chunk of columns, several rows at a time, in float32 at least,
 and in one fixed order: two runs give the same bits. Chunks are the slow dimension of the grid, so that the columns of a
@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from sae_nfm.kernels.reference import Routing
 
@@ -85,13 +86,9 @@ def transpose(source: Tensor, out: Tensor) -> None:
 
 
 def block_maxima(product: Tensor, bias: Tensor, scale: Tensor | None, out: Tensor) -> None:
-    """The largest of the scores `(product + bias) * scale` in each block; column c [of d_sae] is in block c % n_blocks.
+    """The largest of the scores `(product + bias) * scale` [n_tokens, d_sae] in each block, to out [n_tokens, n_blocks].
 
-    Args:
-        product: [n_tokens, d_sae].
-        bias: [d_sae].
-        scale: [d_sae] or None.
-        out: [n_tokens, n_blocks].
+    Column c is in block c % n_blocks.
     """
     d_sae, n_blocks = product.shape[1], out.shape[1]
     _launch_blocks(_block_maxima, out, product, bias, scale, out, d_sae, n_blocks, triton.cdiv(d_sae, n_blocks))
@@ -100,13 +97,7 @@ def block_maxima(product: Tensor, bias: Tensor, scale: Tensor | None, out: Tenso
 def block_scores(product: Tensor, bias: Tensor, scale: Tensor | None, blocks: Tensor, n_blocks: int) -> Tensor:
     """The scores of all members of some blocks, [n_tokens, n_chosen * size]; -inf for a member beyond the last column.
 
-    Member j of block c is column j n_blocks + c; the members of one block are adjacent.
-
-    Args:
-        product: [n_tokens, d_sae].
-        bias: [d_sae].
-        scale: [d_sae] or None.
-        blocks: numbers of the chosen blocks, [n_tokens, n_chosen].
+    Member j of block c is column j n_blocks + c; the members of one block are adjacent; `blocks` [n_tokens, n_chosen].
     """
     (n_tokens, d_sae), n_chosen = product.shape, blocks.shape[1]
     size = triton.cdiv(d_sae, n_blocks)
@@ -156,7 +147,7 @@ def sum_type(tensor: Tensor) -> Any:
 
 @triton.jit
 def _sum_by_token(
-    indices, values, rows, out, k, d_out: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr, SUM: tl.constexpr
+    indices, values, rows, out, k, d_out: constexpr, CHUNK: constexpr, ENTRIES: constexpr, SUM: constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -175,16 +166,7 @@ def _sum_by_token(
 
 @triton.jit
 def _sum_by_feature(
-    starts,
-    tokens,
-    order,
-    values,
-    by_token,
-    out,
-    d_out: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SUM: tl.constexpr,
+    starts, tokens, order, values, by_token, out, d_out: constexpr, CHUNK: constexpr, ENTRIES: constexpr, SUM: constexpr
 ):
     feature = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -205,16 +187,7 @@ def _sum_by_feature(
 
 @triton.jit
 def _dots(
-    indices,
-    by_token,
-    rows,
-    shares,
-    n_tokens,
-    k,
-    d_out: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SUM: tl.constexpr,
+    indices, by_token, rows, shares, n_tokens, k, d_out: constexpr, CHUNK: constexpr, ENTRIES: constexpr, SUM: constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -231,7 +204,7 @@ def _dots(
 
 
 @triton.jit
-def _transpose(source, out, n_rows, n_columns, source_row, source_column, out_row, out_column, TILE: tl.constexpr):
+def _transpose(source, out, n_rows, n_columns, source_row, source_column, out_row, out_column, TILE: constexpr):
     row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
     column = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)
     read = source + row[:, None] * source_row + column[None, :] * source_column
@@ -242,7 +215,7 @@ def _transpose(source, out, n_rows, n_columns, source_row, source_column, out_ro
 
 @triton.jit
 def _block_maxima(
-    product, bias, scale, out, d_sae, n_blocks, size, SCALED: tl.constexpr, BLOCKS: tl.constexpr, SUM: tl.constexpr
+    product, bias, scale, out, d_sae, n_blocks, size, SCALED: constexpr, BLOCKS: constexpr, SUM: constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
@@ -269,9 +242,9 @@ def _block_scores(
     n_blocks,
     n_chosen,
     size,
-    SCALED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SUM: tl.constexpr,
+    SCALED: constexpr,
+    BLOCKS: constexpr,
+    SUM: constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     candidate = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)

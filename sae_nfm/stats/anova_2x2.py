@@ -123,16 +123,16 @@ def partial_eta_squared(f: float, df: int, confidence: float = CONFIDENCE) -> Es
     """
     n, finite_f = df + 4, min(f, 1e8)  # beyond it noncentral F is no number, and the interval a point in all digits
 
-    def below(noncentrality: float) -> float:
-        return float(stats.ncf.cdf(finite_f, 1, df, noncentrality))
+    def excess(noncentrality: float, tail: float) -> float:
+        return float(stats.ncf.cdf(finite_f, 1, df, noncentrality)) - tail
 
     def noncentrality(tail: float) -> float:
         if stats.f.cdf(finite_f, 1, df) <= tail:
             return 0.0
         upper = 10.0
-        while below(upper) > tail:
+        while excess(upper, tail) > 0:
             upper *= 2
-        root: Any = optimize.brentq(lambda value: below(value) - tail, 1e-12, upper)
+        root: Any = optimize.brentq(excess, 1e-12, upper, args=(tail,))
         return float(root)
 
     low, high = (noncentrality(tail) for tail in ((1 + confidence) / 2, (1 - confidence) / 2))

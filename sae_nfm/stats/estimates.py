@@ -290,10 +290,8 @@ def clustered_mean(
 def _over_documents(
     estimate: float, ends: tuple[float, float], confidence: float, counts: Floats, test: str, p_value: float | None
 ) -> Estimate:
-    sizes: dict[str, int] = {"n": int(counts.sum()), "n_clusters": len(counts)}
-    return Estimate(
-        estimate=estimate, low=ends[0], high=ends[1], confidence=confidence, **sizes, test=test, p_value=p_value
-    )
+    unfilled = Estimate(estimate=estimate, low=ends[0], high=ends[1], n=int(counts.sum()), test=test)
+    return replace(unfilled, confidence=confidence, n_clusters=len(counts), p_value=p_value)
 
 
 def mean_difference(

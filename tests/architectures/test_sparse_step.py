@@ -330,5 +330,5 @@ def test_decoding_without_a_gradient_reads_the_active_features_alone(architectur
 
 
 def test_unknown_kernel():
-    with pytest.raises(ValueError, match=r"kernel.*'quick'.*'auto', 'dense', 'sparse'"):
+    with pytest.raises(ValueError, match=r"kernel.*'auto', 'dense', 'sparse'.*'quick'"):
         training_config("joint_nfm", kernel="quick")
