@@ -4,7 +4,7 @@ Everything decoding needs is a field of the inference config; what only training
 Both refuse unknown keys: SAELens would drop a misspelt one in silence and decode with the default instead.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from sae_lens import TopKSAEConfig, TopKTrainingSAEConfig
@@ -41,9 +41,7 @@ class JointNFMSAEConfig(NFMFields, TopKSAEConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "JointNFMSAEConfig":
         # the config of a training checkpoint is welcome: what only training reads is left out
-        training_only = {field.name for field in fields(JointNFMTrainingSAEConfig)}
-        kept = {key: value for key, value in config_dict.items() if key not in training_only}
-        refuse_unknown_keys(cls, kept, ARCHITECTURE)
+        refuse_unknown_keys(cls, config_dict, JointNFMTrainingSAEConfig)
         return super().from_dict(config_dict)
 
 
@@ -91,7 +89,7 @@ class JointNFMTrainingSAEConfig(NFMTrainingFields, TopKTrainingSAEConfig):
     @override
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "JointNFMTrainingSAEConfig":
-        refuse_unknown_keys(cls, config_dict, ARCHITECTURE)
+        refuse_unknown_keys(cls, config_dict)
         return super().from_dict(config_dict)
 
     @classmethod

@@ -81,14 +81,16 @@ class NFMTrainingFields(NFMFields):
                 raise ValueError(f"{name} must be a standard deviation >= 0, got {getattr(self, name)}")
 
 
-def refuse_unknown_keys(config_class: type, config_dict: dict[str, Any], architecture: str) -> None:
-    """Raise a ValueError that names every key which is not a field of `config_class`."""
+def refuse_unknown_keys(config_class: Any, config_dict: dict[str, Any], training_class: Any = None) -> None:
+    """Raise a ValueError that names every key which is a field neither of `config_class` nor of `training_class`."""
     known = {field.name for field in fields(config_class)} | {"architecture"}
-    added_by_saelens = {"finetuning_scaling_factor"} if config_dict.get("finetuning_scaling_factor") is False else set()
-    unknown = sorted(set(config_dict) - known - added_by_saelens)
+    ignored = {field.name for field in fields(training_class)} if training_class else set()
+    if config_dict.get("finetuning_scaling_factor") is False:  # SAELens adds it
+        ignored.add("finetuning_scaling_factor")
+    unknown = sorted(set(config_dict) - known - ignored)
     if unknown:
         raise ValueError(
-            f"unknown key {', '.join(map(repr, unknown))} in a {architecture} config; {config_class.__name__} has "
+            f"unknown key {', '.join(map(repr, unknown))} in a {config_class.architecture()} config; {config_class.__name__} has "
             f"{', '.join(sorted(known))}. Correct the spelling or remove the key"
         )
 

@@ -4,7 +4,7 @@ What says how the base encodes and decodes is in `base_config`, a saved SAE's ow
 apply_b_dec_to_input and reshape_activations repeat it for those who read an SAE's config.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
@@ -17,6 +17,7 @@ from sae_nfm.architectures.joint_config import JointNFMSAEConfig
 from sae_nfm.architectures.nfm_config import NFMFields, NFMTrainingFields, refuse_unknown_keys, with_requirement
 from sae_nfm.loading import load_sae, sha256_of
 
+ARCHITECTURE = "sequential_nfm"
 BASES = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit")
 """Architectures that can be a base; SAELens saves batchtopk and matryoshka_batchtopk as jumprelu."""
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
@@ -30,6 +31,8 @@ REFUSED = {
     ),
 }
 """Architectures that cannot, and why."""
+SPARSE_BY_PENALTY = ("standard", "gated", "jumprelu")
+"""Bases whose sparsity nothing holds once they are trained on the reconstruction alone."""
 UNFOLDED = ("expected_average_only_in", "covariance_whitening")
 """Normalisations with statistics of the data, which an SAE does not carry."""
 
@@ -108,11 +111,6 @@ def check_base(tensors: dict[str, Tensor], sha256: str, source: str) -> None:
         )
 
 
-ARCHITECTURE = "sequential_nfm"
-SPARSE_BY_PENALTY = ("standard", "gated", "jumprelu")
-"""Bases whose sparsity nothing holds once they are trained on the reconstruction alone."""
-
-
 @dataclass(kw_only=True)
 class BaseFields:
     """Which base a sequential NFM stands on.
@@ -150,9 +148,7 @@ class SequentialNFMSAEConfig(NFMFields, BaseFields, SAEConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "SequentialNFMSAEConfig":
         # the config of a training checkpoint is welcome: what only training reads is left out
-        training_only = {one.name for one in fields(SequentialNFMTrainingSAEConfig)}
-        kept = {key: value for key, value in config_dict.items() if key not in training_only}
-        refuse_unknown_keys(cls, kept, ARCHITECTURE)
+        refuse_unknown_keys(cls, config_dict, SequentialNFMTrainingSAEConfig)
         return cast(SequentialNFMSAEConfig, super().from_dict(config_dict))
 
 
@@ -216,7 +212,7 @@ class SequentialNFMTrainingSAEConfig(NFMTrainingFields, BaseFields, TrainingSAEC
     @override
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "SequentialNFMTrainingSAEConfig":
-        refuse_unknown_keys(cls, config_dict, ARCHITECTURE)
+        refuse_unknown_keys(cls, config_dict)
         return cast(SequentialNFMTrainingSAEConfig, super().from_dict(config_dict))
 
 

@@ -53,7 +53,6 @@ def held_out_rows(
     independently, as the embedded tokens are; text that was cut into rows before loses what held its rows together.
 
     Args:
-        model: whose tokenizer is used.
         dataset: with a column `text`, or one of token ids.
         context_size: tokens in a row, BOS included.
         n_tokens: how many tokens to take, at most (at least one row).
@@ -112,19 +111,11 @@ def held_out_corpus(
     context_size: int | None,
     n_tokens: int,
 ) -> TokenRows:
-    """Rows of held-out text with their documents.
+    """Rows of held-out text with their documents, of at most n_tokens (at least one row).
 
     Args:
-        model: whose tokenizer is used.
-        sae: its metadata name the model and the length of a row.
-        model_name: another name of the model.
+        sae: its metadata name the model and the length of a row, unless `model_name` and `context_size` do.
         dataset_path: a file, a folder, or a data set on disk or the hub; None for the embedded model's held-out tokens.
-        split: of the data set, where it has several.
-        context_size: another length of a row.
-        n_tokens: tokens to take, at most (at least one row).
-
-    Raises:
-        ValueError, FileNotFoundError: for text or a length of row that does not work.
     """
     metadata = sae.cfg.metadata
     if dataset_path is not None:

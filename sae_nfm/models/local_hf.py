@@ -21,13 +21,8 @@ from transformer_lens.loading_from_pretrained import convert_hf_model_config, ge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-PROCESSING = (
-    "fold_ln",
-    "center_writing_weights",
-    "center_unembed",
-    "fold_value_biases",
-    "refactor_factored_attn_matrices",
-)
+_FOLDS, _CENTRES = ("fold_ln", "fold_value_biases"), ("center_writing_weights", "center_unembed")
+PROCESSING = (*_FOLDS, *_CENTRES, "refactor_factored_attn_matrices")
 OTHER_CLASSES = "load it with model_class_name='TransformerBridge' or 'AutoModelForCausalLM'"
 PROBE_TOKENS = 64
 KL_LIMIT_NATS = 1e-5
@@ -64,7 +59,6 @@ def hooked_from_folder(
     Args:
         folder: config.json, weights, tokenizer; without a tokenizer the model reads token ids only.
         dtype: of the weights, whatever it is on disk.
-        tokenizer: instead of the folder's.
         n_ctx: longest input in tokens; None takes the config's.
         default_prepend_bos: None takes TransformerLens's default for the architecture.
         default_padding_side: None takes the tokenizer's.

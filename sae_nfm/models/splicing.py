@@ -45,13 +45,9 @@ class Attached:
 
 @contextmanager
 def splice(model: LanguageModel, sae: SAE[Any], special_tokens: SpecialTokens = "kept") -> Generator[Attached]:
-    """Put the SAE in place of the hook point its metadata names, by a name of either kind; special tokens bypass it.
+    """Put the SAE in place of the hook point its metadata names, by a name of either kind; special tokens bypass it if "kept".
 
-    Args:
-        special_tokens: "changed" lets special tokens through the SAE too.
-
-    Raises:
-        ValueError: when the model has no such hook point, or something is in its place already.
+    Raises a ValueError when the model has no such hook point, or something is in its place already.
     """
     hook_name = sae.cfg.metadata.hook_name
     if hook_name is None:
@@ -69,11 +65,7 @@ def splice(model: LanguageModel, sae: SAE[Any], special_tokens: SpecialTokens = 
 
 @contextmanager
 def claimed(model: LanguageModel, hook_name: str) -> Generator[str]:
-    """The model's own name of a hook point, which nothing else can take meanwhile.
-
-    Raises:
-        ValueError: when the model has no such hook point, or something is in its place already.
-    """
+    """The model's own name of a hook point, which nothing else can take meanwhile; a ValueError where something has taken it."""
     taken = _TAKEN.setdefault(model, set())
     own = hook_name if hook_name in taken else resolve_hook_name(model, hook_name)
     if own in taken:
@@ -127,10 +119,8 @@ def tokens_read(model: LanguageModel) -> Generator[TokensRead]:
     entrance: nn.Module
     if isinstance(model, HookedProxyLM):
         entrance = model.model
-    elif isinstance(model, SAETransformerBridge):
-        entrance = model.original_model
     else:
-        entrance = model.embed
+        entrance = model.original_model if isinstance(model, SAETransformerBridge) else model.embed
     found = TokensRead()
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
