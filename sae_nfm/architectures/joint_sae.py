@@ -141,8 +141,7 @@ class NFMDecoder(NFMPaths):
         either and the direct path alone mean nothing before D is fixed. Decoder norms are folded first, since the
         selection must not depend on what is added to W_dec; b_lin goes into b_dec, and out of the encoder's input again.
 
-        Raises:
-            ValueError: without a linear path, or with `nfm_top_k`, where the two decoders read different features.
+        Raises a ValueError without a linear path, or with `nfm_top_k`, where the two decoders read different features.
         """
         self._refuse_inexact_fold()
         if self.cfg.rescale_acts_by_decoder_norm:

@@ -86,8 +86,7 @@ def attach_secondary(sae: SAE[Any], secondary: SAE[Any], *, error_term: bool = F
         secondary: an SAE of any architecture of SAELens that reads and writes nfm_dim dimensions.
         error_term: add what it does not reconstruct.
 
-    Raises:
-        ValueError: when the two do not go together, or something is attached already.
+    Raises a ValueError when the two do not go together, or something is attached already.
     """
     return place_secondary(check_secondary(sae, secondary), Secondary(sae=secondary, error_term=error_term))
 

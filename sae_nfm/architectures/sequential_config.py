@@ -46,8 +46,7 @@ def as_base(sae: SAE[Any], norm_scaling_factor: float | None = None) -> SAE[Any]
         sae: the SAE, for inference or in training; it stays as it is.
         norm_scaling_factor: what its inputs were multiplied with in training, where that is not folded into it.
 
-    Raises:
-        ValueError: for an architecture that cannot be a base, or a normalisation that is not folded.
+    Raises a ValueError for an architecture that cannot be a base, or a normalisation that is not folded.
     """
     sae = for_inference(sae)
     architecture = sae.cfg.architecture()

@@ -48,8 +48,7 @@ class SequentialNFMTrainingSAE(TrainedPaths, SequentialNFM, TrainingSAE[Sequenti
             norm_scaling_factor: what its inputs were multiplied with in training, where that is not folded into it.
             fields: fields of `SequentialNFMTrainingSAEConfig`, such as nfm_dim.
 
-        Raises:
-            ValueError: for an SAE that cannot be a base.
+        Raises a ValueError for an SAE that cannot be a base.
         """
         prepared = as_base(base, norm_scaling_factor)
         same = ("d_in", "d_sae", "dtype", "device", "reshape_activations")

@@ -72,8 +72,7 @@ def load_splits(dataset: str | None, validation: str | None, model_name: str, se
 
     Documents of a training file are shuffled with `seed`; the held-out ones are the same for every seed.
 
-    Raises:
-        ValueError, FileNotFoundError: for a source that is missing, empty or unreadable, or only half given.
+    Raises a ValueError or FileNotFoundError for a source that is missing, empty or unreadable, or only half given.
     """
     if dataset is None and validation is None:
         if model_name != demo.MODEL_NAME:

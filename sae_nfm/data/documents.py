@@ -59,8 +59,7 @@ def held_out_rows(
         skip_tokens: the first rows to leave out: those that `n_tokens` of this value takes. No token is then in both sets;
             a document that runs over the boundary is, under one number.
 
-    Raises:
-        ValueError: when the text does not fill one row after those left out, or the model has no tokenizer for it.
+    Raises a ValueError when the text does not fill one row after those left out, or the model has no tokenizer for it.
     """
     refuse_without_tokenizer(model, dataset)
     skipped = max(1, skip_tokens // context_size) if skip_tokens > 0 else 0

@@ -36,8 +36,7 @@ def register_head(name: str, pool: Pool) -> None:
         name: a Python identifier that is not taken.
         pool: from activations [*batch, d_sae], dense or sparse, and V [d_sae, nfm_dim] to z [*batch, nfm_dim].
 
-    Raises:
-        ValueError: for a name that is taken or no identifier, or a function without these properties.
+    Raises a ValueError for a name that is taken or no identifier, or a function without these properties.
     """
     if name in (*POOLS, NONE):
         raise ValueError(f"there is a head {name!r} already; choose another name than {_known()}")

@@ -19,8 +19,7 @@ def load_sae(sae: str, sae_id: str | None = None, device: str = "cpu", dtype: st
         sae: folder, or release:sae_id, or release with `sae_id` beside it.
         dtype: data type of its parameters; unless given a folder's own, and float32 for a release.
 
-    Raises:
-        ValueError, FileNotFoundError: when there is none.
+    Raises a ValueError or FileNotFoundError when there is none.
     """
     folder = Path(sae)
     if sae_id is None and folder.is_dir():

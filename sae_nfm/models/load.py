@@ -221,8 +221,7 @@ def model_of(
 ) -> tuple[LanguageModel, Site]:
     """The language model that an SAE's metadata name, or another name, folder or kind of it, and the SAE's hook point there.
 
-    Raises:
-        ValueError, FileNotFoundError: when the metadata are silent, or the model is missing or has another width there.
+    Raises a ValueError or FileNotFoundError when the metadata are silent, or the model is missing or has another width there.
     """
     metadata = sae.cfg.metadata
     name = model_name or metadata.model_name

@@ -73,8 +73,7 @@ class MixedModel:
 def effect_t(values: Floats, cells: Cells, effect: Effect) -> Floats:
     """T of an effect, F = t^2, for many columns [items, ...] at once; 0 where a column is constant within every cell.
 
-    Raises:
-        ValueError: for an empty cell, or fewer than 5 items.
+    Raises a ValueError for an empty cell, or fewer than 5 items.
     """
     counts = _counts(cells, len(values))
     one_hot = (cells[:, None] == np.arange(4)).astype(np.float64)
@@ -92,8 +91,7 @@ def effect_t(values: Floats, cells: Cells, effect: Effect) -> Floats:
 def factorial_test(values: Floats, cells: Cells, effect: Effect = "interaction") -> FactorialTest:
     """The F-test of an effect in the two-way analysis of variance of values [units], by statsmodels.
 
-    Raises:
-        ValueError: for an empty cell, too few units, or values that are not finite.
+    Raises a ValueError for an empty cell, too few units, or values that are not finite.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():

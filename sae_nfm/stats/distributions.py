@@ -55,8 +55,7 @@ def permuted_spearman(
             with every part but x taken in that order (the order 0, 1, ..., n - 1 gives y itself):
             `lambda order: lin[order] / (x + lin[order])`.
 
-    Raises:
-        ValueError: for NaN or infinite values, unequal lengths, fewer than 3 pairs, or one value throughout.
+    Raises a ValueError for NaN or infinite values, unequal lengths, fewer than 3 pairs, or one value throughout.
     """
     x = checked("x", x)
     n = len(x)
@@ -184,8 +183,7 @@ def compare_mixtures(values: ArrayLike, *, max_components: int = 2, seed: int = 
     Args:
         seed: seed of the starting points, three per fit.
 
-    Raises:
-        ValueError: for NaN or infinite values, fewer than 10, one value throughout, or `max_components` below 2.
+    Raises a ValueError for NaN or infinite values, fewer than 10, one value throughout, or `max_components` below 2.
     """
     if max_components < 2:
         raise ValueError(f"max_components is {max_components}; give at least 2: there is nothing to compare with one")

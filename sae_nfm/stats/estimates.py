@@ -274,8 +274,7 @@ def clustered_mean(
         documents: [tokens], which document each is from; in any order.
         bootstrap: resample documents; None refers to Student's t.
 
-    Raises:
-        ValueError: for NaN or infinite values, unequal lengths, no tokens, fewer than 2 documents.
+    Raises a ValueError for NaN or infinite values, unequal lengths, no tokens, fewer than 2 documents.
     """
     check_confidence(confidence)
     counts, (sums,) = _sums_by_document(documents, checked("values", values))
@@ -311,8 +310,7 @@ def ratio_of_means(
     The interval is Fieller's: all r for which a - r b does not differ significantly from 0. So a bounded one leaves out 1
     exactly when `p_value` is below 1 - confidence, and with Student's t that is the p-value of `mean_difference`.
 
-    Raises:
-        ValueError: as `clustered_mean`, or when the mean of b is 0.
+    Raises a ValueError as `clustered_mean`, or when the mean of b is 0.
     """
     check_confidence(confidence)
     counts, sums = _sums_by_document(documents, *checked_pair(a, b))
@@ -342,8 +340,7 @@ def effect_size(a: ArrayLike, b: ArrayLike, documents: ArrayLike, *, confidence:
 
     The interval is from the jackknife over documents. Nothing is tested: `mean_difference` does that.
 
-    Raises:
-        ValueError: as `clustered_mean`, or when all differences are equal.
+    Raises a ValueError as `clustered_mean`, or when all differences are equal.
     """
     check_confidence(confidence)
     a, b = checked_pair(a, b)
@@ -370,8 +367,7 @@ def effect_size(a: ArrayLike, b: ArrayLike, documents: ArrayLike, *, confidence:
 def paired_t(a: ArrayLike, b: ArrayLike | None = None, *, confidence: float = 0.95) -> Estimate:
     """Mean of a - b over seeds (of a alone without b), tested against 0 by Student's paired t.
 
-    Raises:
-        ValueError: for NaN or infinite values, unequal lengths, fewer than 2 seeds.
+    Raises a ValueError for NaN or infinite values, unequal lengths, fewer than 2 seeds.
     """
     check_confidence(confidence)
     a = checked("a", a)
@@ -393,8 +389,7 @@ def paired_t(a: ArrayLike, b: ArrayLike | None = None, *, confidence: float = 0.
 def corrected_p_values(p_values: ArrayLike, method: Correction) -> Floats:
     """P-values adjusted for their number: "holm" (family-wise error) or "benjamini-hochberg" (false discovery rate).
 
-    Raises:
-        ValueError: for no p-values, one outside [0, 1], or another method.
+    Raises a ValueError for no p-values, one outside [0, 1], or another method.
     """
     names = {"holm": "holm", "benjamini-hochberg": "fdr_bh"}
     if method not in names:
@@ -408,8 +403,7 @@ def corrected_p_values(p_values: ArrayLike, method: Correction) -> Floats:
 def corrected(estimates: Sequence[Estimate], method: Correction) -> tuple[Estimate, ...]:
     """The same estimates with adjusted p-values; intervals stay as they are, each for itself.
 
-    Raises:
-        ValueError: for an estimate without a p-value, or one that was adjusted before.
+    Raises a ValueError for an estimate without a p-value, or one that was adjusted before.
     """
     for i, estimate in enumerate(estimates):
         if estimate.p_value is None:
@@ -442,8 +436,7 @@ def paired_by_token(rows: pd.DataFrame, measure: str, *, arm: str, against: str)
         arm: value of the column `arm`.
         against: value of the column `arm` that it is compared with.
 
-    Raises:
-        ValueError: for a missing column or arm, a token twice in one arm, or arms on different tokens.
+    Raises a ValueError for a missing column or arm, a token twice in one arm, or arms on different tokens.
     """
     columns = [*TOKEN, "arm", measure]
     _require(rows, columns)
@@ -485,8 +478,7 @@ def paired_by_seed(rows: pd.DataFrame, measure: str, *, arm: str, against: str, 
         against: value of the column `arm` that it is compared with.
         weight: name of the column that says what a document counts for; it may differ by document only.
 
-    Raises:
-        ValueError: for a missing column or arm, a cell that is missing or there twice, or weights that differ.
+    Raises a ValueError for a missing column or arm, a cell that is missing or there twice, or weights that differ.
     """
     _require(rows, ["seed", "arm", "document", measure, weight])
     a, b = (_by_seed(rows, name, measure) for name in (arm, against))

@@ -87,8 +87,7 @@ def select(
         values: [items, candidates], the selecting half.
         n_permutations: 0 leaves the p-value 1.
 
-    Raises:
-        ValueError: when there is no candidate.
+    Raises a ValueError when there is no candidate.
     """
     if values.shape[1] == 0:
         raise ValueError("there is no candidate to select from; lower min_stimuli, or give more stimuli")
