@@ -1,10 +1,6 @@
 """The `joint_nfm` architecture: a TopK SAE whose output also has the paths of a Neural Factorization Machine.
 
-    x_hat = sae + lin + sq + inter
-    sae   = f W_dec + b_dec            direct path
-    lin   = f_n W_lin + b_lin          linear integration path
-    sq    = (f^2 / c) U                square path
-    inter = ReLU(z W_1 + b_1) W_2 + b_2, z = sum_{i<j} f_i f_j v_i*v_j over f_n     interaction path
+    x_hat = sae + lin + sq + inter        sae = f W_dec + b_dec, the direct path; the others: `nfm_paths`
 
 ONE CONVENTION for what the NFM reads: `f` is the activation as hooked at `hook_sae_acts_post`. With
 `rescale_acts_by_decoder_norm` that is the pre-activation times its decoder norm, and the direct path divides the norm

@@ -267,10 +267,8 @@ class PairPool(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, indices: Tensor, values: Tensor, V: Tensor, routing: Routing | None) -> Tensor:
-        from sae_nfm.kernels import triton_pairs
-
         top = values.abs().argmax(dim=-1)
-        z, strongest, rest = triton_pairs.pool(indices, wide(values), V, top)
+        z, strongest, rest = _triton().pool_pairs(indices, wide(values), V, top)
         ctx.save_for_backward(indices, values, V, top, strongest, rest)
         ctx.routing = routing
         return z
@@ -279,14 +277,12 @@ class PairPool(torch.autograd.Function):
     @override
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
-        from sae_nfm.kernels import triton_pairs
-
         indices, values, V, top, strongest, rest = ctx.saved_tensors
         pooled = (top, strongest, rest)
         wide_values, grad_values, grad_V = wide(values), None, None
         if ctx.needs_input_grad[1]:
-            grad_values = triton_pairs.grad_values(indices, wide_values, V, *pooled, grad)
+            grad_values = _triton().pair_grad_values(indices, wide_values, V, *pooled, grad)
         if ctx.needs_input_grad[2]:
             routing = ctx.routing or route(indices, len(V))
-            grad_V = triton_pairs.grad_V(routing, wide_values, V, *pooled, grad)
+            grad_V = _triton().pair_grad_V(routing, wide_values, V, *pooled, grad)
         return None, grad_values, grad_V, None

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from sae_lens import HookedSAETransformer
 from sae_lens.util import str_to_dtype
-from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.loading_from_pretrained import convert_hf_model_config, get_pretrained_state_dict
@@ -72,10 +71,15 @@ def hooked_from_folder(
     dtype = str_to_dtype(from_pretrained_kwargs.pop("torch_dtype", dtype))
     processing = {name: from_pretrained_kwargs.pop(name, False) for name in PROCESSING}
     hf = _load_hf_model(folder, dtype, from_pretrained_kwargs)
-    tokenizer = tokenizer or _load_tokenizer(folder)
+    if tokenizer is None and has_tokenizer(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    own = {"init_weights": False, "model_name": Path(folder).resolve().name, "tokenizer_name": None}
     given = {"n_ctx": n_ctx, "default_prepend_bos": default_prepend_bos, "device": device, "dtype": dtype}
     try:
-        cfg, weights = _converted(hf, folder, {name: value for name, value in given.items() if value is not None})
+        fields = config_fields(hf) | own | {name: value for name, value in given.items() if value is not None}
+        cfg = HookedTransformerConfig.from_dict(fields)
+        with torch.no_grad():
+            weights = get_pretrained_state_dict(str(folder), cfg, hf, dtype=cfg.dtype)
         model = HookedSAETransformer(cfg, tokenizer, move_to_device=False, default_padding_side=default_padding_side)
         model.load_and_process_state_dict(weights, **processing)
     except (NotImplementedError, AttributeError, AssertionError, RuntimeError) as error:
@@ -86,16 +90,6 @@ def hooked_from_folder(
     model.move_model_modules_to_device()
     _check_same_predictions(model, hf, folder)
     return model.eval()
-
-
-def _converted(
-    hf: PreTrainedModel, folder: str | Path, given: dict[str, Any]
-) -> tuple[HookedTransformerConfig, dict[str, Tensor]]:
-    """TransformerLens's config and tensors of a Hugging Face model, `given` in place of what the config says."""
-    own = {"init_weights": False, "model_name": Path(folder).resolve().name, "tokenizer_name": None}
-    cfg = HookedTransformerConfig.from_dict(config_fields(hf) | own | given)
-    with torch.no_grad():
-        return cfg, get_pretrained_state_dict(str(folder), cfg, hf, dtype=cfg.dtype)
 
 
 def _load_hf_model(folder: str | Path, dtype: torch.dtype, kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -114,10 +108,6 @@ def _load_hf_model(folder: str | Path, dtype: torch.dtype, kwargs: dict[str, Any
             "fetch the folder anew or correct config.json"
         )
     return model.eval()
-
-
-def _load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer(folder) else None
 
 
 def config_fields(hf: PreTrainedModel) -> dict[str, Any]:

@@ -95,22 +95,16 @@ def counted_tokens(model: LanguageModel, tokens: Int[Tensor, "rows pos"]) -> Boo
     return mask
 
 
+@dataclass
 class TokensRead:
     """The token ids that went into a model in its last run, with those before them while `generate` goes on."""
 
-    def __init__(self) -> None:
-        self._ids: Tensor | None = None
-
-    def add(self, ids: Tensor) -> None:
-        """Take what goes into the model."""
-        if self._ids is not None and ids.shape[1] == 1 and len(ids) == len(self._ids):  # `generate` goes on, or may
-            ids = torch.cat([self._ids, ids], dim=1)
-        self._ids = ids
+    ids: Tensor | None = None
 
     def on(self, device: torch.device) -> Int[Tensor, "rows pos"]:
         """The ids, on a device."""
-        assert self._ids is not None
-        return self._ids.to(device)
+        assert self.ids is not None
+        return self.ids.to(device)
 
 
 @contextmanager
@@ -124,7 +118,11 @@ def tokens_read(model: LanguageModel) -> Generator[TokensRead]:
     found = TokensRead()
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
-        found.add(args[0] if args else kwargs["input_ids"])
+        ids: Tensor = args[0] if args else kwargs["input_ids"]
+        before = found.ids
+        if before is not None and ids.shape[1] == 1 and len(ids) == len(before):  # `generate` goes on, or may
+            ids = torch.cat([before, ids], dim=1)
+        found.ids = ids
 
     handle = entrance.register_forward_pre_hook(read, with_kwargs=True)
     try:

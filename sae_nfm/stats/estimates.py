@@ -433,8 +433,7 @@ def paired_by_token(rows: pd.DataFrame, measure: str, *, arm: str, against: str)
     Args:
         rows: one row per token and arm, with the columns document, row, position, arm and the measure.
         measure: name of the column compared, such as "kl_nats".
-        arm: value of the column `arm`.
-        against: value of the column `arm` that it is compared with.
+        against: value of the column `arm` that `arm` is compared with.
 
     Raises a ValueError for a missing column or arm, a token twice in one arm, or arms on different tokens.
     """
@@ -474,8 +473,7 @@ def paired_by_seed(rows: pd.DataFrame, measure: str, *, arm: str, against: str, 
     Args:
         rows: one row per seed, arm and document, with the columns seed, arm, document, the measure and the weight.
         measure: name of the column compared, the mean of one document.
-        arm: value of the column `arm`.
-        against: value of the column `arm` that it is compared with.
+        against: value of the column `arm` that `arm` is compared with.
         weight: name of the column that says what a document counts for; it may differ by document only.
 
     Raises a ValueError for a missing column or arm, a cell that is missing or there twice, or weights that differ.
