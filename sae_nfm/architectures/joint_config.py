@@ -145,7 +145,5 @@ def _validate(cfg: JointNFMConfig) -> None:
     if cfg.k > cfg.d_sae:
         raise ValueError(f"k must be at most d_sae = {cfg.d_sae}, got {cfg.k}; lower k or raise d_sae")
     if cfg.nfm_top_k is not None and not 1 <= cfg.nfm_top_k <= cfg.k:
-        raise ValueError(
-            f"nfm_top_k must be from 1 to k = {cfg.k}, or None for all k active features, got {cfg.nfm_top_k}"
-        )
+        raise ValueError(f"nfm_top_k must be from 1 to k = {cfg.k}, or None for all active ones, got {cfg.nfm_top_k}")
     cfg.check_nfm_fields()

@@ -52,9 +52,7 @@ class NFMFields:
         check_head(self.head)
         check_choice("kernel", self.kernel, get_args(Kernel))
         if not 0 < self.square_scale < float("inf"):
-            raise ValueError(
-                f"square_scale must be > 0 and finite, about a typical activation, got {self.square_scale}"
-            )
+            raise ValueError(f"square_scale must be > 0 and finite, about a usual activation, got {self.square_scale}")
 
 
 @dataclass(kw_only=True)

@@ -21,14 +21,12 @@ ARCHITECTURE = "sequential_nfm"
 BASES = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit")
 """Architectures that can be a base; SAELens saves batchtopk and matryoshka_batchtopk as jumprelu."""
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+_TWO_PLACES = "it reads one place and writes another, so there is no residual x - sae at one hook point"
+_HAS_NFM = "it has an NFM already; train it further with SAELens's from_pretrained_path"
 REFUSED = {
-    **dict.fromkeys(
-        _TRANSCODERS, "it reads one place and writes another, so there is no residual x - sae at one hook point"
-    ),
+    **dict.fromkeys(_TRANSCODERS, _TWO_PLACES),
     "temporal": "its features of a token depend on the tokens before it, but SAEs are trained on tokens in random order",
-    **dict.fromkeys(
-        ("joint_nfm", "sequential_nfm"), "it has an NFM already; train it further with SAELens's from_pretrained_path"
-    ),
+    **dict.fromkeys(("joint_nfm", "sequential_nfm"), _HAS_NFM),
 }
 """Architectures that cannot, and why."""
 SPARSE_BY_PENALTY = ("standard", "gated", "jumprelu")
@@ -41,10 +39,7 @@ def as_base(sae: SAE[Any], norm_scaling_factor: float | None = None) -> SAE[Any]
     """A copy of an SAE, fit to be a base: for inference, normalisation folded, heads flattened by whoever calls it.
 
     The fold at the end of SAELens's training would rewrite the weights, and with them the features that the NFM was trained on.
-
-    Args:
-        sae: the SAE, for inference or in training; it stays as it is.
-        norm_scaling_factor: what its inputs were multiplied with in training, where that is not folded into it.
+    `norm_scaling_factor` is what its inputs were multiplied with in training, where that is not folded into it.
 
     Raises a ValueError for an architecture that cannot be a base, or a normalisation that is not folded.
     """
@@ -231,9 +226,7 @@ def _validate(cfg: SequentialNFMConfig) -> None:
     if cfg.base_config:
         cfg.apply_b_dec_to_input = cfg.base_config["apply_b_dec_to_input"]
         if cfg.base_config["dtype"] != cfg.dtype and isinstance(cfg, SequentialNFMTrainingSAEConfig):
-            raise ValueError(
-                f"dtype is {cfg.dtype!r}, but the base's is {cfg.base_config['dtype']!r}; give both the same"
-            )
+            raise ValueError(f"dtype is {cfg.dtype!r}, the base's is {cfg.base_config['dtype']!r}; give both the same")
     cfg.check_nfm_fields()
 
 

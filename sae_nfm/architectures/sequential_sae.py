@@ -129,13 +129,12 @@ class SequentialNFM(NFMPaths):
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        if self.cfg.base and not any(name.startswith("base.") for name in state_dict):
+        if self.cfg.base and not any(name.startswith("base.") for name in state_dict):  # an adapter
             state_dict.update({f"base.{name}": tensor for name, tensor in self._named_base().state_dict().items()})
         super().process_state_dict_for_loading(state_dict)
         self._check_base(state_dict)
 
     def _named_base(self) -> SAE[Any]:
-        """The base of an adapter."""
         cfg = self.cfg
         try:
             return load_base(cfg.base, cfg.base_norm_scaling_factor, cfg.dtype, cfg.device)

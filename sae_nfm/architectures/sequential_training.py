@@ -44,9 +44,9 @@ class SequentialNFMTrainingSAE(TrainedPaths, SequentialNFM, TrainingSAE[Sequenti
         """An NFM to be trained on an SAE that is at hand: `SAETrainingRunner(cfg, override_sae=...)`, with `cfg.sae = sae.cfg`.
 
         Args:
-            base: the SAE, for inference or in training; it is copied.
+            base: for inference or in training; it is copied.
             norm_scaling_factor: what its inputs were multiplied with in training, where that is not folded into it.
-            fields: fields of `SequentialNFMTrainingSAEConfig`, such as nfm_dim.
+            fields: those of `SequentialNFMTrainingSAEConfig`, such as nfm_dim.
 
         Raises a ValueError for an SAE that cannot be a base.
         """

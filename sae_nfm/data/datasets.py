@@ -26,11 +26,8 @@ SUFFIXES = (".parquet", ".jsonl", ".txt")
 def read_documents(path: Path) -> list[str]:
     """The documents of a corpus file; blank ones are left out.
 
-    A document is a value of the column `text` of a .parquet, the "text" of a line of a .jsonl, a whole .txt.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: another suffix, no `text` in the file, or no text at all.
+    A document is a value of the column `text` of a .parquet, the "text" of a line of a .jsonl, a whole .txt. Raises a
+    FileNotFoundError where there is no such file, a ValueError for another suffix, no `text` in the file, or no text at all.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no corpus file {path}; give a .parquet or .jsonl with `text`, or a .txt")
@@ -77,7 +74,7 @@ def load_splits(dataset: str | None, validation: str | None, model_name: str, se
     if dataset is None and validation is None:
         if model_name != demo.MODEL_NAME:
             raise ValueError(
-                f"the embedded tokens suit the embedded model only; give --dataset and --held-out for {model_name!r}"
+                f"the embedded tokens suit the embedded model only; {model_name!r} needs --dataset and --held-out"
             )
         return demo.load_tokens("train"), demo.load_tokens("validation")
     if dataset is None:
@@ -138,9 +135,7 @@ def local_dataset(source: str, *, split: str = "train", seed: int = 0) -> Any | 
         split: which split of a `DatasetDict`.
         seed: of the order of a file's documents, which often go source by source. A data set on disk keeps its order.
 
-    Raises:
-        FileNotFoundError: there is nothing at a path.
-        ValueError: it has no text, or is of another kind.
+    Raises a FileNotFoundError where nothing is at a path, a ValueError where it has no text or is of another kind.
     """
     path = Path(source)
     if path.is_dir():

@@ -72,9 +72,8 @@ def held_out_rows(
         after = f" after the {skipped} rows that skip_tokens={skip_tokens} leaves out" if skipped else ""
         raise ValueError(f"the held-out text does not fill one row of {context_size} tokens{after}; give more")
     cut = torch.stack(documents)
-    return TokenRows(
-        tokens=torch.stack(tokens).to(device_of(model)), documents=torch.where(cut >= 0, NO_DOCUMENT, _other(cut))
-    )
+    numbers = torch.where(cut >= 0, NO_DOCUMENT, _other(cut))
+    return TokenRows(tokens=torch.stack(tokens).to(device_of(model)), documents=numbers)
 
 
 class _DocumentStore(ActivationsStore):
@@ -112,9 +111,8 @@ def held_out_corpus(
 ) -> TokenRows:
     """Rows of held-out text with their documents, of at most n_tokens (at least one row).
 
-    Args:
-        sae: its metadata name the model and the length of a row, unless `model_name` and `context_size` do.
-        dataset_path: a file, a folder, or a data set on disk or the hub; None for the embedded model's held-out tokens.
+    The SAE's metadata name the model and the length of a row, unless `model_name` and `context_size` do; without a dataset_path
+    (a file, a folder, or a data set on disk or the hub) it is the embedded model's held-out tokens.
     """
     metadata = sae.cfg.metadata
     if dataset_path is not None:

@@ -75,18 +75,14 @@ def device_rates(device: torch.device | str, dtype: torch.dtype = torch.float32)
     if not torch.cuda.is_available():
         return CUDA.get(dtype, CUDA[torch.float32])
     index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore[reportUnnecessaryComparison]
-    return _measured(index, dtype, _float32_precision(), "cuda" in TRITON_DEVICES)
+    matmul = torch.backends.cuda.matmul  # torch refuses the older question after an answer by the newer one
+    may_use_tf32: Any = matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return _measured(index, dtype, may_use_tf32, "cuda" in TRITON_DEVICES)
 
 
 @cache
 def _measured(index: int, dtype: torch.dtype, *_that_decide: Any) -> DeviceRates:
     return measure_rates(torch.device("cuda", index), dtype)
-
-
-def _float32_precision() -> Any:
-    """Whether products of float32 may be made in TF32; torch refuses the older question after an answer by the newer one."""
-    matmul = torch.backends.cuda.matmul
-    return matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 @torch.no_grad()

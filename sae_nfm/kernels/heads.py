@@ -32,9 +32,7 @@ def register_head(name: str, pool: Pool) -> None:
         pool(f, V) = pool(SparseActs(indices, values), V)       a training step reads the matrix, or the active features alone
         pool(a f, V) = pool(f, a V)                             it reads f_i v_i alone: the scale of activations folds into V
 
-    Args:
-        name: a Python identifier that is not taken.
-        pool: from activations [*batch, d_sae], dense or sparse, and V [d_sae, nfm_dim] to z [*batch, nfm_dim].
+    It goes from activations [*batch, d_sae], dense or sparse, and V [d_sae, nfm_dim] to z [*batch, nfm_dim].
 
     Raises a ValueError for a name that is taken or no identifier, or a function without these properties.
     """

@@ -118,9 +118,7 @@ class Blocks:
         """Columns in a block. Blocks of less than 4 do not pay."""
         self.pieces = [slice(at, min(at + FEATURES_AT_ONCE, d_sae)) for at in range(0, d_sae, FEATURES_AT_ONCE)]
         steps = [(piece.stop - piece.start) // self.size for piece in self.pieces]
-        self.first = torch.cat(
-            [piece.start + torch.arange(step) for piece, step in zip(self.pieces, steps, strict=True)]
-        )
+        self.first = torch.cat([at.start + torch.arange(step) for at, step in zip(self.pieces, steps, strict=True)])
         self.step = torch.tensor(steps).repeat_interleave(torch.tensor(steps))
         self.left_over = torch.arange(self.pieces[-1].start + self.size * steps[-1], d_sae)
         self.maxima = memory.new_empty(len(memory), len(self.first))

@@ -72,9 +72,8 @@ def load_model(
     if name == demo.MODEL_NAME:
         if model_class_name == "HookedTransformer" and not from_pretrained_kwargs:
             return demo.load_model(device)
-        model = load(
-            str(MODEL_DIR), device, **({"dtype": torch.float32} | from_pretrained_kwargs)
-        )  # half precision on disk
+        kwargs = {"dtype": torch.float32} | from_pretrained_kwargs  # it is half precision on disk
+        model = load(str(MODEL_DIR), device, **kwargs)
         if not isinstance(model, HookedProxyLM):
             model.cfg.model_name = demo.MODEL_NAME
         return model
@@ -145,7 +144,9 @@ def resolve_hook_name(model: LanguageModel, hook_name: str) -> str:
             return candidate
     if not isinstance(model, HookedProxyLM) and any(_translated(model, at) in candidates for at in model.acts_to_saes):
         raise ValueError(f"an SAE is attached at {hook_name!r} already; take it off first, with model.reset_saes()")
-    known = list(_all_names(model))
+    # SAELens's bridge leaves the aliases out of its hook_dict, TransformerLens's has them
+    bridge = isinstance(model, SAETransformerBridge)
+    known = list(super(SAETransformerBridge, model).hook_dict if bridge else model.hook_dict)
     near = get_close_matches(hook_name, known, n=4) or known[:4]
     raise ValueError(f"the model has no hook point {hook_name!r}; did you mean one of {', '.join(near)}?")
 
@@ -169,11 +170,6 @@ def _hooked_places(model: HookedSAETransformer) -> dict[str, str]:
     return {prefix + canonical: prefix + hooked for prefix, part in parts.items() for hooked, canonical in part.items()}
 
 
-def _all_names(model: LanguageModel) -> dict[str, Any]:
-    # SAELens's bridge leaves the aliases out of its hook_dict, TransformerLens's has them
-    return super(SAETransformerBridge, model).hook_dict if isinstance(model, SAETransformerBridge) else model.hook_dict
-
-
 def device_of(model: LanguageModel) -> torch.device:
     """The device on which the model wants its tokens."""
     return next(model.parameters()).device
@@ -189,9 +185,7 @@ def find_site(model: LanguageModel, hook_name: str) -> Site:
     with torch.no_grad():
         _, cache = model.run_with_cache(probe, names_filter=[own])
     if own not in cache:
-        raise ValueError(
-            f"nothing passes through {hook_name!r} as one tensor; give the hook point of a module's output"
-        )
+        raise ValueError(f"nothing passes through {hook_name!r} as one tensor; give the hook point of an output")
     shape = cache[own].shape
     if len(shape) != (4 if own.endswith(HEADS) else 3):
         raise ValueError(
@@ -208,9 +202,7 @@ def site_at(model: LanguageModel, hook_name: str, head: int | None = None) -> Si
         return find_site(model, hook_name)
     shape: Any = getattr(model, "cfg", None)
     if shape is None:
-        raise ValueError(
-            "hook_head_index is for hook points with heads, which AutoModelForCausalLM lacks; leave it out"
-        )
+        raise ValueError("hook_head_index needs hook points with heads, which AutoModelForCausalLM lacks; leave it out")
     if not 0 <= head < shape.n_heads:
         raise ValueError(f"hook_head_index is {head}; the model has heads 0 to {shape.n_heads - 1}")
     return Site(hook_name=resolve_hook_name(model, hook_name), d_in=shape.d_head, reshape_activations="none")

@@ -64,9 +64,7 @@ def hooked_from_folder(
         from_pretrained_kwargs: TransformerLens's processing (`fold_ln`, `center_writing_weights`, ..., off unless given);
             the rest goes to Hugging Face's `from_pretrained`.
 
-    Raises:
-        FileNotFoundError: for an incomplete folder.
-        ValueError: for weights that do not fill the model, or an architecture that TransformerLens cannot convert exactly.
+    Raises a FileNotFoundError for an incomplete folder, a ValueError for weights that do not fill the model, or an architecture that TransformerLens cannot convert exactly.
     """
     dtype = str_to_dtype(from_pretrained_kwargs.pop("torch_dtype", dtype))
     processing = {name: from_pretrained_kwargs.pop(name, False) for name in PROCESSING}
@@ -116,23 +114,17 @@ def config_fields(hf: PreTrainedModel) -> dict[str, Any]:
     if architecture in ("GemmaForCausalLM", "Gemma2ForCausalLM"):
         return _gemma_fields(config) | {"original_architecture": architecture}
     description = config.to_dict() | {"architectures": [architecture]}
+    assumed: dict[str, Any] = {}  # by TransformerLens's table, which does not read it
     if architecture == "GPT2LMHeadModel":
         description["n_ctx"] = config.n_positions  # TransformerLens reads a key that only old files have
+        assumed = {"d_mlp": config.n_inner or 4 * config.n_embd}
+    elif architecture == "GPTNeoXForCausalLM":
+        assumed = {"rotary_base": config.rope_parameters["rope_theta"]}
+    elif architecture == "LlamaForCausalLM" and config.head_dim:
+        assumed = {"d_head": config.head_dim, "rotary_dim": config.head_dim}
     with TemporaryDirectory() as neutral:  # a path with "llama" in it is taken for a name that TransformerLens knows
         (Path(neutral) / "config.json").write_text(json.dumps(description, default=str))
-        fields = convert_hf_model_config(neutral)
-    return fields | _left_out(architecture, config)
-
-
-def _left_out(architecture: str, config: Any) -> dict[str, Any]:
-    """What TransformerLens's table assumes instead of reading."""
-    if architecture == "GPT2LMHeadModel":
-        return {"d_mlp": config.n_inner or 4 * config.n_embd}
-    if architecture == "GPTNeoXForCausalLM":
-        return {"rotary_base": config.rope_parameters["rope_theta"]}
-    if architecture == "LlamaForCausalLM" and config.head_dim:
-        return {"d_head": config.head_dim, "rotary_dim": config.head_dim}
-    return {}
+        return convert_hf_model_config(neutral) | assumed
 
 
 def _gemma_fields(config: Any) -> dict[str, Any]:

@@ -147,9 +147,7 @@ def writing(name: str, vector: Tensor | None) -> HookFunction:
         if vector is None:
             return torch.zeros_like(value)
         if len(vector) != value.shape[-1]:
-            raise ValueError(
-                f"the mean for {name} has {len(vector)} entries, but what passes there has {value.shape[-1]}"
-            )
+            raise ValueError(f"the mean for {name} has {len(vector)} entries, what passes there has {value.shape[-1]}")
         return vector.to(value).expand_as(value)
 
     return write

@@ -245,9 +245,7 @@ def _counts(cells: Cells, n: int) -> Floats:
         raise ValueError(f"{len(cells)} cells for {n} units; give the cell of each unit")
     counts = np.bincount(cells, minlength=4).astype(np.float64)
     if len(counts) != 4 or not counts.all() or n <= 4:
-        raise ValueError(
-            f"the cells have {counts.astype(int).tolist()} units; give each of the four some, and more than 4 in all"
-        )
+        raise ValueError(f"the cells have {counts.astype(int).tolist()} units; give each of the 4 some, and 5 in all")
     return counts
 
 

@@ -219,19 +219,15 @@ def _sums_by_document(documents: ArrayLike, *values: Floats) -> tuple[Floats, li
     labels = np.asarray(documents)
     if labels.shape != values[0].shape:
         raise ValueError(
-            f"documents has shape {labels.shape} and the values {values[0].shape}; give one document per value"
+            f"documents has shape {labels.shape}, the values {values[0].shape}; give one document per value"
         )
     codes, names = pd.factorize(labels)
     missing = (codes < 0) | (labels < 0 if np.issubdtype(labels.dtype, np.signedinteger) else False)
     if missing.any():
         raise ValueError(f"{missing.sum()} value(s) have no document (missing, or -1: a separator); leave them out")
     if len(names) < 2:
-        raise ValueError(
-            f"all {len(codes)} values are from one document; an interval over documents needs at least 2, better 20"
-        )
-    counts, *sums = (
-        np.asarray(np.bincount(codes, weights), dtype=np.float64) for weights in (np.ones(codes.shape), *values)
-    )
+        raise ValueError(f"all {len(codes)} values are from one document; an interval needs at least 2, better 20")
+    counts, *sums = (np.bincount(codes, weights).astype(np.float64) for weights in (np.ones(codes.shape), *values))
     return counts, sums
 
 
@@ -487,9 +483,7 @@ def paired_by_seed(rows: pd.DataFrame, measure: str, *, arm: str, against: str, 
         )
     weights = np.concatenate([_by_seed(rows, name, weight).to_numpy(dtype=np.float64) for name in (arm, against)])
     if not np.allclose(weights, weights[0]):
-        raise ValueError(
-            f"the weight {weight!r} of a document differs between seeds or arms; give the same text to all"
-        )
+        raise ValueError(f"the weight {weight!r} of a document differs between seeds or arms; give all the same text")
     return PairedSeeds(a.to_numpy(dtype=np.float64), b.to_numpy(dtype=np.float64), weights[0])
 
 

@@ -64,9 +64,7 @@ def halves(cells: Cells, rng: np.random.Generator) -> Half:
     for cell in range(4):
         members = np.flatnonzero(cells == cell)
         if len(members) < 4:
-            raise ValueError(
-                f"cell {cell} has {len(members)} stimuli; give at least 4, for two halves with a spread each"
-            )
+            raise ValueError(f"cell {cell} has {len(members)} stimuli; give at least 4: two halves with a spread each")
         chosen[rng.permutation(members)[: len(members) // 2]] = True
     return chosen
 

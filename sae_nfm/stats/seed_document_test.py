@@ -20,7 +20,7 @@ the distribution (t alone: up to 3.5 % one-sided for 5 seeds and 6.2 % for 7, wh
 Source: Satterthwaite 1946, Biometrics Bulletin 2:110; Fieller 1954; `sae_nfm.stats.estimates` for the jackknife.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -142,9 +142,7 @@ def verdict(
         )
     w = _checked_weights(weights, a.shape[1])
     if b.mean(0) @ w == 0:
-        raise ValueError(
-            f"the mean of {against!r} is 0, so there is no relative difference: nothing is left to improve"
-        )
+        raise ValueError(f"the mean of {against!r} is 0, so there is no relative difference: nothing to improve")
     difference, relative = _estimates(a, b, w, confidence)
     relabelled, names = _relabelled((a - b) @ w), {"arm": arm, "against": against, "measure": measure}
     return Verdict(**names, difference=difference, relative=relative, n_seeds=len(a), relabelled=relabelled)
@@ -168,76 +166,62 @@ def _relabelled(differences: Floats) -> float:
 
 def _estimates(a: Floats, b: Floats, weights: Floats, confidence: float) -> tuple[Estimate, Estimate]:
     """Difference and relative difference of the weighted means, over seeds and documents."""
-    crossed = _Crossed.of(a, b, weights)
-    mean_a, mean_b = crossed.means
-    error, reference = crossed.test(1.0)
+    cells, (n_seeds, n_documents) = np.stack([a, b]), a.shape
+    means, by_document = jackknife(cells.mean(1) * weights, weights[None])
+    mean_a, mean_b = map(float, means)
+    # [2, 2] covariance of the means and its degrees of freedom: over documents, and over seeds where there are several
+    parts = [(by_document @ by_document.T, StudentT.over_clusters(weights).df)]
+    if n_seeds > 1:
+        parts.append((np.cov(cells @ weights / weights.sum()) / n_seeds, float(n_seeds - 1)))
+
+    def error_of(r: float) -> tuple[float, StudentT]:
+        """Standard error of mean(a) - r mean(b), and Satterthwaite's t for it."""
+        contrast = np.array([1.0, -r])
+        variances = [max(0.0, float(contrast @ part @ contrast)) for part, _ in parts]
+        spread = sum(v**2 / df for v, (_, df) in zip(variances, parts, strict=True))
+        df = sum(variances) ** 2 / spread if spread else parts[0][1]
+        return float(np.sqrt(sum(variances))), StudentT(df=df)
+
+    def beyond(r: float) -> float:
+        """How far mean(a) - r mean(b) is outside of what the test allows."""
+        error, reference = error_of(r)
+        return abs(mean_a - r * mean_b) - reference.critical(confidence) * error
+
+    error, reference = error_of(1.0)
     low, high = interval(mean_a - mean_b, error, reference.critical(confidence))
-    seeds = (
-        f"{a.shape[1]} documents of one seed" if len(a) == 1 else f"{len(a)} seeds and {a.shape[1]} documents, crossed"
-    )
-    test = f"t-test over {seeds} ({reference.df:.1f} degrees of freedom)"
+    documents = f"{n_documents} documents"
+    units = f"{documents} of one seed" if n_seeds == 1 else f"{n_seeds} seeds and {documents}, crossed"
+    test = f"t-test over {units} ({reference.df:.1f} degrees of freedom)"
     difference = Estimate(
         estimate=mean_a - mean_b,
         low=low,
         high=high,
         confidence=confidence,
         n=a.size,
-        n_clusters=a.shape[1],
+        n_clusters=n_documents,
         test=f"paired difference, {test}",
         p_value=reference.p_value(mean_a - mean_b, error),
     )
-    low, high = crossed.ratio_interval(confidence)
+    ratio = mean_a / mean_b
+    low, high = _accepted(beyond, ratio, error_of(ratio)[0] / abs(mean_b))
     words = f"relative difference, by inversion of the {test}"
-    return difference, replace(difference, estimate=mean_a / mean_b - 1, low=low - 1, high=high - 1, test=words)
+    return difference, replace(difference, estimate=ratio - 1, low=low - 1, high=high - 1, test=words)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Crossed:
-    """Weighted means of two arms and the two parts of their covariance."""
+def _accepted(beyond: Callable[[float], float], ratio: float, step: float) -> tuple[float, float]:
+    """All r around the ratio of the means that the test does not refuse; -inf and inf when the divisor may be 0."""
+    far = 1e9 * (abs(ratio) + step + 1)
+    if beyond(far) <= 0 or beyond(-far) <= 0:
+        return float("-inf"), float("inf")
+    if beyond(ratio) >= 0:  # no spread but rounding
+        return ratio, ratio
 
-    means: tuple[float, float]
-    parts: tuple[tuple[Floats, float], ...]
-    """[2, 2] covariance of the means and its degrees of freedom: over documents, and over seeds where there are several."""
+    def crossing(step: float) -> float:
+        while beyond(ratio + step) <= 0:
+            step *= 2
+        return float(brentq(beyond, ratio, ratio + step, xtol=1e-12, rtol=1e-12))  # pyright: ignore[reportArgumentType]
 
-    @classmethod
-    def of(cls, a: Floats, b: Floats, weights: Floats) -> "_Crossed":
-        cells = np.stack([a, b])
-        means, by_document = jackknife(cells.mean(1) * weights, weights[None])
-        parts = [(by_document @ by_document.T, StudentT.over_clusters(weights).df)]
-        if len(a) > 1:
-            parts.append((np.cov(cells @ weights / weights.sum()) / len(a), float(len(a) - 1)))
-        return cls(means=(float(means[0]), float(means[1])), parts=tuple(parts))
-
-    def test(self, r: float) -> tuple[float, StudentT]:
-        """Standard error of mean(a) - r mean(b), and Satterthwaite's t for it."""
-        contrast = np.array([1.0, -r])
-        variances = [max(0.0, float(contrast @ part @ contrast)) for part, _ in self.parts]
-        spread = sum(v**2 / df for v, (_, df) in zip(variances, self.parts, strict=True))
-        df = sum(variances) ** 2 / spread if spread else self.parts[0][1]
-        return float(np.sqrt(sum(variances))), StudentT(df=df)
-
-    def ratio_interval(self, confidence: float) -> tuple[float, float]:
-        """All r around mean(a) / mean(b) that `test` does not refuse; -inf and inf when mean(b) may be 0."""
-        (a, b), ratio = self.means, self.means[0] / self.means[1]
-
-        def beyond(r: float) -> float:
-            error, reference = self.test(r)
-            return abs(a - r * b) - reference.critical(confidence) * error
-
-        error, _ = self.test(ratio)
-        step = error / abs(b)
-        far = 1e9 * (abs(ratio) + step + 1)
-        if beyond(far) <= 0 or beyond(-far) <= 0:
-            return float("-inf"), float("inf")
-        if beyond(ratio) >= 0:  # no spread but rounding
-            return ratio, ratio
-
-        def crossing(step: float) -> float:
-            while beyond(ratio + step) <= 0:
-                step *= 2
-            return float(brentq(beyond, ratio, ratio + step, xtol=1e-12, rtol=1e-12))  # pyright: ignore[reportArgumentType]
-
-        return crossing(-step), crossing(step)
+    return crossing(-step), crossing(step)
 
 
 def verdict_from_rows(
