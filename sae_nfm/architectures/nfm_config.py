@@ -34,7 +34,7 @@ class NFMFields:
             size of an activation where inputs are normalised to norm sqrt(d_in).
         kernel (Literal["auto", "dense", "sparse"]): Whether a training step, and a decode that needs no gradient, work on
             the matrix of all features or on the active ones alone; "auto" takes the faster by the cost model of
-            `kernels.choose`, the matrix with fewer than 1,024 features. Same output, losses and gradients up to rounding.
+            `dispatch.choose`, the matrix with fewer than 1,024 features. Same output, losses and gradients up to rounding.
             Steps with hooks on the SAE, and compiled ones, are dense.
     """
 

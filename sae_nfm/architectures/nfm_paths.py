@@ -6,7 +6,7 @@
 
 An architecture derives from `NFMPaths` and an SAE class of SAELens, and says in `decode_paths` what the direct path is and
 which activations the others read. Parameters and hook points are direct attributes of the SAE (SAELens switches hooks off by
-attribute); the maths is in `interaction`.
+attribute); the maths is in `kernels.reference`.
 """
 
 from abc import abstractmethod

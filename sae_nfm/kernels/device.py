@@ -6,7 +6,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, partial, reduce
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -44,6 +44,11 @@ def product_dtype(weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return weight.dtype
+
+
+def promoted_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The type that a sum of those that are given has."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors if tensor is not None))
 
 
 class DeviceRates(NamedTuple):

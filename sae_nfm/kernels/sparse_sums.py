@@ -262,7 +262,7 @@ def dots(indices: Tensor, by_token: Tensor, rows: Tensor) -> Tensor:
 
 
 class PairPool(torch.autograd.Function):
-    """`kernels.bi_interaction`, with the routing to share or None; indices and values [n_tokens, k]."""
+    """`dispatch.bi_interaction`, with the routing to share or None; indices and values [n_tokens, k]."""
 
     @staticmethod
     @override

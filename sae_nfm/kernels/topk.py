@@ -8,13 +8,12 @@ one the members of the chosen blocks.
 """
 
 import math
-from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_nfm.kernels.device import product_dtype, uses_triton
+from sae_nfm.kernels.device import product_dtype, promoted_dtype, uses_triton
 
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
 """Tokens whose scores [tokens, d_sae] exist at one time. CPU: measured, fewer read W_enc too often. CUDA: a guess."""
@@ -50,8 +49,7 @@ def top_hidden_pre(
     at_once = max(1, min(len(sae_in), TOKENS_AT_ONCE.get(device, len(sae_in))))
     if uses_triton(sae_in):
         return _joined([_top_by_triton(tokens, W_enc, b_enc, scale, k) for tokens in sae_in.split(at_once)])
-    dtypes = [tensor.dtype for tensor in (sae_in, b_enc, scale) if tensor is not None]
-    memory = sae_in.new_empty(at_once, len(b_enc), dtype=reduce(torch.promote_types, dtypes))
+    memory = sae_in.new_empty(at_once, len(b_enc), dtype=promoted_dtype(sae_in, b_enc, scale))
     blocks = Blocks(memory, k) if device == "cpu" else None
     found: list[tuple[Tensor, Tensor]] = []
     for tokens in sae_in.split(at_once):
@@ -80,8 +78,7 @@ def _top_by_triton(sae_in: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor |
 
     product, d_sae = sae_in @ W_enc, len(b_enc)
     n_blocks = math.ceil(d_sae / _block_size(d_sae, k))
-    dtypes = [tensor.dtype for tensor in (product, b_enc, scale) if tensor is not None]
-    maxima = product.new_empty(len(product), n_blocks, dtype=reduce(torch.promote_types, dtypes))
+    maxima = product.new_empty(len(product), n_blocks, dtype=promoted_dtype(product, b_enc, scale))
     triton_sums.block_maxima(product, b_enc, scale, maxima)
     blocks = maxima.topk(k, dim=-1, sorted=False).indices
     candidates = triton_sums.block_scores(product, b_enc, scale, blocks, n_blocks)

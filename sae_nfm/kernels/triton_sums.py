@@ -10,7 +10,6 @@ number by number. Import this module only where Triton is installed. With TRITON
 first import, the kernels run on CPU tensors, one program after the other: slow, for tests.
 """
 
-from functools import reduce
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
+from sae_nfm.kernels.device import promoted_dtype
 from sae_nfm.kernels.reference import Routing
 
 CHUNKS = (512, 256, 128)
@@ -140,8 +140,7 @@ def block_scores(product: Tensor, bias: Tensor, scale: Tensor | None, blocks: Te
     """
     (n_tokens, d_sae), n_chosen = product.shape, blocks.shape[1]
     size = triton.cdiv(d_sae, n_blocks)
-    dtypes = [tensor.dtype for tensor in (product, bias, scale) if tensor is not None]
-    out = product.new_empty(n_tokens, n_chosen * size, dtype=reduce(torch.promote_types, dtypes))
+    out = product.new_empty(n_tokens, n_chosen * size, dtype=promoted_dtype(product, bias, scale))
     _launch_blocks(_block_scores, out, product, bias, scale, blocks.contiguous(), out, d_sae, n_blocks, n_chosen, size)
     return out
 

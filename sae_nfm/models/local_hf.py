@@ -64,7 +64,8 @@ def hooked_from_folder(
         from_pretrained_kwargs: TransformerLens's processing (`fold_ln`, `center_writing_weights`, ..., off unless given);
             the rest goes to Hugging Face's `from_pretrained`.
 
-    Raises a FileNotFoundError for an incomplete folder, a ValueError for weights that do not fill the model, or an architecture that TransformerLens cannot convert exactly.
+    Raises a FileNotFoundError for an incomplete folder, a ValueError for weights that do not fill the model, or an architecture
+    that TransformerLens cannot convert exactly.
     """
     dtype = str_to_dtype(from_pretrained_kwargs.pop("torch_dtype", dtype))
     processing = {name: from_pretrained_kwargs.pop(name, False) for name in PROCESSING}
