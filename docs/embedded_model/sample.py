@@ -19,10 +19,9 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, GPT2LMHeadModel
-from verbatim import LIMIT, corpus_tokens, describe, longest_runs
+from verbatim import BOS_ID, LIMIT, corpus_tokens, describe, longest_runs
 
 from sae_nfm.common import written_whole
-from sae_nfm.data import BOS_ID
 from sae_nfm.demo.model import MODEL_DIR, load_gpt2
 from sae_nfm.demo.tokens import TOKENS_DIR, write_rows
 

@@ -14,14 +14,24 @@ from pathlib import Path
 import numpy as np
 import tyro
 from jaxtyping import Int
+from tokenizers import Tokenizer
 
-from sae_nfm.data import read_documents, token_stream
+from sae_nfm.data import read_documents
 from sae_nfm.demo.model import MODEL_DIR, load_tokenizer
 from sae_nfm.demo.tokens import TOKENS_DIR, read_rows
+
+BOS_ID = 0
+"""`<|endoftext|>`: BOS, EOS and padding in one, before every document."""
 
 LIMIT = 20
 """Shortest run, in tokens, that counts as a long passage: about 15 words. What any two texts of one kind share (stage
 directions, names of speakers, set phrases) is shorter; a sentence that could be recognised as copied is longer."""
+
+
+def token_stream(documents: Sequence[str], tokenizer: Tokenizer) -> Int[np.ndarray, " token"]:
+    """All documents one after another, BOS (id 0) before each: training windows are cut from this stream."""
+    encodings = tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
+    return np.concatenate([np.array([BOS_ID, *encoding.ids], dtype=np.int64) for encoding in encodings])
 
 
 @dataclass(frozen=True, kw_only=True)

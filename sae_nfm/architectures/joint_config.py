@@ -4,7 +4,7 @@ Everything decoding needs is a field of the inference config; what only training
 Both refuse unknown keys: SAELens would drop a misspelt one in silence and decode with the default instead.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from sae_lens import TopKSAEConfig, TopKTrainingSAEConfig
@@ -18,23 +18,13 @@ ARCHITECTURE = "joint_nfm"
 
 @dataclass
 class JointNFMSAEConfig(NFMFields, TopKSAEConfig):
-    """Configuration of an inference-only joint NFM-SAE; the fields of the NFM: `NFMFields`.
+    """Configuration of an inference-only joint NFM-SAE; the fields of the NFM: `NFMFields`, the others: `TopKSAEConfig`.
 
     Args:
-        k (int): Number of active features per token. Inherited from TopKSAEConfig.
         rescale_acts_by_decoder_norm (bool): Whether feature activations are multiplied by their decoder norm before the
             selection. The NFM reads the activations as hooked at hook_sae_acts_post, that is after this rescaling.
             Inherited from TopKSAEConfig.
-        d_in (int): Input dimension. Inherited from SAEConfig.
-        d_sae (int): Number of features. Inherited from SAEConfig.
-        dtype (str): Data type of the parameters. Inherited from SAEConfig.
-        device (str): Device of the parameters. Inherited from SAEConfig.
-        apply_b_dec_to_input (bool): Whether b_dec is subtracted before encoding. Inherited from SAEConfig.
-        normalize_activations (Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening"]):
-            Normalisation of the input. Inherited from SAEConfig.
-        reshape_activations (Literal["none", "hook_z"]): Whether attention heads are flattened. Inherited from SAEConfig.
-        metadata (SAEMetadata): Model name, hook name and the like. Inherited from SAEConfig.
-    """  # noqa: E501
+    """
 
     @override
     @classmethod
@@ -51,10 +41,7 @@ class JointNFMSAEConfig(NFMFields, TopKSAEConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "JointNFMSAEConfig":
         # the config of a training checkpoint is welcome: what only training reads is left out
-        training_only = {field.name for field in fields(JointNFMTrainingSAEConfig)}
-        refuse_unknown_keys(
-            cls, {key: value for key, value in config_dict.items() if key not in training_only}, ARCHITECTURE
-        )
+        refuse_unknown_keys(cls, config_dict, JointNFMTrainingSAEConfig)
         return super().from_dict(config_dict)
 
 
@@ -62,7 +49,7 @@ class JointNFMSAEConfig(NFMFields, TopKSAEConfig):
 class JointNFMTrainingSAEConfig(NFMTrainingFields, TopKTrainingSAEConfig):
     """Configuration for training a joint NFM-SAE: encoder, decoder and NFM together, on one reconstruction loss.
 
-    The fields of the NFM: `NFMTrainingFields`.
+    The fields of the NFM: `NFMTrainingFields`, the others: `TopKTrainingSAEConfig`.
 
     The defaults `rescale_acts_by_decoder_norm=True` and `nfm_top_k=None` were chosen by measurement: embedded model,
     blocks.2.hook_resid_post, real text, 400,000 tokens, d_sae 2,048, k 32, nfm_dim 64, one seed (a second one at learning
@@ -80,23 +67,12 @@ class JointNFMTrainingSAEConfig(NFMTrainingFields, TopKTrainingSAEConfig):
 
     Args:
         k (int): Number of active features per token. Inherited from TopKTrainingSAEConfig.
-        use_sparse_activations (bool): Whether feature activations are COO tensors. Inherited from TopKTrainingSAEConfig.
-        aux_loss_coefficient (float): Weight of the dead-feature loss. Inherited from TopKTrainingSAEConfig.
         rescale_acts_by_decoder_norm (bool): Whether feature activations are multiplied by their decoder norm before the
             selection. The NFM reads the activations as hooked at hook_sae_acts_post, that is after this rescaling.
             Inherited from TopKTrainingSAEConfig.
         decoder_init_norm (float | None): Norm of the initial decoder rows; None keeps the random ones. Inherited from
             TrainingSAEConfig.
-        d_in (int): Input dimension. Inherited from SAEConfig.
-        d_sae (int): Number of features. Inherited from SAEConfig.
-        dtype (str): Data type of the parameters. Inherited from SAEConfig.
-        device (str): Device of the parameters. Inherited from SAEConfig.
-        apply_b_dec_to_input (bool): Whether b_dec is subtracted before encoding. Inherited from SAEConfig.
-        normalize_activations (Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening"]):
-            Normalisation of the input. Inherited from SAEConfig.
-        reshape_activations (Literal["none", "hook_z"]): Whether attention heads are flattened. Inherited from SAEConfig.
-        metadata (SAEMetadata): Model name, hook name and the like. Inherited from SAEConfig.
-    """  # noqa: E501
+    """
 
     @override
     @classmethod
@@ -113,7 +89,7 @@ class JointNFMTrainingSAEConfig(NFMTrainingFields, TopKTrainingSAEConfig):
     @override
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "JointNFMTrainingSAEConfig":
-        refuse_unknown_keys(cls, config_dict, ARCHITECTURE)
+        refuse_unknown_keys(cls, config_dict)
         return super().from_dict(config_dict)
 
     @classmethod
@@ -169,7 +145,5 @@ def _validate(cfg: JointNFMConfig) -> None:
     if cfg.k > cfg.d_sae:
         raise ValueError(f"k must be at most d_sae = {cfg.d_sae}, got {cfg.k}; lower k or raise d_sae")
     if cfg.nfm_top_k is not None and not 1 <= cfg.nfm_top_k <= cfg.k:
-        raise ValueError(
-            f"nfm_top_k must be from 1 to k = {cfg.k}, or None for all k active features, got {cfg.nfm_top_k}"
-        )
+        raise ValueError(f"nfm_top_k must be from 1 to k = {cfg.k}, or None for all active ones, got {cfg.nfm_top_k}")
     cfg.check_nfm_fields()

@@ -1,18 +1,13 @@
 """The `joint_nfm` architecture: a TopK SAE whose output also has the paths of a Neural Factorization Machine.
 
-    x_hat = sae + lin + sq + inter
-    sae   = f W_dec + b_dec            direct path
-    lin   = f_n W_lin + b_lin          linear integration path
-    sq    = (f^2 / c) U                square path
-    inter = ReLU(z W_1 + b_1) W_2 + b_2, z = sum_{i<j} f_i f_j v_i*v_j over f_n     interaction path
+    x_hat = sae + lin + sq + inter        sae = f W_dec + b_dec, the direct path; the others: `nfm_paths`
 
 ONE CONVENTION for what the NFM reads: `f` is the activation as hooked at `hook_sae_acts_post`. With
 `rescale_acts_by_decoder_norm` that is the pre-activation times its decoder norm, and the direct path divides the norm
 out again, as in SAELens's TopK. An edit at that hook therefore has one meaning for all paths, folding decoder norms
 leaves the NFM untouched, and top-n is selected on the same numbers before and after every fold.
 
-Parameters and hook points are direct attributes of the SAE (SAELens switches hooks off by attribute); the maths is in
-`interaction`. Training, inference, evaluation and intervention share one `decode`.
+Training, inference, evaluation and intervention share one `decode`; the maths is in `kernels.reference`.
 
 Source: arXiv 2507.00269.
 """
@@ -48,7 +43,6 @@ class NFMDecoder(NFMPaths):
 
     @override
     def decode_paths(self, feature_acts: Tensor) -> Paths:
-        """What each path writes before the run-time normalisation is undone; pure in `feature_acts`."""
         cfg = self.cfg
         active = self._active(feature_acts)
         acts = feature_acts.to_dense() if active is None else active
@@ -71,11 +65,9 @@ class NFMDecoder(NFMPaths):
         return self.form_of(self.cfg.k) == "sparse"
 
     def form_of(self, n_read: int, dtype: torch.dtype | None = None) -> dispatch.Kernel:
-        """The form of a product that reads so many features: `cfg.kernel`, or with "auto" the cost model's choice.
+        """The form of a product that reads so many active features a token: `cfg.kernel`, or with "auto" the cost model's choice.
 
-        Args:
-            n_read: active features a token.
-            dtype: the type of a dense product; the decoder's, under autocast too, unless given.
+        `dtype` is that of a dense product; the decoder's, under autocast too, unless given.
         """
         cfg = self.cfg
         if cfg.kernel != "auto":
@@ -104,14 +96,10 @@ class NFMDecoder(NFMPaths):
         it activations keep their size and W_lin, U shrink. What is added to the output (b_lin, W_2, b_2) shrinks either way.
         """
         super().fold_activation_norm_scaling_factor(scaling_factor)
-        shrink, grow = ["b_lin", "W_2", "b_2"], []
-        if self.cfg.rescale_acts_by_decoder_norm:
-            grow = ["V", "U"]
-        else:
-            shrink += ["W_lin", "U"]
-        for weight in self._nfm_weights(shrink):
+        rescaled = self.cfg.rescale_acts_by_decoder_norm
+        for weight in self._nfm_weights(["b_lin", "W_2", "b_2", *([] if rescaled else ["W_lin", "U"])]):
             weight.data /= scaling_factor
-        for weight in self._nfm_weights(grow):
+        for weight in self._nfm_weights(["V", "U"] if rescaled else []):
             weight.data *= scaling_factor
 
     @override
@@ -149,46 +137,39 @@ class NFMDecoder(NFMPaths):
         either and the direct path alone mean nothing before D is fixed. Decoder norms are folded first, since the
         selection must not depend on what is added to W_dec; b_lin goes into b_dec, and out of the encoder's input again.
 
-        Raises:
-            ValueError: without a linear path, or with `nfm_top_k`, where the two decoders read different features.
+        Raises a ValueError without a linear path, or with `nfm_top_k`, where the two decoders read different features.
         """
-        cfg = self.cfg
         self._refuse_inexact_fold()
-        if cfg.rescale_acts_by_decoder_norm:
+        if self.cfg.rescale_acts_by_decoder_norm:
             self.fold_W_dec_norm()
-            cfg.rescale_acts_by_decoder_norm = False
+            self.cfg.rescale_acts_by_decoder_norm = False
         self.W_dec.data += self.W_lin.data
         self.b_dec.data += self.b_lin.data
-        if cfg.apply_b_dec_to_input:
+        if self.cfg.apply_b_dec_to_input:
             self.b_enc.data += self.b_lin.data @ self.W_enc.data
         self.W_lin.data.zero_()
         self.b_lin.data.zero_()
 
     def _refuse_inexact_fold(self) -> None:
-        cfg = self.cfg
-        if not cfg.use_linear_path:
+        if not self.cfg.use_linear_path:
             raise ValueError("there is no linear path to fold (use_linear_path is False): W_dec is canonical already")
-        if cfg.nfm_top_k is not None:
+        if self.cfg.nfm_top_k is not None:
             raise ValueError(
-                f"nfm_top_k is {cfg.nfm_top_k}: the linear path reads only the strongest features and cannot be folded into "
+                f"nfm_top_k is {self.cfg.nfm_top_k}: the linear path reads only the strongest features and cannot be folded into "
                 "W_dec exactly; train with nfm_top_k=None for a canonical gauge"
             )
 
 
 class JointNFMSAE(NFMDecoder, TopKSAE):
-    """Inference-only joint NFM-SAE; trained by `training_sae.JointNFMTrainingSAE`, same tensors in the saved file."""
+    """Inference-only joint NFM-SAE; trained by `JointNFMTrainingSAE`, same tensors in the saved file."""
 
     cfg: JointNFMSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def folded(self) -> "JointNFMSAE":
-        """The same function with one decoder: the linear path folded into W_dec (`fold_linear_path`) and left out.
-
-        Raises:
-            ValueError: as `fold_linear_path`.
-        """
+        """The same function with one decoder: the linear path folded into W_dec (`fold_linear_path`) and left out."""
         canonical = deepcopy(self)
         canonical.fold_linear_path()
         sae = JointNFMSAE(replace(canonical.cfg, use_linear_path=False))
-        left_out = ("W_lin", "b_lin")
-        sae.load_state_dict({name: value for name, value in canonical.state_dict().items() if name not in left_out})
+        kept = {name: value for name, value in canonical.state_dict().items() if name not in ("W_lin", "b_lin")}
+        sae.load_state_dict(kept)
         return sae

@@ -21,10 +21,12 @@ from typing_extensions import override
 
 from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig
 from sae_nfm.architectures.joint_sae import JointNFMSAE, NFMDecoder
-from sae_nfm.architectures.nfm_paths import Paths, is_hooked
-from sae_nfm.architectures.path_metrics import TrainedPaths
+from sae_nfm.architectures.nfm_paths import Paths, TrainedPaths, is_hooked
 from sae_nfm.kernels import Acts, Kernel, SparseActs, dispatch, reference
 from sae_nfm.loading import write_note
+
+Encoder = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Input [*batch, d_in], W_enc, b_enc, and the decoder norms that scale the pre-activations, if any."""
 
 
 class Forms(NamedTuple):
@@ -54,7 +56,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         with self._training_step():
             if self._steps_sparsely():
                 return self._sparse_step(step_input)
-            summed = self._sums_decoders = self._may_sum_decoders()
+            summed = self._sums_decoders = self._reads_all() and not self._needs_matrices()
             try:
                 output = super().training_forward_pass(step_input)
             finally:
@@ -71,9 +73,12 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         linear = dispatch.weighted_rows(acts, self.W_lin, kernel=kernel) + self.b_lin
         return paths._replace(direct=paths.direct - linear, linear=linear)
 
-    def _steps_sparsely(self) -> bool:
+    def _needs_matrices(self) -> bool:
         """Hooks want the dense tensors, and torch.compile does better with them."""
-        return not torch.compiler.is_compiling() and not self._has_hooks() and "sparse" in self._forms()
+        return torch.compiler.is_compiling() or any(map(is_hooked, self.hook_dict.values()))
+
+    def _steps_sparsely(self) -> bool:
+        return not self._needs_matrices() and "sparse" in self._forms()
 
     def _forms(self) -> Forms:
         cfg, read = self.cfg, self.cfg.k if self.cfg.nfm_top_k is None else min(self.cfg.nfm_top_k, self.cfg.k)
@@ -83,15 +88,9 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
             pooled=self.form_of(read, torch.promote_types(self.dtype, torch.float32)) if cfg.head != "none" else None,
         )
 
-    def _may_sum_decoders(self) -> bool:
-        return self._reads_all() and not torch.compiler.is_compiling() and not self._has_hooks()
-
     def _reads_all(self) -> bool:
         """Whether both decoders read the same features."""
         return self.cfg.use_linear_path and self.cfg.nfm_top_k in (None, self.cfg.k)
-
-    def _has_hooks(self) -> bool:
-        return any(map(is_hooked, self.hook_dict.values()))
 
     def _sparse_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         cfg, forms, (sae_in, b_enc) = self.cfg, self._forms(), self._encoder_input(step_input.sae_in)
@@ -127,14 +126,14 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
 
     def _sparse_decode(self, acts: SparseActs, norms: Tensor | None, W_dec: Tensor, forms: Forms) -> Paths:
         """What each path writes, from the active features alone; the direct path with the linear one where both read the same."""
-        cfg, routing = self.cfg, dispatch.route(acts.indices, self.cfg.d_sae)
+        cfg, routing = self.cfg, reference.route(acts.indices, self.cfg.d_sae)
         unscaled = acts
         if norms is not None and not self._reads_all():
             unscaled = SparseActs(acts.indices, acts.values / dispatch.of_active(norms, acts, routing))
         read, read_routing = acts, routing
         if cfg.nfm_top_k is not None and cfg.nfm_top_k < cfg.k:
             read = reference.top_n(acts, cfg.nfm_top_k)
-            read_routing = dispatch.route(read.indices, cfg.d_sae)
+            read_routing = reference.route(read.indices, cfg.d_sae)
         linear = square = interacting = None
         if forms.linear is not None and not self._reads_all():
             linear = dispatch.weighted_rows(read, self.W_lin, read_routing, kernel=forms.linear) + self.b_lin
@@ -152,13 +151,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
             direct = dispatch.weighted_rows(unscaled, W_dec, routing, kernel=forms.direct) + self.b_dec
         return Paths(direct, linear, square, interacting)
 
-    def _sparse_dead_loss(
-        self,
-        step_input: TrainStepInput,
-        sae_out: Tensor,
-        encoder: tuple[Tensor, Tensor, Tensor, Tensor | None],
-        W_dec: Tensor,
-    ) -> Tensor:
+    def _sparse_dead_loss(self, step_input: TrainStepInput, sae_out: Tensor, encoder: Encoder, W_dec: Tensor) -> Tensor:
         mask, norms = step_input.dead_neuron_mask, encoder[-1]
         if mask is None or (num_dead := int(mask.sum())) == 0:
             return sae_out.new_tensor(0.0)
@@ -168,11 +161,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
 
     @override
     def calculate_topk_aux_loss(
-        self,
-        sae_in: Tensor,
-        sae_out: Tensor,
-        hidden_pre: Tensor,
-        dead_neuron_mask: Tensor | None,
+        self, sae_in: Tensor, sae_out: Tensor, hidden_pre: Tensor, dead_neuron_mask: Tensor | None
     ) -> Tensor:
         """SAELens's dead-feature loss, also under per-token normalisation, which SAELens refuses."""
         if self.cfg.normalize_activations not in ("constant_norm_rescale", "layer_norm"):
@@ -205,11 +194,8 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
     def save_inference_model(self, path: str | Path, *, folded: bool = False) -> tuple[Path, Path]:
         """Save the inference SAE as SAELens does, with a README.md that says what loads it.
 
-        Args:
-            folded: whether to fold the linear path into the decoder and leave it out (`JointNFMSAE.folded`).
-
-        Raises:
-            ValueError: with `folded`, for an SAE whose linear path cannot be folded; nothing is written.
+        With `folded` the linear path is folded into the decoder and left out (`JointNFMSAE.folded`); where it cannot be, a
+        ValueError is raised and nothing written.
         """
         if folded:
             self._refuse_inexact_fold()
@@ -219,7 +205,6 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        """Fold decoder norms as SAELens does, and keep them in `folded_W_dec_norm`."""
         super().process_state_dict_for_saving_inference(state_dict)
         if self.cfg.rescale_acts_by_decoder_norm:
             state_dict["folded_W_dec_norm"] = self.folded_W_dec_norm * self.get_W_dec_norm()

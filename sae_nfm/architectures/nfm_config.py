@@ -1,8 +1,12 @@
 """The fields that say what a Neural Factorization Machine adds to an SAE, shared by every architecture that has one."""
 
+from copy import deepcopy
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
+import torch
+from sae_lens import SAE, TrainingSAE, TrainingSAEConfig
+from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata
 
 from sae_nfm.common import check_choice, check_positive
@@ -30,7 +34,7 @@ class NFMFields:
             size of an activation where inputs are normalised to norm sqrt(d_in).
         kernel (Literal["auto", "dense", "sparse"]): Whether a training step, and a decode that needs no gradient, work on
             the matrix of all features or on the active ones alone; "auto" takes the faster by the cost model of
-            `kernels.choose`, the matrix with fewer than 1,024 features. Same output, losses and gradients up to rounding.
+            `dispatch.choose`, the matrix with fewer than 1,024 features. Same output, losses and gradients up to rounding.
             Steps with hooks on the SAE, and compiled ones, are dense.
     """
 
@@ -48,9 +52,7 @@ class NFMFields:
         check_head(self.head)
         check_choice("kernel", self.kernel, get_args(Kernel))
         if not 0 < self.square_scale < float("inf"):
-            raise ValueError(
-                f"square_scale must be > 0 and finite, about a typical activation, got {self.square_scale}"
-            )
+            raise ValueError(f"square_scale must be > 0 and finite, about a usual activation, got {self.square_scale}")
 
 
 @dataclass(kw_only=True)
@@ -77,14 +79,16 @@ class NFMTrainingFields(NFMFields):
                 raise ValueError(f"{name} must be a standard deviation >= 0, got {getattr(self, name)}")
 
 
-def refuse_unknown_keys(config_class: type, config_dict: dict[str, Any], architecture: str) -> None:
-    """Raise a ValueError that names every key which is not a field of `config_class`."""
+def refuse_unknown_keys(config_class: Any, config_dict: dict[str, Any], training_class: Any = None) -> None:
+    """Raise a ValueError that names every key which is a field neither of `config_class` nor of `training_class`."""
     known = {field.name for field in fields(config_class)} | {"architecture"}
-    added_by_saelens = {"finetuning_scaling_factor"} if config_dict.get("finetuning_scaling_factor") is False else set()
-    unknown = sorted(set(config_dict) - known - added_by_saelens)
+    ignored = {field.name for field in fields(training_class)} if training_class else set()
+    if config_dict.get("finetuning_scaling_factor") is False:  # SAELens adds it
+        ignored.add("finetuning_scaling_factor")
+    unknown = sorted(set(config_dict) - known - ignored)
     if unknown:
         raise ValueError(
-            f"unknown key {', '.join(map(repr, unknown))} in a {architecture} config; {config_class.__name__} has "
+            f"unknown key {', '.join(map(repr, unknown))} in a {config_class.architecture()} config; {config_class.__name__} has "
             f"{', '.join(sorted(known))}. Correct the spelling or remove the key"
         )
 
@@ -102,6 +106,27 @@ def refuse_missing_keys(config_class: type, config_dict: dict[str, Any], source:
 
 def with_requirement(metadata: Any) -> Any:
     """A copy that says what loads the SAE; SAELens passes a dict first when it reads a file, where it stands already."""
-    return (
-        SAEMetadata(**{**metadata.to_dict(), "requires": REQUIRES}) if isinstance(metadata, SAEMetadata) else metadata
-    )
+    if not isinstance(metadata, SAEMetadata):
+        return metadata
+    return SAEMetadata(**(metadata.to_dict() | {"requires": REQUIRES}))
+
+
+def random_initialisation(cfg: TrainingSAEConfig, seed: int) -> TrainingSAE[Any]:
+    """An SAE as it is before its first step: the reference for every statistic of weights. No global seed changes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_sae_training_class(cfg.architecture())[0](deepcopy(cfg))
+
+
+def training_config(sae: SAE[Any]) -> TrainingSAEConfig:
+    """The config an SAE was trained with, as far as initialisation reads it; from its metadata for an inference SAE."""
+    if isinstance(sae, TrainingSAE):
+        return cast(TrainingSAEConfig, sae.cfg)
+    metadata = sae.cfg.metadata
+    details, architecture = metadata.training_architecture_details, metadata.training_architecture
+    if details is None or architecture is None:
+        raise ValueError(
+            "the SAE's metadata does not say how it was trained (training_architecture, training_architecture_details); "
+            "give the training config to random_initialisation yourself"
+        )
+    return get_sae_training_class(architecture)[1].from_dict(sae.cfg.to_dict() | details)

@@ -6,18 +6,24 @@
 
 An architecture derives from `NFMPaths` and an SAE class of SAELens, and says in `decode_paths` what the direct path is and
 which activations the others read. Parameters and hook points are direct attributes of the SAE (SAELens switches hooks off by
-attribute); the maths is in `interaction`.
+attribute); the maths is in `kernels.reference`.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
 from sae_lens import SAE
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
@@ -84,9 +90,8 @@ class NFMPaths(_Host):
         if cfg.use_square_path:
             self.hook_nfm_square_in, self.hook_nfm_square = HookPoint(), HookPoint()
         if cfg.head != "none":
-            self.hook_nfm_interaction_in = HookPoint()
-            self.hook_nfm_pooled, self.hook_nfm_hidden_pre = HookPoint(), HookPoint()
-            self.hook_nfm_interaction = HookPoint()
+            self.hook_nfm_interaction_in, self.hook_nfm_pooled = HookPoint(), HookPoint()
+            self.hook_nfm_hidden_pre, self.hook_nfm_interaction = HookPoint(), HookPoint()
             for name in HIDDEN_CODE_HOOKS:
                 setattr(self, name, HookPoint())
         self.setup()
@@ -129,11 +134,8 @@ class NFMPaths(_Host):
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruct activations from features through all paths.
 
-        Args:
-            feature_acts: [*batch, d_sae] as hooked at `hook_sae_acts_post`, dense or COO.
-
-        Returns:
-            [*batch, d_in] (or [*batch, n_heads, d_head] for hook_z) in the space of the input.
+        From [*batch, d_sae] as hooked at `hook_sae_acts_post`, dense or COO, to [*batch, d_in] (or [*batch, n_heads, d_head]
+        for hook_z) in the space of the input.
         """
         sae_out_pre = self.hook_sae_recons(self.decode_paths(feature_acts).total())
         sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
@@ -205,3 +207,162 @@ def _hooked(hook: nn.Module, read: reference.Acts, d_sae: int) -> reference.Acts
     values = passed.gather(-1, read.indices)
     same_features = torch.equal(passed.count_nonzero(dim=-1), values.count_nonzero(dim=-1))
     return SparseActs(read.indices, values) if same_features else passed
+
+
+def attributable(sae: SAE[Any]) -> NFMPaths:
+    """The SAE, when its interaction path is a sum over pairs with the gates held.
+
+    Raises a ValueError without an NFM, for another head than "fm", with dropout or with a secondary SAE in the hidden code.
+    """
+    if not isinstance(sae, NFMPaths):
+        raise ValueError(
+            f"an SAE of the architecture {sae.cfg.architecture()!r} has no interaction path to attribute; give a joint_nfm or "
+            "sequential_nfm SAE"
+        )
+    if sae.cfg.head != "fm":
+        reason = "has no interaction path" if sae.cfg.head == "none" else "pools features, not products of pairs"
+        raise ValueError(f'an SAE with head {sae.cfg.head!r} {reason}; pairs are attributed with head "fm"')
+    if getattr(sae.cfg, "nfm_dropout", 0.0) > 0:
+        raise ValueError(
+            f"this SAE is in training with nfm_dropout {sae.cfg.nfm_dropout}, under which its pairs are not what it will "
+            "use; save it for inference (save_inference_model) and load that"
+        )
+    if sae.hidden_code is not None:
+        raise ValueError("a secondary SAE replaces the hidden code, which is then no sum over pairs; detach it first")
+    return sae
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathWeights:
+    """Weights of the interaction and the linear path, for what reaches the SAE's output (before its normalisation is undone)."""
+
+    V: Float[Tensor, "d_sae nfm_dim"]
+    W_1: Float[Tensor, "nfm_dim nfm_dim"]
+    b_1: Float[Tensor, " nfm_dim"]
+    W_2: Float[Tensor, "nfm_dim d_in"]
+    b_2: Float[Tensor, " d_in"]
+    W_lin: Float[Tensor, "d_sae d_in"] | None
+    """None where the linear path is off, as `b_lin`."""
+    b_lin: Float[Tensor, " d_in"] | None
+
+    @classmethod
+    def of(cls, sae: SAE[Any]) -> "PathWeights":
+        """Those of an SAE. Raises a ValueError when its interaction path is no sum over pairs, see `attributable`."""
+        sae = attributable(sae)
+        written = sae._written  # pyright: ignore[reportPrivateUsage] (linear: what a path's weights make, as it is added)
+        linear = sae.cfg.use_linear_path
+        weights: dict[str, Tensor] = {name: getattr(sae, name).detach() for name in ("V", "W_1", "b_1")}
+        weights |= {name: written(getattr(sae, name).detach()) for name in ("W_2", "b_2")}
+        W_lin, b_lin = (written(getattr(sae, name).detach()) if linear else None for name in ("W_lin", "b_lin"))
+        return cls(**weights, W_lin=W_lin, b_lin=b_lin)
+
+    def reduced(self) -> Float[Tensor, "nfm_dim rank"]:
+        """A matrix R of at most nfm_dim columns with ||y R|| = ||y W_2|| for every y: norms cost less with it."""
+        return torch.linalg.qr(self.W_2.T, mode="r").R.T
+
+
+_Host = TrainingSAE[Any] if TYPE_CHECKING else object
+
+
+class TrainedPaths(NFMPaths, _Host):
+    """What training SAEs with added paths share: dropout within a training step alone, histograms, the metrics of each path.
+
+    `TrainStepOutput.metrics` has each path's error, magnitude and share in steps that SAELens logs, computed only when read.
+    """
+
+    keep_paths = False
+    """Whether the metrics are there also in steps that SAELens does not log."""
+    _in_training_step = False
+    _step_paths: Paths | None = None
+
+    @contextmanager
+    def _training_step(self) -> Generator[None]:
+        """Within it dropout acts, and the paths of the last `decode_paths` are kept."""
+        self._in_training_step = True
+        try:
+            yield
+        finally:
+            self._in_training_step = False
+
+    def _taken_paths(self) -> Paths:
+        """What the paths wrote in this step; they are not kept beyond it."""
+        assert self._step_paths is not None
+        paths, self._step_paths = self._step_paths, None
+        return paths
+
+    @override
+    def _dropout(self, pooled: Tensor) -> Tensor:
+        return F.dropout(pooled, self.cfg.nfm_dropout, training=self._in_training_step)
+
+    @override
+    def decode_paths(self, feature_acts: Tensor) -> Paths:
+        paths = super().decode_paths(feature_acts)
+        if self._in_training_step:
+            self._step_paths = paths
+        return paths
+
+    def _shows_paths(self, step_input: TrainStepInput) -> bool:
+        return self.keep_paths or step_input.is_logging_step
+
+    def _add_metrics(self, output: TrainStepOutput, step_input: TrainStepInput, paths: Paths) -> None:
+        scale, shown = self._token_scale(step_input.sae_in), self._shows_paths(step_input)
+        detached = {name: path.detach() for name, path in paths.present().items()} if shown else {}
+        output.metrics.update(path_metrics(step_input.sae_in, output.sae_out.detach(), detached, scale))
+
+    def _token_scale(self, sae_in: Tensor) -> Tensor | float:  # noqa: ARG002
+        return 1.0
+
+    @override
+    @torch.no_grad()
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        """Row norms of W_dec, as every SAE of SAELens logs them, and of the NFM's weights that read features: [d_sae] each."""
+        rows = {name: getattr(self, name) for name in ("W_lin", "V", "U") if hasattr(self, name)}
+        norms = {f"weights/{name}_norms": weight.float().norm(dim=1).cpu().numpy() for name, weight in rows.items()}
+        return super().log_histograms() | norms
+
+
+Metric = Callable[[], Tensor]
+
+
+def path_metrics(
+    sae_in: Tensor, sae_out: Tensor, paths: Mapping[str, Tensor], token_scale: Tensor | float
+) -> dict[str, Metric]:
+    """Metrics of one batch, by name, each a callable that returns a 0-d tensor.
+
+    - `fvu_all`, `fvu_direct`, `fvu_direct+linear`, ...: fraction of the batch's variance left unexplained by the direct
+      path alone, by it and one further path, and by all.
+    - `magnitude_<path>`: mean absolute value of what the path writes.
+    - `share_<path>`: that magnitude over the sum of the integration paths' (the paper's "94 % linear, 6 % nonlinear").
+
+    `paths` are in the SAE's normalised space, where a unit has the length `token_scale` of the input's space: [batch, 1], or one
+    number for all.
+
+    Source: arXiv 2507.00269, component analysis.
+    """
+    integration = [name for name in paths if name != "direct"]
+
+    def fvu(kept: list[str]) -> Metric:
+        left_out = [paths[name] for name in paths if name not in kept]
+
+        def compute() -> Tensor:
+            error = sae_in.float() - sae_out.float()
+            for path in left_out:
+                error = error + path.float() * token_scale
+            return error.square().sum() / (sae_in.float() - sae_in.float().mean(0)).square().sum()
+
+        return compute
+
+    def magnitude(name: str) -> Metric:
+        return lambda: (paths[name].float() * token_scale).abs().mean()
+
+    def share(name: str) -> Metric:
+        return lambda: magnitude(name)() / torch.stack([magnitude(other)() for other in integration]).sum()
+
+    metrics = {"fvu_all": fvu(list(paths))}
+    if integration:
+        metrics["fvu_direct"] = fvu(["direct"])
+    if len(integration) > 1:
+        metrics |= {f"fvu_direct+{name}": fvu(["direct", name]) for name in integration}
+    metrics |= {f"magnitude_{name}": magnitude(name) for name in paths}
+    metrics |= {f"share_{name}": share(name) for name in integration}
+    return metrics

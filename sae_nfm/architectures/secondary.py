@@ -16,7 +16,7 @@ points.
 Source: arXiv 2507.00269, secondary SAE (300 to 7,500 features, k = 250).
 """
 
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Secondary:
     """A secondary SAE in place of the hidden code (`NFMPaths.hidden_code`)."""
 
     sae: SAE[Any]
-    """The secondary SAE, [*batch, nfm_dim] to [*batch, nfm_dim]."""
+    """[*batch, nfm_dim] to [*batch, nfm_dim]."""
     error_term: bool
     """Whether what it does not reconstruct is added, so that only a change of its features changes anything."""
 
@@ -70,9 +70,7 @@ def secondary_of(sae: SAE[Any]) -> Secondary | None:
     return attached if isinstance(attached, Secondary) else None
 
 
-def attach_secondary(
-    sae: SAE[Any], secondary: SAE[Any], *, error_term: bool = False
-) -> AbstractContextManager[ExitStack]:
+def attach_secondary(sae: SAE[Any], secondary: SAE[Any], *, error_term: bool = False) -> ExitStack:
     """Put a secondary SAE in place of the hidden code, for a while or until `detach_secondary`.
 
         with attach_secondary(sae, secondary):
@@ -88,13 +86,12 @@ def attach_secondary(
         secondary: an SAE of any architecture of SAELens that reads and writes nfm_dim dimensions.
         error_term: add what it does not reconstruct.
 
-    Raises:
-        ValueError: when the two do not go together, or something is attached already.
+    Raises a ValueError when the two do not go together, or something is attached already.
     """
     return place_secondary(check_secondary(sae, secondary), Secondary(sae=secondary, error_term=error_term))
 
 
-def place_secondary(primary: NFMPaths, attached: Secondary) -> AbstractContextManager[ExitStack]:
+def place_secondary(primary: NFMPaths, attached: Secondary) -> ExitStack:
     """`attach_secondary` for two SAEs that `check_secondary` has seen."""
     if primary.hidden_code is not None:
         raise ValueError("a secondary SAE is attached already; take it off first, with detach_secondary(sae)")
@@ -123,11 +120,7 @@ def primary_digest(sae: SAE[Any]) -> str:
 
 
 def check_secondary(sae: SAE[Any], secondary: SAE[Any]) -> NFMPaths:
-    """The primary, when a secondary SAE can take the place of its hidden code.
-
-    Raises:
-        ValueError: when it cannot; the message says what does not fit.
-    """
+    """The primary, when a secondary SAE can take the place of its hidden code, else a ValueError that says what does not fit."""
     primary = check_primary(sae)
     d_in, nfm_dim, metadata = secondary.cfg.d_in, primary.cfg.nfm_dim, secondary.cfg.metadata
     if hasattr(secondary.cfg, "d_out") or metadata.hook_name_out not in (None, metadata.hook_name):
@@ -155,11 +148,7 @@ def check_secondary(sae: SAE[Any], secondary: SAE[Any]) -> NFMPaths:
 
 
 def check_primary(sae: SAE[Any]) -> NFMPaths:
-    """The SAE, when it has a hidden code that can be replaced.
-
-    Raises:
-        ValueError: for an SAE without an interaction path, or one in training.
-    """
+    """The SAE, when it has a hidden code that can be replaced; a ValueError without an interaction path, or in training."""
     if not isinstance(sae, NFMPaths) or sae.cfg.head == "none":
         what = f"head {sae.cfg.head!r}" if isinstance(sae, NFMPaths) else f"architecture {sae.cfg.architecture()!r}"
         raise ValueError(

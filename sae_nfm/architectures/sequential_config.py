@@ -4,20 +4,105 @@ What says how the base encodes and decodes is in `base_config`, a saved SAE's ow
 apply_b_dec_to_input and reshape_activations repeat it for those who read an SAE's config.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, cast
 
-from sae_lens import SAEConfig, TrainingSAEConfig
+from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.sae import SAEMetadata
+from safetensors import SafetensorError
+from torch import Tensor
 from typing_extensions import override
 
+from sae_nfm.architectures.joint_config import JointNFMSAEConfig
 from sae_nfm.architectures.nfm_config import NFMFields, NFMTrainingFields, refuse_unknown_keys, with_requirement
-from sae_nfm.architectures.sequential_base import base_config, load_base
-from sae_nfm.loading import sha256_of
+from sae_nfm.loading import load_sae, sha256_of
 
 ARCHITECTURE = "sequential_nfm"
+BASES = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit")
+"""Architectures that can be a base; SAELens saves batchtopk and matryoshka_batchtopk as jumprelu."""
+_TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+_TWO_PLACES = "it reads one place and writes another, so there is no residual x - sae at one hook point"
+_HAS_NFM = "it has an NFM already; train it further with SAELens's from_pretrained_path"
+REFUSED = {
+    **dict.fromkeys(_TRANSCODERS, _TWO_PLACES),
+    "temporal": "its features of a token depend on the tokens before it, but SAEs are trained on tokens in random order",
+    **dict.fromkeys(("joint_nfm", "sequential_nfm"), _HAS_NFM),
+}
+"""Architectures that cannot, and why."""
 SPARSE_BY_PENALTY = ("standard", "gated", "jumprelu")
 """Bases whose sparsity nothing holds once they are trained on the reconstruction alone."""
+UNFOLDED = ("expected_average_only_in", "covariance_whitening")
+"""Normalisations with statistics of the data, which an SAE does not carry."""
+
+
+def as_base(sae: SAE[Any], norm_scaling_factor: float | None = None) -> SAE[Any]:
+    """A copy of an SAE, fit to be a base: for inference, normalisation folded, heads flattened by whoever calls it.
+
+    The fold at the end of SAELens's training would rewrite the weights, and with them the features that the NFM was trained on.
+    `norm_scaling_factor` is what its inputs were multiplied with in training, where that is not folded into it.
+
+    Raises a ValueError for an architecture that cannot be a base, or a normalisation that is not folded.
+    """
+    sae = for_inference(sae)
+    architecture = sae.cfg.architecture()
+    if architecture not in BASES:
+        reason = REFUSED.get(architecture, "its conventions are not known here")
+        raise ValueError(f"an SAE of the architecture {architecture!r} cannot be a base: {reason}; give one of {BASES}")
+    if norm_scaling_factor is not None:
+        if sae.cfg.normalize_activations not in ("none", UNFOLDED[0]):
+            raise ValueError(
+                f"norm_scaling_factor is for inputs normalised by {UNFOLDED[0]!r}, this SAE has "
+                f"{sae.cfg.normalize_activations!r}; leave it out"
+            )
+        sae.fold_activation_norm_scaling_factor(norm_scaling_factor)
+    if sae.cfg.normalize_activations in UNFOLDED:
+        raise ValueError(
+            f"the base's normalisation {sae.cfg.normalize_activations!r} is not folded into its weights: finish its training, "
+            "or give the norm_scaling_factor that its inputs were multiplied with"
+        )
+    sae.cfg.reshape_activations = "none"
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    return sae
+
+
+def for_inference(sae: SAE[Any]) -> SAE[Any]:
+    """A copy of an SAE as SAELens would save and load it for inference."""
+    state_dict = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
+    if isinstance(sae, TrainingSAE):
+        sae.process_state_dict_for_saving_inference(state_dict)
+        config = sae.cfg.get_inference_sae_cfg_dict()
+    else:
+        config = sae.cfg.to_dict()
+    metadata, device = config["metadata"], config["device"]
+    # without metadata, whose model_from_pretrained_kwargs SAELens warns of; on "meta" nothing is drawn at random
+    copied = SAE.from_dict(config | {"metadata": {"hook_name": metadata.get("hook_name")}, "device": "meta"})
+    copied.cfg.metadata = type(copied.cfg.metadata)(**metadata)
+    copied.load_state_dict(state_dict, assign=True)
+    return copied.to(device=device)
+
+
+def load_base(source: str, norm_scaling_factor: float | None, dtype: str, device: str = "cpu") -> SAE[Any]:
+    """`as_base` of a saved SAE (its folder) or a released one (release:sae_id)."""
+    try:
+        return as_base(load_sae(source, device=device, dtype=dtype), norm_scaling_factor)
+    except SafetensorError as error:
+        raise ValueError(f"the base {source!r} is damaged ({error}); restore it") from error
+
+
+def base_config(base: SAE[Any]) -> dict[str, Any]:
+    """What rebuilds the base, without what belongs to the SAE around it: plain values."""
+    return {name: value for name, value in base.cfg.to_dict().items() if name not in ("metadata", "device")}
+
+
+def check_base(tensors: dict[str, Tensor], sha256: str, source: str) -> None:
+    """Compare a base's weights with those that the NFM was trained on. Raises a ValueError when they are others."""
+    found = sha256_of(tensors)
+    if found != sha256:
+        name = f" {source!r}" if source else ""
+        raise ValueError(
+            f"the base{name} is not the one that this NFM was trained on, or it is damaged: the sha256 of its weights is "
+            f"{found[:16]}..., not {sha256[:16]}...; restore the base, or train a new NFM on it"
+        )
 
 
 @dataclass(kw_only=True)
@@ -40,18 +125,7 @@ class BaseFields:
 
 @dataclass
 class SequentialNFMSAEConfig(NFMFields, BaseFields, SAEConfig):
-    """Configuration of an inference-only sequential NFM-SAE; see `NFMFields` and `BaseFields`.
-
-    Args:
-        d_in (int): Input dimension, the base's. Inherited from SAEConfig.
-        d_sae (int): Number of features, the base's. Inherited from SAEConfig.
-        dtype (str): Data type of the parameters. Inherited from SAEConfig.
-        device (str): Device of the parameters. Inherited from SAEConfig.
-        apply_b_dec_to_input (bool): The base's. Inherited from SAEConfig.
-        normalize_activations (Literal["none"]): The base normalises for itself. Inherited from SAEConfig.
-        reshape_activations (Literal["none", "hook_z"]): Whether attention heads are flattened. Inherited from SAEConfig.
-        metadata (SAEMetadata): Model name, hook name and the like. Inherited from SAEConfig.
-    """
+    """Configuration of an inference-only sequential NFM-SAE; see `NFMFields` and `BaseFields`."""
 
     @override
     @classmethod
@@ -68,9 +142,7 @@ class SequentialNFMSAEConfig(NFMFields, BaseFields, SAEConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "SequentialNFMSAEConfig":
         # the config of a training checkpoint is welcome: what only training reads is left out
-        training_only = {one.name for one in fields(SequentialNFMTrainingSAEConfig)}
-        kept = {key: value for key, value in config_dict.items() if key not in training_only}
-        refuse_unknown_keys(cls, kept, ARCHITECTURE)
+        refuse_unknown_keys(cls, config_dict, SequentialNFMTrainingSAEConfig)
         return cast(SequentialNFMSAEConfig, super().from_dict(config_dict))
 
 
@@ -134,7 +206,7 @@ class SequentialNFMTrainingSAEConfig(NFMTrainingFields, BaseFields, TrainingSAEC
     @override
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "SequentialNFMTrainingSAEConfig":
-        refuse_unknown_keys(cls, config_dict, ARCHITECTURE)
+        refuse_unknown_keys(cls, config_dict)
         return cast(SequentialNFMTrainingSAEConfig, super().from_dict(config_dict))
 
 
@@ -154,7 +226,11 @@ def _validate(cfg: SequentialNFMConfig) -> None:
     if cfg.base_config:
         cfg.apply_b_dec_to_input = cfg.base_config["apply_b_dec_to_input"]
         if cfg.base_config["dtype"] != cfg.dtype and isinstance(cfg, SequentialNFMTrainingSAEConfig):
-            raise ValueError(
-                f"dtype is {cfg.dtype!r}, but the base's is {cfg.base_config['dtype']!r}; give both the same"
-            )
+            raise ValueError(f"dtype is {cfg.dtype!r}, the base's is {cfg.base_config['dtype']!r}; give both the same")
     cfg.check_nfm_fields()
+
+
+INFERENCE_CONFIGS: dict[str, type[JointNFMSAEConfig] | type[SequentialNFMSAEConfig]] = {
+    config.architecture(): config for config in (JointNFMSAEConfig, SequentialNFMSAEConfig)
+}
+"""Inference config by the architecture's name."""

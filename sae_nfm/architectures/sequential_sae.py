@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths
-from sae_nfm.architectures.sequential_base import check_base, load_base
-from sae_nfm.architectures.sequential_config import SequentialNFMConfig, SequentialNFMSAEConfig
+from sae_nfm.architectures.sequential_config import SequentialNFMConfig, SequentialNFMSAEConfig, check_base, load_base
 from sae_nfm.kernels import dispatch, reference
 from sae_nfm.loading import sha256_of
 
@@ -96,14 +95,7 @@ class SequentialNFM(NFMPaths):
 
     @override
     def encode(self, x: Tensor) -> Tensor:
-        """The base's features, bit for bit.
-
-        Args:
-            x: [*batch, d_in], or [*batch, n_heads, d_head] for hook_z.
-
-        Returns:
-            [*batch, d_sae] as hooked at `hook_sae_acts_post`.
-        """
+        """The base's features [*batch, d_sae] as hooked at `hook_sae_acts_post`, bit for bit."""
         self._check_width(x)
         return self.hook_sae_acts_post(self.base.encode(self.reshape_fn_in(x)))
 
@@ -137,13 +129,12 @@ class SequentialNFM(NFMPaths):
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        if self.cfg.base and not any(name.startswith("base.") for name in state_dict):
+        if self.cfg.base and not any(name.startswith("base.") for name in state_dict):  # an adapter
             state_dict.update({f"base.{name}": tensor for name, tensor in self._named_base().state_dict().items()})
         super().process_state_dict_for_loading(state_dict)
         self._check_base(state_dict)
 
     def _named_base(self) -> SAE[Any]:
-        """The base of an adapter."""
         cfg = self.cfg
         try:
             return load_base(cfg.base, cfg.base_norm_scaling_factor, cfg.dtype, cfg.device)
@@ -165,7 +156,6 @@ class SequentialNFM(NFMPaths):
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
-        """Save as SAELens does, self-contained, with a README.md that says what loads it."""
         self._describe_base()
         return super().save_model(path)
 
@@ -183,7 +173,7 @@ class SequentialNFM(NFMPaths):
 
 
 class SequentialNFMSAE(SequentialNFM, SAE[SequentialNFMSAEConfig]):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Inference-only sequential NFM-SAE; trained by `sequential_training.SequentialNFMTrainingSAE`."""
+    """Inference-only sequential NFM-SAE; trained by `SequentialNFMTrainingSAE`."""
 
     cfg: SequentialNFMSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -14,9 +14,15 @@ from sae_lens.saes.sae import SAEMetadata, TrainCoefficientConfig, TrainStepInpu
 from torch import Tensor
 from typing_extensions import override
 
-from sae_nfm.architectures.path_metrics import TrainedPaths
-from sae_nfm.architectures.sequential_base import as_base, base_config, check_base, load_base
-from sae_nfm.architectures.sequential_config import ARCHITECTURE, SequentialNFMTrainingSAEConfig
+from sae_nfm.architectures.nfm_paths import TrainedPaths
+from sae_nfm.architectures.sequential_config import (
+    ARCHITECTURE,
+    SequentialNFMTrainingSAEConfig,
+    as_base,
+    base_config,
+    check_base,
+    load_base,
+)
 from sae_nfm.architectures.sequential_sae import SequentialNFM, fold_scale
 from sae_nfm.kernels import reference
 from sae_nfm.loading import sha256_of, write_note
@@ -38,23 +44,16 @@ class SequentialNFMTrainingSAE(TrainedPaths, SequentialNFM, TrainingSAE[Sequenti
         """An NFM to be trained on an SAE that is at hand: `SAETrainingRunner(cfg, override_sae=...)`, with `cfg.sae = sae.cfg`.
 
         Args:
-            base: the SAE, for inference or in training; it is copied.
+            base: for inference or in training; it is copied.
             norm_scaling_factor: what its inputs were multiplied with in training, where that is not folded into it.
-            fields: fields of `SequentialNFMTrainingSAEConfig`, such as nfm_dim.
+            fields: those of `SequentialNFMTrainingSAEConfig`, such as nfm_dim.
 
-        Raises:
-            ValueError: for an SAE that cannot be a base.
+        Raises a ValueError for an SAE that cannot be a base.
         """
         prepared = as_base(base, norm_scaling_factor)
-        metadata = SAEMetadata(**(base.cfg.metadata.to_dict() | {"training_architecture": ARCHITECTURE}))
-        own: dict[str, Any] = {
-            "d_in": base.cfg.d_in,
-            "d_sae": base.cfg.d_sae,
-            "dtype": base.cfg.dtype,
-            "device": base.cfg.device,
-            "reshape_activations": base.cfg.reshape_activations,
-            "metadata": metadata,
-        }
+        same = ("d_in", "d_sae", "dtype", "device", "reshape_activations")
+        own: dict[str, Any] = {name: getattr(base.cfg, name) for name in same}
+        own["metadata"] = SAEMetadata(**(base.cfg.metadata.to_dict() | {"training_architecture": ARCHITECTURE}))
         tensors = prepared.state_dict()
         described: dict[str, Any] = {"base_config": base_config(prepared), "base_sha256": sha256_of(tensors)}
         sae = cls(SequentialNFMTrainingSAEConfig(**(own | fields | described)))
@@ -79,11 +78,7 @@ class SequentialNFMTrainingSAE(TrainedPaths, SequentialNFM, TrainingSAE[Sequenti
     def unfreeze(self, *, l1_coefficient: float | None = None) -> None:
         """Train the base too from now on: a joint fine-tune, with the optimizer that the next training makes.
 
-        Args:
-            l1_coefficient: weight of the L1 norm of the features; needed for a standard, gated or jumprelu base.
-
-        Raises:
-            ValueError: where it is needed and not given.
+        `l1_coefficient` weights the L1 norm of the features; a ValueError where a standard, gated or jumprelu base lacks it.
         """
         given = self.cfg.l1_coefficient
         self.cfg.l1_coefficient = given if l1_coefficient is None else l1_coefficient
@@ -107,10 +102,7 @@ class SequentialNFMTrainingSAE(TrainedPaths, SequentialNFM, TrainingSAE[Sequenti
 
     @override
     def _read(self, acts: reference.Acts) -> reference.Acts:
-        scale = self._scale()
-        if isinstance(acts, Tensor):
-            return acts / scale
-        return reference.SparseActs(acts.indices, acts.values / scale)
+        return reference.with_values(acts, lambda f: f / self._scale())
 
     @override
     def _written(self, path: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from sae_nfm.architectures import (
     random_initialisation,
     refuse_unknown_keys,
 )
-from sae_nfm.architectures.joint_config import ARCHITECTURE, JointNFMSAEConfig, JointNFMTrainingSAEConfig
+from sae_nfm.architectures.joint_config import JointNFMSAEConfig, JointNFMTrainingSAEConfig
 from sae_nfm.convert.saelens import refuse_other_architectures, topk_sae
 from sae_nfm.loading import load_sae
 
@@ -60,7 +60,7 @@ def warm_started(sae: SAE[Any] | str | Path, *, seed: int = 0, **fields: Any) ->
     """
     start = sae if isinstance(sae, SAE) else topk_by_name(str(sae))
     refuse_other_architectures(start.cfg.architecture(), "the SAE to start from")
-    refuse_unknown_keys(JointNFMTrainingSAEConfig, fields, ARCHITECTURE)
+    refuse_unknown_keys(JointNFMTrainingSAEConfig, fields)
     _refuse_unfolded(start, fields)
     taken = {name: getattr(start.cfg, name) for name in OF_THE_SAE}
     for name in taken.keys() & fields.keys():

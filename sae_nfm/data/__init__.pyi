@@ -3,10 +3,8 @@ from .datasets import held_out_tokens as held_out_tokens
 from .datasets import load_splits as load_splits
 from .datasets import local_dataset as local_dataset
 from .datasets import open_dataset as open_dataset
+from .datasets import read_documents as read_documents
 from .datasets import refuse_without_tokenizer as refuse_without_tokenizer
 from .documents import TokenRows as TokenRows
 from .documents import held_out_corpus as held_out_corpus
 from .documents import held_out_rows as held_out_rows
-from .text_files import BOS_ID as BOS_ID
-from .text_files import read_documents as read_documents
-from .text_files import token_stream as token_stream

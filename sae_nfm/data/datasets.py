@@ -1,5 +1,6 @@
 """Text and tokens: from a file, by a name on the hub, or embedded in the package."""
 
+import json
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,9 +16,49 @@ from sae_lens import ActivationsStore
 from torch import Tensor
 
 from sae_nfm import demo
-from sae_nfm.data.text_files import SUFFIXES, read_documents
 from sae_nfm.loading import quiet_saelens
 from sae_nfm.models import OFFLINE, LanguageModel, device_of
+
+SUFFIXES = (".parquet", ".jsonl", ".txt")
+"""Kinds of corpus files."""
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a corpus file; blank ones are left out.
+
+    A document is a value of the column `text` of a .parquet, the "text" of a line of a .jsonl, a whole .txt. Raises a
+    FileNotFoundError where there is no such file, a ValueError for another suffix, no `text` in the file, or no text at all.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no corpus file {path}; give a .parquet or .jsonl with `text`, or a .txt")
+    match path.suffix:
+        case ".parquet":
+            names = pq.read_schema(path).names
+            if "text" not in names:
+                raise ValueError(f"corpus file {path} has columns {names}; expected one named 'text'")
+            documents = [text or "" for text in pq.read_table(path, columns=["text"])["text"].to_pylist()]
+        case ".jsonl":
+            lines = enumerate(path.read_text(encoding="utf-8").split("\n"), start=1)
+            documents = [_json_text(line, path, n) for n, line in lines if line.strip()]
+        case ".txt":
+            documents = [path.read_text(encoding="utf-8")]
+        case suffix:
+            raise ValueError(f"corpus file {path} ends in {suffix!r}; expected .parquet, .jsonl or .txt")
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise ValueError(f"corpus file {path} has no text; give a file with at least one document that is not blank")
+    return documents
+
+
+def _json_text(line: str, path: Path, number: int) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} of {path} is not JSON ({error}); expected one object a line") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError(f'line {number} of {path} has no "text" string; expected {{"text": "..."}}')
+    return record["text"]
+
 
 TOKEN_COLUMNS = {"input_ids", "tokens"}
 """Columns that SAELens takes for token ids."""
@@ -28,31 +69,25 @@ def load_splits(dataset: str | None, validation: str | None, model_name: str, se
 
     Documents of a training file are shuffled with `seed`; the held-out ones are the same for every seed.
 
-    Raises:
-        ValueError, FileNotFoundError: for a source that is missing, empty or unreadable, or only half given.
+    Raises a ValueError or FileNotFoundError for a source that is missing, empty or unreadable, or only half given.
     """
     if dataset is None and validation is None:
         if model_name != demo.MODEL_NAME:
             raise ValueError(
-                f"the embedded tokens suit the embedded model only; give --dataset and --held-out for {model_name!r}"
+                f"the embedded tokens suit the embedded model only; {model_name!r} needs --dataset and --held-out"
             )
         return demo.load_tokens("train"), demo.load_tokens("validation")
     if dataset is None:
         raise ValueError(f"--held-out is {validation!r} but there is no --dataset to train on; give both")
-    if validation is None and _is_file(dataset):
+    if validation is None and (Path(dataset).suffix in SUFFIXES or Path(dataset).exists()):
         raise ValueError(f"--dataset is the file {dataset!r}; give held-out text too, with --held-out FILE")
     return open_dataset(dataset, split="train", seed=seed), open_dataset(validation or dataset, split="validation")
-
-
-def _is_file(source: str) -> bool:
-    return Path(source).suffix in SUFFIXES or Path(source).exists()
 
 
 def held_out_tokens(model: LanguageModel, dataset: Any, context_size: int, n_tokens: int) -> Int[Tensor, "rows pos"]:
     """The first rows of a data set, cut as SAELens cuts them for training, at most `n_tokens` (at least one row).
 
-    Raises:
-        ValueError: when the text does not fill one row, or the model has no tokenizer for it.
+    Raises a ValueError when the text does not fill one row, or the model has no tokenizer for it.
     """
     refuse_without_tokenizer(model, dataset)
     rows = first_rows(ActivationsStore, model, dataset, context_size, max(1, n_tokens // context_size))
@@ -100,13 +135,17 @@ def local_dataset(source: str, *, split: str = "train", seed: int = 0) -> Any | 
         split: which split of a `DatasetDict`.
         seed: of the order of a file's documents, which often go source by source. A data set on disk keeps its order.
 
-    Raises:
-        FileNotFoundError: there is nothing at a path.
-        ValueError: it has no text, or is of another kind.
+    Raises a FileNotFoundError where nothing is at a path, a ValueError where it has no text or is of another kind.
     """
     path = Path(source)
     if path.is_dir():
-        return _saved(path, split) or _of_files(_files_in(path), seed)
+        if saved := _saved(path, split):
+            return saved
+        files = sorted(inside for inside in path.rglob("*") if inside.suffix in SUFFIXES)
+        if not files:
+            kinds = ", ".join(SUFFIXES)
+            raise ValueError(f"the folder {source!r} has no {kinds} file and is no data set on disk; give one that is")
+        return _of_files(files, seed)
     if path.suffix in SUFFIXES:
         return _of_files([path], seed)
     if path.exists() or path.is_absolute() or source.startswith((".", "~")):
@@ -118,11 +157,7 @@ def local_dataset(source: str, *, split: str = "train", seed: int = 0) -> Any | 
 
 
 def open_dataset(source: str, *, split: str, seed: int = 0) -> Any:
-    """The data set at a path, as `local_dataset` reads it, or streamed from the hub.
-
-    Raises:
-        ValueError, FileNotFoundError: there is no such data, or no such split.
-    """
+    """The data set at a path, as `local_dataset` reads it, or streamed from the hub."""
     local = local_dataset(source, split=split, seed=seed)
     if local is not None:
         return local
@@ -151,15 +186,6 @@ def _saved(folder: Path, split: str) -> Any | None:
             "one split"
         )
     return saved[split]
-
-
-def _files_in(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES)
-    if not files:
-        raise ValueError(
-            f"the folder {str(folder)!r} has no {', '.join(SUFFIXES)} file and is no data set on disk; give one that is"
-        )
-    return files
 
 
 def _of_files(files: list[Path], seed: int) -> Dataset:

@@ -53,15 +53,13 @@ def held_out_rows(
     independently, as the embedded tokens are; text that was cut into rows before loses what held its rows together.
 
     Args:
-        model: whose tokenizer is used.
         dataset: with a column `text`, or one of token ids.
         context_size: tokens in a row, BOS included.
         n_tokens: how many tokens to take, at most (at least one row).
         skip_tokens: the first rows to leave out: those that `n_tokens` of this value takes. No token is then in both sets;
             a document that runs over the boundary is, under one number.
 
-    Raises:
-        ValueError: when the text does not fill one row after those left out, or the model has no tokenizer for it.
+    Raises a ValueError when the text does not fill one row after those left out, or the model has no tokenizer for it.
     """
     refuse_without_tokenizer(model, dataset)
     skipped = max(1, skip_tokens // context_size) if skip_tokens > 0 else 0
@@ -74,9 +72,8 @@ def held_out_rows(
         after = f" after the {skipped} rows that skip_tokens={skip_tokens} leaves out" if skipped else ""
         raise ValueError(f"the held-out text does not fill one row of {context_size} tokens{after}; give more")
     cut = torch.stack(documents)
-    return TokenRows(
-        tokens=torch.stack(tokens).to(device_of(model)), documents=torch.where(cut >= 0, NO_DOCUMENT, _other(cut))
-    )
+    numbers = torch.where(cut >= 0, NO_DOCUMENT, _other(cut))
+    return TokenRows(tokens=torch.stack(tokens).to(device_of(model)), documents=numbers)
 
 
 class _DocumentStore(ActivationsStore):
@@ -112,19 +109,10 @@ def held_out_corpus(
     context_size: int | None,
     n_tokens: int,
 ) -> TokenRows:
-    """Rows of held-out text with their documents.
+    """Rows of held-out text with their documents, of at most n_tokens (at least one row).
 
-    Args:
-        model: whose tokenizer is used.
-        sae: its metadata name the model and the length of a row.
-        model_name: another name of the model.
-        dataset_path: a file, a folder, or a data set on disk or the hub; None for the embedded model's held-out tokens.
-        split: of the data set, where it has several.
-        context_size: another length of a row.
-        n_tokens: tokens to take, at most (at least one row).
-
-    Raises:
-        ValueError, FileNotFoundError: for text or a length of row that does not work.
+    The SAE's metadata name the model and the length of a row, unless `model_name` and `context_size` do; without a dataset_path
+    (a file, a folder, or a data set on disk or the hub) it is the embedded model's held-out tokens.
     """
     metadata = sae.cfg.metadata
     if dataset_path is not None:

@@ -6,7 +6,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial, reduce
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -46,6 +46,11 @@ def product_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+def promoted_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The type that a sum of those that are given has."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors if tensor is not None))
+
+
 class DeviceRates(NamedTuple):
     """What a device reaches."""
 
@@ -75,7 +80,9 @@ def device_rates(device: torch.device | str, dtype: torch.dtype = torch.float32)
     if not torch.cuda.is_available():
         return CUDA.get(dtype, CUDA[torch.float32])
     index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore[reportUnnecessaryComparison]
-    return _measured(index, dtype, _float32_precision(), "cuda" in TRITON_DEVICES)
+    matmul = torch.backends.cuda.matmul  # torch refuses the older question after an answer by the newer one
+    may_use_tf32: Any = matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return _measured(index, dtype, may_use_tf32, "cuda" in TRITON_DEVICES)
 
 
 @cache
@@ -83,20 +90,9 @@ def _measured(index: int, dtype: torch.dtype, *_that_decide: Any) -> DeviceRates
     return measure_rates(torch.device("cuda", index), dtype)
 
 
-def _float32_precision() -> Any:
-    """Whether products of float32 may be made in TF32; torch refuses the older question after an answer by the newer one."""
-    matmul = torch.backends.cuda.matmul
-    return matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-
-
 @torch.no_grad()
 def measure_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     """Time products and sums of gathered rows, outside autocast; random numbers are the measurement's own."""
-    with torch.autocast(device.type, enabled=False):
-        return _measure(device, dtype)
-
-
-def _measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     from sae_nfm.kernels.sparse_sums import sum_by_token  # which asks this module for the device
 
     generator = torch.Generator(device).manual_seed(0)
@@ -104,23 +100,20 @@ def _measure(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     indices = torch.randint(FEATURES, (TOKENS, ACTIVE), device=device, generator=generator)
     values = torch.ones(TOKENS, ACTIVE, device=device)
     left, right = rows[:TOKENS].to(dtype), rows.T.to(dtype)
-    product = _seconds(lambda: left @ right, device)
-    gather = _seconds(lambda: sum_by_token(indices, values, rows), device)
+    with torch.autocast(device.type, enabled=False):
+        product = _seconds(lambda: left @ right, device)
+        gather = _seconds(lambda: sum_by_token(indices, values, rows), device)
     return DeviceRates(2 * TOKENS * WIDTH * FEATURES / product, 4 * TOKENS * ACTIVE * WIDTH / gather)
 
 
 def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     found: list[float] = []
     for _ in range(ROUNDS + 1):
-        _wait(device)
+        wait()
         begin = time.perf_counter()
         for _ in range(LAUNCHES):
             work()
-        _wait(device)
+        wait()
         found.append((time.perf_counter() - begin) / LAUNCHES)
     return median(found[1:])  # the first also compiles
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

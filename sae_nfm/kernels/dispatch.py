@@ -4,8 +4,8 @@
     "sparse"    forward and backward over the k active entries of each token
 
 The sparse form makes neither [batch, d_sae] nor [batch, k, d_out], but for the encoder's product x W_enc, since all features
-have to be ranked: it is made in pieces that are not kept (`ranking`). Everything else is three sums over the active entries
-(`active_sums`). The sparse form can be differentiated once; for second derivatives take the dense one.
+have to be ranked: it is made in pieces that are not kept (`topk`). Everything else is three sums over the active entries
+(`sparse_sums`). The sparse form can be differentiated once; for second derivatives take the dense one.
 """
 
 from typing import Literal, NamedTuple
@@ -19,37 +19,9 @@ from torch.nn import functional as F
 from sae_nfm.kernels import reference
 from sae_nfm.kernels.device import device_rates, product_dtype, uses_triton
 from sae_nfm.kernels.heads import POOLS
-from sae_nfm.kernels.reference import Acts, SparseActs
-from sae_nfm.kernels.sparse_sums import (
-    BothDecoders,
-    OfActive,
-    PairPool,
-    Routing,
-    RowNorms,
-    TopHiddenPre,
-    WeightedRows,
-    route,
-    wide,
-)
+from sae_nfm.kernels.reference import Acts, Routing, SparseActs
+from sae_nfm.kernels.sparse_sums import BothDecoders, OfActive, PairPool, RowNorms, TopHiddenPre, WeightedRows, wide
 from sae_nfm.kernels.topk import hidden_pre
-
-__all__ = [
-    "DeadActs",
-    "Kernel",
-    "Routing",
-    "bi_interaction",
-    "both_decoders",
-    "choose",
-    "encode",
-    "of_active",
-    "pooled",
-    "route",
-    "row_norms",
-    "to_coo",
-    "to_dense",
-    "top_dead",
-    "weighted_rows",
-]
 
 Kernel = Literal["dense", "sparse"]
 
@@ -78,7 +50,6 @@ def encode(
     Args:
         sae_in: the encoder's input, b_dec subtracted where the SAE does so.
         scale: decoder norms with `rescale_acts_by_decoder_norm`, else None.
-        k: active features a token.
         gradient: the form in which the sparse one makes the gradients of input and weight; dense ones are matrix products.
     """
     acts = _top(sae_in, W_enc, b_enc, scale, k, kernel, gradient)
@@ -86,26 +57,25 @@ def encode(
 
 
 def weighted_rows(
-    acts: Acts,
-    weight: Float[Tensor, "d_sae d_out"],
-    routing: Routing | None = None,
-    *,
-    kernel: Kernel = "sparse",
+    acts: Acts, weight: Float[Tensor, "d_sae d_out"], routing: Routing | None = None, *, kernel: Kernel = "sparse"
 ) -> Float[Tensor, "*batch d_out"]:
     """`sum_i f_i weight_i`, differentiable in the values and the weight; dense activations are multiplied as they are.
 
-    Args:
-        weight: one row per feature.
-        routing: `route(acts.indices, d_sae)` to share; with None a backward pass that needs it makes its own.
+    `routing` is `reference.route(acts.indices, d_sae)` to share; with None a backward pass that needs it makes its own.
     """
     if not isinstance(acts, SparseActs):
         return acts @ weight
     if kernel == "dense":
         values = acts.values.to(product_dtype(weight))  # as the product would, but before there is a matrix of them
         return to_dense(SparseActs(acts.indices, values), len(weight)) @ weight
-    batch, k = acts.indices.shape[:-1], acts.indices.shape[-1]
-    rows = WeightedRows.apply(acts.indices.reshape(-1, k), acts.values.reshape(-1, k), weight, routing)
-    return rows.reshape(*batch, weight.shape[-1])
+    rows = WeightedRows.apply(*_flat(acts), weight, routing)
+    return rows.reshape(*acts.indices.shape[:-1], weight.shape[-1])
+
+
+def _flat(acts: SparseActs) -> tuple[Tensor, Tensor]:
+    """Indices and values, [n_tokens, k]."""
+    k = acts.indices.shape[-1]
+    return acts.indices.reshape(-1, k), acts.values.reshape(-1, k)
 
 
 def both_decoders(
@@ -120,25 +90,17 @@ def both_decoders(
     """The direct and the linear path where they read the same features, `sum_i f_i (W_dec_i / n_i + W_lin_i)`.
 
     The dense form multiplies with the sum of the matrices. The sparse form reads the active rows of both, which costs less
-    than adding all rows, and sums over the tokens of a feature once for both gradients.
-
-    Args:
-        norms: the norms n of its rows with `rescale_acts_by_decoder_norm`, else None.
-        routing: as in `weighted_rows`.
+    than adding all rows, and sums over the tokens of a feature once for both gradients. The norms n are those of the rows of
+    W_dec with `rescale_acts_by_decoder_norm`, else None.
     """
     if kernel == "dense" or not isinstance(acts, SparseActs):
         return weighted_rows(acts, W_lin + (W_dec if norms is None else W_dec / norms[:, None]), kernel="dense")
-    batch, k = acts.indices.shape[:-1], acts.indices.shape[-1]
-    rows = BothDecoders.apply(acts.indices.reshape(-1, k), acts.values.reshape(-1, k), W_dec, norms, W_lin, routing)
-    return rows.reshape(*batch, W_dec.shape[-1])
+    rows = BothDecoders.apply(*_flat(acts), W_dec, norms, W_lin, routing)
+    return rows.reshape(*acts.indices.shape[:-1], W_dec.shape[-1])
 
 
 def bi_interaction(
-    acts: Acts,
-    V: Float[Tensor, "d_sae nfm_dim"],
-    routing: Routing | None = None,
-    *,
-    kernel: Kernel = "sparse",
+    acts: Acts, V: Float[Tensor, "d_sae nfm_dim"], routing: Routing | None = None, *, kernel: Kernel = "sparse"
 ) -> Float[Tensor, "*batch nfm_dim"]:
     """`sum_{i<j} f_i f_j v_i*v_j`, as `reference.bi_interaction` in at least float32; arguments as `weighted_rows`.
 
@@ -154,8 +116,7 @@ def bi_interaction(
     if kernel == "dense":
         return reference.bi_interaction(to_dense(acts, len(V)), V)
     if uses_triton(V):
-        k = acts.indices.shape[-1]
-        z = PairPool.apply(acts.indices.reshape(-1, k), acts.values.reshape(-1, k), V, routing)
+        z = PairPool.apply(*_flat(acts), V, routing)
         return z.reshape(*acts.indices.shape[:-1], V.shape[-1])
     rows, values = wide(V), wide(acts.values)
     top = values.abs().argmax(dim=-1, keepdim=True)
@@ -278,8 +239,7 @@ def _top(
 ) -> SparseActs:
     """The k largest scaled pre-activations of each token, whatever their sign."""
     if kernel == "dense":
-        values, indices = hidden_pre(sae_in, W_enc, b_enc, scale).topk(k, dim=-1, sorted=False)
-        return SparseActs(indices, values)
+        return reference.top_n(hidden_pre(sae_in, W_enc, b_enc, scale), k)
     batch = sae_in.shape[:-1]
     x = sae_in.reshape(-1, sae_in.shape[-1])
     indices, values = TopHiddenPre.apply(x, W_enc, b_enc, scale, k, gradient == "dense")

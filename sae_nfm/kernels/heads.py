@@ -3,8 +3,8 @@
     z = pool(f_n, V),  h = z W_1 + b_1,  inter = ReLU(h) W_2 + b_2
 
     head     pool                             z
-    "fm"     `interaction.bi_interaction`     sum_{i<j} f_i f_j v_i*v_j
-    "mlp"    `interaction.weighted_rows`      sum_i f_i v_i, the same head without the product
+    "fm"     `reference.bi_interaction`       sum_{i<j} f_i f_j v_i*v_j
+    "mlp"    `reference.weighted_rows`        sum_i f_i v_i, the same head without the product
     "none"   no interaction path
 
 `register_head` adds to them for as long as the process runs. A saved SAE has the name of its head, not the code: the module
@@ -32,12 +32,9 @@ def register_head(name: str, pool: Pool) -> None:
         pool(f, V) = pool(SparseActs(indices, values), V)       a training step reads the matrix, or the active features alone
         pool(a f, V) = pool(f, a V)                             it reads f_i v_i alone: the scale of activations folds into V
 
-    Args:
-        name: of the head, a Python identifier that is not taken.
-        pool: from activations [*batch, d_sae], dense or sparse, and V [d_sae, nfm_dim] to z [*batch, nfm_dim].
+    It goes from activations [*batch, d_sae], dense or sparse, and V [d_sae, nfm_dim] to z [*batch, nfm_dim].
 
-    Raises:
-        ValueError: for a name that is taken or no identifier, or a function without these properties.
+    Raises a ValueError for a name that is taken or no identifier, or a function without these properties.
     """
     if name in (*POOLS, NONE):
         raise ValueError(f"there is a head {name!r} already; choose another name than {_known()}")
@@ -86,7 +83,7 @@ def _check_pool(name: str, pool: Pool) -> None:
     if not torch.allclose(found["dense"], found["sparse"]):
         raise ValueError(
             f"the head {name!r} makes another z of `SparseActs` than of the same activations as a matrix; use indices and "
-            "values alike, as interaction.weighted_rows does"
+            "values alike, as reference.weighted_rows does"
         )
     if not torch.allclose(pool(2 * f, V), pool(f, 2 * V)):
         raise ValueError(

@@ -39,9 +39,7 @@ Pool = Callable[[Acts, Tensor], Tensor]
 def sparse_acts_from_coo(feature_acts: Tensor, k: int) -> SparseActs | None:
     """The same activations as `SparseActs`, differentiable in the values; None unless each token stores k entries.
 
-    Args:
-        feature_acts: COO tensor [*batch, d_sae], as SAELens's TopK makes it; a hook may leave another number of entries.
-        k: stored entries a token.
+    From a COO tensor [*batch, d_sae], as SAELens's TopK makes it; a hook may leave another number of entries.
     """
     coo = feature_acts.coalesce()
     batch, indices, values = coo.shape[:-1], coo.indices(), coo.values()
@@ -66,11 +64,9 @@ def sparse_acts_from_dense(feature_acts: Float[Tensor, "*batch d_sae"], k: int) 
 
 def top_n(acts: Acts, n: int) -> SparseActs:
     """The n largest entries of each token's activations; among equal entries any choice is valid."""
-    if isinstance(acts, SparseActs):
-        values, position = acts.values.topk(n, dim=-1, sorted=False)
-        return SparseActs(acts.indices.gather(-1, position), values)
-    values, indices = acts.topk(n, dim=-1, sorted=False)
-    return SparseActs(indices, values)
+    sparse = isinstance(acts, SparseActs)
+    values, position = (acts.values if sparse else acts).topk(n, dim=-1, sorted=False)
+    return SparseActs(acts.indices.gather(-1, position) if sparse else position, values)
 
 
 def weighted_rows(acts: Acts, weight: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "*batch d_out"]:
@@ -79,19 +75,19 @@ def weighted_rows(acts: Acts, weight: Float[Tensor, "d_sae d_out"]) -> Float[Ten
         return acts @ weight
     k = acts.indices.shape[-1]
     rows = F.embedding_bag(
-        acts.indices.reshape(-1, k),
-        weight,
-        per_sample_weights=acts.values.reshape(-1, k).to(weight.dtype),
-        mode="sum",
+        acts.indices.reshape(-1, k), weight, per_sample_weights=acts.values.reshape(-1, k).to(weight.dtype), mode="sum"
     )
     return rows.reshape(*acts.indices.shape[:-1], weight.shape[-1])
 
 
+def with_values(acts: Acts, change: Callable[[Tensor], Tensor]) -> Acts:
+    """The activations with a function of each value, in the form given."""
+    return SparseActs(acts.indices, change(acts.values)) if isinstance(acts, SparseActs) else change(acts)
+
+
 def powers(acts: Acts, exponent: int) -> Acts:
     """`f^exponent`, in the form given."""
-    if isinstance(acts, SparseActs):
-        return SparseActs(acts.indices, acts.values.pow(exponent))
-    return acts.pow(exponent)
+    return with_values(acts, lambda f: f.pow(exponent))
 
 
 def squared(acts: Acts) -> Acts:
@@ -106,7 +102,7 @@ def at_least_float32(pool: Pool) -> Pool:
     def widened(acts: Acts, V: Tensor) -> Tensor:
         with torch.autocast(device_type=V.device.type, enabled=False):
             wide = V.to(torch.promote_types(V.dtype, torch.float32))
-            return pool(_as_dtype(acts, wide.dtype), wide).to(V.dtype)
+            return pool(with_values(acts, lambda f: f.to(wide.dtype)), wide).to(V.dtype)
 
     return widened
 
@@ -115,10 +111,9 @@ def at_least_float32(pool: Pool) -> Pool:
 def bi_interaction(acts: Acts, V: Float[Tensor, "d_sae nfm_dim"]) -> Float[Tensor, "*batch nfm_dim"]:
     """Bi-interaction pooling `1/2 [(f V)^2 - (f^2)(V^2)]`, the sum over pairs i < j of `f_i f_j v_i*v_j`.
 
-    It is a difference of squares, and where one feature dominates a bfloat16 difference would be rounding error.
-
-    In float32 the rounding error is about 1e-7 times the sum of f_i^2 v_i^2. It is small beside the pairs unless one feature
-    outweighs all others by orders of magnitude, as with a single feature, where z is 0 and the error is all there is.
+    It is a difference of squares, and where one feature dominates a bfloat16 difference would be rounding error. In float32 that
+    error is about 1e-7 times the sum of f_i^2 v_i^2: small beside the pairs unless one feature outweighs all others by orders
+    of magnitude, as with a single feature, where z is 0 and the error is all there is.
 
     Source: He & Chua 2017, eq. 4.
     """
@@ -126,18 +121,14 @@ def bi_interaction(acts: Acts, V: Float[Tensor, "d_sae nfm_dim"]) -> Float[Tenso
 
 
 def hidden_pre(
-    pooled: Float[Tensor, "*batch nfm_dim"],
-    W_1: Float[Tensor, "nfm_dim nfm_dim"],
-    b_1: Float[Tensor, " nfm_dim"],
+    pooled: Float[Tensor, "*batch nfm_dim"], W_1: Float[Tensor, "nfm_dim nfm_dim"], b_1: Float[Tensor, " nfm_dim"]
 ) -> Float[Tensor, "*batch nfm_dim"]:
     """The interaction hidden pre-activation `h = z W_1 + b_1`, the code that a secondary SAE decomposes."""
     return pooled @ W_1 + b_1
 
 
 def interaction_output(
-    hidden: Float[Tensor, "*batch nfm_dim"],
-    W_2: Float[Tensor, "nfm_dim d_in"],
-    b_2: Float[Tensor, " d_in"],
+    hidden: Float[Tensor, "*batch nfm_dim"], W_2: Float[Tensor, "nfm_dim d_in"], b_2: Float[Tensor, " d_in"]
 ) -> Float[Tensor, "*batch d_in"]:
     """What the nonlinear path writes: `ReLU(h) W_2 + b_2`."""
     return hidden.relu() @ W_2 + b_2
@@ -148,7 +139,20 @@ def square_output(acts: Acts, U: Float[Tensor, "d_sae d_in"], scale: float) -> F
     return weighted_rows(squared(acts), U) / scale
 
 
-def _as_dtype(acts: Acts, dtype: torch.dtype) -> Acts:
-    if isinstance(acts, SparseActs):
-        return SparseActs(acts.indices, acts.values.to(dtype))
-    return acts.to(dtype)
+class Routing(NamedTuple):
+    """The active entries ordered by feature, for sums over the tokens of a feature; made by `route`."""
+
+    entries: Int[Tensor, " n_entries"]
+    """Positions in the flattened [n_tokens, k] activations; those of one feature are adjacent, in the order of tokens."""
+    tokens: Int[Tensor, " n_entries"]
+    """The token of each entry."""
+    starts: Int[Tensor, " d_sae_plus_1"]
+    """Where each feature's entries begin; the last number is n_entries."""
+
+
+def route(indices: Int[Tensor, "*batch k"], d_sae: int) -> Routing:
+    """Order the active entries by feature: once for all kernels that read features at the same indices."""
+    flat = indices.flatten()
+    entries = flat.int().argsort(stable=True)  # int32 sorts faster
+    counts = flat.new_zeros(d_sae + 1).index_add_(0, flat + 1, torch.ones_like(flat))  # bincount waits for a GPU
+    return Routing(entries, entries // indices.shape[-1], counts.cumsum(0))

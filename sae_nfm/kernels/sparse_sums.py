@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from sae_nfm.kernels import topk
 from sae_nfm.kernels.device import product_dtype, uses_triton
-from sae_nfm.kernels.routing import Routing, route
+from sae_nfm.kernels.reference import Routing, route
 
 Grads = tuple[Tensor | None, ...]
 TRANSPOSED_BYTES = 3 * 2**23
@@ -242,15 +242,9 @@ def sum_by_feature(routing: Routing, values: Tensor, by_token: Tensor) -> Tensor
     """`sum_b f_bi g_b`, [d_sae, d_out], 0 for features that no token uses."""
     if uses_triton(by_token):
         return _triton().sum_by_feature(routing, values, by_token)
-    weights = values.detach().flatten()[routing.entries]
-    return F.embedding_bag(
-        routing.tokens,
-        by_token.detach().contiguous(),
-        routing.starts,
-        per_sample_weights=weights,
-        mode="sum",
-        include_last_offset=True,
-    )
+    weights, rows = values.detach().flatten()[routing.entries], by_token.detach().contiguous()
+    bags: dict[str, Any] = {"offsets": routing.starts, "include_last_offset": True}
+    return F.embedding_bag(routing.tokens, rows, per_sample_weights=weights, mode="sum", **bags)
 
 
 def dots(indices: Tensor, by_token: Tensor, rows: Tensor) -> Tensor:
@@ -268,16 +262,13 @@ def dots(indices: Tensor, by_token: Tensor, rows: Tensor) -> Tensor:
 
 
 class PairPool(torch.autograd.Function):
-    """`kernels.bi_interaction`, with the routing to share or None; indices and values [n_tokens, k]."""
+    """`dispatch.bi_interaction`, with the routing to share or None; indices and values [n_tokens, k]."""
 
     @staticmethod
     @override
     def forward(ctx: Any, indices: Tensor, values: Tensor, V: Tensor, routing: Routing | None) -> Tensor:
-        from sae_nfm.kernels import triton_pairs
-
-        wide_values = wide(values)
         top = values.abs().argmax(dim=-1)
-        z, strongest, rest = triton_pairs.pool(indices, wide_values, V, top)
+        z, strongest, rest = _triton().pool_pairs(indices, wide(values), V, top)
         ctx.save_for_backward(indices, values, V, top, strongest, rest)
         ctx.routing = routing
         return z
@@ -286,14 +277,12 @@ class PairPool(torch.autograd.Function):
     @override
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
-        from sae_nfm.kernels import triton_pairs
-
         indices, values, V, top, strongest, rest = ctx.saved_tensors
         pooled = (top, strongest, rest)
         wide_values, grad_values, grad_V = wide(values), None, None
         if ctx.needs_input_grad[1]:
-            grad_values = triton_pairs.grad_values(indices, wide_values, V, *pooled, grad)
+            grad_values = _triton().pair_grad_values(indices, wide_values, V, *pooled, grad)
         if ctx.needs_input_grad[2]:
             routing = ctx.routing or route(indices, len(V))
-            grad_V = triton_pairs.grad_V(routing, wide_values, V, *pooled, grad)
+            grad_V = _triton().pair_grad_V(routing, wide_values, V, *pooled, grad)
         return None, grad_values, grad_V, None

@@ -8,13 +8,12 @@ one the members of the chosen blocks.
 """
 
 import math
-from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_nfm.kernels.device import product_dtype, uses_triton
+from sae_nfm.kernels.device import product_dtype, promoted_dtype, uses_triton
 
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
 """Tokens whose scores [tokens, d_sae] exist at one time. CPU: measured, fewer read W_enc too often. CUDA: a guess."""
@@ -49,10 +48,8 @@ def top_hidden_pre(
     sae_in, W_enc = (tensor.to(product_dtype(sae_in)) for tensor in (sae_in, W_enc))
     at_once = max(1, min(len(sae_in), TOKENS_AT_ONCE.get(device, len(sae_in))))
     if uses_triton(sae_in):
-        parts = [_top_by_triton(tokens, W_enc, b_enc, scale, k) for tokens in sae_in.split(at_once)]
-        return _joined(parts)
-    dtypes = [tensor.dtype for tensor in (sae_in, b_enc, scale) if tensor is not None]
-    memory = sae_in.new_empty(at_once, len(b_enc), dtype=reduce(torch.promote_types, dtypes))
+        return _joined([_top_by_triton(tokens, W_enc, b_enc, scale, k) for tokens in sae_in.split(at_once)])
+    memory = sae_in.new_empty(at_once, len(b_enc), dtype=promoted_dtype(sae_in, b_enc, scale))
     blocks = Blocks(memory, k) if device == "cpu" else None
     found: list[tuple[Tensor, Tensor]] = []
     for tokens in sae_in.split(at_once):
@@ -71,10 +68,8 @@ def top_hidden_pre(
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(parts) == 1:
-        return parts[0]
-    indices, values = (torch.cat(same) for same in zip(*parts, strict=True))
-    return indices, values
+    indices, values = zip(*parts, strict=True)
+    return parts[0] if len(parts) == 1 else (torch.cat(indices), torch.cat(values))
 
 
 def _top_by_triton(sae_in: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
@@ -83,8 +78,7 @@ def _top_by_triton(sae_in: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor |
 
     product, d_sae = sae_in @ W_enc, len(b_enc)
     n_blocks = math.ceil(d_sae / _block_size(d_sae, k))
-    dtypes = [tensor.dtype for tensor in (product, b_enc, scale) if tensor is not None]
-    maxima = product.new_empty(len(product), n_blocks, dtype=reduce(torch.promote_types, dtypes))
+    maxima = product.new_empty(len(product), n_blocks, dtype=promoted_dtype(product, b_enc, scale))
     triton_sums.block_maxima(product, b_enc, scale, maxima)
     blocks = maxima.topk(k, dim=-1, sorted=False).indices
     candidates = triton_sums.block_scores(product, b_enc, scale, blocks, n_blocks)
@@ -121,9 +115,7 @@ class Blocks:
         """Columns in a block. Blocks of less than 4 do not pay."""
         self.pieces = [slice(at, min(at + FEATURES_AT_ONCE, d_sae)) for at in range(0, d_sae, FEATURES_AT_ONCE)]
         steps = [(piece.stop - piece.start) // self.size for piece in self.pieces]
-        self.first = torch.cat(
-            [piece.start + torch.arange(step) for piece, step in zip(self.pieces, steps, strict=True)]
-        )
+        self.first = torch.cat([at.start + torch.arange(step) for at, step in zip(self.pieces, steps, strict=True)])
         self.step = torch.tensor(steps).repeat_interleave(torch.tensor(steps))
         self.left_over = torch.arange(self.pieces[-1].start + self.size * steps[-1], d_sae)
         self.maxima = memory.new_empty(len(memory), len(self.first))

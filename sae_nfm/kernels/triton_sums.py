@@ -1,5 +1,5 @@
 # pyright: basic, reportCallIssue=false, reportArgumentType=false
-"""The sums of `active_sums` and the block maxima of `ranking` as Triton kernels: twins of one signature, for GPUs.
+"""The sums of `sparse_sums` and the block maxima of `topk` as Triton kernels: twins of one signature, for GPUs.
 
 Each program sums the entries of one token or feature for one chunk of columns, several rows at a time, in float32 at least,
 and in one fixed order: two runs give the same bits. Chunks are the slow dimension of the grid, so that the columns of a
@@ -10,15 +10,16 @@ number by number. Import this module only where Triton is installed. With TRITON
 first import, the kernels run on CPU tensors, one program after the other: slow, for tests.
 """
 
-from functools import reduce
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
-from sae_nfm.kernels.routing import Routing
+from sae_nfm.kernels.device import promoted_dtype
+from sae_nfm.kernels.reference import Routing
 
 CHUNKS = (512, 256, 128)
 """Columns of a program, for matrices at least as wide as the last; the fewest columns beyond the matrix win."""
@@ -76,6 +77,45 @@ def shares_of(indices: Tensor, like: Tensor, width: int) -> Tensor:
     return like.new_empty(triton.cdiv(width, chunk_of(width)), *indices.shape)
 
 
+def pool_pairs(indices: Tensor, values: Tensor, V: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bi-interaction pooling: z in the type of V, and for its gradients f_s v_s and r in the type of the values.
+
+    With s the strongest feature of a token, r = sum_{i != s} f_i v_i, and g the gradient of z, these and the gradients below are
+
+        z          = f_s v_s * r + 1/2 [r^2 - sum_{i != s} f_i^2 v_i^2]
+        dL/df_i    = < g v_i, others_i >              others_i = r                        for i = s
+        dL/dv_i    = sum_b f_bi g_b * others_bi                = f_s v_s + r - f_i v_i    else
+
+    in one pass over the gathered rows of V each: the same sums as `dispatch.bi_interaction` makes of several passes, and as exact
+    where one feature outweighs the others. The case i = s stands apart since a GPU fuses product and difference: the product's
+    rounding error would remain of f_s v_s - f_s v_s, not 0. Indices and values are [n_tokens, k], values in float32 at least;
+    `top` [n_tokens] is the position of the strongest feature; the results are [n_tokens, nfm_dim].
+    """
+    (n_tokens, k), nfm_dim = indices.shape, V.shape[1]
+    z, strongest, rest = V.new_empty(n_tokens, nfm_dim), *values.new_empty(2, n_tokens, nfm_dim)
+    launch(_pool, n_tokens, nfm_dim, V, indices, values, V, top, z, strongest, rest, k)
+    return z, strongest, rest
+
+
+def pair_grad_values(
+    indices: Tensor, values: Tensor, V: Tensor, top: Tensor, strongest: Tensor, rest: Tensor, grad: Tensor
+) -> Tensor:
+    """dL/df [n_tokens, k], for the gradient [n_tokens, nfm_dim] of z; the other arguments from `pool_pairs`."""
+    shares, pooled = shares_of(indices, values, V.shape[1]), (top, strongest, rest)
+    launch(_grad_values, len(indices), V.shape[1], V, indices, values, V, *pooled, grad, shares, *indices.shape)
+    return shares.sum(dim=0)
+
+
+def pair_grad_V(
+    routing: Routing, values: Tensor, V: Tensor, top: Tensor, strongest: Tensor, rest: Tensor, grad: Tensor
+) -> Tensor:
+    """dL/dV [d_sae, nfm_dim]; arguments as above."""
+    out, ordered = V.new_empty(V.shape), (routing.starts, routing.tokens, routing.entries)
+    pooled = (top, strongest, rest)
+    launch(_grad_V, *V.shape, V, *ordered, values, V, *pooled, grad, out, values.shape[1])
+    return out
+
+
 def transpose(source: Tensor, out: Tensor) -> None:
     """`out.copy_(source.T)`."""
     n_rows, n_columns = source.shape
@@ -85,13 +125,9 @@ def transpose(source: Tensor, out: Tensor) -> None:
 
 
 def block_maxima(product: Tensor, bias: Tensor, scale: Tensor | None, out: Tensor) -> None:
-    """The largest of the scores `(product + bias) * scale` in each block; column c [of d_sae] is in block c % n_blocks.
+    """The largest of the scores `(product + bias) * scale` [n_tokens, d_sae] in each block, to out [n_tokens, n_blocks].
 
-    Args:
-        product: [n_tokens, d_sae].
-        bias: [d_sae].
-        scale: [d_sae] or None.
-        out: [n_tokens, n_blocks].
+    Column c is in block c % n_blocks.
     """
     d_sae, n_blocks = product.shape[1], out.shape[1]
     _launch_blocks(_block_maxima, out, product, bias, scale, out, d_sae, n_blocks, triton.cdiv(d_sae, n_blocks))
@@ -100,18 +136,11 @@ def block_maxima(product: Tensor, bias: Tensor, scale: Tensor | None, out: Tenso
 def block_scores(product: Tensor, bias: Tensor, scale: Tensor | None, blocks: Tensor, n_blocks: int) -> Tensor:
     """The scores of all members of some blocks, [n_tokens, n_chosen * size]; -inf for a member beyond the last column.
 
-    Member j of block c is column j n_blocks + c; the members of one block are adjacent.
-
-    Args:
-        product: [n_tokens, d_sae].
-        bias: [d_sae].
-        scale: [d_sae] or None.
-        blocks: numbers of the chosen blocks, [n_tokens, n_chosen].
+    Member j of block c is column j n_blocks + c; the members of one block are adjacent; `blocks` [n_tokens, n_chosen].
     """
     (n_tokens, d_sae), n_chosen = product.shape, blocks.shape[1]
     size = triton.cdiv(d_sae, n_blocks)
-    dtypes = [tensor.dtype for tensor in (product, bias, scale) if tensor is not None]
-    out = product.new_empty(n_tokens, n_chosen * size, dtype=reduce(torch.promote_types, dtypes))
+    out = product.new_empty(n_tokens, n_chosen * size, dtype=promoted_dtype(product, bias, scale))
     _launch_blocks(_block_scores, out, product, bias, scale, blocks.contiguous(), out, d_sae, n_blocks, n_chosen, size)
     return out
 
@@ -156,15 +185,7 @@ def sum_type(tensor: Tensor) -> Any:
 
 @triton.jit
 def _sum_by_token(
-    indices,
-    values,
-    rows,
-    out,
-    k,
-    d_out: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SUM: tl.constexpr,
+    indices, values, rows, out, k, d_out: constexpr, CHUNK: constexpr, ENTRIES: constexpr, SUM: constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -183,16 +204,7 @@ def _sum_by_token(
 
 @triton.jit
 def _sum_by_feature(
-    starts,
-    tokens,
-    order,
-    values,
-    by_token,
-    out,
-    d_out: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SUM: tl.constexpr,
+    starts, tokens, order, values, by_token, out, d_out: constexpr, CHUNK: constexpr, ENTRIES: constexpr, SUM: constexpr
 ):
     feature = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -213,16 +225,7 @@ def _sum_by_feature(
 
 @triton.jit
 def _dots(
-    indices,
-    by_token,
-    rows,
-    shares,
-    n_tokens,
-    k,
-    d_out: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SUM: tl.constexpr,
+    indices, by_token, rows, shares, n_tokens, k, d_out: constexpr, CHUNK: constexpr, ENTRIES: constexpr, SUM: constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -239,17 +242,7 @@ def _dots(
 
 
 @triton.jit
-def _transpose(
-    source,
-    out,
-    n_rows,
-    n_columns,
-    source_row,
-    source_column,
-    out_row,
-    out_column,
-    TILE: tl.constexpr,
-):
+def _transpose(source, out, n_rows, n_columns, source_row, source_column, out_row, out_column, TILE: constexpr):
     row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
     column = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)
     read = source + row[:, None] * source_row + column[None, :] * source_column
@@ -260,16 +253,7 @@ def _transpose(
 
 @triton.jit
 def _block_maxima(
-    product,
-    bias,
-    scale,
-    out,
-    d_sae,
-    n_blocks,
-    size,
-    SCALED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SUM: tl.constexpr,
+    product, bias, scale, out, d_sae, n_blocks, size, SCALED: constexpr, BLOCKS: constexpr, SUM: constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
@@ -296,9 +280,9 @@ def _block_scores(
     n_blocks,
     n_chosen,
     size,
-    SCALED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SUM: tl.constexpr,
+    SCALED: constexpr,
+    BLOCKS: constexpr,
+    SUM: constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     candidate = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
@@ -311,3 +295,88 @@ def _block_scores(
     if SCALED:
         score *= tl.load(scale + column, mask=inside, other=0.0).to(SUM)
     tl.store(out + token * n_chosen * size + candidate, tl.where(inside, score, float("-inf")), mask=present)
+
+
+@triton.jit
+def _pool(
+    indices, values, V, top, z, strongest, rest, k,
+    nfm_dim: constexpr, CHUNK: constexpr, ENTRIES: constexpr, SUM: constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    inside = columns < nfm_dim
+    at_top = tl.load(top + token)
+    s = tl.zeros([CHUNK], dtype=SUM)
+    r = tl.zeros([CHUNK], dtype=SUM)
+    squares = tl.zeros([CHUNK], dtype=SUM)
+    for first in range(0, k, ENTRIES):
+        entries = first + tl.arange(0, ENTRIES)
+        active = entries < k
+        index = tl.load(indices + token * k + entries, mask=active, other=0).to(tl.int64)
+        value = tl.load(values + token * k + entries, mask=active, other=0.0).to(SUM)
+        mask = active[:, None] & inside[None, :]
+        row = tl.load(V + index[:, None] * nfm_dim + columns[None, :], mask=mask, other=0.0).to(SUM)
+        is_top = entries == at_top
+        s += tl.sum(tl.where(is_top, value, 0.0)[:, None] * row, axis=0)
+        other = tl.where(is_top, 0.0, value)[:, None] * row
+        r += tl.sum(other, axis=0)
+        squares += tl.sum(other * other, axis=0)
+    at = token * nfm_dim + columns
+    tl.store(z + at, s * r + 0.5 * (r * r - squares), mask=inside)
+    tl.store(strongest + at, s, mask=inside)
+    tl.store(rest + at, r, mask=inside)
+
+
+@triton.jit
+def _grad_values(
+    indices, values, V, top, strongest, rest, grad, shares, n_tokens, k,
+    nfm_dim: constexpr, CHUNK: constexpr, ENTRIES: constexpr, SUM: constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    inside = columns < nfm_dim
+    at = token * nfm_dim + columns
+    at_top = tl.load(top + token)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(SUM)
+    s = tl.load(strongest + at, mask=inside, other=0.0).to(SUM)
+    r = tl.load(rest + at, mask=inside, other=0.0).to(SUM)
+    mine = shares + (tl.program_id(1).to(tl.int64) * n_tokens + token) * k
+    for first in range(0, k, ENTRIES):
+        entries = first + tl.arange(0, ENTRIES)
+        active = entries < k
+        index = tl.load(indices + token * k + entries, mask=active, other=0).to(tl.int64)
+        value = tl.load(values + token * k + entries, mask=active, other=0.0).to(SUM)
+        mask = active[:, None] & inside[None, :]
+        row = tl.load(V + index[:, None] * nfm_dim + columns[None, :], mask=mask, other=0.0).to(SUM)
+        is_top = (entries == at_top)[:, None]
+        others = r[None, :] + tl.where(is_top, 0.0, s[None, :] - value[:, None] * row)
+        tl.store(mine + entries, tl.sum(g[None, :] * row * others, axis=1), mask=active)
+
+
+@triton.jit
+def _grad_V(
+    starts, tokens, order, values, V, top, strongest, rest, grad, out, k,
+    nfm_dim: constexpr, CHUNK: constexpr, ENTRIES: constexpr, SUM: constexpr,
+):  # fmt: skip
+    feature = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    inside = columns < nfm_dim
+    v = tl.load(V + feature * nfm_dim + columns, mask=inside, other=0.0).to(SUM)
+    start = tl.load(starts + feature)
+    stop = tl.load(starts + feature + 1)
+    total = tl.zeros([CHUNK], dtype=SUM)
+    for first in range(start, stop, ENTRIES):
+        entries = first + tl.arange(0, ENTRIES)
+        active = entries < stop
+        token = tl.load(tokens + entries, mask=active, other=0).to(tl.int64)
+        entry = tl.load(order + entries, mask=active, other=0)
+        value = tl.load(values + entry, mask=active, other=0.0).to(SUM)
+        is_top = (entry == token * k + tl.load(top + token, mask=active, other=0))[:, None]
+        at = token[:, None] * nfm_dim + columns[None, :]
+        mask = active[:, None] & inside[None, :]
+        g = tl.load(grad + at, mask=mask, other=0.0).to(SUM)
+        s = tl.load(strongest + at, mask=mask, other=0.0).to(SUM)
+        r = tl.load(rest + at, mask=mask, other=0.0).to(SUM)
+        others = r + tl.where(is_top, 0.0, s - value[:, None] * v[None, :])
+        total += tl.sum(value[:, None] * g * others, axis=0)
+    tl.store(out + feature * nfm_dim + columns, total, mask=inside)

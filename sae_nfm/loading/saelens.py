@@ -15,12 +15,10 @@ from sae_nfm.common import explained
 def load_sae(sae: str, sae_id: str | None = None, device: str = "cpu", dtype: str | None = None) -> SAE[Any]:
     """A saved SAE by its folder, or a released one by release and id.
 
-    Args:
-        sae: folder, or release:sae_id, or release with `sae_id` beside it.
-        dtype: data type of its parameters; unless given a folder's own, and float32 for a release.
+    `sae` is a folder, or release:sae_id, or a release with `sae_id` beside it. Unless a dtype is given, parameters have the
+    folder's own, and float32 for a release.
 
-    Raises:
-        ValueError, FileNotFoundError: when there is none.
+    Raises a ValueError or FileNotFoundError when there is none.
     """
     folder = Path(sae)
     if sae_id is None and folder.is_dir():
@@ -31,9 +29,7 @@ def load_sae(sae: str, sae_id: str | None = None, device: str = "cpu", dtype: st
         return SAE.load_from_disk(folder, device=device, dtype=dtype)
     release, name = (sae, sae_id) if sae_id is not None else sae.partition(":")[::2]
     if not name:
-        raise FileNotFoundError(
-            f"{sae!r} is no folder; give the folder of a saved SAE, or release:sae_id of a released one"
-        )
+        raise FileNotFoundError(f"{sae!r} is no folder; give that of a saved SAE, or release:sae_id of a released one")
     with explained(f"the SAE {release}:{name}"):
         return SAE.from_pretrained(release, name, device=device, dtype=dtype or "float32")
 

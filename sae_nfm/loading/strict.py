@@ -32,13 +32,9 @@ SAVE_AGAIN = "save the SAE again (sae.save_model, or save_inference_model of a t
 
 
 def check_state_dict(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Compare tensors read from a file with those the SAE has.
+    """Compare tensors read from a file with those the SAE has (on the meta device, too: names and shapes are read).
 
-    Args:
-        expected: tensors of the SAE (the meta device suffices: names and shapes are read).
-
-    Raises:
-        ValueError: for a missing or an extra tensor, another shape, or a value that is not finite.
+    Raises a ValueError for a missing or an extra tensor, another shape, or a value that is not finite.
     """
     problems = [f"tensor {name!r} is missing" for name in sorted(set(expected) - set(state_dict))]
     problems += [f"tensor {name!r} is unknown" for name in sorted(set(state_dict) - set(expected))]

@@ -19,14 +19,10 @@ from sae_lens.load_model import HookedProxyLM
 from sae_lens.load_model import load_model as load_with_saelens
 from sae_lens.util import str_to_dtype
 from transformer_lens.loading_from_pretrained import get_official_model_name
-from transformer_lens.model_bridge.generalized_components import (
-    AttentionBridge,
-    BlockBridge,
-    GatedMLPBridge,
-    MLPBridge,
-)
+from transformer_lens.model_bridge.generalized_components import AttentionBridge, BlockBridge, GatedMLPBridge, MLPBridge
 
 from sae_nfm import demo
+from sae_nfm.common import check_choice
 from sae_nfm.demo.model import MODEL_DIR
 from sae_nfm.models.local_hf import has_tokenizer, hooked_from_folder, is_folder
 
@@ -45,27 +41,17 @@ class Site:
     d_in: int
     """Dimensions a token, heads flattened."""
     reshape_activations: Literal["none", "hook_z"]
-    """SAELens's name for whether the SAE has to flatten heads."""
+    """"hook_z" where the SAE has to flatten heads."""
 
 
 @overload
 def load_model(
-    name: str | Path,
-    device: str = ...,
-    *,
-    model_class_name: Literal["HookedTransformer"] = ...,
-    **from_pretrained_kwargs: Any,
+    name: str | Path, device: str = ..., *, model_class_name: Literal["HookedTransformer"] = ..., **kwargs: Any
 ) -> HookedSAETransformer: ...
 @overload
+def load_model(name: str | Path, device: str = ..., *, model_class_name: str, **kwargs: Any) -> LanguageModel: ...
 def load_model(
-    name: str | Path, device: str = ..., *, model_class_name: str, **from_pretrained_kwargs: Any
-) -> LanguageModel: ...
-def load_model(
-    name: str | Path,
-    device: str = "cpu",
-    *,
-    model_class_name: str = "HookedTransformer",
-    **from_pretrained_kwargs: Any,
+    name: str | Path, device: str = "cpu", *, model_class_name: str = "HookedTransformer", **from_pretrained_kwargs: Any
 ) -> LanguageModel:
     """A language model: the embedded one by its own name, a local Hugging Face folder, or a name from the hub.
 
@@ -81,11 +67,16 @@ def load_model(
         ValueError: for another class, a name TransformerLens does not know, or a folder it cannot convert exactly.
         FileNotFoundError: for an incomplete folder, or when the hub cannot be reached or does not have the model.
     """
-    if model_class_name not in _LOADERS:
-        raise ValueError(f"model_class_name is {model_class_name!r}; give one of {', '.join(map(repr, _LOADERS))}")
+    check_choice("model_class_name", model_class_name, _LOADERS)
     load = _LOADERS[model_class_name]
     if name == demo.MODEL_NAME:
-        return _load_embedded(model_class_name, device, from_pretrained_kwargs)
+        if model_class_name == "HookedTransformer" and not from_pretrained_kwargs:
+            return demo.load_model(device)
+        kwargs = {"dtype": torch.float32} | from_pretrained_kwargs  # it is half precision on disk
+        model = load(str(MODEL_DIR), device, **kwargs)
+        if not isinstance(model, HookedProxyLM):
+            model.cfg.model_name = demo.MODEL_NAME
+        return model
     if is_folder(name):
         return load(str(name), device, **from_pretrained_kwargs)
     if Path(name).is_absolute() or Path(name).is_dir() or str(name).startswith("."):
@@ -96,16 +87,6 @@ def load_model(
         return load(str(name), device, **from_pretrained_kwargs)
     except OSError as error:
         raise FileNotFoundError(f"model {name!r} could not be fetched from the hub; {OFFLINE}") from error
-
-
-def _load_embedded(model_class_name: str, device: str, kwargs: dict[str, Any]) -> LanguageModel:
-    if model_class_name == "HookedTransformer" and not kwargs:
-        return demo.load_model(device)
-    kwargs = {"dtype": torch.float32} | kwargs  # it is half precision on disk
-    model = _LOADERS[model_class_name](str(MODEL_DIR), device, **kwargs)
-    if not isinstance(model, HookedProxyLM):
-        model.cfg.model_name = demo.MODEL_NAME
-    return model
 
 
 def _load_hooked(name: str, device: str, **kwargs: Any) -> HookedSAETransformer:
@@ -154,8 +135,7 @@ def resolve_hook_name(model: LanguageModel, hook_name: str) -> str:
     `SAETransformerBridge`'s, whose `run_with_cache` and `run_with_hooks` pass over the first in silence. Hook points of
     a spliced SAE follow: `blocks.2.hook_resid_post.hook_nfm_pooled` is `blocks.2.hook_out.hook_nfm_pooled`.
 
-    Raises:
-        ValueError: when the model has no such hook point; names like it are listed.
+    Raises a ValueError when the model has no such hook point; names like it are listed.
     """
     head, _, tail = hook_name.rpartition(".")
     candidates = (hook_name, _translated(model, hook_name), f"{_translated(model, head)}.{tail}")
@@ -164,7 +144,9 @@ def resolve_hook_name(model: LanguageModel, hook_name: str) -> str:
             return candidate
     if not isinstance(model, HookedProxyLM) and any(_translated(model, at) in candidates for at in model.acts_to_saes):
         raise ValueError(f"an SAE is attached at {hook_name!r} already; take it off first, with model.reset_saes()")
-    known = list(_all_names(model))
+    # SAELens's bridge leaves the aliases out of its hook_dict, TransformerLens's has them
+    bridge = isinstance(model, SAETransformerBridge)
+    known = list(super(SAETransformerBridge, model).hook_dict if bridge else model.hook_dict)
     near = get_close_matches(hook_name, known, n=4) or known[:4]
     raise ValueError(f"the model has no hook point {hook_name!r}; did you mean one of {', '.join(near)}?")
 
@@ -188,11 +170,6 @@ def _hooked_places(model: HookedSAETransformer) -> dict[str, str]:
     return {prefix + canonical: prefix + hooked for prefix, part in parts.items() for hooked, canonical in part.items()}
 
 
-def _all_names(model: LanguageModel) -> dict[str, Any]:
-    # SAELens's bridge leaves the aliases out of its hook_dict, TransformerLens's has them
-    return super(SAETransformerBridge, model).hook_dict if isinstance(model, SAETransformerBridge) else model.hook_dict
-
-
 def device_of(model: LanguageModel) -> torch.device:
     """The device on which the model wants its tokens."""
     return next(model.parameters()).device
@@ -201,17 +178,14 @@ def device_of(model: LanguageModel) -> torch.device:
 def find_site(model: LanguageModel, hook_name: str) -> Site:
     """Look a hook point up, by a name of either kind, and measure its width.
 
-    Raises:
-        ValueError: when the model has no such hook point, or one of another shape; names like it are listed.
+    Raises a ValueError when the model has no such hook point, or one of another shape; names like it are listed.
     """
     own = resolve_hook_name(model, hook_name)
     probe = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
     with torch.no_grad():
         _, cache = model.run_with_cache(probe, names_filter=[own])
     if own not in cache:
-        raise ValueError(
-            f"nothing passes through {hook_name!r} as one tensor; give the hook point of a module's output"
-        )
+        raise ValueError(f"nothing passes through {hook_name!r} as one tensor; give the hook point of an output")
     shape = cache[own].shape
     if len(shape) != (4 if own.endswith(HEADS) else 3):
         raise ValueError(
@@ -223,18 +197,12 @@ def find_site(model: LanguageModel, hook_name: str) -> Site:
 
 
 def site_at(model: LanguageModel, hook_name: str, head: int | None = None) -> Site:
-    """A hook point, or a single head of it, as an SAE sees it.
-
-    Raises:
-        ValueError: when the model has no such hook point or head.
-    """
+    """A hook point, or a single head of it, as an SAE sees it. Raises a ValueError when the model has none."""
     if head is None:
         return find_site(model, hook_name)
     shape: Any = getattr(model, "cfg", None)
     if shape is None:
-        raise ValueError(
-            "hook_head_index is for hook points with heads, which AutoModelForCausalLM does not have; leave it out"
-        )
+        raise ValueError("hook_head_index needs hook points with heads, which AutoModelForCausalLM lacks; leave it out")
     if not 0 <= head < shape.n_heads:
         raise ValueError(f"hook_head_index is {head}; the model has heads 0 to {shape.n_heads - 1}")
     return Site(hook_name=resolve_hook_name(model, hook_name), d_in=shape.d_head, reshape_activations="none")
@@ -243,15 +211,9 @@ def site_at(model: LanguageModel, hook_name: str, head: int | None = None) -> Si
 def model_of(
     sae: SAE[Any], device: str, *, model_name: str | None = None, model_class_name: str | None = None
 ) -> tuple[LanguageModel, Site]:
-    """The language model that an SAE was trained on, and the SAE's hook point there.
+    """The language model that an SAE's metadata name, or another name, folder or kind of it, and the SAE's hook point there.
 
-    Args:
-        sae: the SAE; its metadata name the model, its kind and its hook point.
-        model_name: another name or folder of the model.
-        model_class_name: another kind.
-
-    Raises:
-        ValueError, FileNotFoundError: when the metadata are silent, or the model is missing or has another width there.
+    Raises a ValueError or FileNotFoundError when the metadata are silent, or the model is missing or has another width there.
     """
     metadata = sae.cfg.metadata
     name = model_name or metadata.model_name
@@ -286,9 +248,8 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); give another"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here ({reason}); give another") from error
 
 
 def refuse_heads_of_a_bridge(model: LanguageModel, hook_name: str) -> None:

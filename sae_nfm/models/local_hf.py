@@ -14,20 +14,14 @@ from typing import Any
 import torch
 from sae_lens import HookedSAETransformer
 from sae_lens.util import str_to_dtype
-from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.loading_from_pretrained import convert_hf_model_config, get_pretrained_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-PROCESSING = (
-    "fold_ln",
-    "center_writing_weights",
-    "center_unembed",
-    "fold_value_biases",
-    "refactor_factored_attn_matrices",
-)
+_FOLDS, _CENTRES = ("fold_ln", "fold_value_biases"), ("center_writing_weights", "center_unembed")
+PROCESSING = (*_FOLDS, *_CENTRES, "refactor_factored_attn_matrices")
 OTHER_CLASSES = "load it with model_class_name='TransformerBridge' or 'AutoModelForCausalLM'"
 PROBE_TOKENS = 64
 KL_LIMIT_NATS = 1e-5
@@ -64,30 +58,28 @@ def hooked_from_folder(
     Args:
         folder: config.json, weights, tokenizer; without a tokenizer the model reads token ids only.
         dtype: of the weights, whatever it is on disk.
-        tokenizer: instead of the folder's.
         n_ctx: longest input in tokens; None takes the config's.
         default_prepend_bos: None takes TransformerLens's default for the architecture.
         default_padding_side: None takes the tokenizer's.
         from_pretrained_kwargs: TransformerLens's processing (`fold_ln`, `center_writing_weights`, ..., off unless given);
             the rest goes to Hugging Face's `from_pretrained`.
 
-    Raises:
-        FileNotFoundError: for an incomplete folder.
-        ValueError: for weights that do not fill the model, or an architecture that TransformerLens cannot convert exactly.
+    Raises a FileNotFoundError for an incomplete folder, a ValueError for weights that do not fill the model, or an architecture
+    that TransformerLens cannot convert exactly.
     """
     dtype = str_to_dtype(from_pretrained_kwargs.pop("torch_dtype", dtype))
     processing = {name: from_pretrained_kwargs.pop(name, False) for name in PROCESSING}
     hf = _load_hf_model(folder, dtype, from_pretrained_kwargs)
-    tokenizer = tokenizer or _load_tokenizer(folder)
+    if tokenizer is None and has_tokenizer(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    own = {"init_weights": False, "model_name": Path(folder).resolve().name, "tokenizer_name": None}
     given = {"n_ctx": n_ctx, "default_prepend_bos": default_prepend_bos, "device": device, "dtype": dtype}
     try:
-        cfg, weights = _converted(hf, folder, {name: value for name, value in given.items() if value is not None})
-        model = HookedSAETransformer(
-            cfg,
-            tokenizer,
-            move_to_device=False,
-            default_padding_side=default_padding_side,
-        )
+        fields = config_fields(hf) | own | {name: value for name, value in given.items() if value is not None}
+        cfg = HookedTransformerConfig.from_dict(fields)
+        with torch.no_grad():
+            weights = get_pretrained_state_dict(str(folder), cfg, hf, dtype=cfg.dtype)
+        model = HookedSAETransformer(cfg, tokenizer, move_to_device=False, default_padding_side=default_padding_side)
         model.load_and_process_state_dict(weights, **processing)
     except (NotImplementedError, AttributeError, AssertionError, RuntimeError) as error:
         # how TransformerLens says: no table, a field that the table asks for, an activation function, tensors that do not fit
@@ -97,16 +89,6 @@ def hooked_from_folder(
     model.move_model_modules_to_device()
     _check_same_predictions(model, hf, folder)
     return model.eval()
-
-
-def _converted(
-    hf: PreTrainedModel, folder: str | Path, given: dict[str, Any]
-) -> tuple[HookedTransformerConfig, dict[str, Tensor]]:
-    """TransformerLens's config and tensors of a Hugging Face model, `given` in place of what the config says."""
-    own = {"init_weights": False, "model_name": Path(folder).resolve().name, "tokenizer_name": None}
-    cfg = HookedTransformerConfig.from_dict(config_fields(hf) | own | given)
-    with torch.no_grad():
-        return cfg, get_pretrained_state_dict(str(folder), cfg, hf, dtype=cfg.dtype)
 
 
 def _load_hf_model(folder: str | Path, dtype: torch.dtype, kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -127,33 +109,23 @@ def _load_hf_model(folder: str | Path, dtype: torch.dtype, kwargs: dict[str, Any
     return model.eval()
 
 
-def _load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer(folder) else None
-
-
 def config_fields(hf: PreTrainedModel) -> dict[str, Any]:
     """TransformerLens's config of a Hugging Face model, from its config and class, not from its name."""
     architecture, config = type(hf).__name__, hf.config
     if architecture in ("GemmaForCausalLM", "Gemma2ForCausalLM"):
         return _gemma_fields(config) | {"original_architecture": architecture}
     description = config.to_dict() | {"architectures": [architecture]}
+    assumed: dict[str, Any] = {}  # by TransformerLens's table, which does not read it
     if architecture == "GPT2LMHeadModel":
         description["n_ctx"] = config.n_positions  # TransformerLens reads a key that only old files have
+        assumed = {"d_mlp": config.n_inner or 4 * config.n_embd}
+    elif architecture == "GPTNeoXForCausalLM":
+        assumed = {"rotary_base": config.rope_parameters["rope_theta"]}
+    elif architecture == "LlamaForCausalLM" and config.head_dim:
+        assumed = {"d_head": config.head_dim, "rotary_dim": config.head_dim}
     with TemporaryDirectory() as neutral:  # a path with "llama" in it is taken for a name that TransformerLens knows
         (Path(neutral) / "config.json").write_text(json.dumps(description, default=str))
-        fields = convert_hf_model_config(neutral)
-    return fields | _left_out(architecture, config)
-
-
-def _left_out(architecture: str, config: Any) -> dict[str, Any]:
-    """What TransformerLens's table assumes instead of reading."""
-    if architecture == "GPT2LMHeadModel":
-        return {"d_mlp": config.n_inner or 4 * config.n_embd}
-    if architecture == "GPTNeoXForCausalLM":
-        return {"rotary_base": config.rope_parameters["rope_theta"]}
-    if architecture == "LlamaForCausalLM" and config.head_dim:
-        return {"d_head": config.head_dim, "rotary_dim": config.head_dim}
-    return {}
+        return convert_hf_model_config(neutral) | assumed
 
 
 def _gemma_fields(config: Any) -> dict[str, Any]:

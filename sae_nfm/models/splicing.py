@@ -45,13 +45,9 @@ class Attached:
 
 @contextmanager
 def splice(model: LanguageModel, sae: SAE[Any], special_tokens: SpecialTokens = "kept") -> Generator[Attached]:
-    """Put the SAE in place of the hook point its metadata names, by a name of either kind; special tokens bypass it.
+    """Put the SAE in place of the hook point its metadata names, by a name of either kind; special tokens bypass it if "kept".
 
-    Args:
-        special_tokens: "changed" lets special tokens through the SAE too.
-
-    Raises:
-        ValueError: when the model has no such hook point, or something is in its place already.
+    Raises a ValueError when the model has no such hook point, or something is in its place already.
     """
     hook_name = sae.cfg.metadata.hook_name
     if hook_name is None:
@@ -69,11 +65,7 @@ def splice(model: LanguageModel, sae: SAE[Any], special_tokens: SpecialTokens = 
 
 @contextmanager
 def claimed(model: LanguageModel, hook_name: str) -> Generator[str]:
-    """The model's own name of a hook point, which nothing else can take meanwhile.
-
-    Raises:
-        ValueError: when the model has no such hook point, or something is in its place already.
-    """
+    """The model's own name of a hook point, which nothing else can take meanwhile; a ValueError where something has taken it."""
     taken = _TAKEN.setdefault(model, set())
     own = hook_name if hook_name in taken else resolve_hook_name(model, hook_name)
     if own in taken:
@@ -103,22 +95,16 @@ def counted_tokens(model: LanguageModel, tokens: Int[Tensor, "rows pos"]) -> Boo
     return mask
 
 
+@dataclass
 class TokensRead:
     """The token ids that went into a model in its last run, with those before them while `generate` goes on."""
 
-    def __init__(self) -> None:
-        self._ids: Tensor | None = None
-
-    def add(self, ids: Tensor) -> None:
-        """Take what goes into the model."""
-        if self._ids is not None and ids.shape[1] == 1 and len(ids) == len(self._ids):  # `generate` goes on, or may
-            ids = torch.cat([self._ids, ids], dim=1)
-        self._ids = ids
+    ids: Tensor | None = None
 
     def on(self, device: torch.device) -> Int[Tensor, "rows pos"]:
         """The ids, on a device."""
-        assert self._ids is not None
-        return self._ids.to(device)
+        assert self.ids is not None
+        return self.ids.to(device)
 
 
 @contextmanager
@@ -127,14 +113,16 @@ def tokens_read(model: LanguageModel) -> Generator[TokensRead]:
     entrance: nn.Module
     if isinstance(model, HookedProxyLM):
         entrance = model.model
-    elif isinstance(model, SAETransformerBridge):
-        entrance = model.original_model
     else:
-        entrance = model.embed
+        entrance = model.original_model if isinstance(model, SAETransformerBridge) else model.embed
     found = TokensRead()
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
-        found.add(args[0] if args else kwargs["input_ids"])
+        ids: Tensor = args[0] if args else kwargs["input_ids"]
+        before = found.ids
+        if before is not None and ids.shape[1] == 1 and len(ids) == len(before):  # `generate` goes on, or may
+            ids = torch.cat([before, ids], dim=1)
+        found.ids = ids
 
     handle = entrance.register_forward_pre_hook(read, with_kwargs=True)
     try:
@@ -159,9 +147,7 @@ def writing(name: str, vector: Tensor | None) -> HookFunction:
         if vector is None:
             return torch.zeros_like(value)
         if len(vector) != value.shape[-1]:
-            raise ValueError(
-                f"the mean for {name} has {len(vector)} entries, but what passes there has {value.shape[-1]}"
-            )
+            raise ValueError(f"the mean for {name} has {len(vector)} entries, what passes there has {value.shape[-1]}")
         return vector.to(value).expand_as(value)
 
     return write

@@ -13,7 +13,7 @@ Psychological Methods 9:164 (interval of partial eta squared).
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,8 +24,7 @@ from scipy import optimize, stats
 from statsmodels.multivariate.manova import MANOVA
 from statsmodels.tools.sm_exceptions import ConvergenceWarning
 
-from sae_nfm.stats.clustered import Floats
-from sae_nfm.stats.estimates import Estimate
+from sae_nfm.stats.estimates import Estimate, Floats
 
 Effect = Literal["first", "second", "interaction"]
 Cells = NDArray[np.int64]
@@ -44,7 +43,6 @@ class FactorialTest:
     """The F-test of one effect of a 2x2 design."""
 
     effect: Effect
-    """Which: of the first factor, the second, or their interaction."""
     contrast: float
     """L, in the units of the values; for the interaction m_0 - m_1 - m_2 + m_3."""
     cell_means: tuple[float, float, float, float]
@@ -54,7 +52,6 @@ class FactorialTest:
     df: int
     """Degrees of freedom of the error; those of the effect are 1."""
     p_value: float
-    """Of F."""
     partial_eta_squared: Estimate
     """F / (F + df): share of the variance left by the other effects; its `n` counts the units."""
 
@@ -70,18 +67,13 @@ class MixedModel:
     item_share: float | None
     """Share of the residual variance that is between stimuli."""
     words: str
-    """What happened."""
+    """Whether it was fitted and converged."""
 
 
 def effect_t(values: Floats, cells: Cells, effect: Effect) -> Floats:
-    """T of an effect, F = t^2, for many columns at once; 0 where a column is constant within every cell.
+    """T of an effect, F = t^2, for many columns [items, ...] at once; 0 where a column is constant within every cell.
 
-    Args:
-        values: [items, ...].
-        cells: [items], 0 to 3, each at least once, and more than 4 items.
-
-    Raises:
-        ValueError: for an empty cell, or too few items.
+    Raises a ValueError for an empty cell, or fewer than 5 items.
     """
     counts = _counts(cells, len(values))
     one_hot = (cells[:, None] == np.arange(4)).astype(np.float64)
@@ -97,14 +89,9 @@ def effect_t(values: Floats, cells: Cells, effect: Effect) -> Floats:
 
 
 def factorial_test(values: Floats, cells: Cells, effect: Effect = "interaction") -> FactorialTest:
-    """The F-test of an effect in the two-way analysis of variance, by statsmodels.
+    """The F-test of an effect in the two-way analysis of variance of values [units], by statsmodels.
 
-    Args:
-        values: [units].
-        cells: [units], 0 to 3.
-
-    Raises:
-        ValueError: for an empty cell, too few units, or values that are not finite.
+    Raises a ValueError for an empty cell, too few units, or values that are not finite.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():
@@ -130,28 +117,20 @@ def factorial_test(values: Floats, cells: Cells, effect: Effect = "interaction")
 def partial_eta_squared(f: float, df: int, confidence: float = CONFIDENCE) -> Estimate:
     """F / (F + df) with the interval that noncentral F gives: l / (l + N), l the noncentralities at which F is a tail's edge.
 
-    Args:
-        f: F with 1 and df degrees of freedom.
-        df: of the error, N - 4.
-
-    Source: Steiger 2004.
+    F has 1 and df = N - 4 degrees of freedom. Source: Steiger 2004.
     """
     n, finite_f = df + 4, min(f, 1e8)  # beyond it noncentral F is no number, and the interval a point in all digits
 
-    def below(noncentrality: float) -> float:
-        return float(stats.ncf.cdf(finite_f, 1, df, noncentrality))
+    def excess(noncentrality: float, tail: float) -> float:
+        return float(stats.ncf.cdf(finite_f, 1, df, noncentrality)) - tail
 
     def noncentrality(tail: float) -> float:
         if stats.f.cdf(finite_f, 1, df) <= tail:
             return 0.0
         upper = 10.0
-        while below(upper) > tail:
+        while excess(upper, tail) > 0:
             upper *= 2
-
-        def excess(value: float) -> float:
-            return below(value) - tail
-
-        root: Any = optimize.brentq(excess, 1e-12, upper)
+        root: Any = optimize.brentq(excess, 1e-12, upper, args=(tail,))
         return float(root)
 
     low, high = (noncentrality(tail) for tail in ((1 + confidence) / 2, (1 - confidence) / 2))
@@ -171,21 +150,14 @@ def word_pattern(buckets: Floats) -> Floats:
 
     All buckets are scored after every stimulus, so no other words stand in one cell than in the next. (The words of a stimulus's
     own cell alone would not do: a clamp with two main effects, on stimuli of the first factor and on words of the second, makes
-    an interaction of these.) What moves all words alike cancels, the normaliser of the softmax with it.
-
-    Args:
-        buckets: [items, 4], mean change of each bucket.
+    an interaction of these.) What moves all words alike cancels, the normaliser of the softmax with it. `buckets` [items, 4] are
+    the mean changes of each bucket.
     """
     return buckets @ SIGNS["interaction"] / 4
 
 
 def any_bucket_p(buckets: Floats, cells: Cells) -> float:
-    """The interaction of stimuli in the four buckets at once: p-value of Wilks' lambda, by statsmodels; 1 where nothing varies.
-
-    Args:
-        buckets: [items, 4].
-        cells: [items].
-    """
+    """The interaction of stimuli in the four buckets [items, 4] at once: p-value of Wilks' lambda; 1 where nothing varies."""
     centred = buckets - buckets.mean(0)
     left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
     kept = sizes > max(float(sizes[0]) * 1e-6, 1e-12)  # buckets can move together, or not at all
@@ -195,10 +167,7 @@ def any_bucket_p(buckets: Floats, cells: Cells) -> float:
     hypothesis = [("interaction", np.array([[0.0, 0.0, 0.0, 1.0]]))]
     try:
         found: Any = MANOVA(scores, _design(cells)).mv_test(hypothesis)
-    except (
-        ValueError,
-        np.linalg.LinAlgError,
-    ):  # some combination does not vary within cells: nothing to test it against
+    except (ValueError, np.linalg.LinAlgError):  # some combination does not vary within cells: no error to test against
         return float("nan")
     return float(found.results["interaction"]["stat"].loc["Wilks' lambda", "Pr > F"])
 
@@ -209,23 +178,18 @@ def mixed_model(changes: Floats, word_cells: Cells, cells: Cells) -> MixedModel:
         y_i + s_w (deviation of word w from its bucket, less its mean over stimuli) = effects of the cell + stimulus_i + rest_iw
 
     with y_i = `word_pattern`. Its interaction is that of y; beside that it shows how much of the spread is between stimuli.
-
-    Args:
-        changes: [items, words].
-        word_cells: [words].
-        cells: [items].
+    `changes` are [items, words].
     """
     buckets = by_bucket(changes, word_cells)
     deviations = changes - buckets[:, word_cells]
     deviations = SIGNS["interaction"][word_cells] * (deviations - deviations.mean(0))
     values = word_pattern(buckets - buckets.mean(0))[:, None] + deviations
     spread, (n_items, n_words) = float(values.std()), changes.shape
+    none = MixedModel(contrast=None, p_value=None, item_share=None, words="not converged")
     if spread == 0:
-        return MixedModel(contrast=None, p_value=None, item_share=None, words="not fitted: nothing changed")
+        return replace(none, words="not fitted: nothing changed")
     if np.abs(deviations).max() < 1e-4 * spread:  # rounding in float32
-        return MixedModel(
-            contrast=None, p_value=None, item_share=None, words="not fitted: words of a bucket change alike"
-        )
+        return replace(none, words="not fitted: words of a bucket change alike")
     rows = pd.DataFrame(np.repeat(_design(cells), n_words, axis=0), columns=["constant", *SIGNS])
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -233,11 +197,11 @@ def mixed_model(changes: Floats, word_cells: Cells, cells: Cells) -> MixedModel:
             model: Any = sm.MixedLM(values.ravel() / spread, rows, groups=np.repeat(np.arange(n_items), n_words))
             fit = model.fit(reml=True)
         except np.linalg.LinAlgError:
-            return MixedModel(contrast=None, p_value=None, item_share=None, words="not converged: singular")
+            return replace(none, words="not converged: singular")
     between = float(np.asarray(fit.cov_re)[0, 0])
     failed = any(issubclass(one.category, ConvergenceWarning) for one in told) and between > 1e-6
     if failed or not fit.converged or not np.isfinite(fit.pvalues["interaction"]):
-        return MixedModel(contrast=None, p_value=None, item_share=None, words="not converged")
+        return none
     return MixedModel(
         contrast=float(fit.params["interaction"]) * 4 * spread,
         p_value=float(fit.pvalues["interaction"]),
@@ -257,10 +221,8 @@ def index_paired_f(changes: Floats, word_cells: Cells, cells: Cells) -> tuple[fl
 
     Each word's change is averaged over the stimuli of its own cell; word k of cell 1 is taken from word k of cell 0, word k of
     cell 3 from word k of cell 2, and the two sets of differences are compared by a one-way analysis of variance. The pairing is
-    arbitrary (another order of the words gives another F), and the stimuli do not enter as units.
-
-    Returns:
-        F and its p-value; 0 and 1 where nothing changed.
+    arbitrary (another order of the words gives another F), and the stimuli do not enter as units. Returns F and its p-value;
+    0 and 1 where nothing changed.
 
     Source: arXiv 2507.00269, released evaluation.
     """
@@ -283,7 +245,61 @@ def _counts(cells: Cells, n: int) -> Floats:
         raise ValueError(f"{len(cells)} cells for {n} units; give the cell of each unit")
     counts = np.bincount(cells, minlength=4).astype(np.float64)
     if len(counts) != 4 or not counts.all() or n <= 4:
-        raise ValueError(
-            f"the cells have {counts.astype(int).tolist()} units; give each of the four some, and more than 4 in all"
-        )
+        raise ValueError(f"the cells have {counts.astype(int).tolist()} units; give each of the 4 some, and 5 in all")
     return counts
+
+
+POWERS = (-1.0, 0.0, 0.5, 1.5, 2.0, 3.0)
+"""Yeo-Johnson's lambda; 1 is the identity, 0 a logarithm of positive values, 2 one of negative values."""
+ALPHA = 0.05
+"""Below this an interaction is there, above it has vanished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removability:
+    """What monotone transforms of the outcome do to its interaction."""
+
+    p_values: dict[str, float]
+    """Of the interaction after each transform; "as measured" is none."""
+    vanishes: tuple[str, ...]
+    """Transforms after which it is not significant, or of the other sign."""
+    crosses: bool
+    """Whether the simple effects of a factor have opposite signs at the two levels of the other."""
+
+    @property
+    def words(self) -> str:
+        """The verdict."""
+        if self.p_values["as measured"] >= ALPHA:
+            return "no interaction"
+        return "removable" if self.vanishes else "not removed"
+
+
+def removability(values: Floats, cells: Cells) -> Removability:
+    """Whether an interaction is more than a matter of scale, and survives every monotone transform that is tried.
+
+    Two factors that add up on one scale interact on another: exp(a + b) does. So an interaction counts as one of the factors
+    only if no strictly increasing transform of the outcome makes it go away. Tried are ranks, normal scores and Yeo-Johnson
+    powers from logarithm-like to convex (of the outcome in units of its root mean square). An interaction that is significant
+    on the scale of measurement and not on one of these, or of the other sign there, is called removable.
+
+    Beside it the ordinal criterion: where each factor's simple effects have one sign at both levels of the other, some monotone
+    transform of the four means makes them additive; where they cross none does.
+
+    Source: Loftus 1978, Memory & Cognition 6:312; Wagenmakers et al. 2012, Memory & Cognition 40:145; Yeo & Johnson 2000,
+    Biometrika 87:954.
+    """
+    ranks = np.asarray(stats.rankdata(values), dtype=np.float64)
+    unit = float(np.sqrt(np.mean(values**2))) or 1.0
+    powers: dict[str, Any] = {f"power {power:g}": stats.yeojohnson(values / unit, power) for power in POWERS}
+    scales = {
+        "as measured": values,
+        "ranks": ranks,
+        "normal scores": stats.norm.ppf((ranks - 0.5) / len(ranks)),
+        **powers,
+    }
+    tests = {name: factorial_test(scaled, cells) for name, scaled in scales.items()}
+    p_values, sign = {name: test.p_value for name, test in tests.items()}, np.sign(tests["as measured"].contrast)
+    lost = [name for name, test in tests.items() if test.p_value >= ALPHA or np.sign(test.contrast) != sign]
+    m = tests["as measured"].cell_means
+    crosses = (m[0] - m[2]) * (m[1] - m[3]) < 0 or (m[0] - m[1]) * (m[2] - m[3]) < 0
+    return Removability(p_values=p_values, vanishes=tuple(lost), crosses=crosses)

@@ -1,4 +1,4 @@
-"""Shapes and associations of per-feature figures: Spearman under a permutation null, Hartigan's dip, mixtures by BIC.
+"""Shapes and associations of per-feature statistics: Spearman under a permutation null, Hartigan's dip, mixtures by BIC.
 
 A correlation between a share and one of its own terms, such as ||w_lin|| / (||w_dec|| + ||w_lin||) and ||w_dec||, is not 0
 for unrelated weights. So the null here is not "no correlation" but "what this correlation is when the other rows are
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from sklearn.mixture import GaussianMixture
 
-from sae_nfm.stats.clustered import CELLS, Floats, checked, checked_pair
+from sae_nfm.stats.estimates import CELLS, Floats, checked, checked_pair
 
 Order = NDArray[np.intp]
 
@@ -39,7 +39,7 @@ class PermutedCorrelation:
     p_value: float
     """Two-sided, against the permutations: twice the smaller tail, the observed one counted in it."""
     n: int
-    """Pairs: features."""
+    """Pairs."""
     n_permutations: int
     """Permutations drawn; all of them when there are fewer than asked for."""
 
@@ -55,8 +55,7 @@ def permuted_spearman(
             with every part but x taken in that order (the order 0, 1, ..., n - 1 gives y itself):
             `lambda order: lin[order] / (x + lin[order])`.
 
-    Raises:
-        ValueError: for NaN or infinite values, unequal lengths, fewer than 3 pairs, or one value throughout.
+    Raises a ValueError for NaN or infinite values, unequal lengths, fewer than 3 pairs, or one value throughout.
     """
     x = checked("x", x)
     n = len(x)
@@ -114,7 +113,6 @@ class DipTest:
     p_value: float
     """Probability of such a dip under a uniform distribution, the unimodal one that dips most."""
     n: int
-    """Values."""
 
 
 def dip_test(values: ArrayLike) -> DipTest:
@@ -139,9 +137,8 @@ class Mixture:
     weights: tuple[float, ...]
     """Share of each component."""
     means: tuple[float, ...]
-    """Mean of each component, in the values' units."""
+    """In the values' units, as are `sds`."""
     sds: tuple[float, ...]
-    """Standard deviation of each component, in the values' units."""
     bic: float
     """Bayesian information criterion: lower is better."""
 
@@ -156,9 +153,8 @@ class MixtureComparison:
     """Mixtures of 1, 2, ... components, compared by BIC."""
 
     fits: tuple[Mixture, ...]
-    """The mixtures, by number of components."""
+    """By number of components."""
     n: int
-    """Values."""
 
     @property
     def preferred(self) -> Mixture:
@@ -185,12 +181,9 @@ def compare_mixtures(values: ArrayLike, *, max_components: int = 2, seed: int = 
     either: `dip_test` is the test for modes.
 
     Args:
-        values: [n].
-        max_components: at least 2.
         seed: seed of the starting points, three per fit.
 
-    Raises:
-        ValueError: for NaN or infinite values, fewer than 10, one value throughout, or `max_components` below 2.
+    Raises a ValueError for NaN or infinite values, fewer than 10, one value throughout, or `max_components` below 2.
     """
     if max_components < 2:
         raise ValueError(f"max_components is {max_components}; give at least 2: there is nothing to compare with one")
@@ -199,9 +192,8 @@ def compare_mixtures(values: ArrayLike, *, max_components: int = 2, seed: int = 
     standard = ((array - centre) / scale)[:, None]  # scikit-learn's floor on variances is absolute
 
     def fit(n_components: int) -> Mixture:
-        model: Any = GaussianMixture(n_components, n_init=3, tol=TOLERANCE, max_iter=5_000, random_state=seed).fit(
-            standard
-        )
+        model: Any = GaussianMixture(n_components, n_init=3, tol=TOLERANCE, max_iter=5_000, random_state=seed)
+        model.fit(standard)
         order = np.argsort(model.means_[:, 0])
         return Mixture(
             weights=tuple(map(float, model.weights_[order])),

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from sae_nfm.stats.anova_2x2 import SIGNS, Cells, Effect, FactorialTest, effect_t, factorial_test
-from sae_nfm.stats.clustered import Floats
+from sae_nfm.stats.estimates import Floats
 
 Half = NDArray[np.bool_]
 
@@ -29,23 +29,20 @@ class Selection:
     """The candidate with the largest effect on the selecting half."""
 
     index: int
-    """Which, among the candidates."""
     f: float
     """Its F there, which selection inflates: no evidence."""
     p_value: float
     """How often the largest of as many candidates has this |t| when residuals are shuffled, the observed one counted."""
     candidates: int
-    """How many there were."""
+    """Their number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedTest:
-    """A selection and its test on the other half."""
+    """A selection on one half, and its test on the other."""
 
     selection: Selection
-    """On one half."""
     held_out: FactorialTest
-    """On the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +56,15 @@ class ProcedureNull:
     p_value: float
     """Share of shuffles with a held-out F at least as large as the real one, that one counted."""
     shuffles: int
-    """How many."""
 
 
 def halves(cells: Cells, rng: np.random.Generator) -> Half:
-    """True for the stimuli to select on: half of every cell, drawn at random; of an odd number the smaller half.
-
-    Raises:
-        ValueError: for a cell with fewer than 4 stimuli.
-    """
+    """True for the stimuli to select on: half of every cell (of at least 4), at random; of an odd number the smaller."""
     chosen = np.zeros(len(cells), dtype=bool)
     for cell in range(4):
         members = np.flatnonzero(cells == cell)
         if len(members) < 4:
-            raise ValueError(
-                f"cell {cell} has {len(members)} stimuli; give at least 4, for two halves with a spread each"
-            )
+            raise ValueError(f"cell {cell} has {len(members)} stimuli; give at least 4: two halves with a spread each")
         chosen[rng.permutation(members)[: len(members) // 2]] = True
     return chosen
 
@@ -93,11 +83,9 @@ def select(
 
     Args:
         values: [items, candidates], the selecting half.
-        cells: [items].
-        n_permutations: how many; 0 leaves the p-value 1.
+        n_permutations: 0 leaves the p-value 1.
 
-    Raises:
-        ValueError: when there is no candidate.
+    Raises a ValueError when there is no candidate.
     """
     if values.shape[1] == 0:
         raise ValueError("there is no candidate to select from; lower min_stimuli, or give more stimuli")
@@ -115,31 +103,16 @@ def select(
 def select_and_test(
     values: Floats, cells: Cells, effect: Effect, half: Half, rng: np.random.Generator, n_permutations: int = 199
 ) -> SelectedTest:
-    """Select a candidate on one half of the stimuli and test it on the other.
-
-    Args:
-        values: [items, candidates].
-        cells: [items].
-        half: [items], from `halves`.
-        n_permutations: of the selection's null.
-    """
+    """Select a candidate of the values [items, candidates] on one half of the stimuli and test it on the other."""
     selection = select(values[half], cells[half], effect, rng, n_permutations)
-    return SelectedTest(
-        selection=selection, held_out=factorial_test(values[~half, selection.index], cells[~half], effect)
-    )
+    held_out = factorial_test(values[~half, selection.index], cells[~half], effect)
+    return SelectedTest(selection=selection, held_out=held_out)
 
 
 def shuffled_procedure(
     values: Floats, cells: Cells, effect: Effect, observed_f: float, rng: np.random.Generator, n_shuffles: int = 300
 ) -> ProcedureNull:
-    """Shuffle the cells among the stimuli, divide, select and test anew, many times.
-
-    Args:
-        values: [items, candidates].
-        cells: [items].
-        observed_f: the real held-out F.
-        rng: of shuffles and divisions.
-    """
+    """Shuffle the cells among the stimuli, divide, select and test again, many times; `observed_f` is the real held-out F."""
     held_out, same = list[float](), list[float]()
     for _ in range(n_shuffles):
         shuffled = rng.permutation(cells)
@@ -160,23 +133,13 @@ def shuffled_procedure(
 
 
 def permuted_p(values: Floats, cells: Cells, rng: np.random.Generator, n_permutations: int = 300) -> float:
-    """The interaction against the additive model's residuals shuffled among the stimuli: share of F at least as large.
-
-    Args:
-        values: [items].
-        cells: [items].
-    """
+    """The interaction against the additive model's residuals shuffled among the stimuli: share of F at least as large."""
     columns = np.tile(residuals(values, cells, "interaction")[:, None], n_permutations)
     return _interaction_p(values, rng.permuted(columns, axis=0), cells)
 
 
 def flipped_p(values: Floats, cells: Cells, rng: np.random.Generator, n_flips: int = 300) -> float:
-    """The interaction against random signs of the additive model's residuals: share of F at least as large.
-
-    Args:
-        values: [items].
-        cells: [items].
-    """
+    """The interaction against random signs of the additive model's residuals: share of F at least as large."""
     flips = rng.choice([-1.0, 1.0], (len(cells), n_flips))
     return _interaction_p(values, residuals(values, cells, "interaction")[:, None] * flips, cells)
 

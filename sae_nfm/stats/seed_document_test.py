@@ -9,15 +9,15 @@ v_S/S + v_R q/S; the jackknife over documents of the mean over seeds estimates v
 term twice: it errs towards wide intervals (most where seeds and documents matter least), never towards narrow ones.
 Degrees of freedom are Satterthwaite's: S - 1 where seeds dominate, the effective documents less 1 where documents do.
 
-The seed is the unit of every claim about architectures: with fewer than 5 there are figures and no verdict. The interval
-of a relative difference is Fieller's idea with this test: all r for which a - (1 + r) b is not told apart from 0. So it
-leaves out 0 exactly when the difference does.
+The seed is the unit of every claim about architectures: with fewer than 5 there are estimates and no verdict. The interval
+of a relative difference is Fieller's idea with this test: all r for which a - (1 + r) b does not differ significantly from 0.
+So it leaves out 0 exactly when the difference does.
 
 A t-test over few seeds trusts them to scatter normally. So the words also ask that swapping the arms' labels in any set of
 seeds looks as good at most once in 32: five seeds have to agree. Under labels that mean nothing that holds exactly, whatever
 the distribution (t alone: up to 3.5 % one-sided for 5 seeds and 6.2 % for 7, where differences are large and of either sign).
 
-Source: Satterthwaite 1946, Biometrics Bulletin 2:110; Fieller 1954; `sae_nfm.stats.clustered` for the jackknife.
+Source: Satterthwaite 1946, Biometrics Bulletin 2:110; Fieller 1954; `sae_nfm.stats.estimates` for the jackknife.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,9 +31,17 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.optimize import brentq
 
-from sae_nfm.stats.clustered import Floats, StudentT, check_confidence, interval, jackknife
-from sae_nfm.stats.estimates import Correction, Estimate, corrected
-from sae_nfm.stats.paired import paired_by_seed
+from sae_nfm.stats.estimates import (
+    Correction,
+    Estimate,
+    Floats,
+    StudentT,
+    check_confidence,
+    corrected,
+    interval,
+    jackknife,
+    paired_by_seed,
+)
 
 SEEDS_FOR_A_CLAIM = 5
 """With fewer seeds there are figures and no verdict."""
@@ -56,9 +64,8 @@ class Verdict:
     """One arm against another on one measure, of which less is better (FVU, KL)."""
 
     arm: str
-    """Name of the arm."""
     against: str
-    """Name of the arm it is compared with."""
+    """The arm it is compared with."""
     measure: str
     """What was measured, with its unit."""
     difference: Estimate
@@ -66,13 +73,12 @@ class Verdict:
     relative: Estimate
     """The same over the mean of `against`, a fraction."""
     n_seeds: int
-    """Seeds, each trained in both arms."""
     relabelled: float
     """Share of the ways to swap the labels of the arms by seed that show as large a difference in this direction."""
 
     @property
     def outcome(self) -> Outcome:
-        """The verdict; there is none for too few seeds."""
+        """There is none for too few seeds."""
         if self.n_seeds < SEEDS_FOR_A_CLAIM:
             return Outcome.NO_CLAIM
         if not self._significant or self.relabelled > RELABELLED_AT_MOST:
@@ -93,7 +99,7 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        """The figures and the words, in one line."""
+        """The numbers and the words, in one line."""
         d, r = self.difference, self.relative
         disagree = self._significant and self.outcome is Outcome.NO_DIFFERENCE
         notes = [note for note in (d.correction, "the seeds disagree" if disagree else None) if note]
@@ -119,7 +125,6 @@ def verdict(
     Args:
         a: [seeds, documents], the arm's mean of the measure over each document's tokens.
         b: [seeds, documents], likewise of the arm it is compared with: same seeds, same documents, same order.
-        against: name of the arm it is compared with.
         weights: [documents], what each counts for: its tokens for a mean over tokens; for FVU, where a and b are squared
             error over squared distance from the mean within the document, that squared distance. None: equal.
         confidence: nominal coverage of both intervals.
@@ -137,26 +142,14 @@ def verdict(
         )
     w = _checked_weights(weights, a.shape[1])
     if b.mean(0) @ w == 0:
-        raise ValueError(
-            f"the mean of {against!r} is 0, so there is no relative difference: nothing is left to improve"
-        )
-    difference, relative = _figures(a, b, w, confidence)
-    return Verdict(
-        arm=arm,
-        against=against,
-        measure=measure,
-        difference=difference,
-        relative=relative,
-        n_seeds=len(a),
-        relabelled=_relabelled((a - b) @ w),
-    )
+        raise ValueError(f"the mean of {against!r} is 0, so there is no relative difference: nothing to improve")
+    difference, relative = _estimates(a, b, w, confidence)
+    relabelled, names = _relabelled((a - b) @ w), {"arm": arm, "against": against, "measure": measure}
+    return Verdict(**names, difference=difference, relative=relative, n_seeds=len(a), relabelled=relabelled)
 
 
 def _relabelled(differences: Floats) -> float:
-    """Share of the sign patterns of the seeds' differences whose mean is as far from 0, on the side of their own.
-
-    All patterns up to 13 seeds, 9,999 random ones (always the same) above.
-    """
+    """Share of the sign patterns of the seeds' differences whose mean is as far from 0, on the side of their own."""
     if len(differences) == 1:
         return 0.5
     found: Any = stats.permutation_test(
@@ -164,121 +157,87 @@ def _relabelled(differences: Floats) -> float:
         np.mean,
         permutation_type="samples",
         vectorized=True,
-        n_resamples=9_999,
+        n_resamples=9_999,  # all patterns up to 13 seeds; above, random ones, always the same
         alternative="less" if differences.mean() < 0 else "greater",
         rng=np.random.default_rng(0),
     )
     return float(found.pvalue)
 
 
-def _figures(a: Floats, b: Floats, weights: Floats, confidence: float) -> tuple[Estimate, Estimate]:
+def _estimates(a: Floats, b: Floats, weights: Floats, confidence: float) -> tuple[Estimate, Estimate]:
     """Difference and relative difference of the weighted means, over seeds and documents."""
-    crossed = _Crossed.of(a, b, weights)
-    mean_a, mean_b = crossed.means
-    error, reference = crossed.test(1.0)
+    cells, (n_seeds, n_documents) = np.stack([a, b]), a.shape
+    means, by_document = jackknife(cells.mean(1) * weights, weights[None])
+    mean_a, mean_b = map(float, means)
+    # [2, 2] covariance of the means and its degrees of freedom: over documents, and over seeds where there are several
+    parts = [(by_document @ by_document.T, StudentT.over_clusters(weights).df)]
+    if n_seeds > 1:
+        parts.append((np.cov(cells @ weights / weights.sum()) / n_seeds, float(n_seeds - 1)))
+
+    def error_of(r: float) -> tuple[float, StudentT]:
+        """Standard error of mean(a) - r mean(b), and Satterthwaite's t for it."""
+        contrast = np.array([1.0, -r])
+        variances = [max(0.0, float(contrast @ part @ contrast)) for part, _ in parts]
+        spread = sum(v**2 / df for v, (_, df) in zip(variances, parts, strict=True))
+        df = sum(variances) ** 2 / spread if spread else parts[0][1]
+        return float(np.sqrt(sum(variances))), StudentT(df=df)
+
+    def beyond(r: float) -> float:
+        """How far mean(a) - r mean(b) is outside of what the test allows."""
+        error, reference = error_of(r)
+        return abs(mean_a - r * mean_b) - reference.critical(confidence) * error
+
+    error, reference = error_of(1.0)
     low, high = interval(mean_a - mean_b, error, reference.critical(confidence))
-    test = _test_in_words(len(a), a.shape[1], reference.df)
+    documents = f"{n_documents} documents"
+    units = f"{documents} of one seed" if n_seeds == 1 else f"{n_seeds} seeds and {documents}, crossed"
+    test = f"t-test over {units} ({reference.df:.1f} degrees of freedom)"
     difference = Estimate(
         estimate=mean_a - mean_b,
         low=low,
         high=high,
         confidence=confidence,
         n=a.size,
-        n_clusters=a.shape[1],
+        n_clusters=n_documents,
         test=f"paired difference, {test}",
         p_value=reference.p_value(mean_a - mean_b, error),
     )
-    low, high = crossed.ratio_interval(confidence)
-    return difference, replace(
-        difference,
-        estimate=mean_a / mean_b - 1,
-        low=low - 1,
-        high=high - 1,
-        test=f"relative difference, by inversion of the {test}",
-    )
+    ratio = mean_a / mean_b
+    low, high = _accepted(beyond, ratio, error_of(ratio)[0] / abs(mean_b))
+    words = f"relative difference, by inversion of the {test}"
+    return difference, replace(difference, estimate=ratio - 1, low=low - 1, high=high - 1, test=words)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Crossed:
-    """Weighted means of two arms and the two parts of their covariance."""
+def _accepted(beyond: Callable[[float], float], ratio: float, step: float) -> tuple[float, float]:
+    """All r around the ratio of the means that the test does not refuse; -inf and inf when the divisor may be 0."""
+    far = 1e9 * (abs(ratio) + step + 1)
+    if beyond(far) <= 0 or beyond(-far) <= 0:
+        return float("-inf"), float("inf")
+    if beyond(ratio) >= 0:  # no spread but rounding
+        return ratio, ratio
 
-    means: tuple[float, float]
-    parts: tuple[tuple[Floats, float], ...]
-    """[2, 2] covariance of the means and its degrees of freedom: over documents, and over seeds where there are several."""
+    def crossing(step: float) -> float:
+        while beyond(ratio + step) <= 0:
+            step *= 2
+        return float(brentq(beyond, ratio, ratio + step, xtol=1e-12, rtol=1e-12))  # pyright: ignore[reportArgumentType]
 
-    @classmethod
-    def of(cls, a: Floats, b: Floats, weights: Floats) -> "_Crossed":
-        """From [seeds, documents] of both arms."""
-        cells = np.stack([a, b])
-        means, by_document = jackknife(cells.mean(1) * weights, weights[None])
-        parts = [(by_document @ by_document.T, StudentT.over_clusters(weights).df)]
-        if len(a) > 1:
-            parts.append((np.cov(cells @ weights / weights.sum()) / len(a), float(len(a) - 1)))
-        return cls(means=(float(means[0]), float(means[1])), parts=tuple(parts))
-
-    def test(self, r: float) -> tuple[float, StudentT]:
-        """Standard error of mean(a) - r mean(b), and Satterthwaite's t for it."""
-        contrast = np.array([1.0, -r])
-        variances = [max(0.0, float(contrast @ part @ contrast)) for part, _ in self.parts]
-        spread = sum(v**2 / df for v, (_, df) in zip(variances, self.parts, strict=True))
-        df = sum(variances) ** 2 / spread if spread else self.parts[0][1]
-        return float(np.sqrt(sum(variances))), StudentT(df=df)
-
-    def ratio_interval(self, confidence: float) -> tuple[float, float]:
-        """All r around mean(a) / mean(b) that `test` does not refuse; -inf and inf when mean(b) may be 0."""
-        (a, b), ratio = self.means, self.means[0] / self.means[1]
-
-        def beyond(r: float) -> float:
-            error, reference = self.test(r)
-            return abs(a - r * b) - reference.critical(confidence) * error
-
-        error, _ = self.test(ratio)
-        step = error / abs(b)
-        far = 1e9 * (abs(ratio) + step + 1)
-        if beyond(far) <= 0 or beyond(-far) <= 0:
-            return float("-inf"), float("inf")
-        if beyond(ratio) >= 0:  # no spread but rounding
-            return ratio, ratio
-        return _crossing(beyond, ratio, -step), _crossing(beyond, ratio, step)
-
-
-def _crossing(beyond: Callable[[float], float], inside: float, step: float) -> float:
-    """Where `beyond` turns positive, going from `inside` in the direction of `step`."""
-    while beyond(inside + step) <= 0:
-        step *= 2
-    return float(brentq(beyond, inside, inside + step, xtol=1e-12, rtol=1e-12))  # pyright: ignore[reportArgumentType]
+    return crossing(-step), crossing(step)
 
 
 def verdict_from_rows(
     rows: pd.DataFrame, measure: str, *, arm: str, against: str, weight: str = "tokens", confidence: float = 0.95
 ) -> Verdict:
-    """`verdict` on tidy rows: one per seed, arm and document, as `sae_nfm.stats.paired.paired_by_seed` reads them.
-
-    Raises:
-        ValueError: as `paired_by_seed` and `verdict`.
-    """
-    pair = paired_by_seed(rows, measure, arm=arm, against=against, weight=weight)
-    return verdict(
-        pair.a, pair.b, arm=arm, against=against, measure=measure, weights=pair.weights, confidence=confidence
-    )
+    """`verdict` on tidy rows: one per seed, arm and document, as `paired_by_seed` reads them, with its ValueErrors."""
+    a, b, weights = paired_by_seed(rows, measure, arm=arm, against=against, weight=weight)
+    return verdict(a, b, arm=arm, against=against, measure=measure, weights=weights, confidence=confidence)
 
 
 def corrected_verdicts(verdicts: Sequence[Verdict], method: Correction) -> tuple[Verdict, ...]:
-    """The same verdicts, their words from p-values adjusted for their number; those without a claim stay as they are.
-
-    Raises:
-        ValueError: as `sae_nfm.stats.estimates.corrected`.
-    """
+    """The same verdicts, their words from p-values adjusted for their number; those without a claim stay as they are."""
     claims = [i for i, v in enumerate(verdicts) if v.n_seeds >= SEEDS_FOR_A_CLAIM]
     adjusted = corrected([verdicts[i].difference for i in claims], method) if claims else ()
     differences = dict(zip(claims, adjusted, strict=True))
     return tuple(replace(v, difference=differences.get(i, v.difference)) for i, v in enumerate(verdicts))
-
-
-def _test_in_words(n_seeds: int, n_documents: int, df: float) -> str:
-    if n_seeds == 1:
-        return f"t-test over {n_documents} documents of one seed ({df:.1f} degrees of freedom)"
-    return f"t-test over {n_seeds} seeds and {n_documents} documents, crossed ({df:.1f} degrees of freedom)"
 
 
 def _checked_cells(arm: str, values: ArrayLike) -> Floats:

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from sae_nfm.analysis.gauge import as_read, as_trained
-from sae_nfm.architectures.sequential_base import BASES, REFUSED
-from sae_nfm.architectures.sequential_config import SequentialNFMTrainingSAEConfig
+from sae_nfm.architectures.sequential_config import BASES, REFUSED, SequentialNFMTrainingSAEConfig
 from sae_nfm.architectures.sequential_sae import SequentialNFM
 from sae_nfm.architectures.sequential_training import SequentialNFMTrainingSAE
 from sae_nfm.loading.strict import sha256_of

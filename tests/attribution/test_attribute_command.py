@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae_nfm import demo
-from sae_nfm.architectures.path_weights import PathWeights
+from sae_nfm.architectures.nfm_paths import PathWeights
 from sae_nfm.attribution.pair_effects import run_prompt
 from sae_nfm.attribution.pairs import TokenPairs, norms
 from sae_nfm.attribution.results import Attribution, InteractionGraph

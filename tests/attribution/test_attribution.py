@@ -8,7 +8,7 @@ from builders import ARCHITECTURES, D_SAE, HOOK_Z, random_sae, training_config
 from pair_inputs import pair_sae, pairs_by_loop, x
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 
-from sae_nfm.architectures.path_weights import PathWeights
+from sae_nfm.architectures.nfm_paths import PathWeights
 from sae_nfm.attribution.pairs import TokenPairs, along, bias_terms, norms, single_features, strongest, written
 from sae_nfm.attribution.path_activations import TokenReads, token_reads
 from sae_nfm.kernels.reference import SparseActs

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pair_inputs import pair_sae, x
 
-from sae_nfm.architectures.path_weights import PathWeights
+from sae_nfm.architectures.nfm_paths import PathWeights
 from sae_nfm.attribution.corpus import TokenBatch
 from sae_nfm.attribution.graph import interaction_graph
 from sae_nfm.attribution.pair_table import summed

@@ -6,7 +6,7 @@ from builders import ARCHITECTURES, D_VOCAB, HOOK, tiny_model
 from pair_inputs import pair_sae, pairs_by_loop, planted_pair_sae, some_tokens
 from planted import linear_model
 
-from sae_nfm.architectures.path_weights import PathWeights
+from sae_nfm.architectures.nfm_paths import PathWeights
 from sae_nfm.attribution.direct_logits import SCALE, DirectPath, Target
 from sae_nfm.attribution.pair_effects import PromptRun, Removal, gradients, remove_pairs, run_prompt
 from sae_nfm.attribution.pairs import TokenPairs, along, norms, written

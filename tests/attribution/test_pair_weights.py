@@ -9,7 +9,7 @@ import torch
 from builders import D_SAE
 from pair_inputs import pair_sae, x
 
-from sae_nfm.architectures.path_weights import PathWeights
+from sae_nfm.architectures.nfm_paths import PathWeights
 from sae_nfm.attribution.corpus import TokenBatch
 from sae_nfm.attribution.pair_table import summed
 from sae_nfm.attribution.pairs import TokenPairs, norms

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.nn.utils import parameters_to_vector
 
 from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig, parameter_count
-from sae_nfm.architectures.registry import random_initialisation
+from sae_nfm.architectures.nfm_config import random_initialisation
 from sae_nfm.comparison.arms import (
     ArmSizes,
     flop_matched_width,

@@ -14,9 +14,9 @@ import verbatim
 from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, LoggingConfig, StandardTrainingSAEConfig
 from sample import SampleConfig, replace_long_passages, sample_rows
 from train_lm import TrainConfig, train_lm
-from verbatim import LIMIT, longest_runs
+from verbatim import LIMIT, longest_runs, token_stream
 
-from sae_nfm.data.text_files import read_documents, token_stream
+from sae_nfm.data.datasets import read_documents
 from sae_nfm.demo import load_model, load_tokens
 from sae_nfm.demo.model import MODEL_DIR, hooked_gpt2, load_gpt2, load_tokenizer
 from sae_nfm.demo.tokens import TOKENS_DIR, read_rows, write_rows

@@ -32,7 +32,7 @@ from sae_nfm.experiments.reproduce.sequential import (
     written_shares,
 )
 from sae_nfm.models.load import load_model
-from sae_nfm.stats.clustered import Bootstrap
+from sae_nfm.stats.estimates import Bootstrap
 from sae_nfm.training.results import TRAINED_FILENAME, Trained
 
 pytest_plugins = ["finished_runs"]

@@ -25,7 +25,7 @@ from sae_lens.saes.sae import TrainStepInput
 from sae_nfm import JointNFMSAEConfig, JointNFMTrainingSAEConfig
 from sae_nfm.analysis.path_contributions import feature_energies, token_paths
 from sae_nfm.architectures import joint_config
-from sae_nfm.architectures.path_weights import attributable
+from sae_nfm.architectures.nfm_paths import attributable
 from sae_nfm.cli.parser import description
 from sae_nfm.comparison.arms import training_flops
 from sae_nfm.experiments.factorial.candidates import pair_candidates

@@ -17,7 +17,7 @@ def whole_step(inputs: list[Tensor], k: int, kernel: dispatch.Kernel | Literal["
     kernel, product = ("sparse", "dense") if kernel == "products" else (kernel, kernel)
     norms, W_dec = dispatch.row_norms(W_dec, kernel=kernel)
     acts = dispatch.encode(x, W_enc, b_enc, norms, k, kernel=kernel, gradient=product)
-    routing = dispatch.route(acts.indices, len(b_enc))
+    routing = reference.route(acts.indices, len(b_enc))
     unscaled = SparseActs(acts.indices, acts.values / norms[acts.indices])
     rows = dispatch.weighted_rows(unscaled, W_dec, routing, kernel=product)
     both = dispatch.both_decoders(acts, W_dec, norms, W_enc.mT, routing, kernel=product)

@@ -14,7 +14,7 @@ from kernel_inputs import TIGHT, assert_largest, decoded, encoder, gradients, ra
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
-from sae_nfm.kernels import device, dispatch, sparse_sums, topk
+from sae_nfm.kernels import device, dispatch, reference, sparse_sums, topk
 from sae_nfm.kernels.reference import SparseActs
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
@@ -71,7 +71,7 @@ SIZES = [(3, 5, 7, 5), (2, 1, 5, 34), (2, 9, 10, 50), (9, 8, 8, 16), (1, 1, 1, 1
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_sums(monkeypatch, sizes, dtype):
     indices, values, rows, by_token = acts_and_rows(*sizes, dtype)
-    routing = sparse_sums.route(indices, len(rows))
+    routing = reference.route(indices, len(rows))
     both(monkeypatch, sparse_sums.sum_by_token, indices, values, rows, dtype=dtype)
     both(monkeypatch, sparse_sums.sum_by_feature, routing, values, by_token, dtype=dtype)
     if dtype != torch.bfloat16:  # torch has no such product
@@ -83,7 +83,7 @@ def test_sums_by_hand():
     indices, values = torch.tensor([[2, 0], [2, 1]]), torch.tensor([[3.0, 5.0], [7.0, 11.0]])
     rows = torch.tensor([[1.0, 2.0], [10.0, 20.0], [100.0, 200.0], [9.0, 9.0]])
     by_token = torch.tensor([[1.0, 0.0], [1.0, -1.0]])
-    routing = sparse_sums.route(indices, 4)
+    routing = reference.route(indices, 4)
     assert sparse_sums.sum_by_token(indices, values, rows).tolist() == [[305.0, 610.0], [810.0, 1620.0]]
     assert sparse_sums.sum_by_feature(routing, values, by_token).tolist() == [[5, 0], [11, -11], [10, -7], [0, 0]]
     assert sparse_sums.dots(indices, by_token, rows).tolist() == [[100.0, 1.0], [-100.0, -10.0]]
@@ -103,7 +103,7 @@ def test_transpose(shape):
 
 def test_no_tokens():
     indices, values = torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3)
-    routing = sparse_sums.route(indices, 5)
+    routing = reference.route(indices, 5)
     assert (sparse_sums.sum_by_feature(routing, values, torch.zeros(0, 4)) == 0).all()
 
 
@@ -152,7 +152,7 @@ def test_selection_among_scores_of_minus_infinity_stays_within_the_columns(k):
 )
 def test_bi_interaction(monkeypatch, k, nfm_dim, n_tokens, dtype):
     acts, (V,) = random_acts((n_tokens,), k=k, dtype=dtype), randoms((11, nfm_dim), seed=1, dtype=dtype)
-    routing = dispatch.route(acts.indices, 11)
+    routing = reference.route(acts.indices, 11)
 
     def outcome() -> list[Tensor]:
         z = dispatch.bi_interaction(acts, V, routing)
@@ -171,9 +171,9 @@ def test_bi_interaction_and_its_gradients_keep_their_precision_when_one_feature_
     z, exact = dispatch.bi_interaction(acts, V), dispatch.bi_interaction(exact_acts, exact_V, kernel="dense")
     found = [z, *gradients(z, [acts.values, V])]
     expected = [exact, *gradients(exact, [exact_acts.values, exact_V])]
-    for ours, reference in zip(found, expected, strict=True):
+    for ours, theirs in zip(found, expected, strict=True):
         # float32 has 6e-8, sums of 4 to 8 terms need a few of it; the plain formula is wrong in the fourth digit
-        assert (ours.double() - reference).norm() / reference.norm() < 1e-6
+        assert (ours.double() - theirs).norm() / theirs.norm() < 1e-6
     # the gradient of the strongest feature is a sum over the weak ones, and small beside the others'
     top, reference = found[1][:, 3].double(), expected[1][:, 3]
     assert (top - reference).norm() / reference.norm() < 1e-6

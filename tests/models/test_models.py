@@ -250,7 +250,7 @@ def test_incomplete_folders(tmp_path):
 def test_unknown_names():
     with pytest.raises(ValueError, match="'no-such-model'"):
         load_model("no-such-model")
-    with pytest.raises(ValueError, match=r"model_class_name is 'GPT'.*'HookedTransformer', 'TransformerBridge'"):
+    with pytest.raises(ValueError, match=r"model_class_name .*'HookedTransformer', 'TransformerBridge'.*'GPT'"):
         load_model(demo.MODEL_NAME, model_class_name="GPT")
 
 

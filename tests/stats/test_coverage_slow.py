@@ -8,9 +8,16 @@ from numpy.typing import NDArray
 from scipy import stats
 from simulated_evidence import Tail, arms_by_seed, clustered_values, kl_of_two_arms, quick_collection
 
-from sae_nfm.stats.clustered import Bootstrap
 from sae_nfm.stats.distributions import compare_mixtures, dip_test, permuted_spearman
-from sae_nfm.stats.estimates import Estimate, clustered_mean, corrected_p_values, effect_size, paired_t, relative_change
+from sae_nfm.stats.estimates import (
+    Bootstrap,
+    Estimate,
+    clustered_mean,
+    corrected_p_values,
+    effect_size,
+    paired_t,
+    relative_change,
+)
 from sae_nfm.stats.seed_document_test import Verdict, verdict
 
 pytestmark = pytest.mark.slow

@@ -16,9 +16,9 @@ from sae_nfm.stats.anova_2x2 import (
     index_paired_f,
     mixed_model,
     partial_eta_squared,
+    removability,
     word_pattern,
 )
-from sae_nfm.stats.monotone import removability
 
 
 def test_f_by_hand():

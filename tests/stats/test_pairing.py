@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sae_nfm.stats.paired import paired_by_seed, paired_by_token
+from sae_nfm.stats.estimates import paired_by_seed, paired_by_token
 
 TOKENS = pd.DataFrame(
     {

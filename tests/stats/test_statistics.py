@@ -11,13 +11,15 @@ import statsmodels.api as sm
 from scipy import stats
 from simulated_evidence import clustered_values, counts_by_chance, kl_of_two_arms, quick_collection
 
-from sae_nfm.stats.clustered import Bootstrap, BootstrapT, fieller
 from sae_nfm.stats.estimates import (
+    Bootstrap,
+    BootstrapT,
     Estimate,
     clustered_mean,
     corrected,
     corrected_p_values,
     effect_size,
+    fieller,
     mean_difference,
     paired_t,
     ratio_of_means,

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 # the package as it is before its __init__, which would import SAELens: three times as long as the compiler
 sys.modules["sae_nfm"] = importlib.util.module_from_spec(importlib.util.find_spec("sae_nfm"))
 
-from sae_nfm.kernels import triton_pairs, triton_sums  # noqa: E402
+from sae_nfm.kernels import triton_sums  # noqa: E402
 
 TARGETS = {
     "few": ((80, "fp32", (300,)), (90, "fp32", (768, 1)), (90, "bf16", (768,))),
@@ -94,8 +94,7 @@ def widths_of(kernel: JITFunction, widths: tuple[int, ...], which: str) -> tuple
 
 
 def kernels() -> list[JITFunction]:
-    modules = (triton_sums, triton_pairs)
-    return [value for module in modules for _, value in inspect.getmembers(module) if isinstance(value, JITFunction)]
+    return [value for _, value in inspect.getmembers(triton_sums) if isinstance(value, JITFunction)]
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def test_checkpoints_are_named(shared, capsys):
         (["--hook_name", "blocks.0.attn.hook_pattern"], r"shape \(1, 2, 2, 2\).*\[batch, pos, d_in\]"),
         (["--hook_head_index", "2"], r"hook_head_index is 2\b.*\b0 to 1\b"),
         (["--model_name", "no-such-model"], "model 'no-such-model'"),
-        (["--model_class_name", "GPT"], "model_class_name is 'GPT'.*'HookedTransformer'"),
+        (["--model_class_name", "GPT"], "model_class_name .*'HookedTransformer'.*'GPT'"),
         (["--dataset_path="], "embedded tokens.*--dataset"),
         (["--dataset_path", "no.jsonl"], r"\bno\.jsonl\b.*\.parquet"),
         (["--dataset_path", "short.txt"], r"'short\.txt'.*\b16 tokens\b.*context_size"),
