@@ -29,10 +29,7 @@ def error_ratios(
     """The ratio against each control, paired by token, clustered by document, tested against 1.
 
     Numerators and denominators by document are the `kl_nats` of `token_table.document_sums`, from the folder of a finished
-    measurement of `control_arms`. `bootstrap` resamples documents; None refers to Student's t.
-
-    Raises:
-        FileNotFoundError, ValueError: as `token_table.read_rows` and `stats.ratio_of_means`.
+    measurement of `control_arms`. `bootstrap` resamples documents; None refers to Student's t. Raises as `read_rows`.
     """
     columns = ["document", "kl_nats"]
     mine: Any = read_rows(folder, columns, [under_test])

@@ -187,8 +187,7 @@ def evaluate(
 ) -> dict[str, Fidelity]:
     """Fidelity of every arm on the same tokens, held-out rows that begin with BOS where the model wants one.
 
-    Raises:
-        ValueError: for two arms of one name, or when no token is left to average over.
+    A ValueError for two arms of one name, or when no token is left to average over.
     """
     if len({arm.name for arm in arms}) != len(arms):
         raise ValueError(f"arm names {[arm.name for arm in arms]} repeat; give every arm a name of its own")

@@ -94,11 +94,7 @@ class HashedStore(ActivationsStore):
 
 
 def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Evaluation:
-    """Evaluate one SAE; writes `config.save` where that is given.
-
-    Raises:
-        ValueError, FileNotFoundError: for an SAE, model or data set that does not work; nothing is written.
-    """
+    """Evaluate one SAE; writes `config.save` where that is given, and nothing where SAE, model or data do not work."""
     check_device(config.device)
     sae = load_sae(config.sae, config.sae_id, config.device).eval()
     metadata = sae.cfg.metadata

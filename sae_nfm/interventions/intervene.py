@@ -96,9 +96,7 @@ class Intervention(ABC):
 class Splice(Intervention):
     """An SAE in place of the hook point that its metadata names.
 
-    Raises:
-        ValueError: for a hook point the SAE does not have, a mean that is no vector, or an SAE that reads one hook point
-            and writes another.
+    A ValueError for a hook point the SAE does not have, a mean that is no vector, or an SAE that reads one and writes another.
     """
 
     sae: SAE[Any]
@@ -240,12 +238,8 @@ def path_means(
 ) -> dict[str, Float[Tensor, " width"]]:
     """Mean over the counted tokens of what passes through hook points of an SAE, for ablation by the mean.
 
-    Args:
-        tokens: held-out rows, better not those that will be evaluated on; the SAE sees the model's activations as they are.
-        names: hook points of the SAE, such as "hook_nfm_linear".
-
-    Raises:
-        ValueError: for a hook point the SAE does not have, or when no token is counted.
+    The SAE sees the model's activations as they are; the held-out rows are better not those that will be evaluated on. A ValueError
+    for a hook point the SAE does not have, such as "hook_nfm_linear", or when no token is counted.
     """
     Splice(sae=sae, ablated=dict.fromkeys(names))  # refuses unknown names
     sums, n = dict.fromkeys(names, torch.zeros(())), 0

@@ -40,13 +40,9 @@ IN_UNITS_OF_THE_MODEL = ("none", "expected_average_only_in")
 def mean_gates(
     model: LanguageModel, sae: SAE[Any], pair: tuple[int, int], tokens: Int[Tensor, "rows pos"], *, batch_rows: int = 16
 ) -> tuple[Float[Tensor, " nfm_dim"], int]:
-    """The share of tokens on which each gate h > 0 is open, over the counted tokens where the interaction path reads both.
+    """The share of tokens on which each gate h > 0 is open, float32, and the number of these tokens.
 
-    Returns:
-        The shares, float32, and the number of these tokens.
-
-    Raises:
-        ValueError: when there is no such pair, or no such token.
+    They are the counted tokens where the interaction path reads both features; a ValueError when there is none, or no such pair.
     """
     PairEdit(pair=pair, mode="scale", value=1.0).check(sae)
     is_open, n = torch.zeros(sae.cfg.nfm_dim), 0
@@ -136,9 +132,6 @@ def compare_steering(
         target: a token id whose log-probability as the next token is followed.
         gate_tokens: text on which the gates are averaged; None takes `tokens`.
         seed: of the random directions.
-
-    Raises:
-        ValueError: when the pair, the distances or the text do not allow it.
     """
     _check(model, tokens, alphas, target, n_random)
     gates, n = mean_gates(model, sae, pair, tokens if gate_tokens is None else gate_tokens, batch_rows=batch_rows)

@@ -92,10 +92,7 @@ def train_arms(
     """Train those of the arms that are not finished, all at once, each into `folder/<name>`, at Adam's learning rates by name.
 
     Where an interrupted run left a checkpoint in `folder.partial`, its arms go on from there before the others begin. The data
-    set has a `text` or a `tokens` column, in the order of this seed.
-
-    Raises:
-        ValueError: when a finished arm was trained otherwise.
+    set has a `text` or a `tokens` column, in the order of this seed. A ValueError when a finished arm was trained otherwise.
     """
     for names, unfinished in _rounds(pending(stream, arms, learning_rates, folder), _unfinished(folder)):
         _train_round(stream, {name: arms[name] for name in names}, learning_rates, model, dataset, folder, unfinished)
