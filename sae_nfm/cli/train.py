@@ -16,7 +16,7 @@ from sae_nfm import demo
 from sae_nfm.architectures.joint_config import ARCHITECTURE
 from sae_nfm.cli.parser import CommandParser, options_of, typed
 from sae_nfm.cli.spelling import Option, respelt
-from sae_nfm.training.arguments import (
+from sae_nfm.training.run import (
     SAELENS_SAE,
     TrainArguments,
     defaults,

@@ -19,7 +19,7 @@ from sae_nfm.comparison.claims import ABLATED
 from sae_nfm.comparison.results import ARM_GROUPS, ArmGroup, ArmName, CompareRow, Paths, RowKind
 from sae_nfm.data import TokenRows
 from sae_nfm.evaluation import Arm, Fidelity, evaluate
-from sae_nfm.evaluation.held_out_sums import SUMS, fidelity_of, held_out_sums
+from sae_nfm.evaluation.fidelity import SUMS, fidelity_of, held_out_sums
 from sae_nfm.models import LanguageModel
 from sae_nfm.training import Trained, TrainingArm
 

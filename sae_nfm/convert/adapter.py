@@ -27,12 +27,9 @@ from sae_nfm.loading import check_folder, sha256_of, write_note
 
 
 def save_adapter(sae: SequentialNFM, path: str | Path, *, base: str | None = None) -> Path:
-    """Save the NFM of a sequential SAE without its base.
+    """Save the NFM of a sequential SAE without its base; an SAE that is in the folder `path` stays there under another name.
 
-    Args:
-        sae: the SAE, for inference or in training.
-        path: folder; an SAE that is there is kept under another name.
-        base: folder or release:sae_id under which the base is found; the one it was made from unless given.
+    `base`: folder or release:sae_id under which the base is found; the one it was made from unless given.
 
     Raises:
         ValueError: when the base has no such name, or what is found there has other weights; nothing is written.
@@ -46,16 +43,10 @@ def save_adapter(sae: SequentialNFM, path: str | Path, *, base: str | None = Non
 
 
 def write_adapter(sae: SequentialNFM, folder: Path, base: str | None = None) -> None:
-    """Write the files of `save_adapter` to a folder that is there; what else it holds stays.
-
-    Raises:
-        ValueError: as `save_adapter`; nothing is written.
-    """
+    """Write the files of `save_adapter` to a folder that is there; what else it holds stays. Raises as `save_adapter`."""
     source = base or sae.cfg.base
     if not source:
-        raise ValueError(
-            "the base was given as an object, so an adapter cannot name it; give base, or save it self-contained"
-        )
+        raise ValueError("the base was given as an object, which an adapter cannot name; give base, or save all of it")
     found = load_base(source, sae.cfg.base_norm_scaling_factor, sae.cfg.dtype)
     sha256 = sha256_of(sae.base.state_dict())
     check_base(found.state_dict(), sha256, source)
@@ -72,10 +63,7 @@ def write_adapter(sae: SequentialNFM, folder: Path, base: str | None = None) -> 
 
 
 def load_adapter(path: str | Path, base: str | SAE[Any], *, device: str = "cpu") -> SequentialNFMSAE:
-    """Load an adapter whose base is elsewhere than its config says.
-
-    Args:
-        base: the base: folder, release:sae_id, or the SAE itself.
+    """Load an adapter whose base (folder, release:sae_id, or the SAE itself) is elsewhere than its config says.
 
     Raises:
         FileNotFoundError, ValueError: when either is missing, or the base has other weights.

@@ -25,7 +25,6 @@ from sae_nfm.convert.files import check_file, checked, dtype_name, metadata_of, 
 
 WEIGHTS_FILENAME, CONFIG_FILENAME = "ae.pt", "config.json"
 CLASSES = ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE")
-"""The classes that can be read."""
 
 
 def dictionary_learning_loader(
@@ -53,19 +52,18 @@ def dictionary_learning_loader(
     if (kept := int(tensors.get("k", k))) != k:
         raise ValueError(f"k is {kept} in {str(weights_path)!r} and {k} in {str(config_path)!r}; restore the files")
     weights = _saelens_weights(tensors)
-    same: dict[str, Any] = {
-        "d_in": d_in,
-        "d_sae": d_sae,
-        "dtype": dtype_name(weights, weights_path),
-        "device": device,
-        "apply_b_dec_to_input": True,
-        "metadata": _metadata(trainer, config.get("buffer")),
-    }
+    same: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "device": device, "apply_b_dec_to_input": True}
+    same |= {"dtype": dtype_name(weights, weights_path), "metadata": _metadata(trainer, config.get("buffer"))}
     if trainer["dict_class"] == "AutoEncoderTopK":
         cfg = TopKSAEConfig(**same, k=k)
     else:
         cfg = JumpReLUSAEConfig(**same)
-        weights["threshold"] = torch.full((d_sae,), _threshold(tensors, weights_path))
+        if (threshold := float(tensors["threshold"])) < 0:
+            raise ValueError(
+                f"the threshold in {str(weights_path)!r} is {threshold}: training ended before it was estimated, and without it "
+                "every positive feature would be active; train beyond threshold_start_step, or save the SAE with an estimate"
+            )
+        weights["threshold"] = torch.full((d_sae,), threshold)
     return cfg.to_dict() | (cfg_overrides or {}), weights
 
 
@@ -80,9 +78,7 @@ def _files(path: Path) -> tuple[Path, Path]:
 def _trainer(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     trainer = config.get("trainer")
     if not isinstance(trainer, dict) or "dict_class" not in trainer:
-        raise ValueError(
-            f"{str(path)!r} has no trainer with a dict_class, as dictionary_learning writes it; restore the file"
-        )
+        raise ValueError(f"{str(path)!r} has no trainer with a dict_class (dictionary_learning); restore the file")
     if trainer["dict_class"] not in CLASSES:
         raise ValueError(
             f"{str(path)!r} is of a {trainer['dict_class']}; only {', '.join(CLASSES)} can be converted: the others are no TopK "
@@ -90,17 +86,13 @@ def _trainer(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
         )
     buffer = config.get("buffer")
     if isinstance(buffer, dict) and buffer.get("io") == "in_and_out":
-        raise ValueError(
-            f"{str(path)!r} is of a transcoder (buffer.io is 'in_and_out'), which is no SAE of one hook point"
-        )
+        raise ValueError(f"{str(path)!r} is of a transcoder (buffer.io is 'in_and_out'), no SAE of one hook point")
     return trainer
 
 
 def _shapes(dict_class: str, content: Mapping[str, Any], d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
     numbers: dict[str, tuple[int, ...]] = {"k": (), "threshold": ()}
-    if (
-        dict_class == "AutoEncoderTopK"
-    ):  # older versions keep neither in the weights, and its features need no threshold
+    if dict_class == "AutoEncoderTopK":  # older versions keep neither in the weights; its features need no threshold
         numbers = {name: shape for name, shape in numbers.items() if name in content}
     if dict_class == "MatryoshkaBatchTopKSAE":
         groups = content.get("group_sizes")
@@ -119,16 +111,6 @@ def _saelens_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "W_dec": tensors["decoder.weight"].T.contiguous(),
         "b_dec": tensors["b_dec"],
     }
-
-
-def _threshold(tensors: Mapping[str, Tensor], path: Path) -> float:
-    threshold = float(tensors["threshold"])
-    if threshold < 0:
-        raise ValueError(
-            f"the threshold in {str(path)!r} is {threshold}: training ended before it was estimated, and without it every "
-            "positive feature would be active; train beyond threshold_start_step, or save the SAE with an estimate"
-        )
-    return threshold
 
 
 def _metadata(trainer: Mapping[str, Any], buffer: object) -> Any:

@@ -40,11 +40,7 @@ def check_file(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError, FileNotFoundError: when it is something else, or not there.
-    """
+    """A JSON object; a ValueError or FileNotFoundError when it is something else, or not there."""
     check_file(path)
     try:
         content = json.loads(path.read_text())
@@ -56,11 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        ValueError, FileNotFoundError: when it is damaged, or not there.
-    """
+    """The tensors of a safetensors file; a ValueError or FileNotFoundError when it is damaged, or not there."""
     check_file(path)
     with damage_explained(path):
         return load_file(path)
@@ -99,10 +91,7 @@ def read_torch(path: Path) -> dict[str, Any]:
 
 
 def checked(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, as wide as they have to be.
-
-    Args:
-        shapes: name and shape of every tensor there has to be.
+    """The tensors of a checkpoint, as wide as they have to be; `shapes` has the name and shape of every tensor there has to be.
 
     Raises:
         ValueError: for a missing or an extra tensor, another shape, something else, or a value that is not finite.
@@ -123,25 +112,17 @@ def two_sizes(content: Mapping[str, Any], name: str, path: Path) -> tuple[int, i
     matrix = content.get(name)
     if not isinstance(matrix, Tensor) or matrix.ndim != 2:
         found = ", ".join(sorted(content)[:6]) or "nothing"
-        raise ValueError(
-            f"{str(path)!r} has no matrix {name!r} (it has {found}); give the file of another format, or none"
-        )
+        raise ValueError(f"{str(path)!r} has no matrix {name!r} (it has {found}); give another file or format")
     return matrix.shape[0], matrix.shape[1]
 
 
 def whole_number(config: Mapping[str, Any], key: str, path: Path, at_most: int | None = None) -> int:
-    """A positive whole number of a config.
-
-    Raises:
-        ValueError: when it is missing, something else, or larger than `at_most`, the number of features.
-    """
+    """A positive whole number of a config; a ValueError for anything else, or more than `at_most`, the number of features."""
     value = config.get(key)
     if type(value) is not int or value < 1:
         raise ValueError(f"{key} is {value!r} in {str(path)!r}; a positive whole number was expected: restore the file")
     if at_most is not None and value > at_most:
-        raise ValueError(
-            f"{key} is {value} in {str(path)!r}, more than the {at_most} features there are; restore the file"
-        )
+        raise ValueError(f"{key} is {value} in {str(path)!r}, of only {at_most} features; restore the file")
     return value
 
 
@@ -149,9 +130,7 @@ def dtype_name(weights: Mapping[str, Tensor], path: Path) -> str:
     """SAELens's name of the type that loses nothing of any of the weights."""
     dtype = reduce(torch.promote_types, (weight.dtype for weight in weights.values()))
     if dtype not in DTYPE_TO_STR:
-        raise ValueError(
-            f"the weights in {str(path)!r} are {dtype}; convert them to one of {', '.join(DTYPE_TO_STR.values())}"
-        )
+        raise ValueError(f"{str(path)!r} has weights of {dtype}; convert to one of {', '.join(DTYPE_TO_STR.values())}")
     return DTYPE_TO_STR[dtype]
 
 
@@ -163,11 +142,7 @@ def metadata_of(**known: Any) -> SAEMetadata:
 def built(cfg: SAEConfig, weights: Mapping[str, Tensor], path: Path) -> SAE[Any]:
     """The SAE of a config and its weights, by SAELens's own way of loading."""
 
-    def converter(
-        path: str | Path,  # noqa: ARG001 (SAELens's protocol)
-        device: str = "cpu",  # noqa: ARG001
-        cfg_overrides: dict[str, Any] | None = None,  # noqa: ARG001
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def converter(*_: Any, **__: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return cfg.to_dict(), dict(weights)
 
     return SAE.load_from_disk(path, converter=converter)

@@ -43,6 +43,19 @@ from sae_nfm.convert.files import (
 WEIGHTS_FILENAME = "joint_sae_nfm_model.pt"
 K, NFM_TOP_K = 1024, 512
 """What the paper used."""
+AUTHORS_WEIGHTS = {
+    "primary_sae.encoder.0.weight": ("W_enc", "d_sae d_in"),
+    "primary_sae.encoder.0.bias": ("b_enc", "d_sae"),
+    "primary_sae.decoder.weight": ("W_dec", "d_in d_sae"),
+    "nfm.feature_embeddings.weight": ("V", "d_sae nfm_dim"),
+    "nfm.linear.weight": ("W_lin", "d_in d_sae"),
+    "nfm.linear.bias": ("b_lin", "d_in"),
+    "nfm.interaction_mlp.1.weight": ("W_1", "nfm_dim nfm_dim"),
+    "nfm.interaction_mlp.1.bias": ("b_1", "nfm_dim"),
+    "nfm.interaction_mlp.3.weight": ("W_2", "d_in nfm_dim"),
+    "nfm.interaction_mlp.3.bias": ("b_2", "d_in"),
+}
+"""The author's tensors: the name in `JointNFMSAE`, and the shape in the file."""
 HOW_TO_COMPUTE = (
     "run the language model over text like that of training (WikiText-103), gather the activations at the hook point as "
     "acts [tokens, d_in], and save_file({'mean': acts.mean(0), 'std': acts.std(0)}, 'statistics.safetensors')"
@@ -54,9 +67,7 @@ class Standardisation:
     """What activations were standardised with, dimension by dimension."""
 
     mean: Float[Tensor, " d_in"]
-    """Mean of the activations."""
     std: Float[Tensor, " d_in"]
-    """Their standard deviation, positive."""
 
     @classmethod
     def load(cls, path: Path, d_in: int) -> "Standardisation":
@@ -67,15 +78,11 @@ class Standardisation:
         """
         reader = READERS.get(path.suffix)
         if reader is None:
-            raise ValueError(
-                f"the statistics are in {str(path)!r}; give a file that ends in one of {', '.join(READERS)}"
-            )
+            raise ValueError(f"the statistics are in {str(path)!r}; give a file of type {', '.join(READERS)}")
         check_file(path)
         content = reader(path)
         if set(content) != {"mean", "std"}:
-            raise ValueError(
-                f"{str(path)!r} has {', '.join(sorted(content)) or 'nothing'}; give mean and std, nothing else"
-            )
+            raise ValueError(f"{str(path)!r} has {', '.join(sorted(content)) or 'nothing'}; give mean and std only")
         mean, std = (_vector(content[name], name, path, d_in) for name in ("mean", "std"))
         if bad := int((std <= 0).sum()):
             raise ValueError(
@@ -87,19 +94,14 @@ class Standardisation:
     def folded(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """The weights of a joint_nfm without b_dec, for raw activations: `fold_activation_whitening` with M = diag(1 / std).
 
-        Written out, because the product with a diagonal matrix takes minutes at the paper's size and this takes seconds.
-
-        Args:
-            weights: under the names of `JointNFMSAE`.
-            dtype: what they are afterwards; they are multiplied in float64.
+        Written out, because the product with a diagonal matrix takes minutes at the paper's size and this takes seconds. The
+        weights, by `JointNFMSAE`'s names, are multiplied in float64 and are `dtype` afterwards.
         """
-        factors = dict.fromkeys(("W_dec", "W_lin", "b_lin", "W_2", "b_2"), self.std) | {
-            "W_enc": (1 / self.std)[:, None]
-        }
+        factors: dict[str, Tensor] = dict.fromkeys(("W_dec", "W_lin", "b_lin", "W_2", "b_2"), self.std)
+        factors["W_enc"] = (1 / self.std)[:, None]
         multiplied = {name: (weights[name].double() * factor).to(dtype) for name, factor in factors.items()}
-        return (
-            {name: weight.to(dtype) for name, weight in weights.items()} | multiplied | {"b_dec": self.mean.to(dtype)}
-        )
+        others = {name: weight.to(dtype) for name, weight in weights.items() if name not in multiplied}
+        return others | multiplied | {"b_dec": self.mean.to(dtype)}
 
 
 def _vector(value: Any, name: str, path: Path, d_in: int) -> Tensor:
@@ -139,8 +141,7 @@ def author_sae(path: Path, statistics: Path | None, *, k: int = K, nfm_top_k: in
     Args:
         path: the .pt file, or the folder it is in; a training checkpoint's `model_state` is taken.
         statistics: file of the `Standardisation`.
-        k: active features a token.
-        nfm_top_k: how many of these the linear and the interaction path read.
+        nfm_top_k: how many of the k active features the linear and the interaction path read.
 
     Raises:
         ValueError, FileNotFoundError: without statistics, for a file that is damaged, mismatched or missing, or a k that
@@ -179,38 +180,16 @@ def _read(path: Path) -> dict[str, Tensor]:
     content = content["model_state"] if isinstance(content.get("model_state"), dict) else content
     d_sae, d_in = two_sizes(content, "primary_sae.encoder.0.weight", path)
     nfm_dim = two_sizes(content, "nfm.feature_embeddings.weight", path)[1]
-    return checked(content, _shapes(d_in, d_sae, nfm_dim), path)
-
-
-def _shapes(d_in: int, d_sae: int, nfm_dim: int) -> dict[str, tuple[int, ...]]:
-    return {
-        "primary_sae.encoder.0.weight": (d_sae, d_in),
-        "primary_sae.encoder.0.bias": (d_sae,),
-        "primary_sae.decoder.weight": (d_in, d_sae),
-        "nfm.feature_embeddings.weight": (d_sae, nfm_dim),
-        "nfm.linear.weight": (d_in, d_sae),
-        "nfm.linear.bias": (d_in,),
-        "nfm.interaction_mlp.1.weight": (nfm_dim, nfm_dim),
-        "nfm.interaction_mlp.1.bias": (nfm_dim,),
-        "nfm.interaction_mlp.3.weight": (d_in, nfm_dim),
-        "nfm.interaction_mlp.3.bias": (d_in,),
-    }
+    sizes = {"d_in": d_in, "d_sae": d_sae, "nfm_dim": nfm_dim}
+    shapes = {name: tuple(sizes[size] for size in shape.split()) for name, (_, shape) in AUTHORS_WEIGHTS.items()}
+    return checked(content, shapes, path)
 
 
 def _joint_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Under the names of `JointNFMSAE`; a linear layer of torch keeps its weight as [out, in]."""
     d_sae, d_in = tensors["primary_sae.encoder.0.weight"].shape
-    return {
-        "W_enc": tensors["primary_sae.encoder.0.weight"].T.contiguous(),
-        "b_enc": tensors["primary_sae.encoder.0.bias"],
-        "W_dec": tensors["primary_sae.decoder.weight"].T.contiguous(),
-        "b_dec": torch.zeros(d_in),
-        "W_lin": tensors["nfm.linear.weight"].T.contiguous(),
-        "b_lin": tensors["nfm.linear.bias"],
-        "V": tensors["nfm.feature_embeddings.weight"].contiguous(),
-        "W_1": tensors["nfm.interaction_mlp.1.weight"].T.contiguous(),
-        "b_1": tensors["nfm.interaction_mlp.1.bias"],
-        "W_2": tensors["nfm.interaction_mlp.3.weight"].T.contiguous(),
-        "b_2": tensors["nfm.interaction_mlp.3.bias"],
-        "folded_W_dec_norm": torch.ones(d_sae),
-    }
+    weights = {"b_dec": torch.zeros(d_in), "folded_W_dec_norm": torch.ones(d_sae)}
+    for name, (ours, _) in AUTHORS_WEIGHTS.items():
+        transposed = tensors[name].ndim == 2 and ours != "V"  # an embedding, not a linear layer
+        weights[ours] = (tensors[name].T if transposed else tensors[name]).contiguous()
+    return weights

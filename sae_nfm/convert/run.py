@@ -22,9 +22,8 @@ from sae_nfm.common import check_output, partial_folder, publish
 from sae_nfm.convert import dictionary_learning, paper_author
 from sae_nfm.convert.dictionary_learning import dictionary_learning_loader
 from sae_nfm.convert.paper_author import NFM_TOP_K, K, author_sae
-from sae_nfm.convert.saelens import topk_sae
 from sae_nfm.convert.sparsify import sparsify_loader
-from sae_nfm.convert.warm_start import with_silent_nfm
+from sae_nfm.convert.warm_start import topk_sae, with_silent_nfm
 
 Format = Literal["auto", "author", "saelens", "dictionary_learning", "sparsify"]
 KNOWN_BY = {
@@ -77,13 +76,10 @@ class Converted:
     """What `convert` did."""
 
     folder: Path
-    """The SAELens folder."""
     kept: Path | None
     """Where an SAE that was there before is."""
     format: str
-    """What the source was."""
     architecture: str
-    """What it is now."""
     sizes: dict[str, int | None]
     """d_in, d_sae, and where the architecture has them k, nfm_dim and nfm_top_k (None: all)."""
     assumed: tuple[str, ...]
@@ -99,9 +95,7 @@ class Converted:
         lines += [f"Not in the files, assumed: {'; '.join(self.assumed)}"] if self.assumed else []
         if self.unknown:
             flags = ", ".join(f"--{METADATA[name].replace('_', '-')}" for name in self.unknown)
-            lines.append(
-                f"Not in the files, and needed to use it in a language model: {flags}; convert again with them"
-            )
+            lines.append(f"Not in the files, but needed to use it in a language model: {flags}; convert with them")
         load = ["import sae_nfm", "from sae_lens import SAE", f'sae = SAE.load_from_disk("{self.folder}")']
         return "\n".join([*lines, "In Python:", *(f"    {line}" for line in load)])
 
@@ -134,11 +128,7 @@ def convert(config: ConvertConfig) -> Converted:
 
 
 def detected(source: Path) -> str:
-    """The format of a folder or file, by the names of the files.
-
-    Raises:
-        ValueError, FileNotFoundError: when there is nothing, nothing of a known format, or several.
-    """
+    """The format of a folder or file, by the names of the files; an error when there is none, or several."""
     if source.is_file():
         beside = (source.parent / "config.json").is_file() or (source.parent.parent / "config.json").is_file()
         return "dictionary_learning" if beside and source.name.startswith("ae") else "author"
@@ -164,11 +154,8 @@ def _refuse_idle_options(config: ConvertConfig, form: str) -> None:
         idle += [name for name in ("statistics", "k") if getattr(config, name) is not None]
         idle += ["nfm_top_k"] if config.nfm_top_k is not None and not _adds_nfm(config, form) else []
     if not _adds_nfm(config, form):
-        idle += [
-            name
-            for name in ("nfm_dim", "seed")
-            if getattr(config, name) != ConvertConfig.__dataclass_fields__[name].default
-        ]
+        usual = {name: ConvertConfig.__dataclass_fields__[name].default for name in ("nfm_dim", "seed")}
+        idle += [name for name, value in usual.items() if getattr(config, name) != value]
     if idle:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         raise ValueError(f"{flags} would change nothing for the format {form} without an added NFM; leave it out")

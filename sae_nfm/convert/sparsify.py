@@ -25,13 +25,7 @@ from torch import Tensor
 from sae_nfm.convert.files import checked, dtype_name, metadata_of, read_json, read_safetensors, whole_number
 
 SAME_FUNCTION = (
-    "d_in",
-    "expansion_factor",
-    "num_latents",
-    "k",
-    "normalize_decoder",
-    "multi_topk",
-    "lookup_max_order",
+    *("d_in", "expansion_factor", "num_latents", "k", "normalize_decoder", "multi_topk", "lookup_max_order"),
     "gram_table_hash",
 )
 """Keys of cfg.json that are read, or leave the function as it is."""
@@ -65,14 +59,15 @@ def sparsify_loader(
     config = read_json(cfg_path)
     _refuse_other_functions(config, cfg_path)
     d_in = whole_number(config, "d_in", cfg_path)
-    d_sae = _width(config, d_in, cfg_path)
+    if config.get("num_latents"):  # 0 stands for the expansion factor, and the first versions have no such key
+        d_sae = whole_number(config, "num_latents", cfg_path)
+    else:
+        d_sae = d_in * whole_number(config, "expansion_factor", cfg_path)
     k = whole_number(config, "k", cfg_path, at_most=d_sae)
     shapes = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     tensors = checked(read_safetensors(weights_path), shapes, weights_path)
-    dtype, metadata = dtype_name(tensors, weights_path), _metadata(folder)
-    cfg = TopKSAEConfig(
-        d_in=d_in, d_sae=d_sae, k=k, dtype=dtype, device=device, apply_b_dec_to_input=True, metadata=metadata
-    )
+    same: dict[str, Any] = {"dtype": dtype_name(tensors, weights_path), "metadata": _metadata(folder)}
+    cfg = TopKSAEConfig(d_in=d_in, d_sae=d_sae, k=k, device=device, apply_b_dec_to_input=True, **same)
     weights = {
         "W_enc": tensors["encoder.weight"].T.contiguous(),
         "b_enc": tensors["encoder.bias"],
@@ -80,12 +75,6 @@ def sparsify_loader(
         "b_dec": tensors["b_dec"],
     }
     return cfg.to_dict() | (cfg_overrides or {}), weights
-
-
-def _width(config: Mapping[str, Any], d_in: int, path: Path) -> int:
-    if config.get("num_latents"):  # 0 stands for the expansion factor, and the first versions have no such key
-        return whole_number(config, "num_latents", path)
-    return d_in * whole_number(config, "expansion_factor", path)
 
 
 def _refuse_other_functions(config: Mapping[str, Any], path: Path) -> None:

@@ -1,9 +1,9 @@
 from .error_controls import error_ratios as error_ratios
+from .fidelity import SUMS as SUMS
 from .fidelity import Arm as Arm
 from .fidelity import evaluate as evaluate
+from .fidelity import fidelity_of as fidelity_of
 from .fidelity import measure as measure
-from .held_out_sums import SUMS as SUMS
-from .held_out_sums import fidelity_of as fidelity_of
 from .results import ArmKL as ArmKL
 from .results import Fidelity as Fidelity
 from .results import MeasuredKL as MeasuredKL

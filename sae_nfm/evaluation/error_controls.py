@@ -27,22 +27,14 @@ def error_ratios(
 ) -> dict[str, Estimate]:
     """The ratio against each control, paired by token, clustered by document, tested against 1.
 
-    Numerators and denominators by document are the `kl_nats` of `token_rows.document_sums`.
-
-    Args:
-        folder: a finished measurement of `controls.control_arms`.
-        under_test: name of the arm in the numerator.
-        controls: names of the arms in the denominators.
-        confidence: nominal coverage.
-        bootstrap: resample documents; None refers to Student's t.
-
-    Raises:
-        FileNotFoundError, ValueError: as `token_rows.read_rows` and `statistics.ratio_of_means`.
+    Numerators and denominators by document are the `kl_nats` of `token_table.document_sums`, from the folder of a finished
+    measurement of `control_arms`. `bootstrap` resamples documents; None refers to Student's t. Raises as `read_rows`.
     """
-    mine = _kl(folder, under_test)
+    columns = ["document", "kl_nats"]
+    mine: Any = read_rows(folder, columns, [under_test])
     found: dict[str, Estimate] = {}
     for control in controls:
-        other = _kl(folder, control)
+        other: Any = read_rows(folder, columns, [control])
         assert (mine["document"] == other["document"]).all()  # all arms are measured on the same tokens, in one order
         found[control] = ratio_of_means(
             mine["kl_nats"].to_numpy(),
@@ -52,10 +44,6 @@ def error_ratios(
             bootstrap=bootstrap,
         )
     return found
-
-
-def _kl(folder: str | Path, arm: str) -> Any:
-    return read_rows(folder, ["document", "kl_nats"], [arm])
 
 
 def summarise(folder: Path, roles: Mapping[str, ArmRole]) -> None:
@@ -68,15 +56,7 @@ def summarise(folder: Path, roles: Mapping[str, ArmRole]) -> None:
 
 
 def kl_by_arm(folder: str | Path, roles: Mapping[str, ArmRole]) -> MeasuredKL:
-    """Mean KL of every arm; of the rows three columns are read.
-
-    Args:
-        folder: a finished measurement.
-        roles: of its arms, by name.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_rows`; for a single document.
-    """
+    """Mean KL of every arm, by role; of the rows three columns are read. Raises as `read_rows`; a ValueError for a single document."""
     rows = read_rows(folder, ["arm", "document", "kl_nats"])
     found: list[ArmKL] = []
     for arm, one in roles.items():

@@ -1,35 +1,132 @@
 """What interventions do to a language model's activations and to its predictions.
 
 One loop over held-out tokens serves every arm: the model runs once as it is and once per arm with the arm's intervention at
-work. `evaluate` averages, `measure` keeps a row for every token. Special tokens (BOS, EOS, padding) keep their activations, as
+work. `evaluate` averages, `measure` writes a row for every token. Special tokens (BOS, EOS, padding) keep their activations, as
 in SAELens's splice, and are left out of both; so is position 0, whose norm would dominate the variance.
+
+`held_out_sums` has, for each arm and document, the sums that any mean, fraction of variance or test over documents is made of:
+
+    tokens              counted tokens (not special, not in position 0)
+    predictions         those of them that have a next token in their row
+    active              active features
+    error_energy        |x_hat - x|^2
+    variance_energy     |x - mean|^2, the mean over all counted tokens of the text
+    kl_nats             KL(original || spliced) of the next-token distributions
+    ce_nats             cross-entropy of the spliced model, over predictions
+    ce_delta_nats       its increase over the original model, over predictions
 """
 
 import zlib
 from collections import defaultdict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from sae_lens.evals import ExplainedVarianceCalculator
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from sae_nfm.data import TokenRows
 from sae_nfm.evaluation import token_table
 from sae_nfm.evaluation.error_controls import summarise
-from sae_nfm.evaluation.intervention_loop import Outcome, outcomes
 from sae_nfm.evaluation.results import Fidelity
+from sae_nfm.evaluation.token_table import Activations
 from sae_nfm.interventions import Intervention, Splice, counted_tokens, digest
 from sae_nfm.models import LanguageModel
 
-__all__ = ["Arm", "Fidelity", "Outcome", "counted_tokens", "evaluate", "measure", "outcomes", "spliced"]
+__all__ = [
+    "Arm",
+    "Fidelity",
+    "Outcome",
+    "counted_tokens",
+    "evaluate",
+    "held_out_sums",
+    "measure",
+    "outcomes",
+    "spliced",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What an intervention did at the counted tokens of a batch, in order: x became x_hat."""
+
+    x: Float[Tensor, "tokens d"]
+    x_hat: Float[Tensor, "tokens d"]
+    acts: Float[Tensor, "tokens d_sae"] | None
+    """Feature activations, where an SAE was at work and they were asked for."""
+    has_next: Bool[Tensor, " tokens"]
+    """Whether there is a next token: not in the last position."""
+    kl_nats: Float[Tensor, " tokens"]
+    """KL(original || changed) of the next-token distributions."""
+    ce_nats: Float[Tensor, " tokens"]
+    """Cross-entropy of the changed model; NaN where there is no next token."""
+    ce_delta_nats: Float[Tensor, " tokens"]
+    """Its increase over the original model; NaN likewise."""
+
+    def columns(self) -> dict[str, Float[Tensor, " tokens"]]:
+        """The metrics of each token, by the names of `token_table.SCHEMA`."""
+        error = self.x_hat - self.x
+        return {
+            "kl_nats": self.kl_nats,
+            "ce_nats": self.ce_nats,
+            "ce_delta_nats": self.ce_delta_nats,
+            "error_norm": error.norm(dim=-1),
+            "error_energy": error.square().sum(-1),
+            "cosine": F.cosine_similarity(self.x_hat, self.x, dim=-1),
+            "x_norm": self.x.norm(dim=-1),
+        }
+
+
+def outcomes(
+    model: LanguageModel,
+    batch: Int[Tensor, "rows pos"],
+    arms: Mapping[str, Intervention],
+    generators: Mapping[str, torch.Generator] | None = None,
+    *,
+    with_acts: bool = True,
+) -> Iterator[tuple[str, Outcome]]:
+    """What each arm does to a batch: the loop behind `evaluate`, `measure` and `held_out_sums`.
+
+    KL and cross-entropy are computed in float32 from log-probabilities, a row at a time, whatever the model's type. A KL can be
+    a rounding error below zero; of unchanged logits it is 0 exactly. `generators` are for arms that draw at random, by name;
+    feature activations need [tokens, d_sae] numbers, and are left out without `with_acts`.
+    """
+    mask = counted_tokens(model, batch)
+    following = batch.roll(-1, dims=1)
+    has_next = (torch.arange(batch.shape[1], device=batch.device) < batch.shape[1] - 1).expand(batch.shape)[mask]
+    original = [logits[counted].float().log_softmax(-1) for logits, counted in zip(model(batch), mask, strict=True)]
+    original_ce = [_nll(p, following[row][mask[row]]) for row, p in enumerate(original)]
+    for name, arm in arms.items():
+        with arm.on(model, (generators or {}).get(name)) as trace:
+            logits = model(batch)
+        kl, ce = list[Tensor](), list[Tensor]()
+        for row, p in enumerate(original):
+            q = logits[row][mask[row]].float().log_softmax(-1)
+            kl.append(F.kl_div(q, p, reduction="none", log_target=True).sum(-1))
+            ce.append(_nll(q, following[row][mask[row]]))
+        outcome = Outcome(
+            x=trace.x[mask].float(),
+            x_hat=trace.x_hat[mask].float(),
+            acts=trace.acts.to_dense()[mask] if with_acts and trace.acts is not None else None,
+            has_next=has_next,
+            kl_nats=torch.cat(kl),
+            ce_nats=torch.cat(ce).masked_fill(~has_next, torch.nan),
+            ce_delta_nats=(torch.cat(ce) - torch.cat(original_ce)).masked_fill(~has_next, torch.nan),
+        )
+        yield name, outcome
+
+
+def _nll(log_probs: Float[Tensor, "tokens d_vocab"], following: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    return -log_probs.gather(-1, following[:, None]).squeeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +134,6 @@ class Arm:
     """An SAE spliced in at its own hook point, some of its paths written as zero."""
 
     name: str
-    """Unique name of the arm."""
     sae: SAE[Any]
     """The SAE; `cfg.metadata.hook_name` says where it goes."""
     off: tuple[str, ...] = ()
@@ -45,11 +141,7 @@ class Arm:
 
     @property
     def intervention(self) -> Splice:
-        """The arm as an intervention.
-
-        Raises:
-            ValueError: when the SAE has no such path.
-        """
+        """The arm as an intervention; a ValueError when the SAE has no such path."""
         unknown = [name for name in self.off if name not in self.sae.hook_dict]
         if unknown:
             known = ", ".join(self.sae.hook_dict)
@@ -58,8 +150,6 @@ class Arm:
 
 
 class _Sums:
-    """Running sums of one arm, in float64."""
-
     def __init__(self) -> None:
         self.explained_variance = ExplainedVarianceCalculator()
         self.values: dict[str, float] = defaultdict(float)
@@ -95,17 +185,9 @@ def evaluate(
     batch_rows: int = 16,
     show_progress: bool = True,
 ) -> dict[str, Fidelity]:
-    """Fidelity of every arm on the same tokens.
+    """Fidelity of every arm on the same tokens, held-out rows that begin with BOS where the model wants one.
 
-    Args:
-        model: the language model, from any of `sae_nfm.models.load.load_model`'s loaders.
-        tokens: held-out rows, each beginning with BOS where the model wants one.
-        arms: what to splice in; names must differ.
-        batch_rows: rows per forward pass.
-        show_progress: whether to show a progress bar.
-
-    Raises:
-        ValueError: for two arms of one name, or when no token is left to average over.
+    A ValueError for two arms of one name, or when no token is left to average over.
     """
     if len({arm.name for arm in arms}) != len(arms):
         raise ValueError(f"arm names {[arm.name for arm in arms]} repeat; give every arm a name of its own")
@@ -140,17 +222,12 @@ def measure(
     depends on the seed, its name and the part only: not on the other arms, and not on interruptions.
 
     Args:
-        model: the language model, from any of `sae_nfm.models.load.load_model`'s loaders.
         rows: held-out rows with their documents, from `documents.held_out_rows`.
         arms: interventions by the name that the column `arm` gets.
-        folder: for the rows; new, or that of the same measurement.
+        folder: for the rows; new, or that of the same measurement. It is returned.
         seed: of the arms that draw at random; 0 or more.
         batch_rows: rows per forward pass. Errors are shuffled within a batch.
         batches_per_part: forward passes of an arm between two files.
-        show_progress: whether to show a progress bar.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: when the folder has another measurement (the message says what differs), when there is no arm or no token
@@ -181,27 +258,20 @@ def measure(
 
 @contextmanager
 def spliced(model: LanguageModel, arm: Arm) -> Generator[LanguageModel]:
-    """The model with the arm's SAE in place of its hook point; removed again whatever happens.
-
-    Raises:
-        ValueError: when the model has no such hook point, or the SAE no such path.
-    """
+    """The model with the arm's SAE in place of its hook point; removed again on exit, including on exceptions."""
     with arm.intervention.on(model):
         yield model
 
 
 class _Part:
-    """Rows of one part, by arm, until they are written."""
-
     def __init__(
         self, model: LanguageModel, arms: Mapping[str, Intervention], generators: Mapping[str, torch.Generator]
     ) -> None:
         self._model, self._arms, self._generators = model, arms, generators
         self._columns: dict[str, dict[str, list[np.ndarray]]] = {name: defaultdict(list) for name in arms}
-        self._activations: dict[str, list[token_table.Activations]] = defaultdict(list)
+        self._activations: dict[str, list[Activations]] = defaultdict(list)
 
     def add(self, rows: TokenRows, first: int, n_rows: int) -> None:
-        """Measure a batch."""
         batch = rows.tokens[first : first + n_rows]
         mask = counted_tokens(self._model, batch).cpu()
         row, position = mask.nonzero(as_tuple=True)
@@ -210,25 +280,19 @@ class _Part:
         found = outcomes(self._model, batch, self._arms, self._generators, with_acts=False)
         for name, outcome in found if mask.any() else ():
             if not outcome.kl_nats.isfinite().all():
-                raise ValueError(
-                    f"under {name!r} the model's logits are not finite numbers; take the arm out, or see to it"
-                )
+                raise ValueError(f"under {name!r} the model's logits are not finite; leave the arm out, or correct it")
             for column, values in (where | outcome.columns()).items():
                 self._columns[name][column].append(values.cpu().numpy())
             seen.setdefault(self._arms[name].hook_name, outcome.x)
         for at, x in seen.items():
-            self._activations[at].append(token_table.Activations.of(where["document"].numpy(), x.cpu().numpy()))
+            self._activations[at].append(Activations.of(where["document"].numpy(), x.cpu().numpy()))
 
     def write(self, folder: Path, part: int) -> None:
-        """Write what was measured."""
-        tables = (
-            token_table.table(
-                name, list(self._arms), {column: np.concatenate(values) for column, values in found.items()}
-            )
-            for name, found in self._columns.items()
-            if found
-        )
-        activations = {at: token_table.Activations.joined(several) for at, several in self._activations.items()}
+        whole = {
+            name: {c: np.concatenate(v) for c, v in found.items()} for name, found in self._columns.items() if found
+        }
+        tables = (token_table.table(name, list(self._arms), columns) for name, columns in whole.items())
+        activations = {at: Activations.joined(several) for at, several in self._activations.items()}
         token_table.write_part(folder, part, tables, activations)
 
 
@@ -253,5 +317,74 @@ def _generator(seed: int, arm: str, part: int) -> torch.Generator:
 def _refuse_uncounted(model: LanguageModel, tokens: Int[Tensor, "rows pos"]) -> None:
     if not counted_tokens(model, tokens).any():
         raise ValueError(
-            f"no token to evaluate on: {tokens.numel()} tokens, all special or in position 0; give more held-out text"
+            f"no token to evaluate on: {tokens.numel()}, all special or in position 0; give more held-out text"
         )
+
+
+SUMS = ["tokens", "predictions", "active", "error_energy", "variance_energy", "kl_nats", "ce_nats", "ce_delta_nats"]
+
+
+def fidelity_of(sums: pd.DataFrame) -> Fidelity:
+    """The averages over all documents of one arm."""
+    total: dict[str, float] = {name: float(np.asarray(sums[name]).sum()) for name in SUMS}
+    return Fidelity(
+        l0=total["active"] / total["tokens"],
+        fvu=total["error_energy"] / total["variance_energy"],
+        kl_nats=total["kl_nats"] / total["tokens"],
+        ce_nats=total["ce_nats"] / total["predictions"],
+        ce_delta_nats=total["ce_delta_nats"] / total["predictions"],
+        tokens=int(total["tokens"]),
+    )
+
+
+class _DocumentSums:
+    def __init__(self, documents: np.ndarray) -> None:
+        self.documents = documents
+        self.columns = {name: np.zeros(len(documents)) for name in SUMS}
+
+    def add(self, outcome: Outcome, documents: np.ndarray) -> None:
+        assert outcome.acts is not None
+        has_next = outcome.has_next
+        values = {
+            "tokens": torch.ones_like(outcome.kl_nats),
+            "predictions": has_next,
+            "active": (outcome.acts != 0).sum(-1),
+            "error_energy": (outcome.x_hat - outcome.x).square().sum(-1),
+            "kl_nats": outcome.kl_nats,
+            "ce_nats": outcome.ce_nats.where(has_next, 0),
+            "ce_delta_nats": outcome.ce_delta_nats.where(has_next, 0),
+        }
+        places = np.searchsorted(self.documents, documents)
+        for name, value in values.items():
+            np.add.at(self.columns[name], places, value.double().cpu().numpy())
+
+    def table(self, arm: str) -> pd.DataFrame:
+        counted = self.columns["tokens"] > 0  # of a document, position 0 may be all that is there
+        columns = {name: values[counted] for name, values in self.columns.items()}
+        return pd.DataFrame({"arm": arm, "document": self.documents[counted]} | columns)
+
+
+@torch.no_grad()
+def held_out_sums(
+    model: LanguageModel, rows: TokenRows, arms: Mapping[str, Splice], *, batch_rows: int = 16
+) -> pd.DataFrame:
+    """Sums by arm and document, of SAEs at one hook point; a ValueError when no token is left to average over."""
+    _refuse_uncounted(model, rows.tokens)
+    numbers = np.unique(rows.documents[rows.documents >= 0].numpy())
+    sums, activations = {name: _DocumentSums(numbers) for name in arms}, list[Activations]()
+    for start in tqdm(range(0, len(rows), batch_rows), desc="Evaluating", leave=False):
+        batch = rows.tokens[start : start + batch_rows]
+        mask = counted_tokens(model, batch).cpu()
+        documents = rows.documents[start : start + batch_rows][mask].numpy()
+        for number, (name, outcome) in enumerate(outcomes(model, batch, arms) if mask.any() else ()):
+            sums[name].add(outcome, documents)
+            if number == 0:
+                activations.append(Activations.of(documents, outcome.x.cpu().numpy()))
+    mean = np.stack([part.sums.sum(0) for part in activations]).sum(0)
+    mean = mean / sum(int(part.tokens.sum()) for part in activations)
+    energy = np.zeros(len(numbers))
+    for part in activations:
+        np.add.at(energy, np.searchsorted(numbers, part.documents), part.energies_about(mean))
+    for found in sums.values():
+        found.columns["variance_energy"] = energy
+    return pd.concat([found.table(name) for name, found in sums.items()], ignore_index=True)

@@ -32,7 +32,6 @@ class Fidelity:
     ce_delta_nats: float
     """Increase of cross-entropy over the original model, nats per token."""
     tokens: int
-    """Tokens averaged over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,6 @@ class ArmKL:
     """One arm of a measurement."""
 
     arm: str
-    """Its name among the measured."""
     of: str
     """The SAE that it is, or is a part or a control of; its own name for others."""
     name: str
@@ -83,9 +81,7 @@ class Evaluation(SavedResult):
     sae: str
     """Folder, or release:sae_id."""
     architecture: str
-    """The SAE's architecture."""
     model_name: str
-    """The language model."""
     hook_name: str
     """Where the SAE was spliced in, by the model's name of it."""
     data: str
@@ -102,7 +98,7 @@ class Evaluation(SavedResult):
     """Configuration, the SAE's own configuration, versions, sha256 of the tokens, command."""
 
     def words(self) -> str:
-        """The figures by group, aligned."""
+        """The metrics by group, aligned."""
         width = max(len(name) for group in self.metrics.values() for name in group)
         lines = [f"{self.sae}: {self.architecture} at {self.hook_name} of {self.model_name}", f"Data: {self.data}"]
         if self.passes > 1:
@@ -119,7 +115,6 @@ class Evaluation(SavedResult):
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for every float that JSON has no word for."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

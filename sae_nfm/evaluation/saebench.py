@@ -31,7 +31,7 @@ from sae_lens import SAE, ActivationsStore, HookedSAETransformer, TrainingSAE
 from sae_lens.util import temporary_seed
 
 from sae_nfm import demo
-from sae_nfm.common import listed, whole, write_json
+from sae_nfm.common import check_choice, check_positive, listed, whole, write_json
 from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import open_dataset, refuse_without_tokenizer
 from sae_nfm.evaluation.saelens_evals import store_as_in_training
@@ -80,14 +80,8 @@ class SAEBenchConfig(SavedSAEOptions):
     name: take another folder for another model of that name."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be evaluated."""
-        if self.evaluation not in get_args(EvaluationName):
-            raise ValueError(
-                f"evaluation is {self.evaluation!r}; give one of {', '.join(map(repr, get_args(EvaluationName)))}"
-            )
-        for name in ("batch_size_prompts", "batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        check_choice("evaluation", self.evaluation, get_args(EvaluationName))
+        check_positive(self, "batch_size_prompts", "batches")
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"ks is {self.ks}; give one or more positive numbers of features")
         if self.evaluation == "mdl" and torch.device(self.device).type != "cuda":
@@ -98,19 +92,16 @@ class SAEBenchConfig(SavedSAEOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What SAEBench found for one SAE."""
+    """What SAEBench found for one SAE, and its own result file."""
 
     sae: str
-    """The SAE's name."""
     evaluation: EvaluationName
-    """Which evaluation."""
     metrics: dict[str, float]
     """SAEBench's metrics by its names: accuracies, AUCs and F1 in [0, 1], KL and CE in nats, description lengths in bits."""
     file: Path
-    """SAEBench's own result file."""
 
     def words(self) -> str:
-        """The figures, aligned, and where the file is."""
+        """The metrics, aligned, and where the file is."""
         lines = listed(self.metrics, max(map(len, self.metrics)))
         return "\n".join([f"{self.sae}: SAEBench {self.evaluation}", *lines, f"    {self.file}"])
 
@@ -129,10 +120,8 @@ def selected_saes(saes: Mapping[str, SAE[Any]]) -> list[tuple[str, SAE[Any]]]:
     """What the `selected_saes` argument of every SAEBench evaluation takes: copies, decoder rows of norm 1.
 
     SAEBench folds decoder norms for SAEs it loads and only warns for SAEs it is given. Where SAELens cannot fold them exactly
-    (TopK without `rescale_acts_by_decoder_norm`) they stay, as for the SAEs SAEBench loads.
-
-    Args:
-        saes: by name; each name is SAEBench's "release" and begins its file's name.
+    (TopK without `rescale_acts_by_decoder_norm`) they stay, as for the SAEs SAEBench loads. Each name is SAEBench's "release" and
+    begins its file's name.
 
     Raises:
         ValueError: for a training SAE, or one whose metadata does not say where it belongs.
@@ -171,22 +160,17 @@ def evaluate(saes: Mapping[str, SAE[Any]], model: HookedSAETransformer, config: 
 
 
 def evaluate_saved(config: SAEBenchConfig) -> tuple[Score, ...]:
-    """Run one evaluation on saved or released SAEs of one model.
-
-    Raises:
-        ImportError, ValueError, FileNotFoundError: as `evaluate`.
-    """
+    """Run one evaluation on saved or released SAEs of one model; raises as `evaluate`."""
     require()
     check_device(config.device)
     if not config.saes:
         raise ValueError("there is no SAE; give folders of saved SAEs, or release:sae_id")
-    saes = {
-        sae.strip("/").replace("/", "_").replace(":", "_"): load_sae(sae, device=config.device) for sae in config.saes
-    }
-    names = {config.model or sae.cfg.metadata.model_name for sae in saes.values()}
-    if len(names) > 1 or None in names:
-        raise ValueError(f"the SAEs' metadata name the models {', '.join(map(str, names))}; give one with --model")
-    return evaluate(saes, load_model(str(*names), config.device), config)
+    names = {sae: sae.strip("/").replace("/", "_").replace(":", "_") for sae in config.saes}
+    saes = {name: load_sae(sae, device=config.device) for sae, name in names.items()}
+    models = {config.model or sae.cfg.metadata.model_name for sae in saes.values()}
+    if len(models) > 1 or None in models:
+        raise ValueError(f"the SAEs' metadata name the models {', '.join(map(str, models))}; give one with --model")
+    return evaluate(saes, load_model(str(*models), config.device), config)
 
 
 def _core(name: str, sae: SAE[Any], model: HookedSAETransformer, config: SAEBenchConfig, folder: Path) -> Score:
@@ -289,7 +273,6 @@ def _mdl(name: str, sae: SAE[Any], model: HookedSAETransformer, config: SAEBench
 
 
 def _store(sae: SAE[Any], model: HookedSAETransformer, config: SAEBenchConfig) -> ActivationsStore:
-    """Rows cut as for the SAE's training."""
     metadata, dataset = sae.cfg.metadata, _dataset(config)
     refuse_without_tokenizer(model, dataset)
     context_size = config.context_size or metadata.context_size
@@ -303,9 +286,7 @@ def _store(sae: SAE[Any], model: HookedSAETransformer, config: SAEBenchConfig) -
 
 
 def _dataset(config: SAEBenchConfig) -> Any:
-    if config.held_out is None:
-        return demo.load_tokens("validation")
-    return open_dataset(config.held_out, split="validation")
+    return open_dataset(config.held_out, split="validation") if config.held_out else demo.load_tokens("validation")
 
 
 def _digest(sae: SAE[Any], config: SAEBenchConfig) -> str:

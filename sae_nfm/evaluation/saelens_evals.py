@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm import demo
-from sae_nfm.common import provenance
+from sae_nfm.common import check_positive, provenance
 from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_tokens, open_dataset
 from sae_nfm.evaluation.results import Evaluation
@@ -69,10 +69,7 @@ class EvaluateConfig(SavedSAEOptions, HeldOutOptions):
     """JSON file for every number, with configuration, versions and the sha256 of the tokens."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot work."""
-        for name in ("batch_size_prompts", "n_eval_reconstruction_batches", "n_eval_sparsity_variance_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        check_positive(self, "batch_size_prompts", "n_eval_reconstruction_batches", "n_eval_sparsity_variance_batches")
         if not any(getattr(self, field.name) for field in fields(self) if field.name.startswith("compute_")):
             raise ValueError("every metric is switched off; leave one of the compute_... options on")
 
@@ -97,11 +94,7 @@ class HashedStore(ActivationsStore):
 
 
 def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Evaluation:
-    """Evaluate one SAE; writes `config.save` where that is given.
-
-    Raises:
-        ValueError, FileNotFoundError: for an SAE, model or data set that does not work; nothing is written.
-    """
+    """Evaluate one SAE; writes `config.save` where that is given, and nothing where SAE, model or data do not work."""
     check_device(config.device)
     sae = load_sae(config.sae, config.sae_id, config.device).eval()
     metadata = sae.cfg.metadata
@@ -145,7 +138,6 @@ def _load_model(sae: SAE[Any], config: EvaluateConfig) -> LanguageModel:
 
 
 def _data(sae: SAE[Any], config: EvaluateConfig) -> tuple[Any, str]:
-    """The data set, and what to call it."""
     trained_on = sae.cfg.metadata.dataset_path
     if config.held_out is not None:
         return open_dataset(config.held_out, split=config.split), config.held_out

@@ -56,21 +56,15 @@ class Manifest:
     model: str
     """Kind and digest of the language model."""
     tokens: str
-    """Digest of the tokens."""
+    """Digests of the tokens and of the documents' numbers."""
     documents: str
-    """Digest of the documents' numbers."""
     arms: dict[str, str]
     """What identifies each arm, by its name."""
     hook_names: dict[str, str]
-    """Hook point of each arm."""
     seed: int
-    """Seed of the arms that draw at random."""
     batch_rows: int
-    """Rows of tokens in a forward pass."""
     batches_per_part: int
-    """Forward passes of an arm in a file."""
     parts: int
-    """Number of files when all is done."""
 
     def changes(self, other: "Manifest") -> list[str]:
         """In words, what differs in another."""
@@ -88,9 +82,7 @@ class Activations:
     """Sums over counted tokens of one document each, at one hook point; a document may have several entries."""
 
     documents: np.ndarray
-    """Number of the document of each entry, [entries]."""
     tokens: np.ndarray
-    """Counted tokens, [entries]."""
     sums: np.ndarray
     """Sum of x, [entries, d], float64."""
     energies: np.ndarray
@@ -112,24 +104,19 @@ class Activations:
     @classmethod
     def joined(cls, several: Sequence["Activations"]) -> "Activations":
         """All entries of several."""
-        return cls(
-            **{field.name: np.concatenate([getattr(one, field.name) for one in several]) for field in fields(cls)}
-        )
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: np.concatenate([getattr(one, name) for one in several]) for name in names})
 
 
 def begin(folder: str | Path, manifest: Manifest) -> Path:
-    """Make a folder for a measurement, or find the one that was begun.
-
-    Raises:
-        ValueError: when something else was measured there; the message says what differs.
-    """
+    """Make a folder for a measurement, or find the one that was begun; a ValueError that says what differs for another one."""
     folder = Path(folder)
     path = folder / "manifest.json"
     if path.exists():
         changed = read_manifest(folder).changes(manifest)
         if changed:
             raise ValueError(
-                f"{str(folder)!r} was measured with other settings: {'; '.join(changed)}; give a new folder, or the old settings"
+                f"{str(folder)!r} has another measurement: {'; '.join(changed)}; give a new folder, or the old settings"
             )
         return folder
     if folder.exists() and any(folder.iterdir()):
@@ -199,10 +186,7 @@ def document_sums(folder: str | Path) -> pd.DataFrame:
         ce_nats, ce_delta_nats: sums over predictions
         variance_energy: sum over tokens of |x - mean|^2, see the head of this module
 
-    The rows are read a part at a time.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_rows`.
+    The rows are read a part at a time. Raises as `read_rows`.
     """
     manifest, paths = _finished(Path(folder))
     by = ["arm", "document"]
@@ -225,17 +209,11 @@ def _variance_energies(paths: Sequence[Path], hook_name: str) -> pd.DataFrame:
         total, n = total + part.sums.sum(0), n + int(part.tokens.sum())
     mean = total / n
     energies = [
-        pd.DataFrame(
-            {
-                "hook_name": hook_name,
-                "document": part.documents,
-                "variance_energy": part.energies_about(mean),
-            }
-        )
+        pd.DataFrame({"document": part.documents, "variance_energy": part.energies_about(mean)})
         for part in _activations(paths, hook_name)
     ]
-    summed: Any = pd.concat(energies).groupby(["hook_name", "document"], as_index=False).sum()
-    return summed
+    summed: Any = pd.concat(energies).groupby("document", as_index=False).sum()
+    return summed.assign(hook_name=hook_name)
 
 
 def _activations(paths: Sequence[Path], hook_name: str) -> Iterator[Activations]:

@@ -1,10 +1,10 @@
 from .card import CardSAE as CardSAE
 from .card import model_card as model_card
-from .directory import PACKAGED as PACKAGED
-from .directory import register_packaged_releases as register_packaged_releases
+from .push_pull import REPORT_FILENAME as REPORT_FILENAME
+from .push_pull import RESULTS_FILENAME as RESULTS_FILENAME
+from .release import PACKAGED as PACKAGED
 from .release import PackageSource as PackageSource
 from .release import Release as Release
+from .release import register_packaged_releases as register_packaged_releases
 from .release import release_entry as release_entry
 from .release import write_releases as write_releases
-from .run_folder import REPORT_FILENAME as REPORT_FILENAME
-from .run_folder import RESULTS_FILENAME as RESULTS_FILENAME

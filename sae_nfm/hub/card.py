@@ -31,7 +31,6 @@ class CardSAE:
     """One SAE of the card."""
 
     entry: ReleasedSAE
-    """Its id, L0 and variance explained."""
     config: dict[str, Any]
     """Its cfg.json."""
     runner: dict[str, Any] | None = None
@@ -47,39 +46,32 @@ def model_card(
 
     Args:
         load_from: first argument of `SAE.from_pretrained`: a hub repository or a release.
-        saes: every SAE there is.
         result: the demo they come from; its table is printed as it is, the paper's comparison beside the fair one.
         license: the licence of the weights as the hub names it, such as "mit".
     """
     architectures = sorted({str(sae.config["architecture"]) for sae in saes})
     header = ModelCardData(library_name="saelens", license=license, tags=[*TAGS, *architectures])
     name = load_from.split("/")[-1]
-    parts = [
-        f"---\n{header.to_yaml()}\n---\n\n# {name}",
-        _what(saes, architectures),
-        _load(load_from, saes, architectures),
-    ]
+    parts = [f"---\n{header.to_yaml()}\n---\n\n# {name}", _what(saes, architectures)]
+    parts += [_load(load_from, saes, architectures)]
     parts += ["## How faithful they are", NOT_MEASURED if result is None else _figures(saes, result)]
     parts += ["## How they were trained", _training(saes, result)]
     parts += ["## Limits", _limits(architectures, published=result is None)]
-    parts += [
-        "## Licence",
-        "None is stated: ask who published this before using the weights." if license is None else license,
-    ]
+    parts += ["## Licence", license or "None is stated: ask who published this before using the weights."]
     return "\n\n".join(parts) + "\n"
 
 
 def _what(saes: Sequence[CardSAE], architectures: Sequence[str]) -> str:
-    lines = ["Sparse autoencoders for [SAELens](https://github.com/decoderesearch/SAELens)."]
+    text = "Sparse autoencoders for [SAELens](https://github.com/decoderesearch/SAELens)."
     if ARCHITECTURE in architectures:
-        lines[0] += (
+        text += (
             f" `{ARCHITECTURE}` is a TopK SAE trained jointly with a Neural Factorization Machine, which adds products of "
             f"feature pairs to the reconstruction ({PAPER}); the architecture comes with the package `sae-nfm`."
         )
     if SEQUENTIAL in architectures:
         named = {sae.config["base"] for sae in saes if sae.config.get("base")}
         bases = ", ".join(sorted(name if ":" in name else PurePath(name).name for name in named))
-        lines[0] += (
+        text += (
             f" `{SEQUENTIAL}` is a pretrained SAE{bases and f' ({bases})'}, as it was, with such a machine "
             "trained on its residual; the architecture comes with the package `sae-nfm`."
         )
@@ -98,7 +90,7 @@ def _what(saes: Sequence[CardSAE], architectures: Sequence[str]) -> str:
         )
         for sae in saes
     ]
-    return f"{lines[0]}\n\n{_table(head, rows)}"
+    return f"{text}\n\n{_table(head, rows)}"
 
 
 def _load(load_from: str, saes: Sequence[CardSAE], architectures: Sequence[str]) -> str:
@@ -122,8 +114,7 @@ def _load(load_from: str, saes: Sequence[CardSAE], architectures: Sequence[str])
 
 
 def _figures(saes: Sequence[CardSAE], result: CompareResult) -> str:
-    meanings = legend(result.columns)
-    tokens = result.rows[0].tokens
+    meanings, tokens = legend(result.columns), result.rows[0].tokens
     named = "".join(f"`{sae.entry.id}` is the row {sae.row}. " for sae in saes if sae.row is not None)
     return (
         f"{named}Spliced into the language model, averaged over {tokens:,} held-out tokens, special tokens and position 0 left "
@@ -133,27 +124,25 @@ def _figures(saes: Sequence[CardSAE], result: CompareResult) -> str:
 
 
 def _training(saes: Sequence[CardSAE], result: CompareResult | None) -> str:
-    facts: dict[str, Any] = {}
-    metadata = saes[0].config["metadata"]
-    runner = saes[0].runner or {}
-    facts["data"] = _without_folders(metadata.get("dataset_path"))
-    facts["tokens trained on"] = runner.get("training_tokens")
-    facts["context size"] = metadata.get("context_size")
-    facts["batch size"] = runner.get("train_batch_size_tokens")
-    facts["learning rate"] = runner.get("lr")
-    facts["SAELens"] = metadata.get("sae_lens_training_version")
+    metadata, runner = saes[0].config["metadata"], saes[0].runner or {}
+    source = metadata.get("dataset_path")
+    is_file = source and PurePath(source).suffix  # without the folders of the machine it lay on; a hub name as it is
+    facts: dict[str, Any] = {
+        "data": PurePath(source).name if is_file else source,
+        "tokens trained on": runner.get("training_tokens"),
+        "context size": metadata.get("context_size"),
+        "batch size": runner.get("train_batch_size_tokens"),
+        "learning rate": runner.get("lr"),
+        "SAELens": metadata.get("sae_lens_training_version"),
+    }
     if result is not None:
         config = result.provenance["config"]
         facts["tokens trained on"], facts["learning rate"] = config["training_tokens"], config["learning_rates"][0]
         facts["seeds"] = ", ".join(map(str, result.provenance["seeds"]))
-        facts["versions"] = ", ".join(
-            f"{name} {number}" for name, number in result.provenance.get("versions", {}).items()
-        )
-    stated = [
-        f"- {name}: {value:,}" if isinstance(value, int) else f"- {name}: {value}"
-        for name, value in facts.items()
-        if value
-    ]
+        versions = result.provenance.get("versions", {})
+        facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
+    texts = {name: f"{value:,}" if isinstance(value, int) else value for name, value in facts.items() if value}
+    stated = [f"- {name}: {text}" for name, text in texts.items()]
     return "\n".join(stated) or "Not recorded."
 
 
@@ -167,8 +156,3 @@ def _limits(architectures: Sequence[str], *, published: bool) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
-
-
-def _without_folders(source: str | None) -> str | None:
-    """A file's name without the folders of the machine it lay on; a hub name as it is."""
-    return PurePath(source).name if source and PurePath(source).suffix else source

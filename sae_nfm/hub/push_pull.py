@@ -18,14 +18,105 @@ from huggingface_hub.hf_api import RepoFile
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
 from sae_nfm.common import LOG_IN, explained
-from sae_nfm.comparison.results import CompareResult
+from sae_nfm.common.results import REPORT_FILENAME, RESULTS_FILENAME
+from sae_nfm.comparison.results import CompareResult, RowKind
 from sae_nfm.hub.card import CardSAE, model_card
-from sae_nfm.hub.release import HubSource, Release, check_sha256, read_releases, releases_yaml, sha256
-from sae_nfm.hub.run_folder import REPORT_FILENAME, RESULTS_FILENAME, SavedSAEs, saved_saes
+from sae_nfm.hub.release import (
+    HubSource,
+    Release,
+    ReleasedSAE,
+    check_sha256,
+    read_releases,
+    release_entry,
+    releases_yaml,
+    sha256,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedSAE:
+    """A saved SAE on disk."""
+
+    folder: Path
+    runner: Path
+    """Its runner_cfg.json, which may not exist."""
+    entry: ReleasedSAE
+
+    def card(self) -> CardSAE:
+        """What its model card is made from."""
+        runner = json.loads(self.runner.read_text()) if self.runner.is_file() else None
+        return CardSAE(entry=self.entry, config=json.loads((self.folder / SAE_CFG_FILENAME).read_text()), runner=runner)
+
+    def files(self) -> dict[str, Path]:
+        """SAELens's files, as far as they exist, by their path in the release."""
+        paths = {name: self.folder / name for name in self.entry.sha256}
+        if self.runner.is_file():
+            paths[RUNNER_CFG_FILENAME] = self.runner
+        return {f"{self.entry.path}/{name}": path for name, path in paths.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedSAEs:
+    """The SAEs of a folder, with a demo's result and page where it is one's output."""
+
+    saes: tuple[SavedSAE, ...]
+    results: Path | None
+    report: Path | None
+
+    def result(self) -> CompareResult | None:
+        """The demo's result."""
+        return None if self.results is None else CompareResult.load(self.results)
+
+
+def saved_saes(source: str | Path, *, sae_id: str | None = None, names: Sequence[str] = ()) -> SavedSAEs:
+    """The SAEs in a folder, each loaded once to see that it is sound.
+
+    Args:
+        source: folder of a saved SAE, or the output folder of `sae-nfm demo`.
+        sae_id: id of a single SAE; its hook name unless given.
+        names: which SAEs of a demo's output; all of them unless given.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is neither of the two, has no such SAE, or a damaged one.
+    """
+    source = Path(source)
+    if (source / SAE_CFG_FILENAME).is_file():
+        if names:
+            raise ValueError(f"{str(source)!r} is one saved SAE: choosing {', '.join(names)} is for a demo's output")
+        entry = release_entry(source, sae_id=sae_id)
+        sae = SavedSAE(folder=source, runner=source / RUNNER_CFG_FILENAME, entry=replace(entry, path=entry.id))
+        return SavedSAEs(saes=(sae,), results=None, report=None)
+    present = sorted(path.parent.name for path in (source / "saes").glob(f"*/{SAE_CFG_FILENAME}"))
+    if not present:
+        raise ValueError(
+            f"{str(source)!r} is neither a saved SAE (it has no {SAE_CFG_FILENAME}) nor the output of `sae-nfm demo` (it has "
+            "no saes/*); give the folder of one of the two"
+        )
+    if missing := sorted(set(names) - set(present)):
+        raise ValueError(f"{str(source)!r} has no SAE {', '.join(missing)}; it has {', '.join(present)}")
+    if sae_id is not None:
+        raise ValueError(f"{str(source)!r} has SAEs {', '.join(present)}, whose names are their ids; leave sae_id out")
+    return _of_a_demo(source, names or present)
+
+
+def _of_a_demo(source: Path, names: Sequence[str]) -> SavedSAEs:
+    results, report = source / RESULTS_FILENAME, source / REPORT_FILENAME
+    rows = [row for row in CompareResult.load(results).rows if row.kind is RowKind.TRAINED]
+    explained = {row.arm: 1 - row.fvu for row in rows if row.fvu is not None}
+    shared = source / "saes" / RUNNER_CFG_FILENAME  # of 0.1.0: one file for all
+    saes = tuple(
+        SavedSAE(
+            folder=source / "saes" / name,
+            runner=shared if shared.is_file() else source / "saes" / name / RUNNER_CFG_FILENAME,
+            entry=release_entry(source / "saes" / name, sae_id=name, variance_explained=explained.get(name)),
+        )
+        for name in names
+    )
+    return SavedSAEs(saes=saes, results=results, report=report if report.is_file() else None)
+
 
 RELEASE_FILENAME, CARD_FILENAME = "pretrained.yaml", "README.md"
 BESIDE = (CARD_FILENAME, RELEASE_FILENAME, RESULTS_FILENAME, REPORT_FILENAME)
-"""The files beside the SAEs."""
 Contents = Mapping[str, Path | bytes]
 
 
@@ -49,7 +140,6 @@ class PushConfig:
     """Whether files that the repository has already are replaced; the hub keeps the earlier commit."""
 
     def __post_init__(self) -> None:
-        """Refuse a name the hub could not have."""
         _check_repo_id(self.repo_id)
 
 
@@ -69,7 +159,6 @@ class PullConfig:
     """Whether files are fetched even though the cache has them."""
 
     def __post_init__(self) -> None:
-        """Refuse a name the hub could not have."""
         _check_repo_id(self.repo_id)
 
 
@@ -143,9 +232,8 @@ def pull(config: PullConfig) -> Pulled:
     output = Path(config.output)
     if output.exists():
         raise ValueError(f"{str(output)!r} exists already; give a folder that does not")
-    listed = HubSource(repo_id=config.repo_id, revision=config.revision).file(
-        RELEASE_FILENAME, force_download=config.force_download
-    )
+    source = HubSource(repo_id=config.repo_id, revision=config.revision)
+    listed = source.file(RELEASE_FILENAME, force_download=config.force_download)
     commit = listed.parent.name  # the cache keeps a folder for each commit
     release = _chosen(_only_release(listed), config, commit)
     with explained(f"{config.repo_id!r} at commit {commit}"):
@@ -205,7 +293,6 @@ def _earlier_saes(source: HubSource, replaced: set[str]) -> list[CardSAE]:
 
 
 def _check_stored(contents: Contents, stored: Sequence[RepoFile], url: str) -> None:
-    """Compare what the hub says it stored with what was sent."""
     found = {file.path: file for file in stored}
     damaged = [path for path, content in contents.items() if path not in found or not _same(found[path], content)]
     if damaged:

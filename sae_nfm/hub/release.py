@@ -1,4 +1,10 @@
-"""What a release of pretrained SAEs is: where its files lie and which they are, by sha256; read from and written to YAML.
+"""Releases of pretrained SAEs: where their files lie and which they are, by sha256; registered with SAELens.
+
+    sae = SAE.from_pretrained("sae-nfm-demo", "blocks.2.hook_resid_post")        # packaged, works offline
+
+    entry = release_entry("runs/mine")                                           # digests of a saved SAE
+    register_release("mine", model="gpt2", source=FolderSource(folder="runs"), saes=[entry])
+    register_releases("pretrained.yaml")                                         # a file of releases, such as `push` writes
 
 The YAML is SAELens's own (`pretrained_saes.yaml`: release, `model`, `saes` with `id`, `path`, `variance_explained`, `l0`,
 `neuronpedia`) with the digests added, and one of three sources:
@@ -18,11 +24,19 @@ The YAML is SAELens's own (`pretrained_saes.yaml`: release, `model`, `saes` with
           cfg.json: 6f5902ac237024bdd0c176cb93063dc4...
           sae_weights.safetensors: 9c56cc51b374c3ba189210d5b6d4bf57...
           sparsity.safetensors: 486ea46224d1bb4fb680f34f7c9ad96a...
+
+SAELens keeps its releases in one cached dictionary, read from a large YAML file when first asked for (about a second). Ours
+are entered when that happens, so that importing the package stays cheap: `get_pretrained_saes_directory` gets a layer, in
+every module that has imported it by name. Each release has a loader of its own, because SAELens tells a loader neither the
+release nor the revision. The loader of plain hub repositories gets a layer too, for our architectures only: it refuses an
+incomplete config and says what a damaged file means.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import wraps
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,13 +45,27 @@ import yaml
 from huggingface_hub import hf_hub_download
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from sae_lens.loading import pretrained_saes_directory
+from sae_lens.loading.pretrained_sae_loaders import (
+    NAMED_PRETRAINED_SAE_CONFIG_GETTERS,
+    NAMED_PRETRAINED_SAE_LOADERS,
+    get_sae_lens_config_from_disk,
+    get_sae_lens_config_from_hf,
+    read_sae_components_from_disk,
+)
+from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
+from sae_nfm.architectures import INFERENCE_CONFIGS, refuse_missing_keys
 from sae_nfm.common import explained, whole
 from sae_nfm.loading import check_folder
 
 VERIFIED = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME)
 """The files of a saved SAE whose digests a release has; the sparsity may be missing."""
 SOURCE_KEYS = ("repo_id", "revision", "package", "folder")
+Loaded = tuple[dict[str, Any], dict[str, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +81,7 @@ class HubSource:
         return self.repo_id
 
     def file(self, path: str, *, force_download: bool = False) -> Path:
-        """The file in huggingface_hub's cache, downloaded where it is missing or `force_download` says so.
-
-        Raises:
-            FileNotFoundError: no such repository, revision or file, or neither the hub nor the cache has it.
-        """
+        """The file in huggingface_hub's cache, downloaded where it is missing; a FileNotFoundError where neither has it."""
         with explained(f"{path} of {self.repo_id!r} at revision {self.revision!r}"):
             cached = hf_hub_download(self.repo_id, path, revision=self.revision, force_download=force_download)
         return Path(cached)
@@ -68,10 +92,9 @@ class FolderSource:
     """A local folder that holds one folder for each SAE."""
 
     folder: str | Path
-    """The folder; a relative one is relative to the working folder of now."""
+    """A relative one is relative to the working folder of now."""
 
     def __post_init__(self) -> None:
-        """Outlast a change of the working folder."""
         object.__setattr__(self, "folder", Path(self.folder).absolute())
 
     @property
@@ -80,11 +103,7 @@ class FolderSource:
         return f"folder:{self.folder}"
 
     def file(self, path: str, *, force_download: bool = False) -> Path:  # noqa: ARG002
-        """The file; nothing is downloaded.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
+        """The file; a FileNotFoundError where there is none."""
         return _existing(Path(self.folder) / path, "restore it, or register the release again")
 
 
@@ -102,14 +121,9 @@ class PackageSource:
         return f"package:{self.package}/{self.folder}"
 
     def file(self, path: str, *, force_download: bool = False) -> Path:  # noqa: ARG002
-        """The file; nothing is downloaded.
-
-        Raises:
-            FileNotFoundError: the package was installed without it.
-        """
-        return _existing(
-            Path(str(files(self.package))) / self.folder / path, f"install {self.package} again, with its data"
-        )
+        """The file; a FileNotFoundError where the package was installed without it."""
+        folder = Path(str(files(self.package))) / self.folder
+        return _existing(folder / path, f"install {self.package} again, with its data")
 
 
 Source = HubSource | FolderSource | PackageSource
@@ -131,7 +145,6 @@ class ReleasedSAE:
     neuronpedia: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an entry that cannot be verified, or whose files would lie outside the source."""
         needed = {SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME}
         if not needed <= set(self.sha256) <= set(VERIFIED):
             raise ValueError(
@@ -154,21 +167,13 @@ class Release:
     saes: tuple[ReleasedSAE, ...]
 
     def __post_init__(self) -> None:
-        """Refuse ambiguity."""
         for what in ("id", "path"):
             values = [getattr(sae, what) for sae in self.saes]
             if len(set(values)) != len(values) or not values:
-                raise ValueError(
-                    f"release {self.name!r} has SAEs of {what} {values}; give at least one, and each its own"
-                )
+                raise ValueError(f"release {self.name!r} has SAEs of {what} {values}; give at least one, all different")
 
     def verified_file(self, sae: ReleasedSAE, name: str, *, force_download: bool = False) -> Path:
-        """A file of one SAE, once its digest is what the release says.
-
-        Raises:
-            ValueError: the file is another than the one that was released.
-            FileNotFoundError: see the source's `file`.
-        """
+        """A file of one SAE; a ValueError where its digest is another than the release's, errors of the source's `file`."""
         path = self.source.file(f"{sae.path}/{name}", force_download=force_download)
         check_sha256(path, sae.sha256[name], f"{name} of SAE {sae.id!r} in release {self.name!r} ({self.source.name})")
         return path
@@ -189,7 +194,6 @@ def release_entry(
         sae_id: its id; the hook name it was trained at unless given.
         path: its folder within the release's source; the folder's own name unless given, its parent being the source.
         variance_explained: 1 - FVU on held-out tokens, where it was measured.
-        neuronpedia: its id on Neuronpedia.
 
     Raises:
         FileNotFoundError, ValueError: the folder is no saved SAE, or a damaged one, or says no hook name.
@@ -224,9 +228,7 @@ def read_releases(path: str | Path) -> tuple[Release, ...]:
         return tuple(_release(name, value, path.parent) for name, value in content.items())
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(
-            f"{path} is no list of releases ({problem}); the format is in the docstring of {__name__}"
-        ) from error
+        raise ValueError(f"{path} is no list of releases ({problem}); see the docstring of {__name__}") from error
 
 
 def write_releases(releases: Sequence[Release], path: str | Path) -> Path:
@@ -238,7 +240,11 @@ def write_releases(releases: Sequence[Release], path: str | Path) -> Path:
 
 def releases_yaml(releases: Sequence[Release]) -> str:
     """Releases as YAML text."""
-    content = {release.name: _plain(release) for release in releases}
+    content: dict[str, Any] = {}
+    for release in releases:
+        source = {key: value if isinstance(value, str) else str(value) for key, value in asdict(release.source).items()}
+        saes = [{**asdict(sae), "sha256": dict(sae.sha256)} for sae in release.saes]
+        content[release.name] = {"model": release.model, **source, "saes": saes}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
@@ -272,16 +278,190 @@ def _release(name: str, value: dict[str, Any], relative_to: Path) -> Release:
     return Release(name=name, model=value["model"], source=source, saes=saes)
 
 
-def _plain(release: Release) -> dict[str, Any]:
-    source = {key: value if isinstance(value, str) else str(value) for key, value in asdict(release.source).items()}
-    return {
-        "model": release.model,
-        **source,
-        "saes": [{**asdict(sae), "sha256": dict(sae.sha256)} for sae in release.saes],
-    }
-
-
 def _existing(path: Path, remedy: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}: {remedy}")
     return path
+
+
+PACKAGED = Path(__file__).with_name("pretrained.yaml")
+"""The releases that are installed with the package."""
+DIRECTORY = "get_pretrained_saes_directory"
+_OURS = "_sae_nfm_original"
+_releases: dict[str, Release] = {}
+
+
+def register_release(
+    release: str, *, model: str, source: Source, saes: Sequence[ReleasedSAE], replace: bool = False
+) -> Release:
+    """Make `SAE.from_pretrained(release, id)` and the rest of SAELens find these SAEs, of any architecture, in this process.
+
+    Registering the same release again is harmless. The files are looked for, and verified, when an SAE is loaded.
+
+    Args:
+        saes: the SAEs; `release_entry(folder)` makes an entry from a saved one.
+        replace: whether other content under a name that was registered here before is replaced.
+
+    Raises:
+        ValueError: the name is taken by SAELens or another package, or was registered here with other content.
+    """
+    entry = Release(name=release, model=model, source=source, saes=tuple(saes))
+    known = _packaged() | _releases
+    if entry.name in known and known[entry.name] != entry and not replace:
+        raise ValueError(f"release {release!r} has other content already; choose another name or give replace=True")
+    directory: dict[str, PretrainedSAELookup] = getattr(pretrained_saes_directory, DIRECTORY)()
+    _enter(directory, entry, replace=True)
+    _releases[entry.name] = entry
+    return entry
+
+
+def register_releases(path: str | Path, *, replace: bool = False) -> tuple[Release, ...]:
+    """Register every release of a YAML file (see the head of this module); raises as `read_releases`, `register_release`."""
+    return tuple(
+        register_release(one.name, model=one.model, source=one.source, saes=one.saes, replace=replace)
+        for one in read_releases(path)
+    )
+
+
+def register_packaged_releases() -> None:
+    """Have the packaged releases entered whenever SAELens's directory is read; nothing is read now.
+
+    Calling it again, or re-importing the package, replaces our own layers. A packaged name that is taken by somebody else
+    is a ValueError when the directory is read.
+    """
+    current = getattr(pretrained_saes_directory, DIRECTORY)
+    original = getattr(current, _OURS, current)
+    layered = _with_our_releases(original)
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(DIRECTORY) is current:
+            setattr(module, DIRECTORY, layered)
+    loader = NAMED_PRETRAINED_SAE_LOADERS["sae_lens"]
+    NAMED_PRETRAINED_SAE_LOADERS["sae_lens"] = _strict_hub_loader(getattr(loader, _OURS, loader))
+
+
+def _with_our_releases(original: Any) -> Callable[[], dict[str, PretrainedSAELookup]]:
+    @wraps(original)
+    def get_pretrained_saes_directory() -> dict[str, PretrainedSAELookup]:
+        directory = original()
+        for release in (_packaged() | _releases).values():
+            _enter(directory, release)
+        return directory
+
+    for name in ("cache_info", "cache_clear"):
+        setattr(get_pretrained_saes_directory, name, getattr(original, name))
+    setattr(get_pretrained_saes_directory, _OURS, original)
+    return get_pretrained_saes_directory
+
+
+_packaged_releases: dict[str, Release] = {}
+
+
+def _packaged() -> dict[str, Release]:
+    if not _packaged_releases:
+        _packaged_releases.update({release.name: release for release in read_releases(PACKAGED)})
+    return _packaged_releases
+
+
+def _enter(directory: dict[str, PretrainedSAELookup], release: Release, *, replace: bool = False) -> None:
+    """Put a release into SAELens's directory, and its loaders into SAELens's tables."""
+    loader_name = f"sae_nfm:{release.name}"
+    present = directory.get(release.name)
+    if present is not None and present.conversion_func != loader_name:
+        raise ValueError(f"release name {release.name!r} is taken (by {present.repo_id!r}); choose another name")
+    loader = _Loader(release=release)
+    NAMED_PRETRAINED_SAE_LOADERS[loader_name] = loader.load
+    NAMED_PRETRAINED_SAE_CONFIG_GETTERS[loader_name] = loader.config
+    if present is not None and not replace:
+        return
+    neuronpedia: dict[str, Any] = {sae.id: sae.neuronpedia for sae in release.saes}  # None: as in SAELens, no id
+    explained = {sae.id: sae.variance_explained for sae in release.saes if sae.variance_explained is not None}
+    directory[release.name] = PretrainedSAELookup(
+        release=release.name,
+        repo_id=release.source.name,
+        model=release.model,
+        conversion_func=loader_name,
+        saes_map={sae.id: sae.path for sae in release.saes},
+        expected_var_explained=dict.fromkeys(neuronpedia, 1.0) | explained,  # 1.0 and 0.0: SAELens's for "not known"
+        expected_l0={sae.id: sae.l0 or 0.0 for sae in release.saes},
+        neuronpedia_id=neuronpedia,
+        norm_scaling_factor={},
+        config_overrides=None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loader:
+    """SAELens's two loader protocols, for one release."""
+
+    release: Release
+
+    def config(
+        self,
+        repo_id: str,  # noqa: ARG002 (the release knows its source)
+        folder_name: str,
+        device: str | None = None,
+        force_download: bool = False,
+        cfg_overrides: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The verified config of one SAE."""
+        path = self.release.verified_file(self._sae(folder_name), SAE_CFG_FILENAME, force_download=force_download)
+        config = get_sae_lens_config_from_disk(path.parent, device, cfg_overrides)
+        return _checked(config, f"{folder_name}/{SAE_CFG_FILENAME} of release {self.release.name!r}")
+
+    def load(
+        self,
+        repo_id: str,
+        folder_name: str,
+        device: str = "cpu",
+        force_download: bool = False,
+        cfg_overrides: dict[str, Any] | None = None,
+    ) -> Loaded:
+        """The verified config, weights and log sparsity of one SAE."""
+        sae = self._sae(folder_name)
+        config = self.config(repo_id, folder_name, device, force_download, cfg_overrides)
+        weights = self.release.verified_file(sae, SAE_WEIGHTS_FILENAME, force_download=force_download)
+        config, state_dict = read_sae_components_from_disk(config, weights, device)
+        sparsity = None
+        if SPARSITY_FILENAME in sae.sha256:
+            file = self.release.verified_file(sae, SPARSITY_FILENAME, force_download=force_download)
+            sparsity = load_file(file, device=device)["sparsity"]
+        return config, state_dict, sparsity
+
+    def _sae(self, path: str) -> ReleasedSAE:
+        return next(sae for sae in self.release.saes if sae.path == path)
+
+
+def _strict_hub_loader(original: Any) -> Any:
+    @wraps(original)
+    def sae_lens_huggingface_loader(
+        repo_id: str,
+        folder_name: str,
+        device: str = "cpu",
+        force_download: bool = False,
+        cfg_overrides: dict[str, Any] | None = None,
+    ) -> Loaded:
+        try:
+            config, state_dict, sparsity = original(repo_id, folder_name, device, force_download, cfg_overrides)
+        except SafetensorError as error:
+            if get_sae_lens_config_from_hf(repo_id, folder_name).get("architecture") not in INFERENCE_CONFIGS:
+                raise
+            raise ValueError(
+                f"a weight file of {folder_name!r} in {repo_id!r} is damaged ({error}); download it again with "
+                "force_download=True. If that does not help it was uploaded so: ask who published it"
+            ) from error
+        return _checked(config, f"{folder_name}/{SAE_CFG_FILENAME} of {repo_id!r}"), state_dict, sparsity
+
+    setattr(sae_lens_huggingface_loader, _OURS, original)
+    return sae_lens_huggingface_loader
+
+
+def _checked(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """For our architectures: a complete config, the Neuronpedia id in its metadata, where SAELens's readers look for it."""
+    ours = INFERENCE_CONFIGS.get(config.get("architecture", ""))
+    if ours is None:
+        return config
+    refuse_missing_keys(ours, config, source)
+    neuronpedia = config.pop("neuronpedia_id", None)
+    if neuronpedia is None:
+        return config
+    return config | {"metadata": config["metadata"] | {"neuronpedia_id": neuronpedia}}

@@ -6,34 +6,248 @@
 
 Each clamps, scales or adds, at all tokens, at some positions or by a mask; what it is not meant to change keeps its bits.
 Several act in the order given: at one hook point each sees what the ones before it left, and a `PairEdit` or a `ReadEdit` the
-features as all edits at `hook_sae_acts_post` leave them. `hooks.Splice` has them for an arm, `editing.editing` for a while.
+features as all edits at `hook_sae_acts_post` leave them.
+
+    with Splice(sae=sae, edits=[one]).on(model):        # an arm
+        with editing(model, sae, [another]):            # and more, for a while; after those of the splice
+            logits = model(tokens)
+
+    model.add_sae(sae, use_error_term=True)             # SAELens's own way
+    with editing(model, sae, [one]): ...
+
+The clean pass that SAELens's error term is computed from has the hooks switched off, and the edits with them.
+
+    path          reads, at                                   writes (or pools), at
+    direct        f      hook_sae_acts_post                   f W_dec          hook_sae_recons
+    linear        f_n    hook_nfm_linear_in                   f_n W_lin        hook_nfm_linear
+    square        f      hook_nfm_square_in                   (f^2 / c) U      hook_nfm_square
+    interaction   f_n    hook_nfm_interaction_in              z                hook_nfm_pooled
+
+f_n are the n largest entries of f (`nfm_top_k`; all where it is None).
+
+Positions are those of the whole sequence. In `generate` the first run's tokens are the prompt; with a cache of keys and values
+the later runs carry one token each, without one the sequence so far and one more. Either way a run whose tokens are those of
+the run before and one more goes on with the same prompt.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float
-from sae_lens import SAE
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from sae_lens import SAE, SAETransformerBridge, TrainingSAE
+from sae_lens.load_model import HookedProxyLM
+from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
+from sae_lens.saes.topk_sae import act_times_W_dec
+from torch import Tensor, nn
 from typing_extensions import override
 
+from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths, secondary_of
 from sae_nfm.common import check_choice
-from sae_nfm.interventions.edit_targets import (
-    Index,
-    Where,
-    check_hook_point,
-    check_index,
-    check_where,
-    check_width,
-    entries_text,
-    where_text,
-    width_of,
-    with_entries,
-)
-from sae_nfm.interventions.path_inputs import FEATURES, PATHS, WRITTEN_AT, Path, PathReads, read_by_paths
+from sae_nfm.kernels import POOLS, reference
 from sae_nfm.loading import digest
+from sae_nfm.models import Attached, HookFunction, LanguageModel, SpecialTokens, TokensRead, is_special, tokens_read
+
+Path = Literal["direct", "linear", "square", "interaction"]
+PATHS: tuple[Path, ...] = get_args(Path)
+FEATURES = "hook_sae_acts_post"
+READ_AT: dict[Path, str] = {path: FEATURES if path == "direct" else f"hook_nfm_{path}_in" for path in PATHS}
+WRITTEN_AT: dict[Path, str] = {
+    "direct": "hook_sae_recons",
+    "linear": "hook_nfm_linear",
+    "square": "hook_nfm_square",
+    "interaction": "hook_nfm_pooled",
+}
+"""Where a change of what a path reads is put into effect: other tokens keep their bits."""
+
+Features = Float[Tensor, "rows pos d_sae"]
+
+
+class PathReads(dict[Path, Tensor]):
+    """What each path reads in one pass through an SAE, [rows, pos, d_sae], after the edits so far: zero where it does not."""
+
+    def change(self, sae: SAE[Any], path: Path, read: Features) -> Float[Tensor, "rows pos width"]:
+        """Let a path read other features; what that adds where it writes."""
+        before, self[path] = self[path], read
+        if path == "direct":
+            if not isinstance(sae, NFMPaths):
+                rescale = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
+                return act_times_W_dec(read - before, sae.W_dec, rescale)
+            with _disable_hooks(sae):  # what the direct path is, the architecture says
+                return sae.decode_paths(read).direct - sae.decode_paths(before).direct
+        sae = read_by_paths(sae)
+        if path == "linear":
+            return reference.weighted_rows(read - before, sae.W_lin)
+        if path == "square":
+            c = sae.cfg.square_scale
+            return reference.square_output(read, sae.U, c) - reference.square_output(before, sae.U, c)
+        pool = POOLS[sae.cfg.head]
+        return pool(read, sae.V) - pool(before, sae.V)
+
+
+def read_by_paths(sae: SAE[Any]) -> NFMPaths:
+    """The SAE, when its paths read features in the units of `hook_sae_acts_post`.
+
+    A ValueError for one without an NFM, or one in training that reads them in units of its own.
+    """
+    if not isinstance(sae, NFMPaths):
+        raise ValueError(
+            f"an SAE of the architecture {sae.cfg.architecture()!r} has a direct path only; give a joint_nfm or "
+            "sequential_nfm SAE"
+        )
+    if isinstance(sae, TrainingSAE) and hasattr(sae, "nfm_scale"):
+        raise ValueError(
+            "this SAE is in training and reads features in units of its own (nfm_scale); save it with save_inference_model "
+            "and load that"
+        )
+    return sae
+
+
+Where = tuple[int, ...] | Tensor | None
+"""Tokens by position, negative ones counted from the end of the prompt; by a mask, Bool[rows pos] of the prompt; or all."""
+
+
+def check_where(where: Where) -> None:
+    """Raise a ValueError for tokens that cannot be told."""
+    if isinstance(where, Tensor):
+        if where.dtype != torch.bool or where.ndim != 2:
+            raise ValueError(
+                f"where is a tensor {tuple(where.shape)} of {where.dtype}; give a mask of bool, [rows, pos], True where the "
+                "edit is to act"
+            )
+    elif where is not None and (not where or not all(type(position) is int for position in where)):
+        raise ValueError(f"where is {where!r}; give positions such as (3, -1), a mask [rows, pos], or None for all")
+
+
+@dataclass
+class TokensInTurn:
+    """The tokens whose activations pass, run after run; with special tokens "kept", edits leave those out."""
+
+    model: LanguageModel | None = None
+    """None where an SAE runs by itself, on whole sequences."""
+    read: TokensRead | None = None
+    special_tokens: SpecialTokens = "changed"
+    _before: Int[Tensor, "rows pos"] | None = field(default=None, init=False)
+    _prompt: int = field(default=0, init=False)
+
+    def chosen(self, where: Where, value: Float[Tensor, "rows here width"]) -> Bool[Tensor, "rows here"]:
+        """Whether an edit acts, at the tokens whose activations pass. A ValueError when the prompt lacks some of them."""
+        rows, here = value.shape[:2]
+        ids = None if self.read is None else self.read.on(value.device)
+        if ids is not None and (len(ids) != rows or ids.shape[1] < here):
+            raise ValueError(
+                f"activations {tuple(value.shape)} are not those of the tokens {tuple(ids.shape)} that the model read last; "
+                "while an edit is at work, run the SAE in the model only"
+            )
+        length = here if ids is None else ids.shape[1]
+        mask = self._mask(where, rows, length, self._prompt_of(ids, length), value.device)
+        if ids is not None and self.model is not None and self.special_tokens == "kept":
+            mask = mask & ~is_special(self.model, ids)
+        return mask[:, length - here :]
+
+    def _prompt_of(self, ids: Int[Tensor, "rows pos"] | None, length: int) -> int:
+        before, self._before = self._before, ids
+        grown = before is not None and before.shape[1] in (length, length - 1)
+        if ids is None or before is None or not grown or not torch.equal(before, ids[:, : before.shape[1]]):
+            self._prompt = length
+        return self._prompt
+
+    @staticmethod
+    def _mask(where: Where, rows: int, length: int, prompt: int, device: torch.device) -> Bool[Tensor, "rows pos"]:
+        mask = torch.full((rows, length), where is None, device=device)
+        if where is None:
+            return mask
+        if isinstance(where, Tensor):
+            if where.shape != (rows, prompt):
+                raise ValueError(f"where is a mask {tuple(where.shape)}, expected that of the prompt, {(rows, prompt)}")
+            mask[:, :prompt] = where.to(device)
+            return mask
+        positions = [position + prompt if position < 0 else position for position in where]
+        if min(positions) < 0:
+            raise ValueError(f"where has {min(where)}, the prompt has {prompt} tokens; give positions from {-prompt}")
+        mask[:, [position for position in positions if position < length]] = True
+        return mask
+
+
+SWITCHES = {
+    **dict.fromkeys(("hook_nfm_linear_in", "hook_nfm_linear"), "linear path is switched off (use_linear_path)"),
+    **dict.fromkeys(("hook_nfm_square_in", "hook_nfm_square"), "square path is switched off (use_square_path)"),
+    **dict.fromkeys(
+        (*(f"hook_nfm_{at}" for at in ("interaction_in", "pooled", "hidden_pre", "interaction")), *SECONDARY_HOOKS),
+        "interaction path is switched off (head 'none')",
+    ),
+}
+"""Hook points of paths that can be switched off, and what it says then."""
+Index = tuple[int, ...] | None
+
+
+def check_index(index: Index, value: float | Tensor) -> None:
+    """Raise a ValueError for entries that cannot be told apart, or a vector that is not one number for each."""
+    if index is None:
+        return
+    if not index or not all(type(entry) is int and entry >= 0 for entry in index) or len(set(index)) < len(index):
+        raise ValueError(f"index is {index!r}; give different entries from 0 up, such as (3, 17), or None for all")
+    if isinstance(value, Tensor) and value.ndim and len(value) != len(index):
+        raise ValueError(f"value has {len(value)} numbers, index has {len(index)} entries; give one number for each")
+
+
+def check_width(at: str, width: int, index: Index, value: float | Tensor) -> None:
+    """Raise a ValueError for entries beyond what passes a hook point, or a vector of another length."""
+    if index is not None and max(index) >= width:
+        raise ValueError(f"index has entry {max(index)}, and what passes {at} has {width}, counted from 0")
+    if index is None and isinstance(value, Tensor) and value.ndim and len(value) != width:
+        raise ValueError(f"value has {len(value)} numbers, and what passes {at} has {width}; give one number for each")
+
+
+def check_hook_point(sae: SAE[Any], at: str) -> None:
+    """Raise a ValueError for a hook point that an SAE, as it is now, lets nothing pass through."""
+    if at not in sae.hook_dict:
+        if isinstance(sae, NFMPaths) and at in SWITCHES:
+            raise ValueError(f"nothing passes {at}: the SAE's {SWITCHES[at]}")
+        raise ValueError(f"the SAE has no {at}; it has {', '.join(sae.hook_dict)}")
+    secondary = secondary_of(sae)
+    if at in SECONDARY_HOOKS and secondary is None:
+        raise ValueError(f"nothing passes {at}: no secondary SAE is attached; attach one first (attach_secondary)")
+    if at == SECONDARY_HOOKS[2] and secondary is not None and not secondary.error_term:
+        raise ValueError(f"nothing passes {at}: the secondary SAE is attached without an error term")
+
+
+def width_of(sae: SAE[Any], at: str) -> int | None:
+    """Numbers a token has at a hook point, heads flattened; None where it is another architecture's own."""
+    cfg = sae.cfg
+    if at in ("hook_sae_acts_pre", "hook_sae_acts_post") or (at.startswith("hook_nfm_") and at.endswith("_in")):
+        return cfg.d_sae
+    if at == "hook_sae_input":
+        return cfg.d_in
+    if at in ("hook_sae_recons", "hook_sae_error", "hook_sae_output"):
+        return getattr(cfg, "d_out", cfg.d_in)
+    if not isinstance(sae, NFMPaths):
+        return None
+    if at == SECONDARY_HOOKS[0]:
+        return None if (attached := secondary_of(sae)) is None else attached.sae.cfg.d_sae
+    if at in ("hook_nfm_pooled", "hook_nfm_hidden_pre", *SECONDARY_HOOKS):
+        return sae.cfg.nfm_dim
+    return cfg.d_in if at in SWITCHES else None
+
+
+def with_entries(
+    value: Float[Tensor, "*batch width"], index: Index, function: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "*batch width"]:
+    """A function applied to some entries of the last dimension; the others keep their bits."""
+    if index is None:
+        return function(value)
+    entries = torch.tensor(index, device=value.device)
+    return value.index_copy(-1, entries, function(value.index_select(-1, entries)))
+
+
+def _entries(index: Index) -> str:
+    return "all entries" if index is None else f"entries {list(index)}"
+
 
 Mode = Literal["clamp", "scale", "add"]
 
@@ -51,7 +265,6 @@ class SAEEdit(ABC):
     Bool[rows pos] of the prompt, for one batch. A position beyond the prompt acts once `generate` has reached it."""
 
     def __post_init__(self) -> None:
-        """Refuse what no SAE could take."""
         check_choice("mode", self.mode, get_args(Mode))
         value = torch.as_tensor(self.value)
         if value.ndim > 1 or value.dtype == torch.bool or value.is_complex() or not value.isfinite().all():
@@ -60,9 +273,10 @@ class SAEEdit(ABC):
         check_where(self.where)
 
     @property
-    @abstractmethod
     def hook_point(self) -> str:
         """The hook point of the SAE at which it acts."""
+        assert self.needs is not None
+        return WRITTEN_AT[self.needs]
 
     @property
     @abstractmethod
@@ -81,12 +295,9 @@ class SAEEdit(ABC):
         reads: PathReads,
         chosen: Bool[Tensor, "rows here"],
     ) -> Float[Tensor, "rows here width"]:
-        """What goes on in place of what passes the hook point.
+        """What goes on in place of what passes the hook point, heads flattened, at the chosen tokens.
 
-        Args:
-            value: what passes, heads flattened.
-            reads: what the path `needs` reads in this pass.
-            chosen: the tokens to be changed.
+        `reads` has what the path `needs` reads in this pass.
         """
 
     @property
@@ -103,16 +314,16 @@ class SAEEdit(ABC):
 
     def _text(self, of: str) -> str:
         value = f"vector {digest({'': self.value})}" if isinstance(self.value, Tensor) else repr(float(self.value))
-        return f"{self.mode} {value} {of}, {where_text(self.where)}"
+        if isinstance(self.where, Tensor):
+            tokens = f"mask {digest({'': self.where})}"
+        else:
+            tokens = "all tokens" if self.where is None else f"positions {sorted(self.where)}"
+        return f"{self.mode} {value} {of}, {tokens}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edit(SAEEdit):
-    """A change of what passes one hook point of an SAE. At `hook_sae_acts_post` it reaches every path.
-
-    Raises:
-        ValueError: for an empty or repeated index, or a vector of another length.
-    """
+    """A change of what passes one hook point of an SAE. At `hook_sae_acts_post` it reaches every path."""
 
     at: str
     """The hook point, by its name on the SAE, such as "hook_sae_acts_post" or "hook_nfm_hidden_pre"."""
@@ -132,7 +343,7 @@ class Edit(SAEEdit):
     @property
     @override
     def identity(self) -> str:
-        return self._text(f"at {self.at}, {entries_text(self.index)}")
+        return self._text(f"at {self.at}, {_entries(self.index)}")
 
     @override
     def check(self, sae: SAE[Any]) -> None:
@@ -154,13 +365,9 @@ class PairEdit(SAEEdit):
         scale    z + (m - 1) c v_i*v_j        clamp    z + (m - c) v_i*v_j        add    z + m v_i*v_j
 
     f as the interaction path reads it, zero outside its strongest n (`nfm_top_k`): there c is 0, which scaling leaves at 0.
-
-    Raises:
-        ValueError: for a pair that is no pair, or a value that is no number.
     """
 
     pair: tuple[int, int]
-    """Two features, i and j."""
 
     @override
     def __post_init__(self) -> None:
@@ -170,11 +377,6 @@ class PairEdit(SAEEdit):
         check_index(self.pair, 0.0)
         if torch.as_tensor(self.value).ndim:
             raise ValueError(f"value is a tensor {tuple(torch.as_tensor(self.value).shape)}; give a number for a pair")
-
-    @property
-    @override
-    def hook_point(self) -> str:
-        return WRITTEN_AT["interaction"]
 
     @property
     @override
@@ -217,13 +419,9 @@ class ReadEdit(SAEEdit):
     scaling leaves it out, while clamp and add let the path read it beside the n. An `Edit` at `hook_sae_acts_post` is the
     same edit of every path's reading as long as it does not change that choice (always where n is None); where it does, a
     feature it lifts into the n pushes another out, and one that it removes makes room for the next.
-
-    Raises:
-        ValueError: for an unknown path, an empty or repeated index, or a vector of another length.
     """
 
     path: Path
-    """The path."""
     index: Index = None
     """Features; None for all."""
 
@@ -235,13 +433,8 @@ class ReadEdit(SAEEdit):
 
     @property
     @override
-    def hook_point(self) -> str:
-        return WRITTEN_AT[self.path]
-
-    @property
-    @override
     def identity(self) -> str:
-        return self._text(f"as read by the {self.path} path, {entries_text(self.index)}")
+        return self._text(f"as read by the {self.path} path, {_entries(self.index)}")
 
     @override
     def check(self, sae: SAE[Any]) -> None:
@@ -261,3 +454,93 @@ class ReadEdit(SAEEdit):
     @override
     def needs(self) -> Path:
         return self.path
+
+
+READS = "sae_nfm path reads"
+"""Key in the context of the hook point of the features: what the paths read in this pass."""
+PATH_READ_AT: dict[str, Path] = {point: path for path, point in READ_AT.items()}
+_SPLICED: "WeakKeyDictionary[nn.Module, list[tuple[SAE[Any], Attached]]]" = WeakKeyDictionary()
+"""SAEs that a `Splice` has put into a model."""
+
+
+@contextmanager
+def editing(
+    model: LanguageModel, sae: SAE[Any], edits: Sequence[SAEEdit], *, special_tokens: SpecialTokens = "kept"
+) -> Generator[None]:
+    """Edit an SAE that is at work in a model already, by `Splice` or the model's own `add_sae`.
+
+    Contexts nest: edits of the inner one act after those of the outer one. Features in the trace of a splice are those before
+    an inner context's edits. With special_tokens "kept", edits leave special tokens out, also where the SAE does not.
+
+    Args:
+        sae: the SAE itself, not a copy.
+        edits: in the order in which they act.
+
+    Raises:
+        ValueError: when the SAE is not at work in the model, or has nothing that an edit could change.
+    """
+    with at_work(model, sae, _attached(model, sae), edits, special_tokens):
+        yield
+
+
+@contextmanager
+def at_work(
+    model: LanguageModel, sae: SAE[Any], found: Attached, edits: Sequence[SAEEdit], special_tokens: SpecialTokens
+) -> Generator[None]:
+    """Edits in an SAE whose hook points are known; inner contexts of `editing` find it. Raises as `hook_functions`."""
+    spliced, entry = _SPLICED.setdefault(model, []), (sae, found)
+    spliced.append(entry)
+    try:
+        with tokens_read(model) as read:
+            tokens = TokensInTurn(model=model, read=read, special_tokens=special_tokens)
+            with found.hooks(hook_functions(sae, edits, tokens)):
+                yield
+    finally:
+        spliced.remove(entry)
+        sae.hook_sae_acts_post.ctx.pop(READS, None)
+
+
+def hook_functions(sae: SAE[Any], edits: Sequence[SAEEdit], tokens: TokensInTurn) -> dict[str, HookFunction]:
+    """Functions that make edits, by hook point of an SAE. A ValueError when the SAE has nothing that an edit could change.
+
+    Where what a path reads is edited or needed, the last thing done at its hook point is to note it for those who need it: in
+    nested contexts the innermost notes it as the path gets it.
+    """
+    by_point = defaultdict[str, list[SAEEdit]](list)
+    for edit in edits:
+        edit.check(sae)
+        by_point[edit.hook_point].append(edit)
+    for edit in edits:
+        if edit.needs is not None:
+            by_point[READ_AT[edit.needs]]  # an empty list, where none is there
+    return {point: _in_turn(sae, point, several, tokens) for point, several in by_point.items()}
+
+
+def _in_turn(sae: SAE[Any], point: str, edits: Sequence[SAEEdit], tokens: TokensInTurn) -> HookFunction:
+    def edit_all(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        context, edited = sae.hook_sae_acts_post.ctx, (value.to_dense() if value.is_sparse else value).flatten(2)
+        reads: PathReads = context.setdefault(READS, PathReads())
+        for edit in edits:
+            if edit.needs is not None and edit.needs not in reads:
+                raise ValueError(f"{edit.identity!r} needs the features of the same pass; call encode before decode")
+            edited = edit.edited(sae, edited, reads, tokens.chosen(edit.where, edited))
+        if point in PATH_READ_AT:
+            reads[PATH_READ_AT[point]] = edited
+        return edited.reshape(value.shape)
+
+    return edit_all
+
+
+def _attached(model: LanguageModel, sae: SAE[Any]) -> Attached:
+    for other, found in reversed(_SPLICED.get(model, [])):
+        if other is sae:
+            return found
+    if not isinstance(model, HookedProxyLM) and any(other is sae for other in model.acts_to_saes.values()):
+        if isinstance(model, SAETransformerBridge):
+            return Attached(owner=model, prefix=model.get_sae_hook_name(sae, ""))
+        metadata = sae.cfg.metadata
+        return Attached(owner=model, prefix=f"{metadata.hook_name_out or metadata.hook_name}.")
+    raise ValueError(
+        f"the SAE for {sae.cfg.metadata.hook_name!r} is not at work in this model; put it there first, with "
+        "hooks.Splice(sae=sae).on(model) or model.add_sae(sae)"
+    )

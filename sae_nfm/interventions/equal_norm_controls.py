@@ -29,33 +29,29 @@ Source: W. Gurnee 2024, "SAE reconstruction errors are (empirically) pathologica
 for covariance-matched directions.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from typing_extensions import override
 
 from sae_nfm.interventions.intervene import Intervention, Splice, Substitution, TokenContext, counted_tokens, digest
 from sae_nfm.interventions.results import UNDER_TEST, ArmRole, Role
 from sae_nfm.models import LanguageModel
 
+FLIPPED = -1.0
 SCALES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Mean and covariance of the activations at a hook point, over the counted tokens of some text."""
+    """Mean and covariance, float64, of the activations at a hook point, over the counted tokens of some text."""
 
     hook_name: str
-    """The hook point."""
     mean: Float[Tensor, " d"]
-    """Mean, float64."""
     covariance: Float[Tensor, "d d"]
-    """Covariance, float64."""
     tokens: int
     """Tokens they were computed from; fewer than d leave directions without variance."""
 
@@ -74,11 +70,9 @@ class Activations:
 def fit_activations(
     model: LanguageModel, tokens: Int[Tensor, "rows pos"], hook_name: str, *, batch_rows: int = 16
 ) -> Activations:
-    """Mean and covariance at a hook point.
+    """Mean and covariance at a hook point, by a name of either kind, on rows other than those evaluated on.
 
-    Args:
-        tokens: held-out rows, other than those evaluated on (`held_out_rows` with `skip_tokens`).
-        hook_name: by a name of either kind.
+    `held_out_rows` with `skip_tokens` gives such rows.
 
     Raises:
         ValueError: when there is no such hook point, or fewer than two tokens are counted.
@@ -118,28 +112,26 @@ def control_arms(
             f"is at {under_test.hook_name!r} with {under_test.sae.cfg.d_in}; fit them at its hook point"
         )
     fitted = digest({"mean": activations.mean, "covariance": activations.covariance})
-    scaled = {f"error x {scale:g}": scale for scale in map(float, scales)}
+    sweep = {f"error x {scale:g}": scale for scale in map(float, scales)}
     rules: Mapping[str, tuple[Rule, str]] = {
-        "isotropic": (Isotropic(), ""),
-        "isotropic, norm kept": (NormKept(), ""),
-        "covariance": (Covariance(activations=activations), fitted),
-        "covariance mixture": (Mixture(activations=activations), fitted),
-        "shuffled error": (Shuffled(), ""),
-        "flipped error": (Scaled(scale=-1.0), ""),
-    } | {name: (Scaled(scale=scale), f"{scale!r}") for name, scale in scaled.items()}
+        "isotropic": (isotropic, ""),
+        "isotropic, norm kept": (norm_kept, ""),
+        "covariance": (partial(covariance, activations), fitted),
+        "covariance mixture": (partial(mixture, activations), fitted),
+        "shuffled error": (shuffled, ""),
+        "flipped error": (partial(scaled, FLIPPED), ""),
+    } | {name: (partial(scaled, scale), f"{scale!r}") for name, scale in sweep.items()}
+    scale_of = {"flipped error": FLIPPED} | sweep
     role = ArmRole(role=Role.SAE, of=of, name=of, scale=1.0)
     arms: dict[str, Intervention] = {UNDER_TEST: replace(under_test, role=role)}
     for name, (rule, fit) in rules.items():
         arms[name] = Substitution(
             at=under_test.hook_name,
-            function=_Control(under_test=under_test, rule=rule),
+            function=partial(_control, under_test, rule),
             description=f"{name} ({fit}) for {under_test.identity}",
             special_tokens=under_test.special_tokens,
             role=ArmRole(
-                role=Role.SCALED if name in scaled else Role.CONTROL,
-                of=of,
-                name=name,
-                scale=rule.scale if isinstance(rule, Scaled) else None,
+                role=Role.SCALED if name in sweep else Role.CONTROL, of=of, name=name, scale=scale_of.get(name)
             ),
         )
     return arms | {
@@ -162,105 +154,59 @@ def anchors(activations: Activations) -> dict[str, Substitution]:
     }
 
 
-class Rule(ABC):
-    """What goes in place of an activation x, given the error e = x_hat - x of the arm under test."""
-
-    @abstractmethod
-    def replace(
-        self, x: Float[Tensor, "tokens d"], error: Float[Tensor, "tokens d"], generator: torch.Generator | None
-    ) -> Float[Tensor, "tokens d"]:
-        """What goes in place of x, in float32; random numbers are drawn on the CPU.
-
-        Raises:
-            ValueError: for a rule that draws at random, without a generator.
-        """
+Rule = Callable[[Tensor, Tensor, torch.Generator | None], Tensor]
+"""What goes in place of x, in float32, given the error e = x_hat - x of the arm under test; draws at random on the CPU."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Control:
+def _control(under_test: Splice, rule: Rule, x: Tensor, context: TokenContext) -> Tensor:
     """A rule at the counted tokens, the arm under test at the others."""
-
-    under_test: Splice
-    rule: Rule
-
-    def __call__(self, x: Tensor, context: TokenContext) -> Tensor:
-        x_hat, counted = self.under_test.reconstruct(x), context.counted
-        chosen = x[counted].float()
-        replaced = self.rule.replace(chosen, x_hat[counted].float() - chosen, context.generator)
-        x_hat = x_hat.clone()
-        x_hat[counted] = replaced.to(x_hat.dtype)
-        return x_hat
+    x_hat, counted = under_test.reconstruct(x), context.counted
+    chosen = x[counted].float()
+    replaced = rule(chosen, x_hat[counted].float() - chosen, context.generator)
+    x_hat = x_hat.clone()
+    x_hat[counted] = replaced.to(x_hat.dtype)
+    return x_hat
 
 
-class Isotropic(Rule):
-    """x + r u, u uniform on the sphere."""
-
-    @override
-    def replace(self, x: Tensor, error: Tensor, generator: torch.Generator | None) -> Tensor:
-        return x + _length(error) * _sphere(x, generator)
+def isotropic(x: Tensor, error: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Put x + r u, u uniform on the sphere."""
+    return x + _length(error) * _sphere(x, generator)
 
 
-class NormKept(Rule):
+def norm_kept(x: Tensor, error: Tensor, generator: torch.Generator | None) -> Tensor:
     """At distance r with norm |x|; for r > 2 |x| at distance r with the norm nearest to |x|."""
-
-    @override
-    def replace(self, x: Tensor, error: Tensor, generator: torch.Generator | None) -> Tensor:
-        r, norm, along = _length(error), _length(x), _unit(x, generator)
-        across = _sphere(x, generator)
-        across = _unit(across - (across * along).sum(-1, keepdim=True) * along, generator)
-        half = r / (2 * norm)  # sin(t / 2)
-        # x' - x = 2 |x| sin(t/2) (cos(t/2) v - sin(t/2) x/|x|): exact for small r too, where cos(t) would round to 1
-        on_sphere = r * ((1 - half.square()).clamp(min=0).sqrt() * across - half * along)
-        return x + torch.where(r <= 2 * norm, on_sphere, -r * along)
+    r, norm, along = _length(error), _length(x), _unit(x, generator)
+    across = _sphere(x, generator)
+    across = _unit(across - (across * along).sum(-1, keepdim=True) * along, generator)
+    half = r / (2 * norm)  # sin(t / 2)
+    # x' - x = 2 |x| sin(t/2) (cos(t/2) v - sin(t/2) x/|x|): exact for small r too, where cos(t) would round to 1
+    on_sphere = r * ((1 - half.square()).clamp(min=0).sqrt() * across - half * along)
+    return x + torch.where(r <= 2 * norm, on_sphere, -r * along)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Covariance(Rule):
-    """x + r g/|g|, g ~ N(0, C)."""
-
-    activations: Activations
-    """Where the covariance is from."""
-
-    @override
-    def replace(self, x: Tensor, error: Tensor, generator: torch.Generator | None) -> Tensor:
-        noise = self.activations.noise(len(x), _given(generator)).to(x)
-        return x + _length(error) * _unit(noise, generator)
+def covariance(activations: Activations, x: Tensor, error: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Put x + r g/|g|, g ~ N(0, C)."""
+    noise = activations.noise(len(x), _given(generator)).to(x)
+    return x + _length(error) * _unit(noise, generator)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mixture(Rule):
-    """x + r (y - x)/|y - x|, y ~ N(mean, C)."""
-
-    activations: Activations
-    """Where the covariance is from."""
-
-    @override
-    def replace(self, x: Tensor, error: Tensor, generator: torch.Generator | None) -> Tensor:
-        other = self.activations.mean.to(x) + self.activations.noise(len(x), _given(generator)).to(x)
-        return x + _length(error) * _unit(other - x, generator)
+def mixture(activations: Activations, x: Tensor, error: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Put x + r (y - x)/|y - x|, y ~ N(mean, C)."""
+    other = activations.mean.to(x) + activations.noise(len(x), _given(generator)).to(x)
+    return x + _length(error) * _unit(other - x, generator)
 
 
-class Shuffled(Rule):
+def shuffled(x: Tensor, error: Tensor, generator: torch.Generator | None) -> Tensor:
     """Errors go round in a random cycle, so that no token keeps its own (but one that is alone)."""
-
-    @override
-    def replace(self, x: Tensor, error: Tensor, generator: torch.Generator | None) -> Tensor:
-        order = torch.randperm(len(x), generator=_given(generator)).to(x.device)
-        other = torch.empty_like(error)
-        other[order] = error[order.roll(1)]
-        return x + _length(error) * _unit(other, generator)
+    order = torch.randperm(len(x), generator=_given(generator)).to(x.device)
+    other = torch.empty_like(error)
+    other[order] = error[order.roll(1)]
+    return x + _length(error) * _unit(other, generator)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scaled(Rule):
-    """x + s e."""
-
-    scale: float
-    """s; -1 flips the error."""
-
-    @override
-    def replace(self, x: Tensor, error: Tensor, generator: torch.Generator | None) -> Tensor:
-        return x + self.scale * error
+def scaled(scale: float, x: Tensor, error: Tensor, generator: torch.Generator | None) -> Tensor:  # noqa: ARG001
+    """Put x + s e; s = -1 flips the error."""
+    return x + scale * error
 
 
 def _nothing(x: Tensor, context: TokenContext) -> Tensor:  # noqa: ARG001

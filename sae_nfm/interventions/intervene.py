@@ -22,9 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths, Secondary, check_secondary, place_secondary, secondary_of
-from sae_nfm.interventions.apply_edits import at_work, hook_functions
-from sae_nfm.interventions.edit_targets import TokensInTurn
-from sae_nfm.interventions.edits import SAEEdit
+from sae_nfm.interventions.edits import SAEEdit, TokensInTurn, at_work, hook_functions
 from sae_nfm.interventions.results import NO_ROLE, ArmRole
 from sae_nfm.loading import describe, digest
 from sae_nfm.models import (
@@ -43,20 +41,8 @@ from sae_nfm.models import (
     writing,
 )
 
-__all__ = [
-    "HookFunction",
-    "Intervention",
-    "SpecialTokens",
-    "Splice",
-    "Substitution",
-    "TokenContext",
-    "Trace",
-    "counted_tokens",
-    "digest",
-    "path_means",
-    "special_token_ids",
-    "splice",
-]
+__all__ = ["HookFunction", "Intervention", "SpecialTokens", "Splice", "Substitution", "TokenContext", "Trace"]
+__all__ += ["counted_tokens", "digest", "path_means", "special_token_ids", "splice"]
 
 
 class Trace:
@@ -77,8 +63,8 @@ class Intervention(ABC):
         with intervention.on(model, generator) as trace:
             logits = model(tokens)
 
-    It is taken off when the context is left, by an exception too. Interventions at different hook points nest: the inner one
-    sees what the outer one left of the activations. A second one at the same hook point is a ValueError.
+    It is removed on exit, including on exceptions. Interventions at different hook points nest: the inner one sees what the outer
+    one left of the activations. A second one at the same hook point is a ValueError.
 
     A new kind is a frozen dataclass that derives from this one and provides the three abstract members. `on` must treat
     special tokens as `special_tokens` says, claim its hook point (`splicing.claimed`, or `splice`, which does) and fill the
@@ -102,10 +88,7 @@ class Intervention(ABC):
 
     @abstractmethod
     def on(self, model: LanguageModel, generator: torch.Generator | None = None) -> AbstractContextManager[Trace]:
-        """At work on a model for a while.
-
-        Args:
-            generator: for kinds that draw at random; on the CPU, so that the draws are the same on every device.
+        """At work on a model for a while; `generator`, on the CPU so that draws are the same on every device, where a kind draws.
 
         Raises:
             ValueError: when the model has no such hook point, or something is in its place already.
@@ -116,13 +99,10 @@ class Intervention(ABC):
 class Splice(Intervention):
     """An SAE in place of the hook point that its metadata names.
 
-    Raises:
-        ValueError: for a hook point the SAE does not have, a mean that is no vector, or an SAE that reads one hook point
-            and writes another.
+    A ValueError for a hook point the SAE does not have, a mean that is no vector, or an SAE that reads one and writes another.
     """
 
     sae: SAE[Any]
-    """The SAE, of any architecture."""
     ablated: Mapping[str, Tensor | None] = field(default_factory=dict[str, "Tensor | None"])
     """Hook points of the SAE, such as "hook_nfm_linear", by what is written there at every token: None for zero, or a
     vector, such as the path's mean (`path_means`). Zero takes the mean of a path away with it; the mean leaves it in."""
@@ -131,15 +111,12 @@ class Splice(Intervention):
     kept. In `reconstruct` the activations given are the prompt."""
 
     def __post_init__(self) -> None:
-        """Refuse what would only be noticed in the middle of a run, or not at all."""
         unknown = [name for name in self.ablated if name not in self.sae.hook_dict]
         if unknown:
             raise ValueError(f"the SAE has no {', '.join(unknown)}; it has {', '.join(self.sae.hook_dict)}")
         for name, value in self.ablated.items():
             if value is not None and value.ndim != 1:
-                raise ValueError(
-                    f"the mean for {name} has shape {tuple(value.shape)}; give one vector, or None for zero"
-                )
+                raise ValueError(f"the mean for {name} has shape {tuple(value.shape)}; give a vector, or None for zero")
         metadata = self.sae.cfg.metadata
         if metadata.hook_name_out not in (None, metadata.hook_name):
             raise ValueError(
@@ -171,13 +148,22 @@ class Splice(Intervention):
     @contextmanager
     def on(self, model: LanguageModel, generator: torch.Generator | None = None) -> Generator[Trace]:
         trace = Trace()
-        before, after = _recorded(trace)
+
+        def x(value: Tensor, hook: Any) -> None:  # noqa: ARG001
+            trace.x = value.flatten(2)
+
+        def x_hat(value: Tensor, hook: Any) -> None:  # noqa: ARG001
+            trace.x_hat = value.flatten(2)
+
+        def acts(value: Tensor, hook: Any) -> None:  # noqa: ARG001
+            trace.acts = value
+
         with (
             splice(model, self.sae, self.special_tokens) as found,
-            found.hooks(before),
+            found.hooks({"hook_sae_input": x}),  # before anything is changed
             found.hooks(self._ablations()),
             at_work(model, self.sae, found, self.edits, self.special_tokens),
-            found.hooks(after),
+            found.hooks({"hook_sae_output": x_hat, "hook_sae_acts_post": acts}),
         ):
             yield trace
 
@@ -192,12 +178,11 @@ class Splice(Intervention):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenContext:
-    """Where the activations stand that a substitution is given."""
+    """Where the activations stand that a substitution is given; the generator, where one was given, is on the CPU."""
 
     counted: Bool[Tensor, "rows pos"]
     """True where a token is counted: not special, not in position 0 (`counted_tokens`)."""
     generator: torch.Generator | None
-    """Source of randomness, on the CPU, where one was given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,12 +220,11 @@ class Substitution(Intervention):
             def substitute(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
                 tokens, x = read.on(value.device), value.flatten(2)
                 here = slice(tokens.shape[1] - x.shape[1], None)
-                x_hat = self.function(
-                    x, TokenContext(counted=counted_tokens(model, tokens)[:, here], generator=generator)
-                )
+                counted = counted_tokens(model, tokens)[:, here]
+                x_hat = self.function(x, TokenContext(counted=counted, generator=generator))
                 if x_hat.shape != x.shape:
                     raise ValueError(
-                        f"{self.description!r} made {tuple(x_hat.shape)} of activations {tuple(x.shape)}; return that shape"
+                        f"{self.description!r} made {tuple(x_hat.shape)} of {tuple(x.shape)}; keep the shape"
                     )
                 if self.special_tokens == "kept":
                     x_hat = torch.where(is_special(model, tokens[:, here])[..., None], x, x_hat)
@@ -253,22 +237,12 @@ class Substitution(Intervention):
 
 @torch.no_grad()
 def path_means(
-    model: LanguageModel,
-    sae: SAE[Any],
-    tokens: Int[Tensor, "rows pos"],
-    names: Sequence[str],
-    *,
-    batch_rows: int = 16,
+    model: LanguageModel, sae: SAE[Any], tokens: Int[Tensor, "rows pos"], names: Sequence[str], *, batch_rows: int = 16
 ) -> dict[str, Float[Tensor, " width"]]:
     """Mean over the counted tokens of what passes through hook points of an SAE, for ablation by the mean.
 
-    Args:
-        model: the language model; the SAE sees its activations as they are.
-        tokens: held-out rows, better not those that will be evaluated on.
-        names: hook points of the SAE, such as "hook_nfm_linear".
-
-    Raises:
-        ValueError: for a hook point the SAE does not have, or when no token is counted.
+    The SAE sees the model's activations as they are; the held-out rows are better not those that will be evaluated on. A ValueError
+    for a hook point the SAE does not have, such as "hook_nfm_linear", or when no token is counted.
     """
     Splice(sae=sae, ablated=dict.fromkeys(names))  # refuses unknown names
     sums, n = dict.fromkeys(names, torch.zeros(())), 0
@@ -283,31 +257,11 @@ def path_means(
     return {name: (total / n).float() for name, total in sums.items()}
 
 
-def _recorded(trace: Trace) -> tuple[dict[str, HookFunction], dict[str, HookFunction]]:
-    """Hook functions that fill a trace at the hook points of an SAE: before anything is changed there, and after."""
-
-    def x(value: Tensor, hook: Any) -> None:  # noqa: ARG001
-        trace.x = value.flatten(2)
-
-    def x_hat(value: Tensor, hook: Any) -> None:  # noqa: ARG001
-        trace.x_hat = value.flatten(2)
-
-    def acts(value: Tensor, hook: Any) -> None:  # noqa: ARG001
-        trace.acts = value
-
-    return {"hook_sae_input": x}, {"hook_sae_output": x_hat, "hook_sae_acts_post": acts}
-
-
 @dataclass(frozen=True, kw_only=True)
 class SecondarySplice(Splice):
-    """An SAE in place of its hook point, a secondary SAE in place of its hidden code.
-
-    Raises:
-        ValueError: as `Splice` and `attach_secondary`.
-    """
+    """An SAE in place of its hook point, a secondary SAE in place of its hidden code (see `attach_secondary`)."""
 
     secondary: SAE[Any]
-    """The secondary SAE."""
     error_term: bool = False
     """Whether what the secondary SAE does not reconstruct is added."""
 
@@ -334,7 +288,6 @@ class SecondarySplice(Splice):
             return super().reconstruct(x)
 
     def _attached(self) -> AbstractContextManager[Any]:
-        assert isinstance(
-            self.sae, NFMPaths
-        )  # `check_secondary`, whose digest takes seconds for a large SAE, is done once
+        assert isinstance(self.sae, NFMPaths)
+        # `check_secondary`, whose digest takes seconds for a large SAE, is done once
         return place_secondary(self.sae, Secondary(sae=self.secondary, error_term=self.error_term))

@@ -64,9 +64,7 @@ class Steered:
     alpha: float
     """Distance by which the activation was moved, in its own units."""
     row: int
-    """Row of the text."""
     tokens: int
-    """Counted tokens of the row."""
     kl_nats: float
     """KL(original || steered) of the next-token distributions, nats per token."""
     target_change_nats: float | None
@@ -80,13 +78,10 @@ class SteeringComparison(SavedResult):
     kind: ClassVar[str] = "steering/1"
 
     pair: tuple[int, int]
-    """Features i and j."""
     hook_name: str
-    """Where activations were moved."""
     target: int | None
     """Token whose log-probability was followed."""
     rows: tuple[Steered, ...]
-    """What each arm did to each row."""
     cosines: Mapping[str, float]
     """Cosine of the pair's direction with those of the other arms, the random ones left out."""
     activation_norm: float
@@ -96,7 +91,6 @@ class SteeringComparison(SavedResult):
     open_gates: float
     """Mean share of open gates there."""
     seed: int
-    """Of the random directions."""
 
     def frame(self) -> pd.DataFrame:
         """The rows as a data frame, a column for each of their fields."""
@@ -107,11 +101,7 @@ class SteeringComparison(SavedResult):
         return self.frame().pivot_table(index="alpha", columns="arm", values=measure, aggfunc="mean", sort=False)
 
     def against_sum(self, measure: str) -> dict[float, Estimate]:
-        """Pair minus sum at each distance, paired by row; interval over rows, p-values by Holm over the distances.
-
-        Raises:
-            ValueError: for fewer than 2 rows.
-        """
+        """Pair minus sum at each distance, paired by row (at least 2); interval over rows, p-values by Holm over distances."""
         wide = self.frame().pivot_table(index=["alpha", "row"], columns="arm", values=measure, sort=False)
         found = dict[float, Estimate]()
         for alpha in wide.index.get_level_values("alpha").unique():

@@ -23,9 +23,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from sae_nfm.architectures import PathWeights
-from sae_nfm.interventions.edits import PairEdit
+from sae_nfm.interventions.edits import READ_AT, PairEdit
 from sae_nfm.interventions.intervene import Substitution, TokenContext, counted_tokens, splice
-from sae_nfm.interventions.path_inputs import READ_AT
 from sae_nfm.interventions.results import Steered, SteeringComparison
 from sae_nfm.loading import digest
 from sae_nfm.models import LanguageModel, keeping
@@ -39,20 +38,11 @@ IN_UNITS_OF_THE_MODEL = ("none", "expected_average_only_in")
 
 @torch.no_grad()
 def mean_gates(
-    model: LanguageModel,
-    sae: SAE[Any],
-    pair: tuple[int, int],
-    tokens: Int[Tensor, "rows pos"],
-    *,
-    batch_rows: int = 16,
+    model: LanguageModel, sae: SAE[Any], pair: tuple[int, int], tokens: Int[Tensor, "rows pos"], *, batch_rows: int = 16
 ) -> tuple[Float[Tensor, " nfm_dim"], int]:
-    """The share of tokens on which each gate h > 0 is open, over the counted tokens where the interaction path reads both.
+    """The share of tokens on which each gate h > 0 is open, float32, and the number of these tokens.
 
-    Returns:
-        The shares, float32, and the number of these tokens.
-
-    Raises:
-        ValueError: when there is no such pair, or no such token.
+    They are the counted tokens where the interaction path reads both features; a ValueError when there is none, or no such pair.
     """
     PairEdit(pair=pair, mode="scale", value=1.0).check(sae)
     is_open, n = torch.zeros(sae.cfg.nfm_dim), 0
@@ -74,11 +64,7 @@ def mean_gates(
 
 @torch.no_grad()
 def pair_direction(sae: SAE[Any], pair: tuple[int, int], gates: Float[Tensor, " nfm_dim"]) -> Float[Tensor, " d_in"]:
-    """((v_i * v_j) W_1 D) W_2: what a pair writes for each unit of f_i f_j, gates D (of one token, or shares).
-
-    Raises:
-        ValueError: when the SAE has no such pair.
-    """
+    """((v_i * v_j) W_1 D) W_2: what a pair writes for each unit of f_i f_j, gates D (of one token, or shares)."""
     PairEdit(pair=pair, mode="scale", value=1.0).check(sae)
     weights = PathWeights.of(sae)
     i, j = pair
@@ -89,26 +75,17 @@ def pair_direction(sae: SAE[Any], pair: tuple[int, int], gates: Float[Tensor, " 
 def feature_direction(sae: SAE[Any], feature: int) -> Float[Tensor, " d_in"]:
     """What a feature writes through the direct and the linear path for each unit of its activation (where both read it)."""
     direction = sae.W_dec[feature].detach()
-    if getattr(_decoder(sae).cfg, "rescale_acts_by_decoder_norm", False):
+    if getattr(getattr(sae, "base", sae).cfg, "rescale_acts_by_decoder_norm", False):  # the direct path is the base's
         direction = direction / direction.norm()
     W_lin = PathWeights.of(sae).W_lin
     return direction if W_lin is None else direction + W_lin[feature]
 
 
-def _decoder(sae: SAE[Any]) -> SAE[Any]:
-    """Whose the direct path is: the base's, where the SAE has one."""
-    return getattr(sae, "base", sae)
-
-
 def directions(
     sae: SAE[Any], pair: tuple[int, int], gates: Float[Tensor, " nfm_dim"]
 ) -> dict[SteeringArm, Float[Tensor, " d_in"]]:
-    """The direction of each arm, norm 1.
-
-    Raises:
-        ValueError: when one is zero, or the SAE writes in another space than the model's.
-    """
-    normalisation = _decoder(sae).cfg.normalize_activations
+    """The direction of each arm, norm 1; a ValueError when one is zero, or the SAE writes in another space than the model's."""
+    normalisation = getattr(sae, "base", sae).cfg.normalize_activations
     if normalisation not in IN_UNITS_OF_THE_MODEL:
         raise ValueError(
             f"the SAE's normalize_activations is {normalisation!r}, so what it writes is no one direction in the model; fold "
@@ -118,9 +95,7 @@ def directions(
     found = dict(zip(ARMS, (pair_direction(sae, pair, gates), first + second, first, second), strict=True))
     for arm, direction in found.items():
         if not direction.norm() > 0:
-            raise ValueError(
-                f"the direction of {arm!r} is zero for features {pair[0]} and {pair[1]}; give another pair"
-            )
+            raise ValueError(f"the direction of {arm!r} is zero for features {pair[0]}, {pair[1]}; give another pair")
     return {arm: direction.float() / direction.float().norm() for arm, direction in found.items()}
 
 
@@ -152,16 +127,11 @@ def compare_steering(
     """Steer with a pair, with the sum of its features, with each of them and at random, at the same distances.
 
     Args:
-        model: the language model, without the SAE.
-        sae: an SAE with an interaction path; its metadata says where it belongs.
         tokens: rows of text, one document each; the effect is averaged over the counted tokens of each.
         alphas: distances, in the units of the activations; negative ones point the other way.
         target: a token id whose log-probability as the next token is followed.
         gate_tokens: text on which the gates are averaged; None takes `tokens`.
         seed: of the random directions.
-
-    Raises:
-        ValueError: when the pair, the distances or the text do not allow it.
     """
     _check(model, tokens, alphas, target, n_random)
     gates, n = mean_gates(model, sae, pair, tokens if gate_tokens is None else gate_tokens, batch_rows=batch_rows)
@@ -198,7 +168,6 @@ def _measured(
     target: int | None,
     first: int,
 ) -> tuple[list[Steered], Float[Tensor, " tokens"]]:
-    """Every arm on a batch, and the norms of the activations at its counted tokens."""
     mask, norms, found = counted_tokens(model, batch), torch.zeros(0), list[Steered]()
     original = [logits[counted].float().log_softmax(-1) for logits, counted in zip(model(batch), mask, strict=True)]
     for (arm, draw, alpha), intervention in arms.items():
@@ -209,18 +178,10 @@ def _measured(
             if not len(p):
                 continue
             q = logits[row][mask[row]].float().log_softmax(-1)
+            kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean().item()
             change = None if target is None else (q[:, target] - p[:, target]).mean().item()
-            found.append(
-                Steered(
-                    arm=arm,
-                    draw=draw,
-                    alpha=alpha,
-                    row=first + row,
-                    tokens=len(p),
-                    kl_nats=F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean().item(),
-                    target_change_nats=change,
-                )
-            )
+            where: dict[str, Any] = {"arm": arm, "draw": draw, "alpha": alpha, "row": first + row, "tokens": len(p)}
+            found.append(Steered(**where, kl_nats=kl, target_change_nats=change))
     return found, norms
 
 

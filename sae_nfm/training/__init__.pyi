@@ -1,5 +1,3 @@
-from .arguments import TrainArguments as TrainArguments
-from .arguments import train_arguments as train_arguments
 from .fused_adam import fuse as fuse
 from .fused_adam import layer_trainer as layer_trainer
 from .multi_arm import StreamConfig as StreamConfig
@@ -15,3 +13,5 @@ from .results import read_training_record as read_training_record
 from .results import record_line as record_line
 from .results import training_curves as training_curves
 from .resume import layer_runners as layer_runners
+from .run import TrainArguments as TrainArguments
+from .run import train_arguments as train_arguments

@@ -82,7 +82,9 @@ class ActivationStream(Iterator[Batch]):
             self._refill()
         batch = self._serving[: self._batch_size]
         self._serving = self._serving[self._batch_size :]
-        served = batch if self._hook_names is None else self._by_hook(batch)
+        served = batch
+        if self._hook_names is not None:
+            served = dict(zip(self._hook_names, batch.split(self._widths, dim=1), strict=True))
         self._recent.append((served, self.state()))
         return served
 
@@ -106,10 +108,6 @@ class ActivationStream(Iterator[Batch]):
             return new
         self._widths = [new[name].shape[1] for name in self._hook_names]
         return torch.cat([new[name] for name in self._hook_names], dim=1)
-
-    def _by_hook(self, batch: Tensor) -> dict[str, Tensor]:
-        names, widths = self._hook_names or [], self._widths
-        return dict(zip(names, batch.split(widths, dim=1), strict=True))
 
     def _count_sequences(self) -> None:
         """Count what is drawn from the data set, by training and by evaluation alike."""
@@ -153,10 +151,9 @@ class ActivationStream(Iterator[Batch]):
         raise AssertionError("the batch is none of the last ones served")
 
     def restore(self, state: StreamState) -> None:
-        """Stand where `state` was taken; sequences are drawn anew to get there, without the language model.
+        """Stand where `state` was taken; sequences are drawn again to get there, without the language model.
 
-        Raises:
-            ValueError: when the activations have another width, or the data set is another one.
+        A ValueError when the activations have another width, or the data set is another one.
         """
         width = sum(self._store._hook_d_ins.values()) if self._hook_names else self._store.d_in
         if state.waiting.numel() and state.waiting.shape[1] != width:

@@ -1,7 +1,7 @@
 """Training of the arms of a comparison: SAELens's runner on one activation stream, each arm at its own learning rate.
 
 What an arm becomes depends on its configuration, its learning rate, the seed and the data, to the last bit, and not on the
-arms beside it (`matched_runner`): all begin from one seed and see the same batches in the same order.
+arms beside it (`MatchedRunner`): all begin from one seed and see the same batches in the same order.
 
 Each arm ends in a folder of its own, written whole: SAELens's files, `training.jsonl` (its losses and metrics) and
 `trained.json`. An interrupted run leaves an exact checkpoint (`resume`) and goes on from it; finished arms are left alone.
@@ -46,7 +46,6 @@ class TrainingArm:
     family: str
     """Name of the arm it belongs to: "jumprelu" for every coefficient of it, else its own name."""
     sae: TrainingSAEConfig
-    """SAELens's configuration."""
     coefficient: float | None = None
     """What sets its L0; None where k does."""
     decoder_rate: float = 1.0
@@ -64,7 +63,6 @@ class StreamConfig:
     dataset: str
     """Name of the training data, for the SAEs' metadata."""
     training_tokens: int
-    """Activations trained on."""
     context_size: int
     """Tokens per row, BOS included."""
     batch_size: int
@@ -76,7 +74,6 @@ class StreamConfig:
     fewest_steps_counted: int = 0
     """Last steps, at least, over which active features are counted for `sparsity.safetensors`; else the last half."""
     device: str = "cpu"
-    """Device of the SAEs."""
 
     @property
     def steps(self) -> int:
@@ -92,20 +89,10 @@ def train_arms(
     dataset: Any,
     folder: Path,
 ) -> None:
-    """Train those of the arms that are not finished, all at once, each into `folder/<name>`.
+    """Train those of the arms that are not finished, all at once, each into `folder/<name>`, at Adam's learning rates by name.
 
-    Where an interrupted run left a checkpoint in `folder.partial`, its arms go on from there before the others begin.
-
-    Args:
-        stream: what they are trained on.
-        arms: what to train, by name.
-        learning_rates: Adam's, by name.
-        model: the language model.
-        dataset: data with a `text` or a `tokens` column, in the order of this seed.
-        folder: where the finished arms go.
-
-    Raises:
-        ValueError: when a finished arm was trained otherwise.
+    Where an interrupted run left a checkpoint in `folder.partial`, its arms go on from there before the others begin. The data
+    set has a `text` or a `tokens` column, in the order of this seed. A ValueError when a finished arm was trained otherwise.
     """
     for names, unfinished in _rounds(pending(stream, arms, learning_rates, folder), _unfinished(folder)):
         _train_round(stream, {name: arms[name] for name in names}, learning_rates, model, dataset, folder, unfinished)
@@ -117,25 +104,17 @@ def train_arms(
 def pending(
     stream: StreamConfig, arms: Mapping[str, TrainingArm], learning_rates: Mapping[str, float], folder: Path
 ) -> list[str]:
-    """Arms without a finished folder.
-
-    Raises:
-        ValueError: when a finished arm was trained otherwise.
-    """
+    """Arms without a finished folder; a ValueError when a finished arm was trained otherwise."""
     for name, arm in arms.items():
         if (folder / name).exists():
-            found = Trained.load(folder / name)
-            _refuse_other(found, _settings(stream, arm, learning_rates[name]), folder / name)
+            was = Trained.load(folder / name).settings
+            for field, value in _settings(stream, arm, learning_rates[name]).items():
+                if was.get(field) != value:
+                    raise ValueError(
+                        f"{field} of {name!r} is {value!r}, and was {was.get(field)!r} when {folder / name} was trained; "
+                        "give it as it was, or another output folder"
+                    )
     return [name for name in arms if not (folder / name).exists()]
-
-
-def _refuse_other(trained: Trained, wanted: dict[str, Any], folder: Path) -> None:
-    for field, value in wanted.items():
-        if trained.settings.get(field) != value:
-            raise ValueError(
-                f"{field} of {trained.arm!r} is {value!r}, and was {trained.settings.get(field)!r} when {folder} was "
-                "trained; give it as it was, or another output folder"
-            )
 
 
 def _settings(stream: StreamConfig, arm: TrainingArm, learning_rate: float) -> dict[str, Any]:
@@ -199,15 +178,20 @@ def _train_round(
             runner.run()
     lines = read_training_record(unfinished / RECORD_FILENAME)
     for name, arm in arms.items():
-        trained = Trained(
+        made = unfinished / "saes" / name
+        # SAELens's file of settings is of all SAEs that it trained together
+        cfg = json.loads((made.parent / RUNNER_CFG_FILENAME).read_text())
+        rates = {"lr": learning_rates[name], "lr_end": learning_rates[name] / 10}
+        (made / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg | {"saes": {name: cfg["saes"][name]}} | rates))
+        (made / RECORD_FILENAME).write_text("".join(record_line(line) for line in lines if line["sae"] == name))
+        Trained(
             arm=name,
             parameters=parameters[name],
             tokens_per_second=record.tokens_per_second(name),
             settings=_settings(stream, arm, learning_rates[name]),
-        )
-        made = unfinished / "saes"
-        _write_runner_cfg(made, name, learning_rates[name])
-        _publish(made / name, trained, [line for line in lines if line["sae"] == name], folder / name)
+        ).save(made / TRAINED_FILENAME)
+        folder.mkdir(parents=True, exist_ok=True)
+        made.rename(folder / name)
 
 
 def runner_config(
@@ -245,32 +229,16 @@ def runner_config(
     )
 
 
-def _write_runner_cfg(made: Path, name: str, learning_rate: float) -> None:
-    """SAELens's file of settings for one of the SAEs that it trained together, with its own learning rate."""
-    cfg = json.loads((made / RUNNER_CFG_FILENAME).read_text())
-    cfg |= {"saes": {name: cfg["saes"][name]}, "lr": learning_rate, "lr_end": learning_rate / 10}
-    (made / name / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg))
-
-
-def _publish(made: Path, trained: Trained, lines: Sequence[dict[str, Any]], folder: Path) -> None:
-    (made / RECORD_FILENAME).write_text("".join(map(record_line, lines)))
-    trained.save(made / TRAINED_FILENAME)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made.rename(folder)
-
-
 STEPS_PER_SEED = 2**32
 """More than any run has: the seeds of the steps of two runs do not meet."""
 
 
 class MatchedRunner(MultiSAETrainingRunner):
-    """SAELens's runner for several SAEs.
+    """SAELens's runner for several SAEs, each at its own rates; the learning rate in `cfg` is nobody's.
 
     Args:
-        cfg: SAELens's configuration; its learning rate is nobody's.
         learning_rates: peak of Adam's learning rate, by name.
         decoder_rates: factor on each of Adam's steps of W_dec, by name.
-        overrides: as for SAELens's runner.
     """
 
     def __init__(

@@ -23,6 +23,8 @@ from sae_nfm.loading import quiet_saelens
 from sae_nfm.training.results import read_training_record, record_line
 
 Runner = LanguageModelSAETrainingRunner | MultiSAETrainingRunner
+NAMES = ("kl", "ce_loss", "l2_norms", "sparsity_metrics", "variance_metrics")
+METRICS: dict[str, Any] = {f"compute_{name}": True for name in NAMES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class HeldOut:
     """Text that is not trained on, and how often the SAE is evaluated on it while it trains."""
 
     dataset: Any
-    """A data set with a `text` or a `tokens` column, as for training."""
+    """Text or tokens (column `text` or `tokens`), as for training."""
     every: int = 100
     """Evaluate at each n-th step, and at the last."""
     n_batches: int = 4
@@ -58,7 +60,7 @@ class TrainingRecord:
 def record_training(
     runner: Runner, path: str | Path, *, every: int = 10, held_out: HeldOut | None = None
 ) -> Generator[TrainingRecord]:
-    """Keep losses and metrics of every SAE the runner trains, one JSON object a line.
+    """Write losses and metrics of every SAE the runner trains, one JSON object a line.
 
     A line has `sae`, `step`, `tokens`, `seconds` and all that SAELens would send to wandb under the same keys
     (`losses/...`, `metrics/...`, `details/...`), with the paths of joint_nfm among the metrics. With `held_out`, the lines of
@@ -76,29 +78,18 @@ def record_training(
 
     Args:
         runner: SAELens's runner, before `run`.
-        path: the file to write.
-        every: record each n-th step.
-        held_out: text to evaluate on while training.
-
-    Raises:
-        ValueError: when `every` is not positive.
+        every: record each n-th step; a ValueError unless > 0.
     """
     if every < 1:
         raise ValueError(f"every must be > 0 steps, got {every}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".partial")
-    earlier = (
-        read_training_record(unfinished, unfinished=True)
-        if runner.cfg.resume_from_checkpoint and unfinished.is_file()
-        else []
-    )
+    resumed = runner.cfg.resume_from_checkpoint and unfinished.is_file()
+    earlier = read_training_record(unfinished, unfinished=True) if resumed else []
     # Each runner hands its trainer to one method of its own before the first step: that is where we listen.
-    method = (
-        "_run_with_interruption_handling"
-        if isinstance(runner, MultiSAETrainingRunner)
-        else "run_trainer_with_interruption_handling"
-    )
+    several = isinstance(runner, MultiSAETrainingRunner)
+    method = "_run_with_interruption_handling" if several else "run_trainer_with_interruption_handling"
     run_trainer = getattr(runner, method)
     with unfinished.open("a" if earlier else "w") as file:
         recorder = _Recorder(runner, file, every, held_out)
@@ -119,19 +110,12 @@ def record_training(
 
 
 class _Recorder:
-    """Writes the lines of one run."""
-
     def __init__(self, runner: Runner, file: IO[str], every: int, held_out: HeldOut | None) -> None:
         self.record = TrainingRecord()
         self._runner, self._file, self._every, self._held_out = runner, file, every, held_out
 
     def attach(self, trainer: Any, earlier: list[dict[str, Any]]) -> None:
-        """Listen to the steps of SAELens's trainer, or of the several that a `MultiSAETrainer` has.
-
-        Args:
-            trainer: before its first step in this process.
-            earlier: lines of the run that this one resumes.
-        """
+        """Listen to the steps of SAELens's trainer, or of the several that a `MultiSAETrainer` has; `earlier`: lines before."""
         lines = [line for line in earlier if line["tokens"] <= trainer.n_training_samples]
         self._file.truncate(0)
         self._file.writelines(map(record_line, lines))
@@ -157,24 +141,15 @@ class _Recorder:
             self.record.seconds[name] += _now(trainer.sae.device) - started
             self.record.tokens[name] += batch.shape[0]
             if recorded:
-                self._write(name, trainer, output, self._evaluate(name, trainer, data_provider) if evaluated else {})
+                held_out = self._evaluate(name, trainer, data_provider) if evaluated else {}
+                steps, tokens = trainer.n_training_steps, trainer.n_training_samples
+                line = {"sae": name, "step": steps, "tokens": tokens, "seconds": self.record.seconds[name]}
+                line |= trainer.build_train_step_log_dict(output, tokens) | held_out
+                self._file.write(record_line(line))
+                self._file.flush()
             return output
 
         trainer.step = recorded_step  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _write(
-        self, name: str, trainer: SAETrainer[Any, Any], output: TrainStepOutput, held_out: dict[str, float]
-    ) -> None:
-        line = {
-            "sae": name,
-            "step": trainer.n_training_steps,
-            "tokens": trainer.n_training_samples,
-            "seconds": self.record.seconds[name],
-            **trainer.build_train_step_log_dict(output, trainer.n_training_samples),
-            **held_out,
-        }
-        self._file.write(record_line(line))
-        self._file.flush()
 
     @torch.no_grad()
     def _evaluate(self, name: str, trainer: SAETrainer[Any, Any], data_provider: Any) -> dict[str, float]:
@@ -195,19 +170,14 @@ class _Recorder:
                     batch_size_prompts=self._runner.cfg.eval_batch_size_prompts,
                     n_eval_reconstruction_batches=self._held_out.n_batches,
                     n_eval_sparsity_variance_batches=self._held_out.n_batches,
-                    compute_kl=True,
-                    compute_ce_loss=True,
-                    compute_l2_norms=True,
-                    compute_sparsity_metrics=True,
-                    compute_variance_metrics=True,
+                    **METRICS,
                 ),
                 exclude_special_tokens=False if special is None else special.tolist(),
                 model_kwargs=self._runner.cfg.model_kwargs,
             )
         trainer.sae.train()
-        metrics = {
-            f"held_out/{group}/{key}": float(v) for group, values in grouped.items() for key, v in values.items()
-        }
+        named = [(f"{group}/{key}", v) for group, values in grouped.items() for key, v in values.items()]
+        metrics = {f"held_out/{name}": float(value) for name, value in named}
         if self._runner.cfg.logger.log_to_wandb:
             prefix = f"{name}/" if isinstance(self._runner, MultiSAETrainingRunner) else ""
             wandb.log({prefix + key: value for key, value in metrics.items()}, step=trainer.n_training_steps)
@@ -217,25 +187,26 @@ class _Recorder:
 def _held_out_store(runner: Runner, dataset: Any, sae: SAE[Any]) -> ActivationsStore:
     """A store that cuts the held-out text as the runner's cuts what it trains on, at its beginning."""
     cfg, hook_name = runner.cfg, sae.cfg.metadata.hook_name
+    same = (
+        "context_size",
+        "store_batch_size_prompts",
+        "prepend_bos",
+        "dtype",
+        "model_kwargs",
+        "autocast_lm",
+        "seqpos_slice",
+    )
+    same += ("disable_concat_sequences", "sequence_separator_token", "use_chat_formatting")
     return ActivationsStore.from_config_multi_hook(
         model=runner.model,
         dataset=dataset,
         hook_names=[hook_name],
         hook_d_ins={hook_name: sae.cfg.d_in},
         hook_head_indices={hook_name: sae.cfg.metadata.hook_head_index},
-        context_size=cfg.context_size,
-        store_batch_size_prompts=cfg.store_batch_size_prompts,
         total_training_tokens=1,
-        prepend_bos=cfg.prepend_bos,
         device=runner.activations_store.device,
-        dtype=cfg.dtype,
-        model_kwargs=cfg.model_kwargs,
-        autocast_lm=cfg.autocast_lm,
-        seqpos_slice=cfg.seqpos_slice,
         exclude_special_tokens=runner.activations_store.exclude_special_tokens,
-        disable_concat_sequences=cfg.disable_concat_sequences,
-        sequence_separator_token=cfg.sequence_separator_token,
-        use_chat_formatting=cfg.use_chat_formatting,
+        **{name: getattr(cfg, name) for name in same},
     )
 
 

@@ -27,7 +27,6 @@ class Trained(SavedResult):
     kind: ClassVar[str] = "trained/1"
 
     arm: str
-    """Name of the arm."""
     parameters: int
     """Trainable numbers, counted on the SAE that was trained."""
     tokens_per_second: float
@@ -49,12 +48,7 @@ def record_line(line: Mapping[str, Any]) -> str:
 
 
 def read_training_record(path: str | Path, *, unfinished: bool = False) -> list[dict[str, Any]]:
-    """The lines written by `record_training`.
-
-    Args:
-        path: the file.
-        unfinished: whether the last line may be cut, of a run that broke off; it is left out then.
-    """
+    """The lines written by `record_training`; with `unfinished`, a last line that was cut is left out."""
     lines = Path(path).read_text().splitlines(keepends=True)
     return [without_kind(RECORD_KIND, json.loads(line)) for line in lines if line.endswith("\n") or not unfinished]
 
@@ -66,7 +60,6 @@ class Curve:
     tokens: tuple[int, ...]
     """Training tokens seen, [points]."""
     values: tuple[float, ...]
-    """Its values there, [points]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +67,6 @@ class TrainingCurves:
     """The curves of one SAE, on the batches that it was trained on."""
 
     sae: str
-    """Name of the SAE in its record."""
     unexplained: Curve | None
     """FVU of the whole output."""
     direct: Curve | None
@@ -82,7 +74,6 @@ class TrainingCurves:
     shares: Mapping[str, Curve]
     """By integration path, its part of the sum of their mean absolute values; empty for an SAE without."""
     dead: Curve | None
-    """Features that count as dead."""
     l0: Curve | None
     """Active features per token."""
     held_out_kl: Curve | None
@@ -90,44 +81,30 @@ class TrainingCurves:
 
 
 def training_curves(path: str | Path) -> tuple[TrainingCurves, ...]:
-    """The curves of every SAE of a training record.
-
-    Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when a line is not JSON.
-    """
+    """The curves of every SAE of a training record; a ValueError when a line is not JSON."""
     try:
         lines = read_training_record(path)
     except ValueError as error:
-        raise ValueError(
-            f"{path} is not a training record ({error}); train again, or take it out of the folder"
-        ) from error
-    return tuple(_curves(sae, [line for line in lines if line["sae"] == sae]) for sae in _names(lines))
-
-
-def _names(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(line["sae"] for line in lines))
+        raise ValueError(f"{path} is not a training record ({error}); train again, or remove it") from error
+    names = dict.fromkeys(line["sae"] for line in lines)
+    return tuple(_curves(sae, [line for line in lines if line["sae"] == sae]) for sae in names)
 
 
 def _curves(sae: str, lines: Sequence[Mapping[str, Any]]) -> TrainingCurves:
     unexplained = _curve(lines, EXPLAINED)  # of every SAE, where only joint ones have metrics/fvu_all
     if unexplained is not None:
         unexplained = Curve(tokens=unexplained.tokens, values=tuple(1 - value for value in unexplained.values))
+    paths = dict.fromkeys(key for line in lines for key in line if key.startswith(SHARE))
+    shares = {key.removeprefix(SHARE): curve for key in paths if (curve := _curve(lines, key)) is not None}
     return TrainingCurves(
         sae=sae,
         unexplained=unexplained,
         direct=_curve(lines, DIRECT),
-        shares=_by_path(lines, SHARE),
+        shares=shares,
         dead=_curve(lines, DEAD),
         l0=_curve(lines, L0),
         held_out_kl=_curve(lines, HELD_OUT_KL),
     )
-
-
-def _by_path(lines: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Curve]:
-    keys = dict.fromkeys(key for line in lines for key in line if key.startswith(prefix))
-    found = {key.removeprefix(prefix): _curve(lines, key) for key in keys}
-    return {path: curve for path, curve in found.items() if curve is not None}
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], key: str) -> Curve | None:

@@ -56,11 +56,7 @@ def exact_resume(runner: Runner) -> None:
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The checkpoint at `path`: the folder itself, or the newest one in a folder of checkpoints (its names are token counts).
-
-    Raises:
-        FileNotFoundError: when there is none.
-    """
+    """The checkpoint at `path`: itself, or the newest in it (named by token counts); a FileNotFoundError when there is none."""
     path = Path(path)
     if (path / "runner_cfg.json").is_file():
         return path
@@ -119,7 +115,8 @@ class _ExactRun:
         self.resumed = file
         self.stream.restore(state)
         store: Any = runner.activations_store
-        store.load_from_checkpoint = _nothing_left_to_load
+        # the stream stands further than at the row that SAELens would load
+        store.load_from_checkpoint = lambda _path: None  # pyright: ignore[reportUnknownLambdaType]
 
     def save(self, folder: Path) -> None:
         """Add the stream's state to a checkpoint, if it is made between two steps."""
@@ -194,10 +191,6 @@ def _keep_folded(cfg: Any, saved: Path) -> None:
         for name in ("normalize_activations", "rescale_acts_by_decoder_norm"):
             if name in folded:
                 setattr(cfg, name, folded[name])
-
-
-def _nothing_left_to_load(checkpoint_path: str | Path) -> None:
-    """In place of SAELens's loading of a row number, once the stream stands further than at a row."""
 
 
 def _save_whole(trainer: Any) -> None:

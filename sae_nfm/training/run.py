@@ -1,6 +1,6 @@
 """The job of `sae-nfm train`: one SAE of any architecture, trained by SAELens's runner, recorded, and written whole.
 
-    flags -> model, hook point and data found -> SAELens's runner, seeded and exactly resumable -> <output>.partial -> output
+    options -> model, hook point and data found -> SAELens's runner, seeded and exactly resumable -> <output>.partial -> output
 
 What does not work is said before anything is written.
 """
@@ -8,31 +8,255 @@ What does not work is said before anything is written.
 import logging
 import shlex
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import torch
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, TrainingSAE
+from pydantic import TypeAdapter, ValidationError
+from sae_lens import (
+    SAE,
+    HookedSAETransformer,
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+)
 from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.util import temporary_seed
 from typing_extensions import override
 
 from sae_nfm import demo
-from sae_nfm.architectures import SequentialNFM
+from sae_nfm.architectures import (
+    HIDDEN,
+    PRIMARY_DIGEST,
+    NFMTrainingFields,
+    SequentialNFM,
+    SequentialNFMTrainingSAEConfig,
+    check_primary,
+    primary_digest,
+)
+from sae_nfm.architectures.joint_config import ARCHITECTURE
 from sae_nfm.common import check_output, check_positive, discard_unstarted, partial_folder, publish
-from sae_nfm.convert import write_adapter
+from sae_nfm.convert import topk_by_name, warm_started, write_adapter
 from sae_nfm.data import explained_hub, held_out_tokens, local_dataset, open_dataset, refuse_without_tokenizer
-from sae_nfm.loading import quiet_saelens
+from sae_nfm.loading import load_sae, quiet_saelens
 from sae_nfm.models import LanguageModel, check_context, check_device, load_model, refuse_heads_of_a_bridge, site_at
-from sae_nfm.training.arguments import TrainArguments
 from sae_nfm.training.recorder import HeldOut, record_training
 from sae_nfm.training.results import RECORD_FILENAME
 from sae_nfm.training.resume import checkpoint_folder, exact_resume
-from sae_nfm.training.starting_saes import LoadedSAEs, load_others
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherSAEs:
+    """SAEs that the new one is trained from or on; the base of a sequential_nfm is named by --base."""
+
+    warm_start: str | None = None
+    """A TopK SAE (folder, or release:sae_id) whose encoder and decoder a joint_nfm begins with; the features (d_sae, k, ...)
+    and, unless given, the hook point are its own."""
+    primary: str | None = None
+    """A joint_nfm or sequential_nfm (folder, or release:sae_id) that is spliced in, so that an SAE can be trained on one of its
+    hook points: a secondary SAE, on its hidden code unless --hook_name names another, such as
+    blocks.2.hook_resid_post.hook_nfm_linear."""
+    adapter: bool = False
+    """Save a sequential_nfm without its base, which is then looked for under the name given by --base."""
+
+    def __post_init__(self) -> None:
+        if self.warm_start is not None and self.primary is not None:
+            raise ValueError("both --warm_start and --primary given; a secondary SAE has no warm start, leave one out")
+
+    def check(self, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+        """Raise a ValueError for options that the architecture cannot have."""
+        architecture = cfg.sae.architecture()
+        if self.warm_start is not None and architecture != ARCHITECTURE:
+            raise ValueError(f"--warm_start is for --architecture {ARCHITECTURE}, this is {architecture}; leave it out")
+        sequential = isinstance(cfg.sae, SequentialNFMTrainingSAEConfig)
+        if self.adapter and not (sequential and cfg.sae.base):
+            raise ValueError(f"--adapter is for a sequential_nfm with a --base, this is {architecture}; leave it out")
+        if sequential and not cfg.sae.base:
+            raise ValueError("a sequential_nfm needs a base; name it with --base (an SAE's folder, or release:sae_id)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedSAEs:
+    """The other SAEs of a run: what a joint_nfm begins as, and what a secondary SAE is trained on."""
+
+    warm_start: SAE[Any] | None
+    primary: SAE[Any] | None
+
+    def hook_name(self, cfg: LanguageModelSAERunnerConfig[Any]) -> str | None:
+        """The hook point they imply."""
+        if self.primary is not None:
+            return f"{self.primary.cfg.metadata.hook_name}.{HIDDEN}"
+        metadata = cfg.sae.metadata if self.warm_start is None else self.warm_start.cfg.metadata
+        return metadata.hook_name
+
+    def splice_in(self, model: LanguageModel | None) -> None:
+        """Attach the primary to the model for good."""
+        if self.primary is None:
+            return
+        if not isinstance(model, HookedSAETransformer):
+            raise ValueError("--primary needs --model_class_name HookedTransformer, into which the primary is spliced")
+        model.add_sae(self.primary)
+        if self.primary.cfg.metadata.hook_name not in model.acts_to_saes:  # SAELens only logs a warning
+            raise ValueError(
+                f"the model has no hook point {self.primary.cfg.metadata.hook_name!r}, where the primary was trained; give its "
+                "model with --model"
+            )
+
+    def starting_sae(self, cfg: LanguageModelSAERunnerConfig[Any], given: frozenset[str]) -> TrainingSAE[Any] | None:
+        """The SAE that the runner is to begin with; None for a new one. `cfg.sae` becomes its config.
+
+        A ValueError for options that contradict the SAE to start from.
+        """
+        if self.warm_start is None:
+            return None
+        own = {field.name for field in fields(NFMTrainingFields)}
+        wanted = {f.name: getattr(cfg.sae, f.name) for f in fields(cfg.sae) if f.name in own | given | {"d_in"}}
+        sae = warm_started(self.warm_start, seed=cfg.seed, **wanted)
+        cfg.sae = sae.cfg
+        return sae
+
+    def sign(self, metadata: SAEMetadata) -> None:
+        """Write down which primary a secondary SAE is of."""
+        if self.primary is not None:
+            setattr(metadata, PRIMARY_DIGEST, primary_digest(self.primary))
+
+
+def load_others(named: OtherSAEs, cfg: LanguageModelSAERunnerConfig[Any]) -> LoadedSAEs:
+    """Load the SAEs that were named; an error when one is missing, or does not suit the architecture."""
+    named.check(cfg)
+    primary = None if named.primary is None else load_sae(named.primary, device=str(cfg.device))
+    if primary is not None:
+        check_primary(primary)
+    start = None if named.warm_start is None else topk_by_name(named.warm_start)
+    return LoadedSAEs(warm_start=start, primary=primary)
+
+
+EMBEDDED = {
+    "hook_name": "blocks.2.hook_resid_post",
+    "context_size": 256,
+    "training_tokens": 200_000,
+    "train_batch_size_tokens": 2_048,
+    "lr": 5e-3,
+    "exclude_special_tokens": True,
+    "n_batches_in_buffer": 64,
+    "n_batches_for_norm_estimate": 10,
+    "n_eval_batches": 1,
+}
+"""Defaults on the embedded model, where they differ from SAELens's."""
+EMBEDDED_SAE = {"d_sae": 2_048, "k": 32, "normalize_activations": "expected_average_only_in"}
+"""Defaults of the SAE on the embedded model, for the architectures that have such a field."""
+SAELENS_SAE = {"d_in": 512, "d_sae": 1_024}
+"""SAELens's own command line gives these to fields that have no default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordConfig:
+    """What is measured while training."""
+
+    record_every: int = 10
+    """Steps from one line of training.jsonl (losses and metrics, no wandb needed) to the next."""
+    held_out: str | None = None
+    """Held-out text, evaluated on while training: as dataset_path. Without it: with the embedded model on its own tokens,
+    tokens held out from them; else none."""
+    evaluate_every: int = 100
+    """Steps from one held-out evaluation to the next; the last step is always evaluated. 0: never."""
+
+    def __post_init__(self) -> None:
+        if self.record_every < 1:
+            raise ValueError(f"record_every is {self.record_every}; give a positive number of steps")
+        if self.evaluate_every < 0:
+            raise ValueError(f"evaluate_every is {self.evaluate_every}; give a number of steps, or 0 for never")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """A command line of `sae-nfm train`, understood."""
+
+    cfg: LanguageModelSAERunnerConfig[Any]
+    record: RecordConfig
+    others: OtherSAEs
+    given: frozenset[str]
+    """Names of the flags that were given; the others have defaults."""
+    argv: tuple[str, ...]
+    """The command line after `sae-nfm train`."""
+
+
+def trainable(architecture: str) -> type[TrainingSAEConfig]:
+    """The config class of an architecture; a ValueError for one that SAELens does not know."""
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        raise ValueError(f"SAELens trains no {architecture!r}; give one of {', '.join(SAE_TRAINING_CLASS_REGISTRY)}")
+    return SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+
+
+def option_names(sae_class: type[TrainingSAEConfig]) -> dict[type, dict[str, str]]:
+    """The fields of each config class of a run, by the names of their options: "sae.dtype" where the run has a dtype too."""
+    run = [f.name for f in fields(LanguageModelSAERunnerConfig) if f.name not in ("sae", "logger")]
+    names = {config: {f.name: f.name for f in fields(config)} for config in (LoggingConfig, RecordConfig, OtherSAEs)}
+    of_sae = {f"sae.{f.name}" if f.name in run else f.name: f.name for f in fields(sae_class) if f.init}
+    return {LanguageModelSAERunnerConfig: {name: name for name in run}, sae_class: of_sae} | names
+
+
+def defaults(sae_class: type[TrainingSAEConfig], model_name: str) -> dict[str, Any]:
+    """Our defaults by option, where SAELens has others or none."""
+    embedded = model_name == demo.MODEL_NAME
+    ours: dict[str, Any] = {"log_to_wandb": False}
+    if embedded:  # the model as it is loaded: nothing folded, nothing centred
+        ours |= {"model_name": demo.MODEL_NAME, "model_from_pretrained_kwargs": {}} | EMBEDDED
+    names = {f.name for f in fields(sae_class)}
+    if "base" not in names:  # one that stands on another SAE takes its sizes from that
+        sae = SAELENS_SAE | (EMBEDDED_SAE if embedded else {})
+        ours |= {name: value for name, value in sae.items() if name in names}
+    return ours
+
+
+def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainArguments:
+    """What `sae-nfm train` does with these options; a ValueError for an option or value that does not work.
+
+    Args:
+        given: values by option, as in `option_names`, "architecture" too; the others have defaults.
+        argv: the same as arguments of the command.
+    """
+    sae_class = trainable(given.get("architecture", ARCHITECTURE))
+    names = option_names(sae_class)
+    unknown = set(given).difference(("architecture",), *names.values())
+    if unknown:
+        raise ValueError(f"`sae-nfm train` has no option {sorted(unknown)[0]}; `sae-nfm train --help` has every option")
+    values = defaults(sae_class, given.get("model_name", demo.MODEL_NAME)) | dict(given)
+    built: dict[type, dict[str, Any]] = {}
+    for config, options in names.items():
+        hints = get_type_hints(config)
+        found = {option: name for option, name in options.items() if option in values}
+        built[config] = {name: _checked(option, hints[name], values[option]) for option, name in found.items()}
+    widths = "matryoshka_widths"  # SAELens has no default
+    if widths in names[sae_class] and not built[sae_class].get(widths):
+        built[sae_class][widths] = sorted({max(1, values["d_sae"] // part) for part in (8, 4, 2, 1)})
+    sae, logger = sae_class(**built[sae_class]), LoggingConfig(**built[LoggingConfig])
+    return TrainArguments(
+        cfg=LanguageModelSAERunnerConfig(sae=sae, logger=logger, **built[LanguageModelSAERunnerConfig]),
+        record=RecordConfig(**built[RecordConfig]),
+        others=OtherSAEs(**built[OtherSAEs]),
+        given=frozenset(given),
+        argv=tuple(argv),
+    )
+
+
+def _checked(option: str, hint: Any, value: Any) -> Any:
+    """A value of the type that it should have."""
+    if hint is SAEMetadata:
+        return SAEMetadata(**value)
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{option} is {value!r}: {error.errors()[0]['msg']}") from error
+
 
 POSITIVE = (
     *("context_size", "train_batch_size_tokens", "store_batch_size_prompts", "n_batches_in_buffer", "n_eval_batches"),
@@ -50,7 +274,6 @@ class Trained:
     kept: Path | None
     """Where the SAE lies now that was in that folder before."""
     checkpoints: Path | None
-    """The folder of this run's checkpoints, where there are any."""
 
     def words(self) -> str:
         """Where everything is and how it is loaded."""
@@ -102,11 +325,10 @@ def train(arguments: TrainArguments) -> Trained:
             _run(runner, arguments, held_out)
         except (KeyboardInterrupt, InterruptedException):
             raise InterruptedException(how_to_go_on(arguments)) from None
-    kept = None if cfg.output_path is None else publish(cfg.output_path)
     checkpoints = Path(cfg.checkpoint_path) if cfg.checkpoint_path else None
     return Trained(
         folder=None if cfg.output_path is None else Path(cfg.output_path),
-        kept=kept,
+        kept=None if cfg.output_path is None else publish(cfg.output_path),
         checkpoints=checkpoints if checkpoints and checkpoints.is_dir() else None,
     )
 
@@ -133,12 +355,8 @@ def _run(runner: WholeRunner, arguments: TrainArguments, held_out: Any) -> None:
 def fit_to_model(arguments: TrainArguments, others: LoadedSAEs) -> LanguageModel | None:
     """Load the model, and set what the hook point decides: its name there, the SAE's width, whether heads are flattened.
 
-    Args:
-        arguments: the command line.
-        others: other SAEs, which imply a hook point unless one was given; a primary is spliced in.
-
-    Returns:
-        The model; None for a HookedMamba, which is left to SAELens, its hook point as given.
+    Other SAEs imply a hook point unless one was given; a primary is spliced in. None for a HookedMamba, which is left to SAELens,
+    its hook point as given.
 
     Raises:
         ValueError, FileNotFoundError: for a model, hook point or size that does not fit.
@@ -151,20 +369,14 @@ def fit_to_model(arguments: TrainArguments, others: LoadedSAEs) -> LanguageModel
         others.splice_in(None)
         return None
     assert cfg.llm_device is not None  # set by SAELens
-    model = load_model(
-        cfg.model_name,
-        cfg.llm_device,
-        model_class_name=cfg.model_class_name,
-        **(cfg.model_from_pretrained_kwargs or {}),
-    )
+    kwargs = cfg.model_from_pretrained_kwargs or {}
+    model = load_model(cfg.model_name, cfg.llm_device, model_class_name=cfg.model_class_name, **kwargs)
     others.splice_in(model)
     site = site_at(model, cfg.hook_name, cfg.hook_head_index)
     cfg.hook_name = site.hook_name
     measured: dict[str, Any] = {"d_in": site.d_in, "reshape_activations": site.reshape_activations}
     if "d_in" in arguments.given and cfg.sae.d_in != site.d_in:
-        raise ValueError(
-            f"d_in is {cfg.sae.d_in}, but {cfg.hook_name!r} of {cfg.model_name} has width {site.d_in}; leave d_in out"
-        )
+        raise ValueError(f"d_in is {cfg.sae.d_in}, but {cfg.hook_name!r} has width {site.d_in}; leave d_in out")
     cfg.sae = replace(cfg.sae, **{name: value for name, value in measured.items() if name not in arguments.given})
     check_context(model, cfg.context_size)
     return model
@@ -176,9 +388,7 @@ def _check_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     check_positive(cfg, *POSITIVE)
     pretrained = cfg.from_pretrained_path
     if pretrained is not None and not (Path(pretrained) / SAE_CFG_FILENAME).is_file():
-        raise FileNotFoundError(
-            f"from_pretrained_path is {pretrained!r}, where no saved SAE is; give the folder of one"
-        )
+        raise FileNotFoundError(f"from_pretrained_path is {pretrained!r}, no saved SAE; give the folder of one")
     k = getattr(cfg.sae, "k", None)
     if k is not None and not 0 < k <= cfg.sae.d_sae:
         raise ValueError(f"k is {k}; give a number from 1 to the d_sae = {cfg.sae.d_sae} features there are")
@@ -255,7 +465,6 @@ def how_to_go_on(arguments: TrainArguments) -> str:
 
 
 def _without_resume(argv: Sequence[str]) -> list[str]:
-    """The arguments without the flag that says where to resume from."""
     plain = [arg.partition("=")[0].replace("-", "_") for arg in argv]
     flags = [i for i, arg in enumerate(plain) if arg == "__resume_from_checkpoint"]
     values = [i + 1 for i in flags if "=" not in argv[i] and not "".join(argv[i + 1 : i + 2]).startswith("--")]

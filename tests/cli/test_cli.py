@@ -10,7 +10,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_nfm.cli.spelling import Option, respelt
 from sae_nfm.cli.train import HIDDEN, parse
 from sae_nfm.evaluation.saelens_evals import EvaluateConfig
-from sae_nfm.training.arguments import EMBEDDED, EMBEDDED_SAE, train_arguments
+from sae_nfm.training.run import EMBEDDED, EMBEDDED_SAE, train_arguments
 from sae_nfm_cli import main
 
 TRIED = ("joint_nfm", "sequential_nfm", "matryoshka_batchtopk", "gated")

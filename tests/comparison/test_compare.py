@@ -21,8 +21,7 @@ from sae_nfm.comparison.run import run_compare
 from sae_nfm.comparison.table import _interpolated
 from sae_nfm.data import datasets
 from sae_nfm.data.documents import held_out_rows
-from sae_nfm.evaluation.fidelity import Arm, evaluate
-from sae_nfm.evaluation.held_out_sums import SUMS, fidelity_of, held_out_sums
+from sae_nfm.evaluation.fidelity import SUMS, Arm, evaluate, fidelity_of, held_out_sums
 from sae_nfm.training.multi_arm import train_arms
 from sae_nfm.training.results import read_training_record
 from sae_nfm_cli.commands import COMMANDS

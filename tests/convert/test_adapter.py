@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sae_nfm.architectures.sequential_config import SequentialNFMTrainingSAEConfig
 from sae_nfm.architectures.sequential_training import SequentialNFMTrainingSAE
 from sae_nfm.convert.adapter import load_adapter, save_adapter
-from sae_nfm.hub.directory import FolderSource, register_release, release_entry
+from sae_nfm.hub.release import FolderSource, register_release, release_entry
 
 
 @pytest.fixture

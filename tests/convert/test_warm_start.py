@@ -25,7 +25,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_nfm.architectures.joint_training import JointNFMTrainingSAE
 from sae_nfm.convert.warm_start import warm_started, with_silent_nfm
-from sae_nfm.hub.directory import FolderSource, register_release, release_entry
+from sae_nfm.hub.release import FolderSource, register_release, release_entry
 
 SOURCES: dict[str, Callable[[Path], Any]] = {
     "object in training": lambda _: topk_in_training(),

@@ -22,10 +22,9 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file
 
 from sae_nfm import JointNFMSAE
-from sae_nfm.hub import directory as releases
-from sae_nfm.hub.directory import register_release, register_releases
+from sae_nfm.hub import release as releases
 from sae_nfm.hub.push_pull import PullConfig, PushConfig, pull, push
-from sae_nfm.hub.release import HubSource
+from sae_nfm.hub.release import HubSource, register_release, register_releases
 
 REPO, ID = "user/saes", "blocks.0.hook_resid_post"
 

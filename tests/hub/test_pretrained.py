@@ -22,18 +22,20 @@ from train_sae import SAES_DIR, package
 from sae_nfm import JointNFMSAE, demo
 from sae_nfm.data.datasets import held_out_tokens
 from sae_nfm.evaluation.fidelity import Arm, evaluate
-from sae_nfm.hub.directory import (
+from sae_nfm.hub.release import (
     PACKAGED,
     FolderSource,
+    HubSource,
     PackageSource,
+    Release,
     ReleasedSAE,
     read_releases,
     register_packaged_releases,
     register_release,
     register_releases,
     release_entry,
+    write_releases,
 )
-from sae_nfm.hub.release import HubSource, Release, write_releases
 
 DEMO, ID = "sae-nfm-demo", "blocks.2.hook_resid_post"
 FILES = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")

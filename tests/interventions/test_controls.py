@@ -1,5 +1,7 @@
 """The controls: each at the distance of the arm under test, and what else each of them promises."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,21 +11,20 @@ from tiny_models import write_checkpoint
 
 from sae_nfm.data.documents import TokenRows
 from sae_nfm.evaluation.error_controls import error_ratios
-from sae_nfm.evaluation.fidelity import measure
-from sae_nfm.evaluation.intervention_loop import outcomes
+from sae_nfm.evaluation.fidelity import measure, outcomes
 from sae_nfm.evaluation.token_table import document_sums, read_rows
 from sae_nfm.interventions.equal_norm_controls import (
     SCALES,
     Activations,
-    Covariance,
-    Isotropic,
-    Mixture,
-    NormKept,
-    Scaled,
-    Shuffled,
     anchors,
     control_arms,
+    covariance,
     fit_activations,
+    isotropic,
+    mixture,
+    norm_kept,
+    scaled,
+    shuffled,
 )
 from sae_nfm.interventions.intervene import Splice, Substitution, counted_tokens
 from sae_nfm.interventions.results import EQUAL_DISTANCE
@@ -66,7 +67,7 @@ def generators(arms, seed=0):
 
 
 def replaced(rule, x, x_hat, seed=0):
-    return rule.replace(x, x_hat - x, torch.Generator().manual_seed(seed))
+    return rule(x, x_hat - x, torch.Generator().manual_seed(seed))
 
 
 def activations(mean, covariance):
@@ -75,12 +76,12 @@ def activations(mean, covariance):
 
 UNIT = activations(torch.zeros(8), torch.eye(8))
 RULES = (
-    Isotropic(),
-    NormKept(),
-    Covariance(activations=UNIT),
-    Mixture(activations=UNIT),
-    Shuffled(),
-    Scaled(scale=-1.0),
+    isotropic,
+    norm_kept,
+    partial(covariance, UNIT),
+    partial(mixture, UNIT),
+    shuffled,
+    partial(scaled, -1.0),
 )
 """Those that keep the distance."""
 
@@ -107,7 +108,7 @@ def test_keeping_the_norm():
     """By hand: x = (3, 4), r = 5 sqrt 2 is a quarter turn, (4, -3) or (-4, 3); r = 10 is -x; r = 12 is x - 12 x/5."""
     x = torch.tensor([[3.0, 4.0]]).repeat(3, 1)
     e = torch.tensor([[5.0, 5.0], [10.0, 0.0], [0.0, -12.0]])
-    turned, opposite, beyond = replaced(NormKept(), x, x + e).tolist()
+    turned, opposite, beyond = replaced(norm_kept, x, x + e).tolist()
     assert turned in (pytest.approx([4, -3], abs=1e-5), pytest.approx([-4, 3], abs=1e-5))
     assert opposite == pytest.approx([-3, -4], abs=1e-5)
     assert beyond == pytest.approx(
@@ -118,7 +119,7 @@ def test_keeping_the_norm():
 @pytest.mark.parametrize("scale", [1e-4, 0.5, 1.9])
 def test_the_norm_is_kept(scale):
     x, x_hat = pairs(scale=scale)
-    found = replaced(NormKept(), x, x_hat)
+    found = replaced(norm_kept, x, x_hat)
     torch.testing.assert_close(found.norm(dim=-1), x.norm(dim=-1), **DISTANCE)
 
 
@@ -126,12 +127,12 @@ def test_directions_are_uniform():
     """In d dimensions u_i^2 has mean 1/d and variance 2 (d - 1) / (d^2 (d + 2)), and u_i u_j and u_i have mean 0."""
     n, d = 20_000, 4
     x, x_hat = torch.full((n, d), 2.0), torch.full((n, d), 5.0)
-    u = (replaced(Isotropic(), x, x_hat) - x) / 6
+    u = (replaced(isotropic, x, x_hat) - x) / 6
     five_errors = 5 * (2 * (d - 1) / (d**2 * (d + 2)) / n) ** 0.5
     torch.testing.assert_close(u.T @ u / n, torch.eye(d) / d, atol=five_errors, rtol=0)
     torch.testing.assert_close(u.mean(0), torch.zeros(d), atol=5 * (1 / d / n) ** 0.5, rtol=0)
     x_hat = x + 0.1  # on the sphere of radius |x|: around x, no direction across x is preferred
-    change = replaced(NormKept(), x, x_hat) - x
+    change = replaced(norm_kept, x, x_hat) - x
     across = change - (change @ torch.ones(d) / d)[:, None]
     assert (across.mean(0) / across.norm(dim=-1).mean()).norm() < 5 / n**0.5
 
@@ -143,18 +144,18 @@ def test_covariance_noise_points_where_activations_do():
     fitted = activations(torch.tensor([1.0, 2.0, 3.0]), turn @ covariance @ turn.T)
     torch.testing.assert_close(fitted.root @ fitted.root.T, fitted.covariance)
     x = torch.ones(n, 3)
-    u = (replaced(Covariance(activations=fitted), x, x + 1) - x) / 3**0.5 @ turn.float()
+    u = (replaced(partial(covariance, fitted), x, x + 1) - x) / 3**0.5 @ turn.float()
     assert u[:, 2].abs().max() < 1e-3  # float32 roots of an eigenvalue that is zero up to rounding
     assert u.square().mean(0)[0] == pytest.approx(0.75, abs=5 * (0.12 / n) ** 0.5)  # its variance is at most 0.12
-    mixture = replaced(Mixture(activations=fitted), x, x + 1) - x
+    mixed = replaced(partial(mixture, fitted), x, x + 1) - x
     noise = fitted.noise(n, torch.Generator().manual_seed(0)) + torch.tensor([0.0, 1.0, 2.0])  # y - x
-    torch.testing.assert_close(mixture, 3**0.5 * torch.nn.functional.normalize(noise, dim=-1), **DISTANCE)
+    torch.testing.assert_close(mixed, 3**0.5 * torch.nn.functional.normalize(noise, dim=-1), **DISTANCE)
 
 
 def test_shuffled_errors_are_those_of_other_tokens():
     x, x_hat = pairs(n=40)
     x_hat[7] = x[7]  # an error of zero: no direction for the token that gets it, no distance for its own
-    found = replaced(Shuffled(), x, x_hat) - x
+    found = replaced(shuffled, x, x_hat) - x
     own = torch.nn.functional.normalize(x_hat - x, dim=-1)
     cosines = torch.nn.functional.normalize(found, dim=-1) @ own.T
     assert (cosines.max(dim=1).values > 0.9999).sum() == 38  # but for token 7, and the one that got its error
@@ -166,9 +167,9 @@ def test_shuffled_errors_are_those_of_other_tokens():
 
 def test_flipped_and_scaled_errors():
     x, x_hat = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 0.0]])
-    assert replaced(Scaled(scale=-1.0), x, x_hat).tolist() == [[0.0, 4.0]]
+    assert replaced(partial(scaled, -1.0), x, x_hat).tolist() == [[0.0, 4.0]]
     for scale, expected in {0.0: [1.0, 2.0], 0.25: [1.25, 1.5], 1.0: [2.0, 0.0], 2.0: [3.0, -2.0]}.items():
-        assert replaced(Scaled(scale=scale), x, x_hat).tolist() == [expected]
+        assert replaced(partial(scaled, scale), x, x_hat).tolist() == [expected]
 
 
 def test_arms_differ_at_counted_tokens_only(model, sae, arms):

@@ -7,9 +7,7 @@ import torch
 from builders import inference_sae, random_sae, training_config
 from sae_lens import SAE
 
-from sae_nfm.interventions.apply_edits import hook_functions
-from sae_nfm.interventions.edit_targets import TokensInTurn
-from sae_nfm.interventions.edits import Edit, PairEdit, ReadEdit
+from sae_nfm.interventions.edits import Edit, PairEdit, ReadEdit, TokensInTurn, hook_functions
 from sae_nfm.interventions.intervene import Splice
 from sae_nfm.models.splicing import Attached
 

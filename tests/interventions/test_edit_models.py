@@ -9,8 +9,7 @@ from sae_lens import SAE
 from tiny_models import write_checkpoint
 
 from sae_nfm.architectures.secondary import attach_secondary
-from sae_nfm.interventions.apply_edits import READS, editing
-from sae_nfm.interventions.edits import Edit, PairEdit, ReadEdit
+from sae_nfm.interventions.edits import READS, Edit, PairEdit, ReadEdit, editing
 from sae_nfm.interventions.intervene import SecondarySplice, Splice
 from sae_nfm.models.load import load_model
 from sae_nfm.models.splicing import keeping

@@ -6,9 +6,7 @@ from builders import ARCHITECTURES, D_MODEL, D_SAE, inference_sae, random_activa
 from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
 
-from sae_nfm.interventions.apply_edits import hook_functions
-from sae_nfm.interventions.edit_targets import TokensInTurn
-from sae_nfm.interventions.edits import Edit, PairEdit, ReadEdit
+from sae_nfm.interventions.edits import Edit, PairEdit, ReadEdit, TokensInTurn, hook_functions
 from sae_nfm.interventions.intervene import Splice
 from sae_nfm.models.splicing import Attached, keeping, reconstruction
 

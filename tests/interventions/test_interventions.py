@@ -6,7 +6,7 @@ from builders import CONTEXT, D_MODEL, covering_pairs, inference_sae, rows_of_to
 from sae_lens.saes.sae import SAEMetadata
 from tiny_models import write_checkpoint
 
-from sae_nfm.evaluation.intervention_loop import outcomes
+from sae_nfm.evaluation.fidelity import outcomes
 from sae_nfm.interventions.intervene import Splice, Substitution, counted_tokens, path_means, splice
 from sae_nfm.models.load import load_model
 

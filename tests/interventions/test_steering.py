@@ -213,7 +213,7 @@ def test_errors_say_what_is_wrong(model, sae, pair, tokens):
         compare(sae=silent, pair=(0, 1))
     shut = inference_sae(training_config("joint_nfm", k=32, nfm_top_k=None)).requires_grad_(False)
     shut.b_1.fill_(-1e4)
-    with pytest.raises(ValueError, match=r"'pair' is zero\b.*\bfeatures 0 and 1\b"):
+    with pytest.raises(ValueError, match=r"'pair' is zero\b.*\bfeatures 0, 1\b"):
         compare(sae=shut, pair=(0, 1))
 
 

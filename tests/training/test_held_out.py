@@ -104,5 +104,5 @@ def test_several_saes_have_figures_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("field", ["every", "n_batches"])
 def test_bad_settings(field):
-    with pytest.raises(ValueError, match=rf"\b{field}\b.* 0\b"):
+    with pytest.raises(ValueError, match=rf"\b{field} must be > 0, got 0\b"):
         HeldOut(**({"dataset": HELD_OUT} | {field: 0}))
