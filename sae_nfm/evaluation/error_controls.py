@@ -56,7 +56,7 @@ def summarise(folder: Path, roles: Mapping[str, ArmRole]) -> None:
 
 
 def kl_by_arm(folder: str | Path, roles: Mapping[str, ArmRole]) -> MeasuredKL:
-    """Mean KL of every arm, by role; of the rows three columns are read. Raises as `read_rows`; a ValueError for a single document."""
+    """Mean KL of every arm, by role; raises as `read_rows`, and a ValueError for a single document."""
     rows = read_rows(folder, ["arm", "document", "kl_nats"])
     found: list[ArmKL] = []
     for arm, one in roles.items():
