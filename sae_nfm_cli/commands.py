@@ -15,10 +15,7 @@ GROUPS: dict[str, dict[str, Command]] = {
                     "your text: parquet, jsonl or txt",
                     "sae-nfm demo --dataset train.parquet --held-out held_out.parquet",
                 ),
-                (
-                    "a model of the hub, on its data",
-                    "sae-nfm demo --model gpt2 --dataset NeelNanda/pile-10k",
-                ),
+                ("a model of the hub, on its data", "sae-nfm demo --model gpt2 --dataset NeelNanda/pile-10k"),
             ),
             config="sae_nfm.comparison.config:DemoConfig",
             run="sae_nfm.cli.demo:run_demo",
@@ -30,10 +27,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "on a logit, predicted and measured by removing it. With --corpus: pairs over held-out text, with contexts, the "
             "weight-only view and the co-occurrence control.",
             examples=(
-                (
-                    "the last token, with the packaged SAE, offline",
-                    'sae-nfm attribute "The film was not good"',
-                ),
+                ("the last token, with the packaged SAE, offline", 'sae-nfm attribute "The film was not good"'),
                 (
                     "effects on the difference of two logits",
                     'sae-nfm attribute "The film was not" --logit " good" --against " bad"',
@@ -274,16 +268,13 @@ GROUPS: dict[str, dict[str, Command]] = {
             "now: make it again after an update.",
             examples=(
                 ("bash, in this shell", "source <(sae-nfm completion bash)"),
-                (
-                    "bash, for good",
-                    "sae-nfm completion bash > ~/.sae-nfm; echo '. ~/.sae-nfm' >> ~/.bashrc",
-                ),
+                ("bash, for good", "sae-nfm completion bash > ~/.sae-nfm; echo '. ~/.sae-nfm' >> ~/.bashrc"),
                 ("zsh, for good", 'sae-nfm completion zsh > "${fpath[1]}/_sae-nfm"'),
             ),
             config="sae_nfm.cli.completion:CompletionConfig",
             arguments=("shell",),
             run="sae_nfm.cli.completion:completion",
-        ),
+        )
     },
 }
 COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}

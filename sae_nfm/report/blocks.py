@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from sae_nfm.report.plots import Axis, Dot, dot_data, dot_rows
 from sae_nfm.report.run_folder import Found
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ class Figure:
     name: str
     """Unique in its section: lower-case letters, digits and hyphens."""
     title: str
-    """Its heading: what to see, not how it is drawn."""
+    """What to see, not how it is drawn."""
     plot: go.Figure
     """Drawn by a function of this package that computes nothing."""
     caption: str
@@ -98,7 +99,7 @@ def section_of(
     id: str,
     title: str,
     lead: str,
-    blocks: Callable[[Found[T], int], Iterable[Block]],
+    blocks: Callable[[T, int], Iterable[Block]],
     findings: Callable[[T], Iterable[str]],
 ) -> Section | None:
     """The section of all results of one kind; None without any.
@@ -118,6 +119,11 @@ def section_of(
     for number, one in enumerate(found):
         several = len(found) > 1
         shown += [Heading(text=one.label)] if several else []
-        shown += blocks(one, number)
+        shown += blocks(one.result, number)
         verdicts += [f"{one.label}: {told}" if several else told for told in findings(one.result)]
     return Section(id=id, title=title, lead=lead, blocks=shown, verdicts=verdicts)
+
+
+def dots_figure(name: str, title: str, dots: Sequence[Dot], axis: Axis, caption: str, **options: Any) -> Figure:
+    """A figure of `dot_rows`, with its options."""
+    return Figure(name=name, title=title, plot=dot_rows(dots, axis, **options), caption=caption, data=dot_data(dots))

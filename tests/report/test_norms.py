@@ -17,8 +17,8 @@ from sae_nfm.report.chapters import norms as norms_chapter
 from sae_nfm.report.chapters import shares as shares_chapter
 from sae_nfm.report.chapters.shares import CHANCE, CONTROL, HERE, PUBLISHED, dots
 from sae_nfm.report.command import ReportConfig
-from sae_nfm.report.html import section_html
-from sae_nfm.report.plots.dot_rows import dot_data
+from sae_nfm.report.page import section_html
+from sae_nfm.report.plots import dot_data
 from sae_nfm.report.run_folder import read_run
 
 

@@ -18,7 +18,7 @@ from sae_nfm.report.blocks import Embedded, Figure, Heading, Prose, Section, Tab
 from sae_nfm.report.chapters import ORDER, chapters
 from sae_nfm.report.command import ReportConfig, write_run_report
 from sae_nfm.report.page import render
-from sae_nfm.report.plots.theme import styled, wrapped
+from sae_nfm.report.plots import styled, wrapped
 from sae_nfm.report.run_folder import Found, read_run
 
 HOSTILE = '</script><script>alert(1)</script><b title="x">'

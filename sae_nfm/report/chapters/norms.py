@@ -19,7 +19,7 @@ from sae_nfm.analysis.results import (
     p_words,
 )
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
-from sae_nfm.report.plots.theme import AXIS, PALETTE, styled
+from sae_nfm.report.plots import AXIS, PALETTE, styled
 from sae_nfm.report.run_folder import Run
 
 TITLE = "Norms of the features"

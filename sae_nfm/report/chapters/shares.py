@@ -4,10 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from sae_nfm.analysis.results import Statistic
 from sae_nfm.experiments.reproduce.results import ReproducedRow, ReproduceResult
-from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
-from sae_nfm.report.plots.dot_plot import Axis
-from sae_nfm.report.plots.dot_rows import Dot, dot_data, dot_rows
-from sae_nfm.report.run_folder import Found, Run
+from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, dots_figure
+from sae_nfm.report.plots import Axis, Dot
+from sae_nfm.report.run_folder import Run
 
 TITLE = "Shares of the paths"
 COMMANDS = ("sae-nfm reproduce --output RUN/reproduce",)
@@ -53,7 +52,7 @@ def section(run: Run) -> Section | None:
     verdicts: list[str] = []
     found = run.of(ReproduceResult)
     for number, one in enumerate(found):
-        own, told = list(_figures(one, number)), findings(one.result)
+        own, told = list(_figures(one.result, number)), findings(one.result)
         if own and len(found) > 1:
             blocks.append(Heading(text=one.label))
         blocks += [*own, *([Prose(lines=told, listed=True)] if told else [])]
@@ -76,16 +75,16 @@ def findings(result: ReproduceResult) -> list[str]:
     return said
 
 
-def _figures(found: Found[ReproduceResult], number: int) -> Iterator[Figure]:
+def _figures(result: ReproduceResult, number: int) -> Iterator[Figure]:
     for statistic, (name, title) in TITLES.items():
-        own = [row for row in found.result.rows if row.statistic is statistic]
+        own = [row for row in result.rows if row.statistic is statistic]
         if own:
             share = statistic is not Statistic.CORRELATION
-            drawn = dots(own)
-            axis = SHARE_AXIS if share else CORRELATION_AXIS
-            plot = dot_rows(drawn, axis, hollow=(PUBLISHED, CHANCE), limits=(-0.06, 1.06) if share else (-1.12, 1.12))
-            caption = CAPTIONS[statistic]
-            yield Figure(name=f"{name}-{number}", title=title, plot=plot, caption=caption, data=dot_data(drawn))
+            axis, limits = (SHARE_AXIS, (-0.06, 1.06)) if share else (CORRELATION_AXIS, (-1.12, 1.12))
+            hollow = (PUBLISHED, CHANCE)
+            yield dots_figure(
+                f"{name}-{number}", title, dots(own), axis, CAPTIONS[statistic], hollow=hollow, limits=limits
+            )
 
 
 def dots(rows: Sequence[ReproducedRow]) -> list[Dot]:

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
-from sae_nfm.report.plots.theme import DASHES, PALETTE, SYMBOLS, styled
+from sae_nfm.report.plots import DASHES, DECADES, PALETTE, SYMBOLS, styled
 from sae_nfm.report.run_folder import Run
 from sae_nfm.training.results import Curve, TrainingCurves, training_curves
 
@@ -70,12 +70,7 @@ class _Line:
 
 
 def unexplained_figure(curves: Named, number: int) -> Figure | None:
-    """FVU of the whole output, and dotted of the direct path alone; None without.
-
-    Args:
-        curves: by name, at most `MOST`.
-        number: of the folder in the run, from 1, for the figure's name.
-    """
+    """FVU of the whole output, and dotted of the direct path alone; None without."""
     lines = [
         _Line(sae=name, part=part, curve=curve)
         for name, own in curves.items()
@@ -91,7 +86,7 @@ def unexplained_figure(curves: Named, number: int) -> Figure | None:
         "never to stand alone: its gap to the solid line says how the work is divided. The fair comparison is with "
         "the solid lines of other SAEs. Secondary SAEs are measured on what they are trained on, not on the model's "
         "activations.",
-        axis={"title": "FVU of the batch", "type": "log", "dtick": "D2", "tickformat": "~g"},
+        axis={"title": "FVU of the batch", **DECADES},
     )
 
 
@@ -136,7 +131,7 @@ def held_out_figure(curves: Named, number: int) -> Figure | None:
         "Divergence of the model's predictions on held-out text",
         "KL(original || spliced) by SAELens's evaluation on the same held-out rows each time, nats per token "
         "(logarithmic); lower is better.",
-        axis={"title": "KL, nats per token", "type": "log", "dtick": "D2", "tickformat": "~g"},
+        axis={"title": "KL, nats per token", **DECADES},
     )
 
 
