@@ -1,6 +1,74 @@
-"""The commands of `sae-nfm`, by what one wants. Nothing is imported before a command is called."""
+"""The commands of `sae-nfm`, by what one wants: what each is called with, and by name what does it.
 
-from sae_nfm_cli.command import Command
+Only the standard library is imported before a command is called.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from sae_nfm.cli.parser import CommandParser
+
+WIDTH = 100
+"""Columns that a help text takes at most."""
+
+
+class Result(Protocol):
+    """What a command returns: a frozen dataclass, whose fields are its JSON."""
+
+    def words(self) -> str:
+        """For the terminal."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command. Its modules are imported when it is called."""
+
+    summary: str
+    """Its line in `sae-nfm --help`."""
+    description: str = ""
+    """What its own help begins with; the summary unless given."""
+    examples: tuple[tuple[str, str], ...] = ()
+    """Command lines that work, each after what it does and how long that takes."""
+    config: str = ""
+    """Its configuration class, as module:name."""
+    parser: str = ""
+    """A function that makes its parser of arguments and examples, as module:name, where that depends on the arguments."""
+    run: str
+    """The function that does it, given the configuration (and the command line, if it takes a `command`); returns a `Result`."""
+    arguments: tuple[str, ...] = ()
+    """The fields of its configuration that are arguments without a flag."""
+
+    def make_parser(self, name: str, argv: Sequence[str] = ()) -> "CommandParser":
+        """The parser of the arguments that follow its name."""
+        from sae_nfm.cli.parser import CommandParser, options_of
+
+        if self.parser:
+            return imported(self.parser)(argv, examples=self.examples)
+        config_class = imported(self.config)
+        return CommandParser(
+            prog=f"sae-nfm {name}",
+            description=self.description or f"{self.summary[0].upper()}{self.summary[1:]}.",
+            examples=self.examples,
+            options=options_of(config_class, positional=self.arguments),
+            build=lambda values, _given: config_class(**values),
+        )
+
+    def result(self, config: Any, line: str = "") -> Result:
+        """Do it; `line` is the whole command line, for the provenance."""
+        run = imported(self.run)
+        return run(config, **({"command": line} if "command" in signature(run).parameters else {}))
+
+
+def imported(target: str) -> Any:
+    """What "module:name" stands for."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
+
 
 RELEASED = "sae-nfm-demo:blocks.2.hook_resid_post"
 GROUPS: dict[str, dict[str, Command]] = {
@@ -19,7 +87,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             ),
             config="sae_nfm.comparison.config:DemoConfig",
             run="sae_nfm.cli.demo:run_demo",
-            keeps_command=True,
         ),
         "attribute": Command(
             summary="which features interact on a token; what removing a pair does",
@@ -40,7 +107,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             config="sae_nfm.attribution.run:AttributeConfig",
             arguments=("prompt",),
             run="sae_nfm.attribution.run:attribute",
-            keeps_command=True,
         ),
         "report": Command(
             summary="one offline page of every result found in a folder",
@@ -119,7 +185,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             config="sae_nfm.evaluation.saelens_evals:EvaluateConfig",
             arguments=("sae", "sae_id"),
             run="sae_nfm.evaluation.saelens_evals:evaluate_saved",
-            keeps_command=True,
         ),
         "compare": Command(
             summary="matched arms over several seeds, a verdict for each claim",
@@ -135,7 +200,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             ),
             config="sae_nfm.comparison.run:CompareConfig",
             run="sae_nfm.comparison.run:run_compare",
-            keeps_command=True,
         ),
         "speed": Command(
             summary="what a training step costs, beside SAELens's TopK and a floor",
@@ -165,7 +229,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             config="sae_nfm.explorer.run:ExploreConfig",
             arguments=("sae",),
             run="sae_nfm.explorer.run:run_explore",
-            keeps_command=True,
         ),
         "export": Command(
             summary="an explorer's features as Neuronpedia-style JSON lines",
@@ -214,7 +277,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             ),
             config="sae_nfm.experiments.reproduce.run:ReproduceConfig",
             run="sae_nfm.experiments.reproduce.run:run_reproduce",
-            keeps_command=True,
         ),
         "factorial": Command(
             summary="a 2x2 experiment: do features act on two factors together?",
@@ -229,7 +291,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             ),
             config="sae_nfm.experiments.factorial.run:FactorialConfig",
             run="sae_nfm.experiments.factorial.run:run_factorial",
-            keeps_command=True,
         ),
         "secondary": Command(
             summary="which features the hidden code of the interactions has",
@@ -243,7 +304,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             config="sae_nfm.experiments.secondary.run:SecondaryConfig",
             arguments=("primary",),
             run="sae_nfm.experiments.secondary.run:run_secondary",
-            keeps_command=True,
         ),
         "dynamics": Command(
             summary="how features move over the checkpoints of a training run",
@@ -258,7 +318,6 @@ GROUPS: dict[str, dict[str, Command]] = {
             config="sae_nfm.experiments.dynamics.run:DynamicsConfig",
             arguments=("checkpoints",),
             run="sae_nfm.experiments.dynamics.run:run_dynamics",
-            keeps_command=True,
         ),
     },
     "in the shell": {
@@ -271,9 +330,9 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ("bash, for good", "sae-nfm completion bash > ~/.sae-nfm; echo '. ~/.sae-nfm' >> ~/.bashrc"),
                 ("zsh, for good", 'sae-nfm completion zsh > "${fpath[1]}/_sae-nfm"'),
             ),
-            config="sae_nfm.cli.completion:CompletionConfig",
+            config="sae_nfm.cli.main:CompletionConfig",
             arguments=("shell",),
-            run="sae_nfm.cli.completion:completion",
+            run="sae_nfm.cli.main:completion",
         )
     },
 }

@@ -10,8 +10,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from sae_nfm_cli.command import WIDTH
-from sae_nfm_cli.commands import COMMANDS, GROUPS
+from sae_nfm_cli.commands import COMMANDS, GROUPS, WIDTH
 
 FIRST_STEPS = """\
 first steps:

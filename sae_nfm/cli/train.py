@@ -14,8 +14,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_nfm import demo
 from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.cli.parser import CommandParser, options_of, typed
-from sae_nfm.cli.spelling import Option, respelt
+from sae_nfm.cli.parser import CommandParser, Option, options_of, respelt, typed
 from sae_nfm.training.arguments import SAELENS_SAE, TrainArguments, defaults, option_names, train_arguments, trainable
 
 SAE, WANDB = "SAE", "Weights & Biases"

@@ -8,8 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from sae_nfm.analysis.results import NormsResult
 from sae_nfm.attribution.results import Attribution
-from sae_nfm.common.before_kinds import kind_by_keys
-from sae_nfm.common.results import KIND, RESULTS_FILENAME, SavedResult, as_result
+from sae_nfm.common.results import KIND, RESULTS_FILENAME, SavedResult, as_result, kind_by_keys
 from sae_nfm.comparison.results import CompareResult
 from sae_nfm.evaluation.results import MANIFEST_FILENAME, MeasuredKL
 from sae_nfm.experiments.dynamics.results import DynamicsResult
