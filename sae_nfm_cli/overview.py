@@ -43,10 +43,7 @@ def overview() -> str:
 
 
 def answer(argv: Sequence[str]) -> int | None:
-    """Print what needs no command to run.
-
-    Args:
-        argv: the arguments after `sae-nfm`.
+    """Print what needs no command to run, given the arguments after `sae-nfm`.
 
     Returns:
         The exit status; None when they begin with a command.

@@ -27,12 +27,7 @@ UNEXPECTED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 
 def run(name: str, argv: Sequence[str]) -> int:
-    """Run a command; returns the exit status. Any error is one line on stderr.
-
-    Args:
-        name: the command, one of `COMMANDS`.
-        argv: the arguments that follow it.
-    """
+    """Run one of `COMMANDS` with these arguments; returns the exit status. Any error is one line on stderr."""
     given = argv[: argv.index("--")] if "--" in argv else argv
     told = trace = ""
     status = 0

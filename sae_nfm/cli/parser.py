@@ -86,12 +86,7 @@ SWITCHES = (
 
 
 def options_of(config_class: type, *, positional: Sequence[str] = ()) -> list[Option]:
-    """The fields of a config class as options.
-
-    Args:
-        config_class: a dataclass with a docstring below each field, or an Args section.
-        positional: names of the fields that are arguments without a flag, in their order.
-    """
+    """The fields of a config class as options; the positional ones, which are arguments without a flag, come first."""
     hints = get_type_hints(config_class)
     options = [
         Option(
@@ -137,9 +132,7 @@ class CommandParser:
     """Reads the arguments of one command and writes its help."""
 
     prog: str
-    """The command as it is typed."""
     description: str
-    """What the help begins with."""
     examples: Sequence[tuple[str, str]] = ()
     """Command lines, each after what it does."""
     options: Sequence[Option]
@@ -147,24 +140,15 @@ class CommandParser:
     build: Callable[[Mapping[str, Any], frozenset[str]], Any]
     """The configuration, given values by option and the names of the options that were given."""
     epilog: str = ""
-    """What the help ends with."""
     underscores: bool = False
     """Whether options have SAELens's names, with underscores; old spellings are then accepted without a warning."""
 
     def parse(self, argv: Sequence[str]) -> Any:
-        """The configuration.
-
-        Raises:
-            ValueError: for arguments that do not work, in one line.
-        """
+        """The configuration; a ValueError of one line for arguments that do not work."""
         return self.build(*self.values(argv))
 
     def values(self, argv: Sequence[str]) -> tuple[dict[str, Any], frozenset[str]]:
-        """Values by option, and the names of the options that were given.
-
-        Raises:
-            ValueError: for an unknown or missing option, or a value of another type, in one line.
-        """
+        """Values by option, and the names of the options that were given; for unknown, missing or wrong ones a ValueError."""
         options = [*self.options, *SWITCHES]
         args, given = respelt(argv, options, underscores=self.underscores)
         parsed, unknown = self._read(options, args)
@@ -222,9 +206,7 @@ class CommandParser:
         kind = option.type if option.convert is None else str | None
         markers = [tyro.conf.Positional] if option.positional else []
         if shown and option.is_flag and option.default is False:
-            markers.append(
-                tyro.conf.FlagCreatePairsOff
-            )  # of --x and --no-x the help names the one that changes something
+            markers.append(tyro.conf.FlagCreatePairsOff)  # the help has --x or --no-x, whichever changes something
         argument: Any = tyro.conf.arg(
             name=self._flag(option).lstrip("-"),
             help=option.help.replace("\n", " ") or None,
@@ -265,15 +247,13 @@ class CommandParser:
 @contextmanager
 def _columns(width: int) -> Generator[None]:
     """A terminal of this width, for what asks for it."""
-    before = os.environ.get("COLUMNS")
+    before = {name: value for name, value in os.environ.items() if name == "COLUMNS"}
     os.environ["COLUMNS"] = str(width)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
+        del os.environ["COLUMNS"]
+        os.environ.update(before)
 
 
 def _identifier(name: str) -> str:
@@ -281,21 +261,16 @@ def _identifier(name: str) -> str:
 
 
 def _default(option: Option) -> Any:
-    if option.default is MISSING:
-        return field()
     default = None if option.convert is not None else option.default
-    return field(default_factory=lambda: default)
+    return field() if option.default is MISSING else field(default_factory=lambda: default)
 
 
 def _hint(option: Option) -> str:
     """What stands after an option's help: its default as it would be typed."""
     if option.hint is not None:
         return option.hint
-    return (
-        ""
-        if option.default is False or option.default in (None, "", (), [], (None,), {})
-        else f"(default: {typed(option.default)})"
-    )
+    says_nothing = option.default is False or option.default in (None, "", (), [], (None,), {})
+    return "" if says_nothing else f"(default: {typed(option.default)})"
 
 
 def typed(value: Any) -> str:
@@ -340,12 +315,8 @@ def _mistake(told: str) -> str:
 
 
 def respelt(argv: Sequence[str], options: Sequence[Option], *, underscores: bool) -> tuple[list[str], frozenset[str]]:
-    """Arguments in today's spelling, and the names of the options among them. A line on stderr names what is spelt otherwise.
-
-    Args:
-        argv: the arguments of a command.
-        options: its options.
-        underscores: whether their names have underscores (SAELens's); then nothing is warned of.
+    """Arguments in today's spelling, and the names of the options among them. A line on stderr names what is spelt otherwise,
+    except where options have SAELens's underscores.
     """
     by_name = {name: option for option in options for name in (option.name, *option.aliases)}
     by_name |= {old: by_name[new] for old, new in RENAMED.items() if old not in by_name and new in by_name}

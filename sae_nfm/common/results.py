@@ -129,13 +129,8 @@ def kind_by_keys(content: Mapping[str, Any], results: Iterable[type[SavedResult]
 def provenance(
     config: Any, *, command: str | None = None, packages: tuple[str, ...] = (), **facts: Any
 ) -> dict[str, Any]:
-    """What a saved result says of its origin.
-
-    Args:
-        config: the settings, a dataclass or a mapping.
-        command: how to repeat it.
-        packages: further packages whose versions matter.
-        facts: what else it depends on, by name.
+    """What a saved result says of its origin: settings, the command that repeats it, versions of `PACKAGES` and of further
+    packages, and as `facts`, by name, what else it depends on.
     """
     return {
         "config": dict(config) if isinstance(config, Mapping) else asdict(config),

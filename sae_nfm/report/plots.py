@@ -30,12 +30,9 @@ WIDE, NARROW = 60, 26
 
 
 def styled(figure: go.Figure, *, height: int, narrow: dict[str, Any] | None = None) -> go.Figure:
-    """Give a figure the common style.
+    """Give a figure, in place, the common style and this height in CSS pixels.
 
-    Args:
-        figure: changed in place, and returned.
-        height: in CSS pixels.
-        narrow: layout settings that replace others on screens below 600 px, such as {"height": 700}.
+    `narrow` has layout settings that replace others on screens below 600 px, such as {"height": 700}.
     """
     figure.update_layout(
         template="none",
@@ -188,14 +185,8 @@ def dot_plot(
 ) -> go.Figure:
     """Rows from top to bottom, in every panel the same; panels one below the other, each with its own scale.
 
-    Args:
-        marks: drawn in the order of the groups.
-        groups: those without a mark are left out of the legend.
-        rows: from the top.
-        axis: what the values are.
-        panels: their titles.
-        label_width: characters of a line of a row's label.
-        narrow_width: the same on a narrow screen.
+    Marks are drawn in the order of the groups; a group without a mark is left out of the legend. A line of a label has
+    `label_width` characters, on a narrow screen `narrow_width`.
     """
     figure: Any = make_subplots(rows=len(panels), cols=1)
     named = set[str]()
@@ -216,11 +207,7 @@ def dot_plot(
     narrow["height"] = low + LEGEND + BELOW + LINE * len(groups)
     styled(figure, height=height + LEGEND + BELOW, narrow=narrow)
     figure.update_layout(
-        wide,
-        margin={"t": LEGEND, "b": 16},
-        legend={"y": 1 + 30 / height},
-        hovermode="closest",
-        showlegend=True,
+        wide, margin={"t": LEGEND, "b": 16}, legend={"y": 1 + 30 / height}, hovermode="closest", showlegend=True
     )
     figure.update_yaxes(ticks="", showgrid=True)
     return figure
@@ -345,7 +332,7 @@ def dot_rows(
     """Estimates under headings, in order, and what chance gives behind them.
 
     Args:
-        dots: the estimates.
+        dots: those without a value are not drawn.
         axis: what they are.
         hollow: series whose symbols are outlines: controls, or statistics from elsewhere.
         limits: of the x axis; fitting unless given.
@@ -367,7 +354,20 @@ def dot_rows(
     )
     figure = dot_plot(marks, groups, rows, axis, label_width=WIDE, narrow_width=narrow)
     places = {row.key: place for place, row in enumerate(rows)}
-    _bands(figure, [(dot.null, places[_key(dot)]) for dot in dots if dot.figure is not None and dot.null is not None])
+    bands = [(dot.null, places[_key(dot)]) for dot in dots if dot.figure is not None and dot.null is not None]
+    if bands:
+        band = go.Scatter(
+            x=[x for ends, _ in bands for x in (*ends, None)],
+            y=[y for _, place in bands for y in (place, place, None)],
+            mode="lines+markers",
+            line={"color": AXIS, "width": 6},
+            marker={"color": AXIS, "size": 12, "symbol": "line-ns", "line": {"width": 2, "color": AXIS}},
+            opacity=0.6,
+            name="by chance",
+            hoverinfo="skip",
+        )
+        figure.add_trace(band)
+        figure.data = (figure.data[-1], *figure.data[:-1])  # behind the dots
     return figure if limits is None else figure.update_xaxes(range=list(limits))
 
 
@@ -386,22 +386,3 @@ def dot_data(dots: Sequence[Dot]) -> pd.DataFrame:
 
 def _key(dot: Dot) -> str:
     return f"{dot.heading}\n{dot.label}"
-
-
-def _bands(figure: go.Figure, bands: Sequence[tuple[tuple[float, float], int]]) -> None:
-    """What chance gives, in the rows with these places."""
-    if not bands:
-        return
-    figure.add_trace(
-        go.Scatter(
-            x=[x for band, _ in bands for x in (*band, None)],
-            y=[y for _, place in bands for y in (place, place, None)],
-            mode="lines+markers",
-            line={"color": AXIS, "width": 6},
-            marker={"color": AXIS, "size": 12, "symbol": "line-ns", "line": {"width": 2, "color": AXIS}},
-            opacity=0.6,
-            name="by chance",
-            hoverinfo="skip",
-        )
-    )
-    figure.data = (figure.data[-1], *figure.data[:-1])  # behind the dots

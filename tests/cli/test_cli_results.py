@@ -15,7 +15,7 @@ from sae_lens.training._interruption import InterruptedException
 from tqdm.auto import tqdm
 
 from sae_nfm.attribution.run import AttributeConfig, attribute
-from sae_nfm.cli.demo import Demo
+from sae_nfm.cli.jobs import Demo
 from sae_nfm.cli.main import as_json
 from sae_nfm.comparison.results import CompareResult
 from sae_nfm_cli import main

@@ -10,7 +10,7 @@ from sae_lens import TopKSAE, TopKSAEConfig
 
 from sae_nfm.analysis.norm_histograms import squared_norms
 from sae_nfm.analysis.results import AS_TRAINED, CANONICAL, INITIAL, TOPK, NormsResult, Statistic
-from sae_nfm.cli.report import write_report
+from sae_nfm.cli.jobs import write_report
 from sae_nfm.experiments.reproduce.results import ReproduceResult, Section, reproduced_row
 from sae_nfm.report.blocks import Heading
 from sae_nfm.report.chapters import norms as norms_chapter

@@ -187,7 +187,7 @@ def test_several_results_of_a_kind_are_told_apart(tmp_path):
             id="s",
             title="S",
             lead="L",
-            blocks=lambda one, number: [Prose(lines=[f"{number} {one.result}"])],
+            blocks=lambda result, number: [Prose(lines=[f"{number} {result}"])],
             findings=lambda result: [f"found {result}"],
         )
 

@@ -103,10 +103,7 @@ def arms_figure(measured: MeasuredKL, sae: str, name: str) -> Figure:
     beside = [arm for arm in measured.arms if arm.role == "other"] if sae == UNDER_TEST else []
     arms = [arm for arm in (*measured.of(sae), *beside) if arm.kl.estimate > 0]  # none on a logarithmic axis
     rows = headed(
-        (
-            heading,
-            [Row(key=a.arm, label="all paths" if role == "SAE" else a.name) for a in arms if a.role == role],
-        )
+        (heading, [Row(key=a.arm, label="all paths" if role == "SAE" else a.name) for a in arms if a.role == role])
         for role, (heading, _) in ROLES.items()
     )
     marks = [mark(arm.arm, ROLES[arm.role][1].name, arm.kl) for arm in arms if arm.role in ROLES]

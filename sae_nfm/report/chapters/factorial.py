@@ -136,21 +136,20 @@ def _selected(one: SelectedUnit) -> tuple[str, ...]:
 
 def _arms(result: FactorialResult) -> Table:
     columns = ("what", "clamp", "contrast", "F", "p", "Holm p", "on scale", "author's F")
-    rows: list[tuple[str, ...]] = []
-    for arm in result.arms:
-        main, holm = arm.tests.items[PRIMARY_SCALE], arm.tests.items_p_adjusted
-        rows.append(
-            (
-                who(arm),
-                arm.clamp,
-                f"{main.contrast:+.4f}",
-                f"{main.f:.2f}",
-                f"{main.p_value:.3f}",
-                "control" if holm is None else f"{holm:.3f}",
-                arm.tests.removability.words,
-                f"{arm.tests.published_f:.2f}",
-            )
+    rows = [
+        (
+            who(arm),
+            arm.clamp,
+            f"{main.contrast:+.4f}",
+            f"{main.f:.2f}",
+            f"{main.p_value:.3f}",
+            "control" if arm.tests.items_p_adjusted is None else f"{arm.tests.items_p_adjusted:.3f}",
+            arm.tests.removability.words,
+            f"{arm.tests.published_f:.2f}",
         )
+        for arm in result.arms
+        for main in [arm.tests.items[PRIMARY_SCALE]]
+    ]
     return Table(columns=columns, rows=rows, caption=ARMS_CAPTION, strong=[not arm.control for arm in result.arms])
 
 
@@ -199,32 +198,27 @@ def _grid(found: Sequence[ArmResult], columns: int) -> dict[str, Any]:
         suffix = "" if number == 0 else str(number + 1)
         layout[f"xaxis{suffix}"] = {"domain": [left, left + width]}
         layout[f"yaxis{suffix}"] = {"domain": [top - 0.84 * height, top - 0.2 * height]}
+        text = f"<b>{wrapped(arm.role, 26)}</b><br>{_numbers(arm)} at {arm.clamp}"
         place = {"x": left + width / 2, "y": top - 0.18 * height, "showarrow": False, "font": {"size": 10.5}}
-        layout["annotations"].append({"text": _heading(arm), **place, **same})
+        layout["annotations"].append({"text": text, **place, **same})
     return layout
-
-
-def _heading(arm: ArmResult) -> str:
-    return f"<b>{wrapped(arm.role, 26)}</b><br>{_numbers(arm)} at {arm.clamp}"
 
 
 def contrast_dots(arms: Sequence[ArmResult], kind: str) -> list[Dot]:
     """Under each role its clamps, of the arms whose units are of one kind: pairs do far less than features."""
-    dots: list[Dot] = []
-    for role in dict.fromkeys(arm.role for arm in arms):
-        for arm in arms:
-            if arm.role == role and arm.units[0].kind == kind:
-                test = arm.tests.items[PRIMARY_SCALE]
-                dots.append(
-                    Dot(
-                        heading=f"{role.removesuffix(' (main effect)')}: {_numbers(arm)}",
-                        label=f"{arm.clamp}{_holm(arm)}",
-                        series="control" if arm.control else "selected",
-                        figure=test.contrast if arm.contrast is None else arm.contrast,
-                        note=f"p = {test.p_value:.2g}, not adjusted",
-                    )
-                )
-    return dots
+    return [
+        Dot(
+            heading=f"{role.removesuffix(' (main effect)')}: {_numbers(arm)}",
+            label=f"{arm.clamp}{_holm(arm)}",
+            series="control" if arm.control else "selected",
+            figure=test.contrast if arm.contrast is None else arm.contrast,
+            note=f"p = {test.p_value:.2g}, not adjusted",
+        )
+        for role in dict.fromkeys(arm.role for arm in arms)
+        for arm in arms
+        if arm.role == role and arm.units[0].kind == kind
+        for test in [arm.tests.items[PRIMARY_SCALE]]
+    ]
 
 
 def _holm(arm: ArmResult) -> str:

@@ -89,20 +89,18 @@ def section(run: Run) -> Section | None:
 
 def findings(corpus: CorpusAttribution) -> list[str]:
     """How concentrated the pairs are, and whether their strength goes with co-occurrence beyond chance."""
-    told: list[str] = []
-    for edge in corpus.graph.edges[:1]:
-        told.append(
-            f"{corpus.pairs:,} pairs fire on {corpus.tokens:,} tokens; the strongest, {edge.first} x {edge.second}, "
-            f"has {edge.energy_share:.1%} of their energy."
-        )
-    for dot in control_dots(corpus.controls.cooccurrence):
-        if dot.label == "total" and dot.null is not None and isinstance(dot.figure, float):
-            low, high = dot.null
-            told.append(
-                f"Energy of pairs correlates at {dot.figure:+.2f} {dot.heading}; with permuted embeddings at "
-                f"{low:+.2f} to {high:+.2f}."
-            )
-    return told
+    strongest = [
+        f"{corpus.pairs:,} pairs fire on {corpus.tokens:,} tokens; the strongest, {edge.first} x {edge.second}, "
+        f"has {edge.energy_share:.1%} of their energy."
+        for edge in corpus.graph.edges[:1]
+    ]
+    correlated = [
+        f"Energy of pairs correlates at {dot.figure:+.2f} {dot.heading}; with permuted embeddings at "
+        f"{dot.null[0]:+.2f} to {dot.null[1]:+.2f}."
+        for dot in control_dots(corpus.controls.cooccurrence)
+        if dot.label == "total" and dot.null is not None and isinstance(dot.figure, float)
+    ]
+    return strongest + correlated
 
 
 def _corpus(corpus: CorpusAttribution, number: int) -> list[Block]:
@@ -292,38 +290,32 @@ def _line(edge: PairEdge, places: Mapping[int, Point], largest: float, *, legend
 def _middles(edges: Sequence[PairEdge], places: Mapping[int, Point]) -> go.Scatter:
     """What is pointed at to read a pair."""
     ends = [(places[edge.first], places[edge.second]) for edge in edges]
-    return go.Scatter(
-        x=[(one[0] + other[0]) / 2 for one, other in ends],
-        y=[(one[1] + other[1]) / 2 for one, other in ends],
-        mode="markers",
-        marker={"size": 14, "opacity": 0},
-        text=[
-            f"{edge.first} x {edge.second}: {edge.energy_share:.2%} of the energy, {edge.tokens:,} tokens"
-            + ("" if edge.effect_mean is None else f", mean effect {edge.effect_mean:+.3g}")
-            for edge in edges
-        ],
-        hovertemplate="%{text}<extra></extra>",
-        showlegend=False,
-    )
+    told = [
+        f"{edge.first} x {edge.second}: {edge.energy_share:.2%} of the energy, {edge.tokens:,} tokens"
+        + ("" if edge.effect_mean is None else f", mean effect {edge.effect_mean:+.3g}")
+        for edge in edges
+    ]
+    middles = [((x0 + x1) / 2, (y0 + y1) / 2) for (x0, y0), (x1, y1) in ends]
+    return _points(middles, told, {"size": 14, "opacity": 0})
 
 
 def _nodes(graph: InteractionGraph, edges: Sequence[PairEdge], places: Mapping[int, Point]) -> go.Scatter:
     drawn = {feature for edge in edges for feature in (edge.first, edge.second)}
     nodes = [node for node in graph.nodes if node.feature in drawn]
     most = max(node.tokens for node in nodes)
+    told = [f"feature {n.feature}: {n.tokens:,} tokens, mean activation {n.mean_activation:.3g}" for n in nodes]
+    sizes = [round(7 + (LARGEST - 7) * (node.tokens / most) ** 0.5, 1) for node in nodes]
+    marker = {"size": sizes, "color": "white", "line": {"color": "#1a1a1a", "width": 1.5}}
+    return _points([places[node.feature] for node in nodes], told, marker)
+
+
+def _points(points: Sequence[Point], told: Sequence[str], marker: Mapping[str, object]) -> go.Scatter:
     return go.Scatter(
-        x=[places[node.feature][0] for node in nodes],
-        y=[places[node.feature][1] for node in nodes],
+        x=[x for x, _ in points],
+        y=[y for _, y in points],
         mode="markers",
-        marker={
-            "size": [round(7 + (LARGEST - 7) * (node.tokens / most) ** 0.5, 1) for node in nodes],
-            "color": "white",
-            "line": {"color": "#1a1a1a", "width": 1.5},
-        },
-        text=[
-            f"feature {node.feature}: {node.tokens:,} tokens, mean activation {node.mean_activation:.3g}"
-            for node in nodes
-        ],
+        marker=marker,
+        text=told,
         hovertemplate="%{text}<extra></extra>",
         showlegend=False,
     )

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_nfm.comparison.results import ArmMean, CompareResult, RowKind, arm_means, lines_over_l0
-from sae_nfm.report.blocks import Block, Figure, Heading, Section
+from sae_nfm.report.blocks import Figure, Section, section_of
 from sae_nfm.report.chapters.fidelity import PANELS
 from sae_nfm.report.plots import DECADES, PALETTE, SYMBOLS, bars, line, styled
 from sae_nfm.report.run_folder import Run
@@ -19,33 +19,21 @@ COMMANDS = ("sae-nfm compare --k 16 32 64 --output RUN/compare",)
 
 def section(run: Run) -> Section | None:
     """The chapter; None without a comparison that has SAEs of several L0s."""
-    compared = [(found.label, arm_means(found.result.rows)) for found in run.of(CompareResult)]
-    several = [(label, means) for label, means in compared if lines_over_l0(means)]
-    blocks: list[Block] = []
-    for number, (label, means) in enumerate(several, 1):
-        if len(several) > 1:
-            blocks.append(Heading(text=label))
-        between = [mean for mean in means if mean.row.kind is RowKind.INTERPOLATED]
-        blocks.append(pareto_figure(lines_over_l0(means), between, number))
-    if not blocks:
-        return None
-    return Section(
+    return section_of(
+        [found for found in run.of(CompareResult) if lines_over_l0(arm_means(found.result.rows))],
         id="pareto",
         title=TITLE,
         lead="More active features explain more. An architecture is better where its line lies below the others' at "
         "the same L0.",
-        blocks=blocks,
+        blocks=lambda result, number: [pareto_figure(arm_means(result.rows), number + 1)],
+        findings=lambda _: (),
     )
 
 
-def pareto_figure(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmMean], number: int) -> Figure:
-    """One panel for FVU, one for KL.
-
-    Args:
-        lines: means of trained SAEs by arm, in the order of their L0 (`lines_over_l0`).
-        between: means interpolated between SAEs of an arm.
-        number: of the figure in its section.
-    """
+def pareto_figure(means: Sequence[ArmMean], number: int) -> Figure:
+    """One panel for FVU, one for KL: the means of trained SAEs as lines, those interpolated between them hollow."""
+    lines = lines_over_l0(means)
+    between = [mean for mean in means if mean.row.kind is RowKind.INTERPOLATED]
     rows = [mean for line in lines.values() for mean in line] + list(between)
     n = max(len(mean.seeds) for mean in rows)
     return Figure(

@@ -95,13 +95,8 @@ def reproduced_figures(rows: Sequence[ReproducedRow], number: int) -> Iterator[F
 def _figure(shown: Sequence[ReproducedRow], number: int, unit: Unit) -> Figure:
     lines, marks = _lines(shown)
     changes = unit is Unit.CHANGE
-    axis = Axis(
-        title=str(unit),
-        tickformat="+.0%" if changes else ".0%",
-        form=FORMS[unit],
-        reference=0.0 if changes else None,
-        from_zero=not changes,
-    )
+    tickformat, reference = ("+.0%", 0.0) if changes else (".0%", None)
+    axis = Axis(title=str(unit), tickformat=tickformat, form=FORMS[unit], reference=reference, from_zero=not changes)
     return Figure(
         name=f"published-{number}-{shown[0].section.lower()}-{DRAWN[unit]}",
         title=f"{DRAWN[unit].capitalize()}: published, measured here, and under the control",
@@ -123,17 +118,9 @@ def _lines(shown: Sequence[ReproducedRow]) -> tuple[list[Row], list[Mark]]:
         if row.name not in {line.key for line in rows}:
             rows.append(Row(key=row.name, label=row.name, heading=True))
             low, high = _ends(row)
-            several = low < high
-            marks.append(
-                Mark(
-                    row=row.name,
-                    group=PUBLISHED.name,
-                    x=(low + high) / 2,
-                    low=low if several else None,
-                    high=high if several else None,
-                    note=f"as published: {row.published_text}",
-                )
-            )
+            start, end = (low, high) if low < high else (None, None)
+            note, middle = f"as published: {row.published_text}", (low + high) / 2
+            marks.append(Mark(row=row.name, group=PUBLISHED.name, x=middle, low=start, high=end, note=note))
             marks += [] if row.here is None else [mark(row.name, HERE.name, row.here)]
         key, label = f"{place} {row.control}", textwrap.shorten(row.control, LABEL, placeholder=" ...")
         rows.append(Row(key=key, label=label))
