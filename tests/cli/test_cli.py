@@ -212,7 +212,7 @@ def test_push_says_what_is_wrong_with_its_source(capsys):
         (["train", "--foo", "1"], "--foo 1; .*`sae-nfm train --help`"),
         (["train", "--lr", "x"], "--lr: .*'x'.*`sae-nfm train --help`"),
         (["train", "--architecture", "tok"], f"'tok'.*{', '.join(SAE_TRAINING_CLASS_REGISTRY)}"),
-        (["train", "--k", "99", "--d_sae", "9"], r"\bk\b.*\b99\b.*\bd_sae\b.*\b9\b"),
+        (["train", "--k", "99", "--d_sae", "9"], r"\bk\b.*\bd_sae\b.*\b9\b.*\b99\b"),
         (["train", "--record_every", "0"], r"\brecord_every\b.*\b0\b"),
         (["evaluate"], r"\bSAE\b.*`sae-nfm evaluate --help`"),
         (["demo", "--k", "0"], r"\bk\b.*\b0\b"),
