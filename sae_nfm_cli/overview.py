@@ -10,8 +10,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from sae_nfm_cli.command import WIDTH
-from sae_nfm_cli.commands import COMMANDS, GROUPS
+from sae_nfm_cli.commands import COMMANDS, GROUPS, WIDTH
 
 FIRST_STEPS = """\
 first steps:
@@ -44,10 +43,7 @@ def overview() -> str:
 
 
 def answer(argv: Sequence[str]) -> int | None:
-    """Print what needs no command to run.
-
-    Args:
-        argv: the arguments after `sae-nfm`.
+    """Print what needs no command to run, given the arguments after `sae-nfm`.
 
     Returns:
         The exit status; None when they begin with a command.

@@ -1,31 +1,33 @@
-"""Runs one command of `sae-nfm`: parses its arguments, prints its result, and reports any error in one line."""
+"""Runs one command of `sae-nfm`: parses its arguments, prints its result, and reports any error in one line.
 
+Also the job of `sae-nfm completion`, which needs the options of all commands: a script made by tyro.
+"""
+
+import io
 import shlex
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
-from typing import Any
+from contextlib import nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 from pydantic_core import to_json
 from sae_lens.training._interruption import InterruptedException
 
 from sae_nfm.common.results import SavedResult, with_kind
-from sae_nfm_cli.command import Result
-from sae_nfm_cli.commands import COMMANDS
+from sae_nfm_cli.commands import COMMANDS, Result
 
 UNEXPECTED, MISTAKE, INTERRUPTED = 1, 2, 130
 """Exit statuses; the last is 128 and the signal's number, as a shell has it."""
 
 
 def run(name: str, argv: Sequence[str]) -> int:
-    """Run a command; returns the exit status. Any error is one line on stderr.
-
-    Args:
-        name: the command, one of `COMMANDS`.
-        argv: the arguments that follow it.
-    """
+    """Run one of `COMMANDS` with these arguments; returns the exit status. Any error is one line on stderr."""
     given = argv[: argv.index("--")] if "--" in argv else argv
     told = trace = ""
     status = 0
@@ -73,3 +75,40 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+Shell = Literal["bash", "zsh", "fish", "tcsh"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionConfig:
+    """For which shell."""
+
+    shell: Shell
+    """The shell that the script is for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """The script of a shell, which completes commands, options and file names."""
+
+    shell: Shell
+    script: str
+
+    def words(self) -> str:
+        """The script as it is."""
+        return self.script
+
+
+def completion(config: CompletionConfig) -> Completion:
+    """Write the script for the options that all commands have now."""
+    kinds = [
+        Annotated[command.make_parser(name).root(), tyro.conf.subcommand(name=name)]
+        for name, command in COMMANDS.items()
+    ]
+    union: Any = reduce(or_, kinds)
+    args = ["--tyro-print-completion", config.shell]
+    printed = io.StringIO()
+    with redirect_stdout(printed), suppress(SystemExit):
+        tyro.cli(union, prog="sae-nfm", args=args, config=(tyro.conf.OmitArgPrefixes,))
+    return Completion(shell=config.shell, script=printed.getvalue())

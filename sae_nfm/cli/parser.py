@@ -1,14 +1,15 @@
 """The command line of one command: options are the fields of dataclasses, their docstrings the help; tyro reads them.
 
-argv -> old spellings rewritten (spelling.py) -> tyro -> values by name -> the command's configuration
+argv -> dashes, and spellings of 0.1 rewritten (`respelt`) -> tyro -> values by name -> the command's configuration
 """
 
 import io
 import os
 import re
 import shutil
+import sys
 import textwrap
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
@@ -19,13 +20,58 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import docstring_parser
 import tyro
 
-from sae_nfm.cli.spelling import Option, respelt
-from sae_nfm_cli.command import WIDTH
+from sae_nfm_cli.commands import WIDTH
 
 COMMON = ("sae", "model", "hook", "dataset", "held_out", "split", "context_size", "device", "output", "save")
 """Options that mean the same in every command; they come last in the help."""
 METAVARS = {"output": "FOLDER", "save": "FILE"}
 SCALARS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
+RENAMED = {
+    "model_name": "model",
+    "hook_name": "hook",
+    "dataset_path": "held_out",
+    "validation": "held_out",
+    "validation_tokens": "held_out_tokens",
+    "sweep_validation_tokens": "sweep_held_out_tokens",
+    "output": "save",
+}
+"""Options of 0.1 with another name now, in commands that have the new one and not the old one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option of a command."""
+
+    name: str
+    """As its field is called; for a field of the SAE that the run has too, with "sae." before it."""
+    type: Any
+    default: Any = field(default_factory=lambda: MISSING)
+    """MISSING for a required one."""
+    help: str = ""
+    section: str = ""
+    positional: bool = False
+    """Whether it has no flag."""
+    hint: str | None = None
+    """What the help says of its default, in place of the default."""
+    metavar: str | None = None
+    """What stands for its value in the help, in place of the type."""
+    convert: Callable[[str], Any] | None = None
+    """Makes its value of the text that was given, where its type is nothing tyro knows; a ValueError refuses the text."""
+    aliases: tuple[str, ...] = ()
+    hidden: bool = False
+    """Whether the help leaves it out."""
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it takes no value but is --name or --no-name."""
+        return self.type is bool
+
+    @property
+    def is_bool(self) -> bool:
+        """Whether it is that, or true, false or neither."""
+        return self.type in (bool, bool | None)
+
+
 SWITCHES = (
     Option(
         name="json",
@@ -40,12 +86,7 @@ SWITCHES = (
 
 
 def options_of(config_class: type, *, positional: Sequence[str] = ()) -> list[Option]:
-    """The fields of a config class as options.
-
-    Args:
-        config_class: a dataclass with a docstring below each field, or an Args section.
-        positional: names of the fields that are arguments without a flag, in their order.
-    """
+    """The fields of a config class as options; the positional ones, which are arguments without a flag, come first."""
     hints = get_type_hints(config_class)
     options = [
         Option(
@@ -91,9 +132,7 @@ class CommandParser:
     """Reads the arguments of one command and writes its help."""
 
     prog: str
-    """The command as it is typed."""
     description: str
-    """What the help begins with."""
     examples: Sequence[tuple[str, str]] = ()
     """Command lines, each after what it does."""
     options: Sequence[Option]
@@ -101,24 +140,15 @@ class CommandParser:
     build: Callable[[Mapping[str, Any], frozenset[str]], Any]
     """The configuration, given values by option and the names of the options that were given."""
     epilog: str = ""
-    """What the help ends with."""
     underscores: bool = False
     """Whether options have SAELens's names, with underscores; old spellings are then accepted without a warning."""
 
     def parse(self, argv: Sequence[str]) -> Any:
-        """The configuration.
-
-        Raises:
-            ValueError: for arguments that do not work, in one line.
-        """
+        """The configuration; a ValueError of one line for arguments that do not work."""
         return self.build(*self.values(argv))
 
     def values(self, argv: Sequence[str]) -> tuple[dict[str, Any], frozenset[str]]:
-        """Values by option, and the names of the options that were given.
-
-        Raises:
-            ValueError: for an unknown or missing option, or a value of another type, in one line.
-        """
+        """Values by option, and the names of the options that were given; for unknown, missing or wrong ones a ValueError."""
         options = [*self.options, *SWITCHES]
         args, given = respelt(argv, options, underscores=self.underscores)
         parsed, unknown = self._read(options, args)
@@ -176,9 +206,7 @@ class CommandParser:
         kind = option.type if option.convert is None else str | None
         markers = [tyro.conf.Positional] if option.positional else []
         if shown and option.is_flag and option.default is False:
-            markers.append(
-                tyro.conf.FlagCreatePairsOff
-            )  # of --x and --no-x the help names the one that changes something
+            markers.append(tyro.conf.FlagCreatePairsOff)  # the help has --x or --no-x, whichever changes something
         argument: Any = tyro.conf.arg(
             name=self._flag(option).lstrip("-"),
             help=option.help.replace("\n", " ") or None,
@@ -219,15 +247,13 @@ class CommandParser:
 @contextmanager
 def _columns(width: int) -> Generator[None]:
     """A terminal of this width, for what asks for it."""
-    before = os.environ.get("COLUMNS")
+    before = {name: value for name, value in os.environ.items() if name == "COLUMNS"}
     os.environ["COLUMNS"] = str(width)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
+        del os.environ["COLUMNS"]
+        os.environ.update(before)
 
 
 def _identifier(name: str) -> str:
@@ -235,21 +261,16 @@ def _identifier(name: str) -> str:
 
 
 def _default(option: Option) -> Any:
-    if option.default is MISSING:
-        return field()
     default = None if option.convert is not None else option.default
-    return field(default_factory=lambda: default)
+    return field() if option.default is MISSING else field(default_factory=lambda: default)
 
 
 def _hint(option: Option) -> str:
     """What stands after an option's help: its default as it would be typed."""
     if option.hint is not None:
         return option.hint
-    return (
-        ""
-        if option.default is False or option.default in (None, "", (), [], (None,), {})
-        else f"(default: {typed(option.default)})"
-    )
+    says_nothing = option.default is False or option.default in (None, "", (), [], (None,), {})
+    return "" if says_nothing else f"(default: {typed(option.default)})"
 
 
 def typed(value: Any) -> str:
@@ -293,17 +314,62 @@ def _mistake(told: str) -> str:
     return re.sub(r"^Error parsing |\.$|\{None\}\||section\d+\.", "", " ".join(" ".join(body).split()))
 
 
-def completion_script(parsers: Iterable[tuple[str, CommandParser]], shell: str) -> str:
-    """The completion script of `sae-nfm` with these commands."""
-    kinds = [Annotated[parser.root(), tyro.conf.subcommand(name=name)] for name, parser in parsers]
-    union: Any = kinds[0]
-    for kind in kinds[1:]:
-        union = union | kind
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        try:
-            args = ["--tyro-print-completion", shell]
-            tyro.cli(union, prog="sae-nfm", args=args, config=(tyro.conf.OmitArgPrefixes,))
-        except SystemExit:
-            pass
-    return printed.getvalue()
+def respelt(argv: Sequence[str], options: Sequence[Option], *, underscores: bool) -> tuple[list[str], frozenset[str]]:
+    """Arguments in today's spelling, and the names of the options among them. A line on stderr names what is spelt otherwise,
+    except where options have SAELens's underscores.
+    """
+    by_name = {name: option for option in options for name in (option.name, *option.aliases)}
+    by_name |= {old: by_name[new] for old, new in RENAMED.items() if old not in by_name and new in by_name}
+    rest, first, args, given = list(argv), list[str](), list[str](), set[str]()
+    while rest:
+        arg = rest.pop(0)
+        if arg == "--":
+            args += [arg, *rest]
+            break
+        flag, equals, value = arg.partition("=")
+        name = flag.lstrip("-").replace("-", "_")
+        option, negative = by_name.get(name), False
+        if option is None:
+            for prefix in ("no_", "no"):
+                found = by_name.get(name.removeprefix(prefix))
+                if name.startswith(prefix) and found is not None and found.is_bool:
+                    option, negative = found, True
+                    break
+        short = option is not None and arg == f"-{option.name}"
+        if option is None or not (flag.startswith("--") or short):
+            args.append(arg)
+            continue
+        given.add(option.name)
+        values = [value] if equals else []
+        takes_next = rest and (rest[0].lower() in ("true", "false") if option.is_bool else not rest[0].startswith("--"))
+        if takes_next and not equals:
+            values = [rest.pop(0)]
+        if option.positional:
+            first += values
+            continue
+        before = f"{flag} {values[0]}" if option.is_flag and values else flag
+        if option.is_bool and values:
+            negative ^= values[0].lower() == "false"
+        spelt = option.name if underscores else option.name.replace("_", "-")
+        new = f"--{'no_' if underscores else 'no-'}{spelt}" if negative else f"--{spelt}"
+        if not underscores and before != new and not short:
+            print(f"sae-nfm: {before} is now {new}; the old spelling works until version 0.3", file=sys.stderr)
+        if option.is_flag:
+            args.append(new)
+        elif option.is_bool:
+            args += [f"--{spelt}", str(not negative)]
+        elif equals:
+            args.append(f"{new}={_as_python(value, option)}")
+        elif underscores and not values and type(None) in get_args(option.type):
+            args += [new, "None"]  # as SAELens's own command line has it
+        else:
+            args += [new, *(_as_python(text, option) for text in values)]
+    return [*first, *args], frozenset(given)
+
+
+def _as_python(text: str, option: Option) -> str:
+    """Words as Python writes them: none is None, true is True."""
+    kinds = get_args(option.type)
+    if option.convert is None and text.lower() == "none" and type(None) in kinds:
+        return "None"
+    return text.capitalize() if text.lower() in ("true", "false") and bool in kinds else text

@@ -14,16 +14,8 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_nfm import demo
 from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.cli.parser import CommandParser, options_of, typed
-from sae_nfm.cli.spelling import Option, respelt
-from sae_nfm.training.run import (
-    SAELENS_SAE,
-    TrainArguments,
-    defaults,
-    option_names,
-    train_arguments,
-    trainable,
-)
+from sae_nfm.cli.parser import CommandParser, Option, options_of, respelt, typed
+from sae_nfm.training.run import SAELENS_SAE, TrainArguments, defaults, option_names, train_arguments, trainable
 
 SAE, WANDB = "SAE", "Weights & Biases"
 SECTIONS = {
@@ -43,14 +35,8 @@ SECTIONS = {
         *("feature_sampling_window", "dead_feature_threshold", "from_pretrained_path", "warm_start"),
     ),
     "outputs, checkpoints, evaluation": (
-        *(
-            "output_path",
-            "adapter",
-            "checkpoint_path",
-            "n_checkpoints",
-            "save_final_checkpoint",
-            "resume_from_checkpoint",
-        ),
+        *("output_path", "adapter", "checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
+        "resume_from_checkpoint",
         *("record_every", "held_out", "evaluate_every", "n_eval_batches", "eval_batch_size_prompts", "verbose"),
     ),
     "device and speed": (
@@ -115,11 +101,7 @@ command (nothing is written), 130 interrupted."""
 
 
 def make_parser(argv: Sequence[str] = (), *, examples: Sequence[tuple[str, str]] = ()) -> CommandParser:
-    """The parser; its options and defaults are for the architecture and the model that the arguments name.
-
-    Raises:
-        ValueError: for an architecture that SAELens does not know.
-    """
+    """The parser; its options and defaults are for the architecture, which SAELens must know, and the model of `argv`."""
     chosen = _chosen(argv)
     sae_class = trainable(chosen["architecture"])
     architectures = f"The SAE's architecture: {', '.join(SAE_TRAINING_CLASS_REGISTRY)}."
@@ -146,11 +128,7 @@ def make_parser(argv: Sequence[str] = (), *, examples: Sequence[tuple[str, str]]
 
 
 def parse(argv: Sequence[str]) -> TrainArguments:
-    """Understand the arguments of `sae-nfm train`.
-
-    Raises:
-        ValueError: for a flag or value that does not work, in one line.
-    """
+    """Understand the arguments of `sae-nfm train`; a ValueError of one line for a flag or value that does not work."""
     return make_parser(argv).parse(argv)
 
 

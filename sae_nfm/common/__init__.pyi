@@ -1,5 +1,3 @@
-from .checks import check_choice as check_choice
-from .checks import check_positive as check_positive
 from .files import check_output as check_output
 from .files import discard_unstarted as discard_unstarted
 from .files import partial_folder as partial_folder
@@ -9,6 +7,8 @@ from .files import write_json as write_json
 from .files import written_whole as written_whole
 from .hub_errors import LOG_IN as LOG_IN
 from .hub_errors import explained as explained
-from .provenance import provenance as provenance
-from .tables import aligned as aligned
-from .tables import listed as listed
+from .options import check_choice as check_choice
+from .options import check_positive as check_positive
+from .results import aligned as aligned
+from .results import listed as listed
+from .results import provenance as provenance

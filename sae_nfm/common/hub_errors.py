@@ -4,26 +4,15 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from huggingface_hub import constants
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors as hub
 
-_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]  # httpx's or httpx2's, as huggingface_hub has it
+_HTTPError: type[Exception] = hub.HfHubHTTPError.__bases__[0]  # httpx's or httpx2's, as huggingface_hub has it
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 @contextmanager
 def explained(what: str, *, cached: bool = True) -> Generator[None]:
-    """Turn errors of huggingface_hub about `what` into errors a caller can act on.
-
-    Args:
-        what: the subject of the sentence.
-        cached: whether the client has looked in its cache, too.
+    """Turn errors of huggingface_hub about `what` into errors a caller can act on; `cached` where its cache was tried, too.
 
     Raises:
         FileNotFoundError: there is no such thing on the hub, or neither the hub nor the cache can give it.
@@ -31,26 +20,26 @@ def explained(what: str, *, cached: bool = True) -> Generator[None]:
     """
     try:
         yield
-    except RevisionNotFoundError as error:
+    except hub.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{what}: the repository has no such revision ({_short(error)})") from None
-    except RepositoryNotFoundError as error:
+    except hub.RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{what}: the hub at {constants.ENDPOINT} has no such repository, or keeps it private; check the spelling, or "
             f"{LOG_IN} ({_short(error)})"
         ) from None
-    except LocalEntryNotFoundError as error:
+    except hub.LocalEntryNotFoundError as error:
         raise FileNotFoundError(_unreachable(what, error.__cause__ or error, cached)) from None
-    except EntryNotFoundError as error:
+    except hub.EntryNotFoundError as error:
         raise FileNotFoundError(f"{what}: the repository has no such file ({_short(error)})") from None
-    except HfHubHTTPError as error:
+    except hub.HfHubHTTPError as error:
         raise ValueError(_refused(what, error)) from None
-    except (_HTTPError, OfflineModeIsEnabled) as error:
+    except (_HTTPError, hub.OfflineModeIsEnabled) as error:
         raise FileNotFoundError(_unreachable(what, error, cached)) from None
     except ValueError as error:
         cause = error.__cause__  # a forced download has no cache to fall back on
-        if isinstance(cause, HfHubHTTPError):
+        if isinstance(cause, hub.HfHubHTTPError):
             raise ValueError(_refused(what, cause)) from None
-        if isinstance(cause, (_HTTPError, OfflineModeIsEnabled)):
+        if isinstance(cause, (_HTTPError, hub.OfflineModeIsEnabled)):
             raise FileNotFoundError(_unreachable(what, cause, cached)) from None
         raise
 
@@ -60,7 +49,7 @@ def _unreachable(what: str, error: BaseException, cached: bool) -> str:
     return f"{what}: the hub at {constants.ENDPOINT} {state}; check the connection and HF_HUB_OFFLINE ({_short(error)})"
 
 
-def _refused(what: str, error: HfHubHTTPError) -> str:
+def _refused(what: str, error: hub.HfHubHTTPError) -> str:
     status = error.response.status_code
     remedy = {
         401: LOG_IN,

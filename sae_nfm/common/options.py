@@ -1,6 +1,8 @@
-"""Options that mean the same in every command: its config class inherits those that it has."""
+"""Options that mean the same in every command: its config class inherits those that it has. Checks of their values."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 EMBEDDED_MODEL = "sae-nfm-demo"
 """Name of the language model that the package has inside."""
@@ -51,3 +53,17 @@ class HeldOutOptions:
     """Split of the held-out text, where it has several."""
     context_size: int | None = None
     """Tokens in a row; by default the one in the SAE's metadata."""
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """Raise a ValueError for the first of these fields that is not > 0; None stands for "off" and passes."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be > 0, got {value}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise a ValueError for a value that is none of the choices."""
+    if value not in (known := list(choices)):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")

@@ -1,11 +1,13 @@
-"""Results of commands as JSON files: first their kind, then the fields of their dataclass, checked when they are read.
+"""Results of commands: JSON files with their kind and the fields of a dataclass, provenance, and tables for the terminal.
 
 {"kind": "factorial/1", "design": ..., ...}      <command>/<version of the file's form>
 """
 
+import importlib.metadata
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +18,8 @@ from sae_nfm.common.files import write_json
 KIND = "kind"
 RESULTS_FILENAME, REPORT_FILENAME = "results.json", "report.html"
 """What a command writes into its output folder, and the page of it."""
+PACKAGES = ("sae-nfm", "sae-lens", "transformer-lens", "torch", "transformers", "datasets")
+"""Packages whose versions every result says."""
 T = TypeVar("T")
 S = TypeVar("S", bound="SavedResult")
 
@@ -37,7 +41,7 @@ class SavedResult:
 
     @classmethod
     def from_0_1_0(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """The content of a file of 0.1.0 in today's form, where that has changed; goes with `before_kinds`."""
+        """The content of a file of 0.1.0 in today's form, where that has changed; goes with `kind_by_keys`."""
         return content
 
     def save(self, path: str | Path) -> None:
@@ -92,7 +96,7 @@ def with_kind(kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_kind(kind: str, content: Any) -> dict[str, Any]:
-    """The content of a file less its kind. One without a kind passes: it is of 0.1.0 (`before_kinds`).
+    """The content of a file less its kind. One without a kind passes: it is of 0.1.0 (`kind_by_keys`).
 
     Raises:
         ValueError: when it is of another kind, or no JSON object.
@@ -103,3 +107,54 @@ def without_kind(kind: str, content: Any) -> dict[str, Any]:
     if given != kind:
         raise ValueError(f"its kind is {given!r}, expected {kind!r}")
     return {name: value for name, value in content.items() if name != KIND}
+
+
+def kind_by_keys(content: Mapping[str, Any], results: Iterable[type[SavedResult]]) -> str | None:
+    """The kind of a file of 0.1.0, which does not say it; None without any. To be deleted after 0.2, with `golden/0.1.0`.
+
+    It is that of the first class that has all fields of the file and lacks only fields with a default.
+    """
+    for result in results:
+        known: Any = fields(result)  # pyright: ignore[reportArgumentType]  (every result is a dataclass)
+        required = {field.name for field in known if field.default is MISSING and field.default_factory is MISSING}
+        if required <= in_todays_form(result, dict(content)).keys() <= {field.name for field in known}:
+            try:
+                as_result(result, content)
+            except ValueError:  # the fields of another class have the same names
+                continue
+            return result.kind
+    return None
+
+
+def provenance(
+    config: Any, *, command: str | None = None, packages: tuple[str, ...] = (), **facts: Any
+) -> dict[str, Any]:
+    """What a saved result says of its origin: settings, the command that repeats it, versions of `PACKAGES` and of further
+    packages, and as `facts`, by name, what else it depends on.
+    """
+    return {
+        "config": dict(config) if isinstance(config, Mapping) else asdict(config),
+        "command": command,
+        **facts,
+        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, *packages)}
+        | {"python": platform.python_version()},
+    }
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table for the terminal: header, ruler, rows; the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = [
+        "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]).rstrip()
+        for first, *rest in lines
+    ]
+    return [texts[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *texts[1:]]
+
+
+def listed(values: dict[str, float], width: int) -> list[str]:
+    """Indented lines of a name and a number; whole numbers have no decimals."""
+    return [f"    {name:<{width}}  {_number(value):>14}" for name, value in values.items()]
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

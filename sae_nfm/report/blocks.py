@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from sae_nfm.report.plots import Axis, Dot, dot_data, dot_rows
 from sae_nfm.report.run_folder import Found
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ class Figure:
     name: str
     """Unique in its section: lower-case letters, digits and hyphens."""
     title: str
-    """Its heading: what to see, not how it is drawn."""
+    """What to see, not how it is drawn."""
     plot: go.Figure
     """Drawn by a function of this package that computes nothing."""
     caption: str
@@ -98,26 +99,25 @@ def section_of(
     id: str,
     title: str,
     lead: str,
-    blocks: Callable[[Found[T], int], Iterable[Block]],
+    blocks: Callable[[T, int], Iterable[Block]],
     findings: Callable[[T], Iterable[str]],
 ) -> Section | None:
-    """The section of all results of one kind; None without any.
+    """The section of all results of one kind, where there are several each under its folder; None where none has blocks.
 
-    Args:
-        found: the results.
-        id: the section's anchor.
-        title: its heading.
-        lead: what question it answers.
-        blocks: of a result and its number, from 0.
-        findings: of a result, for the summary; where there are several each is told with its folder.
+    `blocks` are those of a result and its number, from 0; `findings` those of a result, for the summary.
     """
-    if not found:
-        return None
     shown: list[Block] = []
     verdicts: list[str] = []
     for number, one in enumerate(found):
-        several = len(found) > 1
-        shown += [Heading(text=one.label)] if several else []
-        shown += blocks(one, number)
-        verdicts += [f"{one.label}: {told}" if several else told for told in findings(one.result)]
-    return Section(id=id, title=title, lead=lead, blocks=shown, verdicts=verdicts)
+        own, told = list(blocks(one.result, number)), list(findings(one.result))
+        if own and len(found) > 1:
+            shown.append(Heading(text=one.label))
+            told = [f"{one.label}: {finding}" for finding in told]
+        shown += own
+        verdicts += told
+    return Section(id=id, title=title, lead=lead, blocks=shown, verdicts=verdicts) if shown else None
+
+
+def dots_figure(name: str, title: str, dots: Sequence[Dot], axis: Axis, caption: str, **options: Any) -> Figure:
+    """A figure of `dot_rows`, with its options."""
+    return Figure(name=name, title=title, plot=dot_rows(dots, axis, **options), caption=caption, data=dot_data(dots))

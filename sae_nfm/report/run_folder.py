@@ -8,8 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from sae_nfm.analysis.results import NormsResult
 from sae_nfm.attribution.results import Attribution
-from sae_nfm.common.before_kinds import kind_by_keys
-from sae_nfm.common.results import KIND, RESULTS_FILENAME, SavedResult, as_result
+from sae_nfm.common.results import KIND, RESULTS_FILENAME, SavedResult, as_result, kind_by_keys
 from sae_nfm.comparison.results import CompareResult
 from sae_nfm.evaluation.results import MANIFEST_FILENAME, MeasuredKL
 from sae_nfm.experiments.dynamics.results import DynamicsResult
@@ -35,6 +34,7 @@ RESULTS: tuple[type[SavedResult], ...] = (
 KINDS: Mapping[str, type[SavedResult]] = {result.kind: result for result in RESULTS}
 SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME = "cfg.json", "sae_weights.safetensors"
 """SAELens's, which is not imported here."""
+NAMES = (RECORD_FILENAME, MANIFEST_FILENAME, SAE_CFG_FILENAME, EXPLORER_FILENAME)
 LARGEST = 64 * 2**20
 """Bytes of the largest JSON file that is looked into."""
 T = TypeVar("T")
@@ -87,17 +87,14 @@ def read_run(folder: str | Path) -> Run:
             f"there is no folder {str(folder)!r}; give the output folder of a run, such as runs/demo"
         )
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    named = {name: tuple(path for path in files if path.name == name) for name in NAMES}
     run = Run(
         folder=folder,
         results=tuple(_results(folder, files)),
-        records=tuple(path for path in files if path.name == RECORD_FILENAME),
-        measurements=tuple(path.parent for path in files if path.name == MANIFEST_FILENAME),
-        saes=tuple(
-            path.parent
-            for path in files
-            if path.name == SAE_CFG_FILENAME and (path.parent / SAE_WEIGHTS_FILENAME).is_file()
-        ),
-        explorers=tuple(path for path in files if path.name == EXPLORER_FILENAME),
+        records=named[RECORD_FILENAME],
+        measurements=tuple(path.parent for path in named[MANIFEST_FILENAME]),
+        saes=tuple(p.parent for p in named[SAE_CFG_FILENAME] if (p.parent / SAE_WEIGHTS_FILENAME).is_file()),
+        explorers=named[EXPLORER_FILENAME],
     )
     if not any(getattr(run, field.name) for field in fields(run)[1:]):
         raise ValueError(
@@ -122,11 +119,7 @@ def _results(folder: Path, files: Sequence[Path]) -> Iterator[Found[Any]]:
 
 
 def _result(content: Any) -> SavedResult | None:
-    """The result in a file; None where no chapter draws it.
-
-    Raises:
-        ValueError: when it is of a known command in another version, or its fields are not those of its kind.
-    """
+    """The result in a file; None where no chapter draws it. Another version, or other fields, are a ValueError."""
     if not isinstance(content, dict):
         return None
     kind: Any = content[KIND] if KIND in content else kind_by_keys(content, RESULTS)

@@ -16,7 +16,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from sae_nfm.report.blocks import Figure, Section
 from sae_nfm.report.page import render, render_run
-from sae_nfm.report.plots.theme import styled
+from sae_nfm.report.plots import styled
 from sae_nfm.report.run_folder import EXPLORER_FILENAME, RECORD_FILENAME, read_run
 
 pytest_plugins = ["browser"]

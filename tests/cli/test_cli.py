@@ -7,7 +7,7 @@ import pytest
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from sae_nfm.cli.spelling import Option, respelt
+from sae_nfm.cli.parser import Option, respelt
 from sae_nfm.cli.train import HIDDEN, parse
 from sae_nfm.evaluation.saelens_evals import EvaluateConfig
 from sae_nfm.training.run import EMBEDDED, EMBEDDED_SAE, train_arguments

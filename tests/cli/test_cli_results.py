@@ -15,12 +15,11 @@ from sae_lens.training._interruption import InterruptedException
 from tqdm.auto import tqdm
 
 from sae_nfm.attribution.run import AttributeConfig, attribute
-from sae_nfm.cli.demo import Demo
+from sae_nfm.cli.jobs import Demo
 from sae_nfm.cli.main import as_json
 from sae_nfm.comparison.results import CompareResult
 from sae_nfm_cli import main
-from sae_nfm_cli.command import Command
-from sae_nfm_cli.commands import COMMANDS
+from sae_nfm_cli.commands import COMMANDS, Command
 
 Kind = Literal["nothing", "ValueError", "missing", "silent", "KeyError", "RuntimeError", "ctrl-c", "sigterm"]
 ERRORS: dict[Kind, BaseException] = {
@@ -69,7 +68,7 @@ def fail(config: FailConfig, *, command: str) -> Failed:
 @pytest.fixture(autouse=True)
 def failing(monkeypatch):
     """`sae-nfm fail`."""
-    command = Command(summary="fail", config=f"{__name__}:FailConfig", run=f"{__name__}:fail", keeps_command=True)
+    command = Command(summary="fail", config=f"{__name__}:FailConfig", run=f"{__name__}:fail")
     monkeypatch.setitem(COMMANDS, "fail", command)
 
 

@@ -13,8 +13,7 @@ from sae_lens import TopKSAE, TopKSAEConfig
 
 from sae_nfm import __version__
 from sae_nfm_cli import main
-from sae_nfm_cli.command import Command, imported
-from sae_nfm_cli.commands import COMMANDS, GROUPS
+from sae_nfm_cli.commands import COMMANDS, GROUPS, Command, imported
 from sae_nfm_cli.overview import answer, overview
 
 EXAMPLES = [pytest.param(*example, id=example[1]) for command in COMMANDS.values() for example in command.examples]
@@ -150,7 +149,7 @@ def test_every_command_returns_a_dataclass_with_words(name):
 
 
 def test_a_command_without_a_description_is_described_by_its_summary():
-    command = Command(summary="print a script", config="sae_nfm.cli.completion:CompletionConfig", run="x:y")
+    command = Command(summary="print a script", config="sae_nfm.cli.main:CompletionConfig", run="x:y")
     assert command.make_parser("completion").description == "Print a script."
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_nfm.cli.completion import CompletionConfig, completion
+from sae_nfm.cli.main import CompletionConfig, completion
 from sae_nfm_cli import main
 from sae_nfm_cli.commands import COMMANDS
 

@@ -10,8 +10,7 @@ from typing import ClassVar
 import pytest
 
 import sae_nfm
-from sae_nfm.common.before_kinds import kind_by_keys
-from sae_nfm.common.results import SavedResult, as_result, with_kind, without_kind
+from sae_nfm.common.results import SavedResult, as_result, kind_by_keys, with_kind, without_kind
 
 PACKAGE = Path(sae_nfm.__file__).parent
 

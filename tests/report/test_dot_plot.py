@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from report_runs import marks, row
 
-from sae_nfm.report.plots.dot_plot import Axis, Group, Mark, Row, dot_plot, drawn
+from sae_nfm.report.plots import Axis, Group, Mark, Row, dot_plot, drawn
 
 GROUPS = (
     Group(name="one", colour="#000000", symbol="circle"),

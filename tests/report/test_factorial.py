@@ -11,7 +11,7 @@ from scipy import stats
 from sae_nfm.experiments.factorial.clamp_tests import cell_estimates, contrast_estimate
 from sae_nfm.report.blocks import Table
 from sae_nfm.report.chapters import factorial as factorial_chapter
-from sae_nfm.report.html import section_html
+from sae_nfm.report.page import section_html
 from sae_nfm.stats.anova_2x2 import factorial_test
 from sae_nfm.stats.estimates import Estimate
 

@@ -21,7 +21,7 @@ from sae_nfm.attribution.results import (
 )
 from sae_nfm.report.blocks import Prose, Table
 from sae_nfm.report.chapters import interactions as interactions_chapter
-from sae_nfm.report.html import section_html
+from sae_nfm.report.page import section_html
 
 FREQUENCY = "co-activation frequency"
 PLACES = {1: (0.0, 0.2), 2: (0.5, 0.9), 3: (1.0, 1.0), 4: (0.2, 0.4), 7: (0.1, 0.1), 8: (0.2, 0.1)}

@@ -12,7 +12,7 @@ from sae_nfm.report.chapters import dynamics as dynamics_chapter
 from sae_nfm.report.chapters import secondary as secondary_chapter
 from sae_nfm.report.chapters import speed as speed_chapter
 from sae_nfm.report.chapters.secondary import ABLATED, ACROSS, CONTROL, ELSEWHERE, OTHER, PERMUTED, REPLACED, TRUE
-from sae_nfm.report.html import section_html
+from sae_nfm.report.page import section_html
 
 
 def secondary_row(name, rise, trained_on=None, explained=0.5, true=None):

@@ -10,15 +10,15 @@ from sae_lens import TopKSAE, TopKSAEConfig
 
 from sae_nfm.analysis.norm_histograms import squared_norms
 from sae_nfm.analysis.results import AS_TRAINED, CANONICAL, INITIAL, TOPK, NormsResult, Statistic
-from sae_nfm.cli.report import write_report
+from sae_nfm.cli.jobs import write_report
 from sae_nfm.experiments.reproduce.results import ReproduceResult, Section, reproduced_row
 from sae_nfm.report.blocks import Heading
 from sae_nfm.report.chapters import norms as norms_chapter
 from sae_nfm.report.chapters import shares as shares_chapter
 from sae_nfm.report.chapters.shares import CHANCE, CONTROL, HERE, PUBLISHED, dots
 from sae_nfm.report.command import ReportConfig
-from sae_nfm.report.html import section_html
-from sae_nfm.report.plots.dot_rows import dot_data
+from sae_nfm.report.page import section_html
+from sae_nfm.report.plots import dot_data
 from sae_nfm.report.run_folder import read_run
 
 

@@ -18,7 +18,7 @@ from sae_nfm.report.blocks import Embedded, Figure, Heading, Prose, Section, Tab
 from sae_nfm.report.chapters import ORDER, chapters
 from sae_nfm.report.command import ReportConfig, write_run_report
 from sae_nfm.report.page import render
-from sae_nfm.report.plots.theme import styled, wrapped
+from sae_nfm.report.plots import styled, wrapped
 from sae_nfm.report.run_folder import Found, read_run
 
 HOSTILE = '</script><script>alert(1)</script><b title="x">'
@@ -187,7 +187,7 @@ def test_several_results_of_a_kind_are_told_apart(tmp_path):
             id="s",
             title="S",
             lead="L",
-            blocks=lambda one, number: [Prose(lines=[f"{number} {one.result}"])],
+            blocks=lambda result, number: [Prose(lines=[f"{number} {result}"])],
             findings=lambda result: [f"found {result}"],
         )
 

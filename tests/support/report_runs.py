@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_nfm.report.blocks import Block, Figure, Section
-from sae_nfm.report.plots.dot_plot import Row
+from sae_nfm.report.plots import Row
 from sae_nfm.report.run_folder import Found, Run
 
 

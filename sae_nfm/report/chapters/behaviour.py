@@ -9,8 +9,22 @@ from sae_nfm.evaluation.results import ArmKL, MeasuredKL, lacks_summary
 from sae_nfm.experiments.reproduce.results import GURNEE_RATIOS, PAPER_RATIO
 from sae_nfm.interventions.results import UNDER_TEST, Role
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
-from sae_nfm.report.plots.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot, drawn
-from sae_nfm.report.plots.theme import PALETTE, SYMBOLS, styled
+from sae_nfm.report.plots import (
+    PALETTE,
+    SYMBOLS,
+    Axis,
+    Group,
+    Mark,
+    Row,
+    bars,
+    dot_plot,
+    drawn,
+    ends,
+    headed,
+    line,
+    mark,
+    styled,
+)
 from sae_nfm.report.run_folder import Run
 from sae_nfm.stats import Estimate
 
@@ -37,6 +51,10 @@ CONTROLS = {
     "flipped error": "the error with its sign turned",
 }
 """What a control puts in place, in words."""
+PUBLISHED = "published: arXiv 2507.00269, not measured here"
+HERE = Group(name="this SAE", colour=PALETTE[0], symbol="circle", offset=0.12)
+PAPER = Group(name=PUBLISHED, colour="#000000", symbol="star-open", size=13, offset=-0.16)
+GURNEE = Group(name="published: Gurnee 2024, range", colour=PALETTE[1], symbol="line-ns-open", offset=-0.34)
 
 
 def section(run: Run) -> Section | None:
@@ -64,57 +82,37 @@ def section(run: Run) -> Section | None:
 
 
 def _blocks(measured: MeasuredKL, number: int) -> Iterator[Block]:
-    for sae in measured.ratios:
-        name = sae.replace(" ", "-")
+    for sae, ratios in measured.ratios.items():
+        name = f"{number}-{sae.replace(' ', '-')}"
         if len(measured.ratios) > 1:
             yield Heading(text="The SAE under test" if sae == UNDER_TEST else sae)
-        yield arms_figure(measured, sae, f"arms-{number}-{name}")
-        scales = scales_figure(measured, sae, f"scales-{number}-{name}")
-        if scales is not None:
-            yield scales
-        yield ratios_figure(measured.ratios[sae], f"ratios-{number}-{name}")
+        yield arms_figure(measured, sae, f"arms-{name}")
+        if any(arm.role is Role.SCALED for arm in measured.of(sae)):
+            yield scales_figure(measured.of(sae), f"scales-{name}")
+        yield ratios_figure(ratios, f"ratios-{name}")
 
 
 def _said(measured: MeasuredKL) -> Iterator[str]:
     for sae, ratios in measured.ratios.items():
-        words = [f"{_ratio(ratio)} against {control}" for control, ratio in ratios.items()]
+        words = [f"{r.estimate:.2f} [{r.low:.2f}, {r.high:.2f}] against {control}" for control, r in ratios.items()]
         yield f"KL of {'the SAE' if sae == UNDER_TEST else sae} over that of a change of equal distance: {'; '.join(words)}."
 
 
-def _ratio(ratio: Estimate) -> str:
-    return f"{ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
-
-
 def arms_figure(measured: MeasuredKL, sae: str, name: str) -> Figure:
-    """KL of every arm of one SAE, and of the others beside it.
-
-    Args:
-        measured: of one measurement.
-        sae: the SAE.
-        name: of the figure.
-    """
+    """KL of every arm of one SAE, and of the others beside it."""
     beside = [arm for arm in measured.arms if arm.role is Role.OTHER] if sae == UNDER_TEST else []
     arms = [arm for arm in (*measured.of(sae), *beside) if arm.kl.estimate > 0]  # none on a logarithmic axis
-    rows: list[Row] = []
-    for role, (heading, _) in ROLES.items():
-        own = [Row(key=arm.arm, label=_label(arm)) for arm in arms if arm.role is role]
-        rows += [Row(key=heading, label=heading, heading=True), *own] if own else []
-    marks = [
-        Mark(row=arm.arm, group=ROLES[arm.role][1].name, x=arm.kl.estimate, low=arm.kl.low, high=arm.kl.high)
-        for arm in arms
-        if arm.role in ROLES
-    ]
+    rows = headed(
+        (heading, [Row(key=a.arm, label="all paths" if role is Role.SAE else a.name) for a in arms if a.role == role])
+        for role, (heading, _) in ROLES.items()
+    )
+    marks = [mark(arm.arm, ROLES[arm.role][1].name, arm.kl) for arm in arms if arm.role in ROLES]
     whole = next(arm for arm in measured.of(sae) if arm.role is Role.SAE)
+    axis = Axis(title="KL, nats per token (logarithmic)", log=True, reference=whole.kl.estimate)
     return Figure(
         name=name,
         title="How far predictions move, under the SAE and under changes of the same size",
-        plot=dot_plot(
-            marks,
-            [group for _, group in ROLES.values()],
-            rows,
-            Axis(title="KL, nats per token (logarithmic)", log=True, reference=whole.kl.estimate),
-            label_width=42,
-        ),
+        plot=dot_plot(marks, [group for _, group in ROLES.values()], rows, axis, label_width=42),
         caption=f"Mean KL(original || changed) of next-token distributions over {whole.kl.n:,} held-out tokens of "
         f"{whole.kl.n_clusters} documents; the line is the whole SAE. Parts: ablated paths write zero, or with means "
         "kept their mean over other text: the second removes no constant. Controls put another change in place, at "
@@ -125,26 +123,17 @@ def arms_figure(measured: MeasuredKL, sae: str, name: str) -> Figure:
     )
 
 
-def scales_figure(measured: MeasuredKL, sae: str, name: str) -> Figure | None:
-    """KL over the scale of the error, with the controls at scale 1; None where no scales were measured.
-
-    Args:
-        measured: of one measurement.
-        sae: the SAE.
-        name: of the figure.
-    """
-    own = measured.of(sae)
-    line = sorted(
-        (arm for arm in own if arm.scale is not None and arm.role is not Role.SAE), key=lambda arm: arm.scale or 0.0
+def scales_figure(arms: Sequence[ArmKL], name: str) -> Figure:
+    """KL over the scale of an SAE's error, with the controls at scale 1."""
+    scaled = sorted(
+        (a for a in arms if a.scale is not None and a.role is not Role.SAE), key=lambda arm: arm.scale or 0.0
     )
-    if not any(arm.role is Role.SCALED for arm in line):
-        return None
-    controls = [arm for arm in own if arm.role is Role.CONTROL and arm.scale is None]
-    rows = [(arm.name, 1.0 if arm.scale is None else arm.scale, *_numbers(arm.kl)) for arm in [*line, *controls]]
+    controls = [arm for arm in arms if arm.role is Role.CONTROL and arm.scale is None]
+    rows = [(a.name, 1.0 if a.scale is None else a.scale, *ends(a.kl)) for a in [*scaled, *controls]]
     return Figure(
         name=name,
         title="A larger error of the same direction, and other directions of the same size",
-        plot=_scales_plot(line, controls),
+        plot=_scales_plot(scaled, controls),
         caption="The activation plus s times the SAE's error, at every token: 0 is the original model, 1 the SAE, "
         "-1 the error with its sign turned. Symbols at 1: other directions at the same distance; those below the "
         f"curve do less than the error at its size, those above more. {INTERVALS}.",
@@ -152,23 +141,24 @@ def scales_figure(measured: MeasuredKL, sae: str, name: str) -> Figure | None:
     )
 
 
-def _scales_plot(line: Sequence[ArmKL], controls: Sequence[ArmKL]) -> go.Figure:
+def _scales_plot(scaled: Sequence[ArmKL], controls: Sequence[ArmKL]) -> go.Figure:
     figure = go.Figure()
-    figure.add_scatter(
-        x=[arm.scale for arm in line],
-        y=[arm.kl.estimate for arm in line],
-        error_y=_bars(line),
-        mode="lines+markers",
-        line={"color": PALETTE[0], "width": 2.5},
-        marker={"size": 9},
-        name="the SAE's error, scaled",
-        hovertemplate="error x %{x:g}: %{y:.4f} nats<extra></extra>",
+    figure.add_trace(
+        line(
+            [arm.scale for arm in scaled],
+            [arm.kl.estimate for arm in scaled],
+            "the SAE's error, scaled",
+            0,
+            size=9,
+            error_y=bars([ends(arm.kl) for arm in scaled], width=3),
+            hovertemplate="error x %{x:g}: %{y:.4f} nats<extra></extra>",
+        )
     )
     for place, arm in enumerate(controls, 1):
         figure.add_scatter(
             x=[1.0],
             y=[arm.kl.estimate],
-            error_y=_bars([arm]),
+            error_y=bars([ends(arm.kl)], width=3),
             mode="markers",
             marker={"size": 11, "color": PALETTE[place % len(PALETTE)], "symbol": SYMBOLS[place % len(SYMBOLS)]},
             name=arm.name,
@@ -180,60 +170,20 @@ def _scales_plot(line: Sequence[ArmKL], controls: Sequence[ArmKL]) -> go.Figure:
 
 
 def ratios_figure(ratios: Mapping[str, Estimate], name: str) -> Figure:
-    """KL of the SAE over that of each control, the published ratios beside the first.
-
-    Args:
-        ratios: by control.
-        name: of the figure.
-    """
-    here = Group(name="this SAE", colour=PALETTE[0], symbol="circle", offset=0.12)
-    paper = Group(
-        name="published: arXiv 2507.00269, not measured here",
-        colour="#000000",
-        symbol="star-open",
-        size=13,
-        offset=-0.16,
-    )
-    gurnee = Group(name="published: Gurnee 2024, range", colour=PALETTE[1], symbol="line-ns-open", offset=-0.34)
-    rows = [
-        Row(key=control, label=f"{control}: {CONTROLS[control]}" if control in CONTROLS else control)
-        for control in ratios
-    ]
-    marks = [Mark(row=control, group=here.name, x=r.estimate, low=r.low, high=r.high) for control, r in ratios.items()]
+    """KL of the SAE over that of each control, the published ratios beside the first."""
+    rows = [Row(key=name, label=f"{name}: {CONTROLS[name]}" if name in CONTROLS else name) for name in ratios]
+    marks = [mark(control, HERE.name, ratio) for control, ratio in ratios.items()]
     if "isotropic" in ratios:
         low, high = GURNEE_RATIOS
-        marks.append(Mark(row="isotropic", group=paper.name, x=PAPER_RATIO))
-        marks.append(Mark(row="isotropic", group=gurnee.name, x=(low + high) / 2, low=low, high=high))
+        marks.append(Mark(row="isotropic", group=PAPER.name, x=PAPER_RATIO))
+        marks.append(Mark(row="isotropic", group=GURNEE.name, x=(low + high) / 2, low=low, high=high))
+    axis = Axis(title="KL of the SAE over KL of the control", form=".2f", reference=1.0)
     return Figure(
         name=name,
         title="The error beside other changes of its size, control by control",
-        plot=dot_plot(
-            marks,
-            (here, paper, gurnee),
-            rows,
-            Axis(title="KL of the SAE over KL of the control", form=".2f", reference=1.0),
-        ),
+        plot=dot_plot(marks, (HERE, PAPER, GURNEE), rows, axis),
         caption="Above 1 the SAE's error does more than the control at the same distance from the activation, below "
         "1 less. The published ratios are against the first control alone, on other models and SAEs. Gurnee's is a "
         f"range with no estimate in it: its tick only marks the middle. {INTERVALS}.",
         data=drawn(marks, rows, group="source"),
     )
-
-
-def _label(arm: ArmKL) -> str:
-    return "all paths" if arm.role is Role.SAE else arm.name
-
-
-def _bars(arms: Sequence[ArmKL]) -> dict[str, object]:
-    minus = [arm.kl.estimate - arm.kl.low for arm in arms]
-    return {
-        "type": "data",
-        "symmetric": False,
-        "arrayminus": minus,
-        "array": [a.kl.high - a.kl.estimate for a in arms],
-        "width": 3,
-    }
-
-
-def _numbers(kl: Estimate) -> tuple[float, float | None, float | None]:
-    return kl.estimate, bounded(kl.low), bounded(kl.high)

@@ -15,11 +15,12 @@ from sae_nfm.experiments.dynamics.results import (
     CheckpointRow,
     DynamicsResult,
     Movement,
+    Transitions,
     counted,
 )
 from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table, section_of
-from sae_nfm.report.plots.theme import DASHES, PALETTE, SYMBOLS, styled
-from sae_nfm.report.run_folder import Found, Run
+from sae_nfm.report.plots import PALETTE, bars, ends, line, styled
+from sae_nfm.report.run_folder import Run
 
 TITLE = "Learning dynamics"
 COMMANDS = ("sae-nfm dynamics CHECKPOINTS --output RUN/dynamics",)
@@ -49,6 +50,7 @@ TABLE_CAPTION = (
     "features are shuffled. A number inside the brackets is no sign that single features move."
 )
 SHARES = ("direct", "linear", "nonlinear", "square")
+MEASURED = ("run", "tokens", "norm", "canonical_norm", "frequency", "active")
 GAUGES = {RAW: "as trained", CANONICAL: "canonical gauge"}
 PANELS = {"norm": "mean decoder norm", "canonical_norm": "the same, canonical gauge", "frequency": "median frequency"}
 
@@ -59,15 +61,13 @@ def section(run: Run) -> Section | None:
     return section_of(found, id="dynamics", title=TITLE, lead=LEAD, blocks=_blocks, findings=DynamicsResult.findings)
 
 
-def _blocks(found: Found[DynamicsResult], number: int) -> list[Block]:
-    result = found.result
-    shares = [row for row in result.checkpoints if row.shares]
+def _blocks(result: DynamicsResult, number: int) -> list[Block]:
     return [
         Prose(lines=result.findings(), listed=True),
         Figure(
             name=f"shares-{number}",
             title="Where the features' work is done, by gauge",
-            plot=shares_figure(shares, list(result.edges)),
+            plot=shares_figure([row for row in result.checkpoints if row.shares], list(result.edges)),
             caption=SHARES_CAPTION,
             data=pd.DataFrame(_share_rows(result)),
         ),
@@ -76,15 +76,7 @@ def _blocks(found: Found[DynamicsResult], number: int) -> list[Block]:
             title="Norm and frequency while training",
             plot=norms_figure(result.checkpoints),
             caption=NORMS_CAPTION,
-            data=pd.DataFrame(
-                [
-                    {
-                        name: getattr(row, name)
-                        for name in ("run", "tokens", "norm", "canonical_norm", "frequency", "active")
-                    }
-                    for row in result.checkpoints
-                ]
-            ),
+            data=pd.DataFrame([{name: getattr(row, name) for name in MEASURED} for row in result.checkpoints]),
         ),
         Figure(
             name=f"transitions-{number}",
@@ -108,38 +100,30 @@ def _share_rows(result: DynamicsResult) -> list[dict[str, Any]]:
 
 def _transition_rows(move: Movement) -> list[dict[str, Any]]:
     return [
-        {"thirds": thirds, "gauge": gauge, "from": LEVELS[i], "to": LEVELS[j], "features": table[i][j]}
-        for thirds, own in (("fixed", move.transitions), ("own", move.reordered))
-        for gauge, table in ((gauge, found.table) for gauge, found in own.items())
+        {"thirds": thirds, "gauge": gauge, "from": LEVELS[i], "to": LEVELS[j], "features": found.table[i][j]}
+        for thirds in THIRDS
+        for gauge, found in _transitions(move, thirds).items()
         for i, j in itertools.product(range(len(LEVELS)), repeat=2)
     ]
 
 
+def _transitions(move: Movement, thirds: str) -> Mapping[str, Transitions]:
+    return move.transitions if thirds == "fixed" else move.reordered
+
+
 def _passages(result: DynamicsResult) -> Table:
-    rows: list[tuple[str, ...]] = []
-    moves = [move for move in (*result.steps, *result.overall) if move.transitions]
-    for thirds, gauge in itertools.product(THIRDS, result.edges):
-        for move in moves:
-            found = (move.transitions if thirds == "fixed" else move.reordered)[gauge]
-            passed = (found.to_identity, found.to_integration, found.stayed)
-            rows.append(
-                (
-                    f"{THIRDS[thirds]}, {GAUGES[gauge]}",
-                    f"{move.before:,}",
-                    f"{move.after:,}",
-                    *(counted(one) for one in passed),
-                )
-            )
-    columns = (
-        "thirds and gauge",
-        "from tokens",
-        "to tokens",
-        "integration to identity",
-        "identity to integration",
-        "stayed",
-    )
     whole = {(move.before, move.after) for move in result.overall}
-    strong = [any((f"{a:,}", f"{b:,}") == row[1:3] for a, b in whole) for row in rows]
+    rows: list[tuple[str, ...]] = []
+    strong: list[bool] = []
+    for thirds, gauge in itertools.product(THIRDS, result.edges):
+        for move in (*result.steps, *result.overall):
+            if move.transitions:
+                found = _transitions(move, thirds)[gauge]
+                passed = map(counted, (found.to_identity, found.to_integration, found.stayed))
+                rows.append((f"{THIRDS[thirds]}, {GAUGES[gauge]}", f"{move.before:,}", f"{move.after:,}", *passed))
+                strong.append((move.before, move.after) in whole)
+    passages = ("integration to identity", "identity to integration", "stayed")
+    columns = ("thirds and gauge", "from tokens", "to tokens", *passages)
     return Table(columns=columns, rows=rows, caption=TABLE_CAPTION, strong=strong)
 
 
@@ -153,17 +137,16 @@ def shares_figure(rows: Sequence[CheckpointRow], gauges: Sequence[str]) -> go.Fi
             estimates = [row.shares[gauge][path] for row in rows]
             if panel > 1 and not any(one.estimate for one in estimates):
                 continue
-            values = [one.estimate for one in estimates]
-            trace = _line([row.tokens for row in rows], values, path, style, legend=panel == 1)
-            trace.error_y = {
-                "type": "data",
-                "symmetric": False,
-                "array": [one.high - one.estimate for one in estimates],
-                "arrayminus": [one.estimate - one.low for one in estimates],
-                "thickness": 1.5,
-                "width": 4,
-            }
-            trace.hovertemplate = f"{path}, {GAUGES[gauge]}: %{{y:.1%}} after %{{x:,}} tokens<extra></extra>"
+            trace = line(
+                [row.tokens for row in rows],
+                [one.estimate for one in estimates],
+                path,
+                style,
+                legendgroup=path,
+                showlegend=panel == 1,
+                error_y=bars(map(ends, estimates), thickness=1.5, width=4),
+                hovertemplate=f"{path}, {GAUGES[gauge]}: %{{y:.1%}} after %{{x:,}} tokens<extra></extra>",
+            )
             figure.add_trace(trace, row=panel, col=1)
     styled(figure, height=120 + 230 * len(gauges))
     figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03])
@@ -179,9 +162,15 @@ def norms_figure(rows: Sequence[CheckpointRow]) -> go.Figure:
         for panel, name in enumerate(there, start=1):
             own = [row for row in rows if row.run == run and getattr(row, name) is not None]
             if own:
-                values = [getattr(row, name) for row in own]
-                trace = _line([row.tokens for row in own], values, run, style, legend=panel == 1)
-                trace.hovertemplate = f"{run}, {PANELS[name]}: %{{y:.3g}} after %{{x:,}} tokens<extra></extra>"
+                trace = line(
+                    [row.tokens for row in own],
+                    [getattr(row, name) for row in own],
+                    run,
+                    style,
+                    legendgroup=run,
+                    showlegend=panel == 1,
+                    hovertemplate=f"{run}, {PANELS[name]}: %{{y:.3g}} after %{{x:,}} tokens<extra></extra>",
+                )
                 figure.add_trace(trace, row=panel, col=1)
     styled(figure, height=110 + 175 * len(there))
     figure.update_yaxes(rangemode="tozero", nticks=5)
@@ -191,7 +180,7 @@ def norms_figure(rows: Sequence[CheckpointRow]) -> go.Figure:
 def transitions_figure(overall: Movement, thirds: Mapping[str, str]) -> go.Figure:
     """Features by third at the first and at the last checkpoint, a table of numbers for each way of dividing."""
     panels = [
-        (f"{words}, {GAUGES[gauge]}", (overall.transitions if kind == "fixed" else overall.reordered)[gauge].table)
+        (f"{words}, {GAUGES[gauge]}", _transitions(overall, kind)[gauge].table)
         for kind, words in thirds.items()
         for gauge in overall.transitions
     ]
@@ -221,19 +210,6 @@ def transitions_figure(overall: Movement, thirds: Mapping[str, str]) -> go.Figur
     figure.update_xaxes(showgrid=False, ticks="")
     figure.update_xaxes(title={"text": "third at the last checkpoint", "font": {"size": 12.5}}, row=len(panels), col=1)
     return figure
-
-
-def _line(x: Sequence[int], y: Sequence[float], name: str, style: int, *, legend: bool) -> go.Scatter:
-    return go.Scatter(
-        x=list(x),
-        y=list(y),
-        name=name,
-        legendgroup=name,
-        showlegend=legend,
-        mode="lines+markers",
-        line={"color": PALETTE[style], "dash": DASHES[style], "width": 2},
-        marker={"symbol": SYMBOLS[style], "size": 7},
-    )
 
 
 def _over_tokens(figure: go.Figure, rows: int) -> go.Figure:

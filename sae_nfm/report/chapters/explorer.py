@@ -17,11 +17,7 @@ FALLBACK = "The explorer of features and pairs needs JavaScript; nothing is fetc
 
 
 def section(run: Run) -> Section | None:
-    """The chapter: the first explorer by path; None without one.
-
-    Raises:
-        ValueError: when the file is damaged.
-    """
+    """The chapter: the first explorer by path; None without one. A damaged file is a ValueError."""
     if not run.explorers:
         return None
     shown, *others = sorted(run.explorers)

@@ -8,11 +8,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_nfm.experiments.factorial.results import PRIMARY_SCALE, ArmResult, FactorialResult, SelectedUnit, who
-from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table, section_of
-from sae_nfm.report.plots.dot_plot import Axis
-from sae_nfm.report.plots.dot_rows import Dot, dot_data, dot_rows, ends
-from sae_nfm.report.plots.theme import DASHES, PALETTE, SYMBOLS, styled, wrapped
-from sae_nfm.report.run_folder import Found, Run
+from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table, dots_figure, section_of
+from sae_nfm.report.plots import Axis, Dot, bars, ends, line, styled, wrapped
+from sae_nfm.report.run_folder import Run
 from sae_nfm.stats import Estimate
 
 TITLE = "2x2 experiments"
@@ -55,16 +53,11 @@ def section(run: Run) -> Section | None:
     return section_of(found, id="factorial", title=TITLE, lead=LEAD, blocks=_blocks, findings=FactorialResult.findings)
 
 
-def _blocks(found: Found[FactorialResult], number: int) -> list[Block]:
-    result = found.result
+def _blocks(result: FactorialResult, number: int) -> list[Block]:
     chosen = result.largest_clamps()[:PANELS]
+    tested = f"{result.design}. Selected on {result.items[0]} stimuli, tested on the other {result.items[1]}."
     return [
-        Prose(
-            lines=[
-                f"{result.design}. Selected on {result.items[0]} stimuli, tested on the other {result.items[1]}.",
-                *result.findings(),
-            ]
-        ),
+        Prose(lines=[tested, *result.findings()]),
         _selection(result),
         Figure(
             name=f"cells-{number}",
@@ -85,18 +78,15 @@ def _levels(result: FactorialResult) -> Levels:
 
 def _cells_caption(result: FactorialResult, chosen: Sequence[ArmResult]) -> str:
     first, second = (factor["name"] for factor in result.provenance["stimuli"]["factors"])
-    with_intervals = any(ends(cell)[1] is not None for arm in chosen for cell in _cells(arm))
+    intervals = f"This file is of 0.1.0 and has no intervals; `{COMMANDS[0]}` writes one that has."
+    if any(ends(cell)[1] is not None for arm in chosen for cell in _cells(arm)):
+        intervals = "Bars: 95 % t intervals over the stimuli of a cell."
     return (
         "Mean change of the target words' own interaction pattern by the cells of the stimuli, in nats of "
         f"log-probability: {first} along x, a line for each {second}. One panel a unit, at its largest clamp; axes "
-        "differ. "
-        + (
-            "Bars: 95 % t intervals over the stimuli of a cell. "
-            if with_intervals
-            else f"This file is of 0.1.0 and has no intervals; `{COMMANDS[0]}` writes one that has. "
-        )
-        + "Controls are a match in activation and frequency, units insensitive to the factors, and both features through the "
-        "linear path only. Lines that are far from parallel in a control show what chance looks like."
+        f"differ. {intervals} Controls are a match in activation and frequency, units insensitive to the factors, and "
+        "both features through the linear path only. Lines that are far from parallel in a control show what chance "
+        "looks like."
     )
 
 
@@ -118,27 +108,13 @@ def _contrasts(result: FactorialResult, number: int) -> Iterator[Figure]:
     for kind, words in KINDS.items():
         dots = contrast_dots(result.arms, kind)
         if dots:
-            yield Figure(
-                name=f"contrast-{kind}-{number}",
-                title=f"How far each clamp of {words} is from additive",
-                plot=dot_rows(dots, CONTRAST_AXIS, hollow=("control",), narrow=34),
-                caption=CONTRAST_CAPTION,
-                data=dot_data(dots),
-            )
+            name, title = f"contrast-{kind}-{number}", f"How far each clamp of {words} is from additive"
+            yield dots_figure(name, title, dots, CONTRAST_AXIS, CONTRAST_CAPTION, hollow=("control",), narrow=34)
 
 
 def _selection(result: FactorialResult) -> Table:
-    columns = (
-        "role",
-        "number",
-        "candidates",
-        "selected F",
-        "null p",
-        "held-out F",
-        "p",
-        "partial eta^2",
-        "procedure p",
-    )
+    tests = ("selected F", "null p", "held-out F", "p", "partial eta^2", "procedure p")
+    columns = ("role", "number", "candidates", *tests)
     return Table(columns=columns, rows=[_selected(one) for one in result.selected], caption=SELECTION_CAPTION)
 
 
@@ -160,21 +136,20 @@ def _selected(one: SelectedUnit) -> tuple[str, ...]:
 
 def _arms(result: FactorialResult) -> Table:
     columns = ("what", "clamp", "contrast", "F", "p", "Holm p", "on scale", "author's F")
-    rows: list[tuple[str, ...]] = []
-    for arm in result.arms:
-        main, holm = arm.tests.items[PRIMARY_SCALE], arm.tests.items_p_adjusted
-        rows.append(
-            (
-                who(arm),
-                arm.clamp,
-                f"{main.contrast:+.4f}",
-                f"{main.f:.2f}",
-                f"{main.p_value:.3f}",
-                "control" if holm is None else f"{holm:.3f}",
-                arm.tests.removability.words,
-                f"{arm.tests.published_f:.2f}",
-            )
+    rows = [
+        (
+            who(arm),
+            arm.clamp,
+            f"{main.contrast:+.4f}",
+            f"{main.f:.2f}",
+            f"{main.p_value:.3f}",
+            "control" if arm.tests.items_p_adjusted is None else f"{arm.tests.items_p_adjusted:.3f}",
+            arm.tests.removability.words,
+            f"{arm.tests.published_f:.2f}",
         )
+        for arm in result.arms
+        for main in [arm.tests.items[PRIMARY_SCALE]]
+    ]
     return Table(columns=columns, rows=rows, caption=ARMS_CAPTION, strong=[not arm.control for arm in result.arms])
 
 
@@ -183,10 +158,9 @@ def cells_figure(found: Sequence[ArmResult], levels: Levels) -> go.Figure:
     rows = -(-len(found) // COLUMNS)
     figure = make_subplots(rows=rows, cols=COLUMNS)
     for number, arm in enumerate(found):
-        for line in range(2):
-            figure.add_trace(
-                _line(arm, levels, line, legend=number == 0), row=number // COLUMNS + 1, col=number % COLUMNS + 1
-            )
+        for second in range(2):
+            trace = _line(arm, levels, second, legend=number == 0)
+            figure.add_trace(trace, row=number // COLUMNS + 1, col=number % COLUMNS + 1)
     styled(figure, height=60 + PANEL * rows)
     wide, narrow = (_grid(found, columns) for columns in (COLUMNS, NARROW_COLUMNS))
     figure.update_layout(wide)
@@ -198,27 +172,18 @@ def cells_figure(found: Sequence[ArmResult], levels: Levels) -> go.Figure:
 
 
 def _line(arm: ArmResult, levels: Levels, second: int, *, legend: bool) -> go.Scatter:
-    cells = [_cells(arm)[2 * first + second] for first in range(2)]
-    drawn = [ends(cell) for cell in cells]
-    colour = PALETTE[second]
-    return go.Scatter(
-        x=list(levels[0]),
-        y=[mean for mean, *_ in drawn],
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [0 if high is None else high - (mean or 0) for mean, _, high in drawn],
-            "arrayminus": [0 if low is None else (mean or 0) - low for mean, low, _ in drawn],
-            "thickness": 1.4,
-            "width": 3,
-        },
-        mode="lines+markers",
-        line={"color": colour, "dash": DASHES[second], "width": 2},
-        marker={"size": 8, "symbol": SYMBOLS[second]},
-        name=levels[1][second],
-        legendgroup=levels[1][second],
+    cells = [ends(_cells(arm)[2 * first + second]) for first in range(2)]
+    name = levels[1][second]
+    return line(
+        levels[0],
+        [mean for mean, *_ in cells],
+        name,
+        second,
+        size=8,
+        error_y=bars(cells, thickness=1.4, width=3),
+        legendgroup=name,
         showlegend=legend,
-        hovertemplate=f"{arm.name}<br>%{{x}}, {levels[1][second]}: %{{y:.3g}} nats<extra></extra>",
+        hovertemplate=f"{arm.name}<br>%{{x}}, {name}: %{{y:.3g}} nats<extra></extra>",
     )
 
 
@@ -226,49 +191,34 @@ def _grid(found: Sequence[ArmResult], columns: int) -> dict[str, Any]:
     """Where panels and their headings are, so many in a row."""
     rows, gap = -(-len(found) // columns), 0.09 if columns == COLUMNS else 0.2
     width, height = (1 - gap * (columns - 1)) / columns, 1 / rows
+    same = {"xref": "paper", "yref": "paper", "xanchor": "center", "yanchor": "bottom"}
     layout: dict[str, Any] = {"annotations": []}
     for number, arm in enumerate(found):
         left, top = (number % columns) * (width + gap), 1 - (number // columns) * height
         suffix = "" if number == 0 else str(number + 1)
         layout[f"xaxis{suffix}"] = {"domain": [left, left + width]}
         layout[f"yaxis{suffix}"] = {"domain": [top - 0.84 * height, top - 0.2 * height]}
-        layout["annotations"].append(
-            {
-                "text": _heading(arm),
-                "x": left + width / 2,
-                "y": top - 0.18 * height,
-                "xref": "paper",
-                "yref": "paper",
-                "xanchor": "center",
-                "yanchor": "bottom",
-                "showarrow": False,
-                "font": {"size": 10.5},
-            }
-        )
+        text = f"<b>{wrapped(arm.role, 26)}</b><br>{_numbers(arm)} at {arm.clamp}"
+        place = {"x": left + width / 2, "y": top - 0.18 * height, "showarrow": False, "font": {"size": 10.5}}
+        layout["annotations"].append({"text": text, **place, **same})
     return layout
-
-
-def _heading(arm: ArmResult) -> str:
-    return f"<b>{wrapped(arm.role, 26)}</b><br>{_numbers(arm)} at {arm.clamp}"
 
 
 def contrast_dots(arms: Sequence[ArmResult], kind: str) -> list[Dot]:
     """Under each role its clamps, of the arms whose units are of one kind: pairs do far less than features."""
-    dots: list[Dot] = []
-    for role in dict.fromkeys(arm.role for arm in arms):
-        for arm in arms:
-            if arm.role == role and arm.units[0].kind == kind:
-                test = arm.tests.items[PRIMARY_SCALE]
-                dots.append(
-                    Dot(
-                        heading=f"{role.removesuffix(' (main effect)')}: {_numbers(arm)}",
-                        label=f"{arm.clamp}{_holm(arm)}",
-                        series="control" if arm.control else "selected",
-                        figure=test.contrast if arm.contrast is None else arm.contrast,
-                        note=f"p = {test.p_value:.2g}, not adjusted",
-                    )
-                )
-    return dots
+    return [
+        Dot(
+            heading=f"{role.removesuffix(' (main effect)')}: {_numbers(arm)}",
+            label=f"{arm.clamp}{_holm(arm)}",
+            series="control" if arm.control else "selected",
+            figure=test.contrast if arm.contrast is None else arm.contrast,
+            note=f"p = {test.p_value:.2g}, not adjusted",
+        )
+        for role in dict.fromkeys(arm.role for arm in arms)
+        for arm in arms
+        if arm.role == role and arm.units[0].kind == kind
+        for test in [arm.tests.items[PRIMARY_SCALE]]
+    ]
 
 
 def _holm(arm: ArmResult) -> str:

@@ -17,8 +17,7 @@ from sae_nfm.comparison.results import (
     legend,
 )
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, Table
-from sae_nfm.report.plots.dot_plot import Axis, Group, Mark, Row, dot_plot, drawn
-from sae_nfm.report.plots.theme import PALETTE
+from sae_nfm.report.plots import PALETTE, Axis, Group, Mark, dot_plot, drawn, headed, plain_rows
 from sae_nfm.report.run_folder import Run
 
 TITLE = "Fidelity: what each SAE keeps of the model"
@@ -94,26 +93,20 @@ def _blocks(result: CompareResult, number: int) -> Iterator[Block]:
 
 def changes_figure(changes: Sequence[Change], number: int) -> Figure:
     """Change of FVU and KL in every comparison of one seed, the paper's above the fair ones."""
-    rows: list[Row] = []
-    for kind, heading in HEADINGS.items():
-        own = [Row(key=_against(change), label=_against(change)) for change in changes if change.kind is kind]
-        rows += [Row(key=str(kind), label=heading, heading=True), *own] if own else []
+    rows = headed(
+        (heading, plain_rows(_against(change) for change in changes if change.kind is kind))
+        for kind, heading in HEADINGS.items()
+    )
     data = [
         (_against(change), str(change.kind), metric.name, value)
         for change in changes
         for metric, value in zip(METRICS, (change.fvu_change, change.kl_change), strict=True)
     ]
+    marks = [Mark(row=row, group=metric, x=value) for row, _, metric, value in data]
     return Figure(
         name=f"claims-{number}",
         title="The same models, two comparisons",
-        plot=dot_plot(
-            [Mark(row=row, group=metric, x=value) for row, _, metric, value in data],
-            METRICS,
-            rows,
-            CHANGE,
-            label_width=46,
-            narrow_width=24,
-        ),
+        plot=dot_plot(marks, METRICS, rows, CHANGE, label_width=46, narrow_width=24),
         caption="Relative change of the reconstruction error (FVU) and of the divergence of the model's predictions "
         "(KL); left of zero the joint SAE is better. Above, the paper's comparison: all paths against the direct "
         "path alone, a part of the same SAE that was never trained to stand alone. Below, its control: SAEs trained "
@@ -130,55 +123,46 @@ def _against(change: Change) -> str:
 
 
 def whole_figure(means: Sequence[ArmMean], number: int) -> Figure:
-    """FVU and KL of every arm at one k, each seed and the mean; members of a family at other sparsities are left out."""
+    """FVU and KL of every arm at one k, each seed and the mean; SAEs of a family at other sparsities are left out."""
     chosen = [m for m in means if m.row.kind is not RowKind.ABLATION and m.row.arm == m.row.family]
-    marks, rows = _marks(chosen), _rows(chosen)
-    return Figure(
-        name=f"arms-{number}-k{chosen[0].row.k}",
-        title="Whole SAEs, each trained on its own",
-        plot=dot_plot(
-            marks,
-            (SEED, *GROUPS.values(), OFF),
-            rows,
-            Axis(title="lower is better"),
-            panels=tuple(PANELS.values()),
-            label_width=32,
-        ),
-        caption=f"Mean over {_seeds(chosen)}{_interval(chosen)}; small dots: the seeds. The axes do not begin at "
+    return _means_figure(
+        f"arms-{number}",
+        "Whole SAEs, each trained on its own",
+        chosen,
+        Axis(title="lower is better"),
+        f"{_mean_over(chosen)}; small dots: the seeds. The axes do not begin at "
         "zero, so that small differences can be seen. All arms see the same tokens in the same order, so their "
         "seeds are paired: intervals that overlap do not show that arms are alike; the verdicts compare them pair "
         "by pair.",
-        data=drawn(marks, rows),
     )
 
 
 def ablation_figure(means: Sequence[ArmMean], number: int) -> Figure:
-    """The paper's comparison in absolute numbers: SAEs with paths ablated beside the whole ones and TopK."""
+    """The paper's comparison in absolute numbers at one k: SAEs with paths ablated beside the whole ones and TopK."""
     ablated = {mean.row.family for mean in means if mean.row.kind is RowKind.ABLATION}
     chosen = [m for m in means if m.row.family in ablated or m.row.group is ArmGroup.TOPK]
-    marks, rows = _marks(chosen), _rows(chosen)
-    return Figure(
-        name=f"ablations-{number}-k{chosen[0].row.k}",
-        title="The paper compares an SAE with a part of itself; TopK is the fair neighbour",
-        plot=dot_plot(
-            marks,
-            (SEED, *GROUPS.values(), OFF),
-            rows,
-            Axis(title="lower is better", from_zero=True),
-            panels=tuple(PANELS.values()),
-            label_width=32,
-        ),
-        caption="Hollow: paths ablated. The paper reports the distance from there to the whole SAE. In the "
+    return _means_figure(
+        f"ablations-{number}",
+        "The paper compares an SAE with a part of itself; TopK is the fair neighbour",
+        chosen,
+        Axis(title="lower is better", from_zero=True),
+        "Hollow: paths ablated. The paper reports the distance from there to the whole SAE. In the "
         "canonical gauge all that is linear is written by the direct path, which changes no output of the whole "
         "SAE: the distance that is left is what the other paths do. TopK SAEs, trained on their own on the same "
-        f"tokens, are the control. Mean over {_seeds(chosen)}{_interval(chosen)}; small dots: the seeds. Axes begin "
-        "at zero.",
-        data=drawn(marks, rows),
+        f"tokens, are the control. {_mean_over(chosen)}; small dots: the seeds. Axes begin at zero.",
     )
 
 
-def _rows(means: Sequence[ArmMean]) -> list[Row]:
-    return [Row(key=arm, label=arm) for arm in dict.fromkeys(mean.row.arm for mean in means)]
+def _means_figure(name: str, title: str, means: Sequence[ArmMean], axis: Axis, caption: str) -> Figure:
+    marks, rows = _marks(means), plain_rows(mean.row.arm for mean in means)
+    groups = (SEED, *GROUPS.values(), OFF)
+    return Figure(
+        name=f"{name}-k{means[0].row.k}",
+        title=title,
+        plot=dot_plot(marks, groups, rows, axis, panels=tuple(PANELS.values()), label_width=32),
+        caption=caption,
+        data=drawn(marks, rows),
+    )
 
 
 def _marks(means: Sequence[ArmMean]) -> list[Mark]:
@@ -203,10 +187,8 @@ def _marks(means: Sequence[ArmMean]) -> list[Mark]:
     return [*seeds, *averages]
 
 
-def _seeds(means: Sequence[ArmMean]) -> str:
+def _mean_over(means: Sequence[ArmMean]) -> str:
     n = max(len(mean.seeds) for mean in means)
-    return "one seed" if n == 1 else f"{n} seeds"
-
-
-def _interval(means: Sequence[ArmMean]) -> str:
-    return " with its 95 % interval (Student's t over seeds)" if any(mean.low is not None for mean in means) else ""
+    bounded = any(mean.low is not None for mean in means)
+    interval = " with its 95 % interval (Student's t over seeds)" if bounded else ""
+    return f"Mean over {'one seed' if n == 1 else f'{n} seeds'}{interval}"

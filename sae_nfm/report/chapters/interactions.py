@@ -9,7 +9,6 @@ from sae_nfm.attribution.results import (
     DRAWN,
     LEGEND,
     Attribution,
-    Context,
     CorpusAttribution,
     Correlation,
     InteractionGraph,
@@ -17,10 +16,8 @@ from sae_nfm.attribution.results import (
     Point,
     TokenAttribution,
 )
-from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, Table
-from sae_nfm.report.plots.dot_plot import Axis
-from sae_nfm.report.plots.dot_rows import Dot, dot_data, dot_rows
-from sae_nfm.report.plots.theme import PALETTE, styled
+from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, Table, dots_figure
+from sae_nfm.report.plots import AXIS, PALETTE, Axis, Dot, styled
 from sae_nfm.report.run_folder import Found, Run
 
 TITLE = "Interactions"
@@ -71,10 +68,8 @@ LABELLED_PAIRS = 10
 SIGNS = {
     1: ("raises the target", PALETTE[0], "solid"),
     -1: ("lowers the target", PALETTE[4], "dash"),
-    0: ("pair", "#8a8a8a", "solid"),
+    0: ("pair", AXIS, "solid"),
 }
-EFFECTS = ("direct", "gradient", "frozen", "free")
-"""Effects of a pair, from the first prediction to what removing it does."""
 
 
 def section(run: Run) -> Section | None:
@@ -94,21 +89,18 @@ def section(run: Run) -> Section | None:
 
 def findings(corpus: CorpusAttribution) -> list[str]:
     """How concentrated the pairs are, and whether their strength goes with co-occurrence beyond chance."""
-    told: list[str] = []
-    if corpus.graph.edges:
-        edge = corpus.graph.edges[0]
-        told.append(
-            f"{corpus.pairs:,} pairs fire on {corpus.tokens:,} tokens; the strongest, {edge.first} x {edge.second}, "
-            f"has {edge.energy_share:.1%} of their energy."
-        )
-    for dot in control_dots(corpus.controls.cooccurrence):
-        if dot.label == "total" and dot.null is not None and isinstance(dot.figure, float):
-            low, high = dot.null
-            told.append(
-                f"Energy of pairs correlates at {dot.figure:+.2f} {dot.heading}; with permuted embeddings at "
-                f"{low:+.2f} to {high:+.2f}."
-            )
-    return told
+    strongest = [
+        f"{corpus.pairs:,} pairs fire on {corpus.tokens:,} tokens; the strongest, {edge.first} x {edge.second}, "
+        f"has {edge.energy_share:.1%} of their energy."
+        for edge in corpus.graph.edges[:1]
+    ]
+    correlated = [
+        f"Energy of pairs correlates at {dot.figure:+.2f} {dot.heading}; with permuted embeddings at "
+        f"{dot.null[0]:+.2f} to {dot.null[1]:+.2f}."
+        for dot in control_dots(corpus.controls.cooccurrence)
+        if dot.label == "total" and dot.null is not None and isinstance(dot.figure, float)
+    ]
+    return strongest + correlated
 
 
 def _corpus(corpus: CorpusAttribution, number: int) -> list[Block]:
@@ -120,40 +112,31 @@ def _corpus(corpus: CorpusAttribution, number: int) -> list[Block]:
     )
     strongest = strength_dots(edges[:STRONGEST])
     total = sum(edge.energy_share for edge in edges[:STRONGEST])
-    controls = control_dots(corpus.controls.cooccurrence)
-    draws = max((len(one.null_spearman) for one in corpus.controls.cooccurrence), default=0)
-    return [
-        Prose(lines=findings(corpus)),
-        Prose(lines=[f"This file is of 0.1.0 and has no layout of the graph; `{COMMANDS[0]}` writes one that has."])
-        if corpus.places is None
-        else Figure(
+    blocks: list[Block] = [Prose(lines=findings(corpus))]
+    if corpus.places is None:
+        lacking = f"This file is of 0.1.0 and has no layout of the graph; `{COMMANDS[0]}` writes one that has."
+        blocks.append(Prose(lines=[lacking]))
+    else:
+        graph = Figure(
             name=f"graph-{number}",
             title="The strongest pairs as a graph",
             plot=graph_figure(corpus.graph, edges, corpus.places),
             caption=GRAPH_CAPTION.format(pairs=len(edges), effect=effect),
             data=pd.DataFrame([vars(edge) for edge in edges]),
-        ),
-        Figure(
-            name=f"strength-{number}",
-            title="How much the strongest pairs have",
-            plot=dot_rows(strongest, SHARE_AXIS),
-            caption=STRENGTH_CAPTION.format(n=len(strongest), total=total),
-            data=dot_data(strongest),
-        ),
-        _contexts(corpus),
-        *(_controls(corpus, number, draws) if controls else ()),
-    ]
-
-
-def _controls(corpus: CorpusAttribution, number: int, draws: int) -> Iterator[Figure]:
-    dots = control_dots(corpus.controls.cooccurrence)
-    yield Figure(
-        name=f"controls-{number}",
-        title="Strength and co-occurrence, and with permuted embeddings",
-        plot=dot_rows(dots, RHO_AXIS, limits=(-1, 1)),
-        caption=CONTROL_CAPTION.format(pairs=corpus.controls.pairs, n=draws),
-        data=dot_data(dots),
+        )
+        blocks.append(graph)
+    caption = STRENGTH_CAPTION.format(n=len(strongest), total=total)
+    blocks.append(
+        dots_figure(f"strength-{number}", "How much the strongest pairs have", strongest, SHARE_AXIS, caption)
     )
+    blocks.append(_contexts(corpus))
+    controls = control_dots(corpus.controls.cooccurrence)
+    if controls:
+        draws = max(len(one.null_spearman) for one in corpus.controls.cooccurrence)
+        caption = CONTROL_CAPTION.format(pairs=corpus.controls.pairs, n=draws)
+        title = "Strength and co-occurrence, and with permuted embeddings"
+        blocks.append(dots_figure(f"controls-{number}", title, controls, RHO_AXIS, caption, limits=(-1, 1)))
+    return blocks
 
 
 def _contexts(corpus: CorpusAttribution) -> Table:
@@ -164,16 +147,12 @@ def _contexts(corpus: CorpusAttribution) -> Table:
             f"{edge.energy_share:.2%}",
             f"{edge.norm_mean:.3g}",
             f"{edge.norm_max:.3g}",
-            " | ".join(_text(one) for one in contexts),
+            " | ".join(" ".join(one.text.split()) for one in contexts),
         )
         for edge, contexts in zip(corpus.graph.edges, corpus.contexts, strict=False)
     ]
     columns = ("pair", "tokens", "energy", "mean norm", "max norm", "where it writes most")
     return Table(columns=columns, rows=rows, caption=CONTEXT_CAPTION, text_columns=(0, 5))
-
-
-def _text(context: Context) -> str:
-    return " ".join(context.text.split())
 
 
 def _prompt(found: Found[Attribution], number: int) -> Iterator[Block]:
@@ -187,15 +166,13 @@ def _prompt(found: Found[Attribution], number: int) -> Iterator[Block]:
 
 
 def _token(token: TokenAttribution, name: str) -> Iterator[Block]:
-    dots = effect_dots(token)
-    yield Figure(
-        name=f"effects-{name}",
-        title=f"Token {token.position} {token.token!r}: predicted and measured effects of its strongest pairs",
-        plot=dot_rows(
-            dots, Axis(title=f"effect on {token.target}", form="+.4f", reference=0), hollow=("frozen", "free")
-        ),
-        caption=EFFECT_CAPTION.format(target=token.target),
-        data=dot_data(dots),
+    yield dots_figure(
+        f"effects-{name}",
+        f"Token {token.position} {token.token!r}: predicted and measured effects of its strongest pairs",
+        effect_dots(token),
+        Axis(title=f"effect on {token.target}", form="+.4f", reference=0),
+        EFFECT_CAPTION.format(target=token.target),
+        hollow=("frozen", "free"),
     )
     yield Table(
         columns=("pair", "norm", "direct", "gradient", "frozen", "free", "gates flipped", "promotes", "suppresses"),
@@ -222,13 +199,7 @@ def _token(token: TokenAttribution, name: str) -> Iterator[Block]:
 
 
 def graph_figure(graph: InteractionGraph, edges: Sequence[PairEdge], places: Mapping[int, Point]) -> go.Figure:
-    """Features as dots, pairs as lines as wide as their share of the energy.
-
-    Args:
-        graph: for the figures of the features.
-        edges: the pairs to draw.
-        places: of their features.
-    """
+    """Features as dots at their places, these pairs as lines as wide as their share of the energy."""
     figure = go.Figure()
     largest = max(edge.energy_share for edge in edges)
     shown = set[int]()
@@ -249,7 +220,6 @@ def strength_dots(edges: Sequence[PairEdge]) -> list[Dot]:
     """Share of the energy of each pair."""
     return [
         Dot(
-            heading="",
             label=f"{edge.first} x {edge.second}",
             series=SIGNS[_sign(edge)][0],
             figure=edge.energy_share,
@@ -261,44 +231,38 @@ def strength_dots(edges: Sequence[PairEdge]) -> list[Dot]:
 
 def control_dots(correlations: Sequence[Correlation]) -> list[Dot]:
     """Spearman's rho of each measure of strength with co-occurrence; behind it the same with permuted embeddings."""
-    found: list[Dot] = []
-    for one in correlations:
-        if one.null_spearman and one.spearman is not None:
-            null = (min(one.null_spearman), max(one.null_spearman))
-            found.append(
-                Dot(
-                    heading=f"with {one.against}",
-                    label=one.measure,
-                    series="this SAE",
-                    figure=one.spearman,
-                    null=null,
-                    note=f"rows of V permuted: {null[0]:+.2f} to {null[1]:+.2f}",
-                )
-            )
-    return found
+    return [
+        Dot(
+            heading=f"with {one.against}",
+            label=one.measure,
+            series="this SAE",
+            figure=one.spearman,
+            null=null,
+            note=f"rows of V permuted: {null[0]:+.2f} to {null[1]:+.2f}",
+        )
+        for one in correlations
+        if one.null_spearman and one.spearman is not None
+        for null in [(min(one.null_spearman), max(one.null_spearman))]
+    ]
 
 
 def effect_dots(token: TokenAttribution) -> list[Dot]:
     """The effects of each pair of a token in one row: predicted, and measured by removing the pair."""
-    found: list[Dot] = []
-    for pair in token.pairs:
-        values = {
-            "direct": pair.written.direct,
-            "gradient": pair.written.gradient,
-            "frozen": pair.frozen,
-            "free": pair.free,
-        }
-        found.extend(
-            Dot(
-                heading="",
-                label=f"{pair.first} x {pair.second}",
-                series=name,
-                figure=values[name],
-                note=f"{pair.flipped:.0%} of the gates flip when it is removed" if name == "free" else "",
-            )
-            for name in EFFECTS
+    return [
+        Dot(
+            label=f"{pair.first} x {pair.second}",
+            series=name,
+            figure=value,
+            note=f"{pair.flipped:.0%} of the gates flip when it is removed" if name == "free" else "",
         )
-    return found
+        for pair in token.pairs
+        for name, value in (
+            ("direct", pair.written.direct),
+            ("gradient", pair.written.gradient),
+            ("frozen", pair.frozen),
+            ("free", pair.free),
+        )
+    ]
 
 
 def _sign(edge: PairEdge) -> int:
@@ -326,38 +290,32 @@ def _line(edge: PairEdge, places: Mapping[int, Point], largest: float, *, legend
 def _middles(edges: Sequence[PairEdge], places: Mapping[int, Point]) -> go.Scatter:
     """What is pointed at to read a pair."""
     ends = [(places[edge.first], places[edge.second]) for edge in edges]
-    return go.Scatter(
-        x=[(one[0] + other[0]) / 2 for one, other in ends],
-        y=[(one[1] + other[1]) / 2 for one, other in ends],
-        mode="markers",
-        marker={"size": 14, "opacity": 0},
-        text=[
-            f"{edge.first} x {edge.second}: {edge.energy_share:.2%} of the energy, {edge.tokens:,} tokens"
-            + ("" if edge.effect_mean is None else f", mean effect {edge.effect_mean:+.3g}")
-            for edge in edges
-        ],
-        hovertemplate="%{text}<extra></extra>",
-        showlegend=False,
-    )
+    told = [
+        f"{edge.first} x {edge.second}: {edge.energy_share:.2%} of the energy, {edge.tokens:,} tokens"
+        + ("" if edge.effect_mean is None else f", mean effect {edge.effect_mean:+.3g}")
+        for edge in edges
+    ]
+    middles = [((x0 + x1) / 2, (y0 + y1) / 2) for (x0, y0), (x1, y1) in ends]
+    return _points(middles, told, {"size": 14, "opacity": 0})
 
 
 def _nodes(graph: InteractionGraph, edges: Sequence[PairEdge], places: Mapping[int, Point]) -> go.Scatter:
     drawn = {feature for edge in edges for feature in (edge.first, edge.second)}
     nodes = [node for node in graph.nodes if node.feature in drawn]
     most = max(node.tokens for node in nodes)
+    told = [f"feature {n.feature}: {n.tokens:,} tokens, mean activation {n.mean_activation:.3g}" for n in nodes]
+    sizes = [round(7 + (LARGEST - 7) * (node.tokens / most) ** 0.5, 1) for node in nodes]
+    marker = {"size": sizes, "color": "white", "line": {"color": "#1a1a1a", "width": 1.5}}
+    return _points([places[node.feature] for node in nodes], told, marker)
+
+
+def _points(points: Sequence[Point], told: Sequence[str], marker: Mapping[str, object]) -> go.Scatter:
     return go.Scatter(
-        x=[places[node.feature][0] for node in nodes],
-        y=[places[node.feature][1] for node in nodes],
+        x=[x for x, _ in points],
+        y=[y for _, y in points],
         mode="markers",
-        marker={
-            "size": [round(7 + (LARGEST - 7) * (node.tokens / most) ** 0.5, 1) for node in nodes],
-            "color": "white",
-            "line": {"color": "#1a1a1a", "width": 1.5},
-        },
-        text=[
-            f"feature {node.feature}: {node.tokens:,} tokens, mean activation {node.mean_activation:.3g}"
-            for node in nodes
-        ],
+        marker=marker,
+        text=told,
         hovertemplate="%{text}<extra></extra>",
         showlegend=False,
     )
@@ -368,14 +326,7 @@ def _labels(edges: Sequence[PairEdge], places: Mapping[int, Point], least: int) 
     ends = [feature for edge in edges for feature in (edge.first, edge.second)]
     strongest = {feature for edge in edges[:LABELLED_PAIRS] for feature in (edge.first, edge.second)}
     return [
-        {
-            "x": x,
-            "y": y,
-            "text": f"<b>{feature}</b>",
-            "showarrow": False,
-            "font": {"size": 10.5},
-            "yshift": 13,
-        }
+        {"x": x, "y": y, "text": f"<b>{feature}</b>", "showarrow": False, "font": {"size": 10.5}, "yshift": 13}
         for feature, (x, y) in places.items()
         if feature in strongest or ends.count(feature) >= least
     ]

@@ -12,14 +12,13 @@ from sae_nfm.analysis.results import (
     INITIAL,
     PUBLISHED_MEANS,
     TOPK,
-    NormHistogram,
     NormsResult,
     SAENorms,
     SquaredNorms,
     p_words,
 )
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
-from sae_nfm.report.plots.theme import AXIS, PALETTE, styled
+from sae_nfm.report.plots import AXIS, PALETTE, styled
 from sae_nfm.report.run_folder import Run
 
 TITLE = "Norms of the features"
@@ -47,6 +46,7 @@ TITLES = {
     "decoder": "Squared decoder norms, the published figure",
     "encoder x decoder": "The same with the scale of the encoder in it",
 }
+AXES = {"decoder": "squared decoder norm", "encoder x decoder": "squared norm, encoder times decoder"}
 COLOURS = {AS_TRAINED: PALETTE[0], CANONICAL: PALETTE[2], TOPK: PALETTE[1], INITIAL: PALETTE[7]}
 ROW = 96
 
@@ -73,18 +73,17 @@ def _by_folder(run: Run) -> dict[Path, SAENorms]:
 
 
 def _figure(norms: SquaredNorms, number: int) -> Figure:
+    rows = [
+        (histogram.name, low, high, count)
+        for histogram in norms.histograms
+        for low, high, count in zip(norms.edges, norms.edges[1:], histogram.counts, strict=False)
+    ]
     return Figure(
         name=f"{norms.measure.replace(' ', '-')}-{number}",
         title=TITLES[norms.measure],
         plot=norms_figure(norms),
         caption=CAPTIONS[norms.measure],
-        data=pd.DataFrame(
-            [
-                {"sae": histogram.name, "from": low, "to": high, "features": count}
-                for histogram in norms.histograms
-                for low, high, count in zip(norms.edges, norms.edges[1:], histogram.counts, strict=False)
-            ]
-        ),
+        data=pd.DataFrame(rows, columns=["sae", "from", "to", "features"]),
     )
 
 
@@ -95,29 +94,21 @@ def norms_figure(norms: SquaredNorms) -> go.Figure:
     width = norms.edges[1] - norms.edges[0]
     centres = [edge + width / 2 for edge in norms.edges[:-1]]
     for row, histogram in enumerate(norms.histograms, start=1):
-        figure.add_trace(
-            go.Bar(
-                x=centres,
-                y=histogram.counts,
-                width=width,
-                marker={"color": COLOURS[histogram.name], "line": {"width": 0}},
-                name=histogram.name,
-                hovertemplate=f"{histogram.name}: %{{y:,}} features around %{{x:.3g}}<extra></extra>",
-                showlegend=False,
-            ),
-            row=row,
-            col=1,
+        name, dip, axis = histogram.name, histogram.dip, "" if row == 1 else row
+        bar = go.Bar(
+            x=centres,
+            y=histogram.counts,
+            width=width,
+            marker={"color": COLOURS[name], "line": {"width": 0}},
+            name=name,
+            hovertemplate=f"{name}: %{{y:,}} features around %{{x:.3g}}<extra></extra>",
+            showlegend=False,
         )
-        figure.add_annotation(
-            text=f"<b>{histogram.name}</b> &nbsp;{_told(histogram)}",
-            xref="x domain" if row == 1 else f"x{row} domain",
-            yref="y domain" if row == 1 else f"y{row} domain",
-            x=0,
-            y=1,
-            yanchor="bottom",
-            xanchor="left",
-            showarrow=False,
-        )
+        figure.add_trace(bar, row=row, col=1)
+        mean = f"{histogram.mean:.3g}"
+        told = f"all {mean}" if dip is None else f"mean {mean}, dip test {p_words(dip.p_value)}"
+        place = {"xref": f"x{axis} domain", "yref": f"y{axis} domain", "yanchor": "bottom", "xanchor": "left"}
+        figure.add_annotation(text=f"<b>{name}</b> &nbsp;{told}", x=0, y=1, showarrow=False, **place)
     if norms.measure == "decoder":
         for mean in PUBLISHED_MEANS:
             figure.add_vline(x=mean, line={"dash": "dash", "width": 1.2, "color": AXIS})
@@ -125,15 +116,5 @@ def norms_figure(norms: SquaredNorms) -> go.Figure:
     figure.update_layout(bargap=0, margin={"t": 36})
     figure.update_yaxes(showticklabels=False, ticks="", showgrid=False, rangemode="tozero")
     figure.update_xaxes(range=[0, norms.edges[-1]])
-    figure.update_xaxes(title=_axis(norms), row=rows, col=1)
+    figure.update_xaxes(title=AXES[norms.measure], row=rows, col=1)
     return figure
-
-
-def _told(histogram: NormHistogram) -> str:
-    if histogram.dip is None:
-        return f"all {histogram.mean:.3g}"
-    return f"mean {histogram.mean:.3g}, dip test {p_words(histogram.dip.p_value)}"
-
-
-def _axis(norms: SquaredNorms) -> str:
-    return "squared decoder norm" if norms.measure == "decoder" else "squared norm, encoder times decoder"

@@ -8,9 +8,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_nfm.comparison.results import ArmMean, CompareResult, RowKind, arm_means, lines_over_l0
-from sae_nfm.report.blocks import Block, Figure, Heading, Section
+from sae_nfm.report.blocks import Figure, Section, section_of
 from sae_nfm.report.chapters.fidelity import PANELS
-from sae_nfm.report.plots.theme import DASHES, PALETTE, SYMBOLS, styled
+from sae_nfm.report.plots import DECADES, PALETTE, SYMBOLS, bars, line, styled
 from sae_nfm.report.run_folder import Run
 
 TITLE = "Sparsity: error and KL against L0"
@@ -19,27 +19,21 @@ COMMANDS = ("sae-nfm compare --k 16 32 64 --output RUN/compare",)
 
 def section(run: Run) -> Section | None:
     """The chapter; None without a comparison that has SAEs of several L0s."""
-    compared = [(found.label, arm_means(found.result.rows)) for found in run.of(CompareResult)]
-    several = [(label, means) for label, means in compared if lines_over_l0(means)]
-    blocks: list[Block] = []
-    for number, (label, means) in enumerate(several, 1):
-        if len(several) > 1:
-            blocks.append(Heading(text=label))
-        between = [mean for mean in means if mean.row.kind is RowKind.INTERPOLATED]
-        blocks.append(pareto_figure(lines_over_l0(means), between, number))
-    if not blocks:
-        return None
-    return Section(
+    return section_of(
+        [found for found in run.of(CompareResult) if lines_over_l0(arm_means(found.result.rows))],
         id="pareto",
         title=TITLE,
         lead="More active features explain more. An architecture is better where its line lies below the others' at "
         "the same L0.",
-        blocks=blocks,
+        blocks=lambda result, number: [pareto_figure(arm_means(result.rows), number + 1)],
+        findings=lambda _: (),
     )
 
 
-def pareto_figure(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmMean], number: int) -> Figure:
-    """One panel for FVU, one for KL."""
+def pareto_figure(means: Sequence[ArmMean], number: int) -> Figure:
+    """One panel for FVU, one for KL: the means of trained SAEs as lines, those interpolated between them hollow."""
+    lines = lines_over_l0(means)
+    between = [mean for mean in means if mean.row.kind is RowKind.INTERPOLATED]
     rows = [mean for line in lines.values() for mean in line] + list(between)
     n = max(len(mean.seeds) for mean in rows)
     return Figure(
@@ -71,13 +65,10 @@ def _plot(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmMean]) ->
             if trained:
                 figure.add_trace(_trace(trained, place, legend=panel == 1), row=panel, col=1)
             if hollow:
-                figure.add_trace(
-                    _trace(hollow, place, legend=panel == 1 and not trained, hollow=True), row=panel, col=1
-                )
-        figure.update_yaxes(
-            title=title.replace(", ", "<br>", 1), type="log", dtick="D2", tickformat="~g", row=panel, col=1
-        )
-    figure.update_xaxes(type="log", dtick="D2", tickformat="~g", tickangle=0)
+                trace = _trace(hollow, place, legend=panel == 1 and not trained, hollow=True)
+                figure.add_trace(trace, row=panel, col=1)
+        figure.update_yaxes(title=title.replace(", ", "<br>", 1), **DECADES, row=panel, col=1)
+    figure.update_xaxes(**DECADES, tickangle=0)
     ks = sorted({mean.row.k for line in lines.values() for mean in line})
     if len(ks) > 1:
         figure.update_xaxes(tickvals=ks)
@@ -88,33 +79,21 @@ def _plot(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmMean]) ->
 
 
 def _trace(means: Sequence[ArmMean], place: int, *, legend: bool, hollow: bool = False) -> go.Scatter:
-    family, several = means[0].row.family, any(mean.low is not None for mean in means)
-    symbol = SYMBOLS[place % len(SYMBOLS)]
-    ends = [
-        (m.mean - m.low, m.high - m.mean) if m.low is not None and m.high is not None else (None, None) for m in means
-    ]
-    return go.Scatter(
-        x=[mean.l0 for mean in means],
-        y=[mean.mean for mean in means],
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "arrayminus": [a for a, _ in ends],
-            "array": [b for _, b in ends],
-            "width": 3,
-        }
-        if several
+    family = means[0].row.family
+    trace = line(
+        [mean.l0 for mean in means],
+        [mean.mean for mean in means],
+        family,
+        place,
+        size=9 + 3 * hollow,
+        error_y=bars([(m.mean, m.low, m.high) for m in means], width=3)
+        if any(m.low is not None for m in means)
         else None,
-        mode="markers" if hollow else "lines+markers",
-        line={"color": PALETTE[place % len(PALETTE)], "dash": DASHES[place % len(DASHES)], "width": 2},
-        marker={
-            "symbol": f"{symbol}-open" if hollow else symbol,
-            "size": 9 + 3 * hollow,
-            "color": PALETTE[place % len(PALETTE)],
-        },
-        name=family,
         legendgroup=family,
         showlegend=legend,
         hovertext=[f"{mean.row.arm}{', interpolated' * hollow}<br>L0 {mean.l0:.1f}: {mean.mean:.4f}" for mean in means],
         hoverinfo="text",
     )
+    if hollow:
+        trace.update(mode="markers", marker_symbol=f"{SYMBOLS[place % len(SYMBOLS)]}-open")
+    return trace.update(marker_color=PALETTE[place % len(PALETTE)])

@@ -5,14 +5,11 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from sae_nfm.analysis.results import Figure as Value
 from sae_nfm.experiments.reproduce.results import FORMS, NoVerdict, ReproducedRow, ReproduceResult, Unit
 from sae_nfm.experiments.reproduce.results import Section as Part
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, Table, section_of
-from sae_nfm.report.plots.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot
-from sae_nfm.report.plots.theme import PALETTE
+from sae_nfm.report.plots import PALETTE, Axis, Group, Mark, Row, dot_plot, ends, mark
 from sae_nfm.report.run_folder import Run
-from sae_nfm.stats import Estimate
 
 TITLE = "The published statistics, and their controls"
 COMMANDS = ("sae-nfm reproduce --compare RUN/compare --output RUN/reproduce",)
@@ -46,7 +43,7 @@ def section(run: Run) -> Section | None:
         title=TITLE,
         lead="What arXiv 2507.00269 reports, the same statistic on the SAE of this run, and that statistic under "
         "the control it lacks. The published values are from OpenLLaMA-3B and were not measured here.",
-        blocks=lambda found, number: _blocks(found.result, number),
+        blocks=_blocks,
         findings=_said,
     )
 
@@ -98,13 +95,8 @@ def reproduced_figures(rows: Sequence[ReproducedRow], number: int) -> Iterator[F
 def _figure(shown: Sequence[ReproducedRow], number: int, unit: Unit) -> Figure:
     lines, marks = _lines(shown)
     changes = unit is Unit.CHANGE
-    axis = Axis(
-        title=str(unit),
-        tickformat="+.0%" if changes else ".0%",
-        form=FORMS[unit],
-        reference=0.0 if changes else None,
-        from_zero=not changes,
-    )
+    tickformat, reference = ("+.0%", 0.0) if changes else (".0%", None)
+    axis = Axis(title=str(unit), tickformat=tickformat, form=FORMS[unit], reference=reference, from_zero=not changes)
     return Figure(
         name=f"published-{number}-{shown[0].section.lower()}-{DRAWN[unit]}",
         title=f"{DRAWN[unit].capitalize()}: published, measured here, and under the control",
@@ -126,19 +118,14 @@ def _lines(shown: Sequence[ReproducedRow]) -> tuple[list[Row], list[Mark]]:
         if row.name not in {line.key for line in rows}:
             rows.append(Row(key=row.name, label=row.name, heading=True))
             low, high = _ends(row)
-            marks.append(
-                Mark(
-                    row=row.name,
-                    group=PUBLISHED.name,
-                    x=(low + high) / 2,
-                    low=low if low < high else None,
-                    high=high if low < high else None,
-                    note=f"as published: {row.published_text}",
-                )
-            )
-            marks += _mark(row.name, HERE.name, row.here, "")
-        rows.append(Row(key=f"{place} {row.control}", label=textwrap.shorten(row.control, LABEL, placeholder=" ...")))
-        marks += _mark(f"{place} {row.control}", CONTROLLED.name, row.controlled, f"{row.control}: {row.verdict}")
+            start, end = (low, high) if low < high else (None, None)
+            note, middle = f"as published: {row.published_text}", (low + high) / 2
+            marks.append(Mark(row=row.name, group=PUBLISHED.name, x=middle, low=start, high=end, note=note))
+            marks += [] if row.here is None else [mark(row.name, HERE.name, row.here)]
+        key, label = f"{place} {row.control}", textwrap.shorten(row.control, LABEL, placeholder=" ...")
+        rows.append(Row(key=key, label=label))
+        if row.controlled is not None:
+            marks.append(mark(key, CONTROLLED.name, row.controlled, note=f"{row.control}: {row.verdict}"))
     return rows, marks
 
 
@@ -148,35 +135,10 @@ def _ends(row: ReproducedRow) -> tuple[float, float]:
     return row.published.ends
 
 
-def _mark(row: str, group: str, value: Value, note: str) -> list[Mark]:
-    """One mark, or none where there is no value."""
-    if value is None:
-        return []
-    if isinstance(value, Estimate):
-        return [Mark(row=row, group=group, x=value.estimate, low=value.low, high=value.high, note=note)]
-    return [Mark(row=row, group=group, x=value, note=note)]
-
-
 def _data(shown: Sequence[ReproducedRow]) -> pd.DataFrame:
     rows = [
-        (
-            str(row.section),
-            row.name,
-            *_ends(row),
-            *_numbers(row.here),
-            row.control,
-            *_numbers(row.controlled),
-            row.verdict,
-        )
-        for row in shown
+        (str(r.section), r.name, *_ends(r), *ends(r.here), r.control, *ends(r.controlled), r.verdict) for r in shown
     ]
     columns = ["section", "figure", "published low", "published high", "here", "here low", "here high"]
-    return pd.DataFrame(
-        rows, columns=[*columns, "control", "controlled", "controlled low", "controlled high", "verdict"]
-    )
-
-
-def _numbers(value: Value) -> tuple[float | None, float | None, float | None]:
-    if isinstance(value, Estimate):
-        return value.estimate, bounded(value.low), bounded(value.high)
-    return value, None, None
+    controlled = ["control", "controlled", "controlled low", "controlled high", "verdict"]
+    return pd.DataFrame(rows, columns=[*columns, *controlled])

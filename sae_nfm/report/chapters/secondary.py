@@ -1,5 +1,7 @@
 """What do features of the interactions' hidden code explain, and does the model need it? Beside a code without structure."""
 
+from typing import Any
+
 from sae_nfm.experiments.secondary.results import (
     COLUMNS,
     LEGEND,
@@ -10,20 +12,14 @@ from sae_nfm.experiments.secondary.results import (
     SecondaryRow,
     cells,
 )
-from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table, section_of
-from sae_nfm.report.plots.dot_plot import Axis
-from sae_nfm.report.plots.dot_rows import Dot, dot_data, dot_rows
-from sae_nfm.report.run_folder import Found, Run
-from sae_nfm.stats import Estimate
+from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table, dots_figure, section_of
+from sae_nfm.report.plots import Axis, Dot
+from sae_nfm.report.run_folder import Run
 
 TITLE = "Secondary SAEs"
 COMMANDS = ("sae-nfm secondary SAE --output RUN/secondary",)
-TRUE, PERMUTED, ACROSS, OTHER = (
-    "hidden code",
-    "permuted code (control)",
-    "true code by the permuted SAE",
-    "other activations",
-)
+TRUE, PERMUTED = "hidden code", "permuted code (control)"
+ACROSS, OTHER = "true code by the permuted SAE", "other activations"
 ABLATED, REPLACED, CONTROL = "no SAE", "SAE of the hidden code", "SAE of the permuted code (control)"
 ELSEWHERE = "SAE of another activation"
 SHARE_AXIS = Axis(title="variance explained, held-out tokens", tickformat=".0%", form=".1%", reference=0)
@@ -52,60 +48,43 @@ def section(run: Run) -> Section | None:
     return section_of(found, id="secondary", title=TITLE, lead=LEAD, blocks=_blocks, findings=SecondaryResult.findings)
 
 
-def _blocks(found: Found[SecondaryResult], number: int) -> list[Block]:
-    explained, rises = explained_dots(found.result), rise_dots(found.result)
+def _blocks(result: SecondaryResult, number: int) -> list[Block]:
+    explained, rises = explained_dots(result), rise_dots(result)
     others = [dot for dot in rises if dot.series == ELSEWHERE]
-    rises = [dot for dot in rises if dot.series != ELSEWHERE]
-    return [
-        Prose(lines=list(found.result.findings()), listed=True),
-        Figure(
-            name=f"explained-{number}",
-            title="Variance explained, beside a code without structure",
-            plot=dot_rows(explained, SHARE_AXIS, hollow=(PERMUTED,), limits=(0, 1.02)),
-            caption=EXPLAINED,
-            data=dot_data(explained),
-        ),
-        _rise(f"rise-{number}", "What the predictions lose", rises),
-        *(
-            [_rise(f"rise-elsewhere-{number}", "The same of other activations, on a wider axis", others)]
-            if others
-            else []
-        ),
-        Table(
-            columns=("replacement", *COLUMNS),
-            rows=[(row.name, *cells(row)) for row in found.result.rows],
-            caption=LEGEND.replace("\n", " "),
-        ),
+    title = "Variance explained, beside a code without structure"
+    options: dict[str, Any] = {"hollow": (PERMUTED,), "limits": (0, 1.02)}
+    blocks: list[Block] = [
+        Prose(lines=list(result.findings()), listed=True),
+        dots_figure(f"explained-{number}", title, explained, SHARE_AXIS, EXPLAINED, **options),
+        _rise(f"rise-{number}", "What the predictions lose", [dot for dot in rises if dot.series != ELSEWHERE]),
     ]
+    if others:
+        blocks.append(_rise(f"rise-elsewhere-{number}", "The same of other activations, on a wider axis", others))
+    rows = [(row.name, *cells(row)) for row in result.rows]
+    blocks.append(Table(columns=("replacement", *COLUMNS), rows=rows, caption=LEGEND.replace("\n", " ")))
+    return blocks
 
 
 def _rise(name: str, title: str, dots: list[Dot]) -> Figure:
-    plot = dot_rows(dots, RISE_AXIS, hollow=(CONTROL,))
-    return Figure(name=name, title=title, plot=plot, caption=RISE, data=dot_data(dots))
+    return dots_figure(name, title, dots, RISE_AXIS, RISE, hollow=(CONTROL,))
 
 
 def explained_dots(result: SecondaryResult) -> list[Dot]:
     """Under each k the true code, the permuted one and the true one by the SAE of the permuted one; then other activations."""
     dots: list[Dot] = []
-    for row in result.rows:
-        sae = row.sae
-        if sae is None:
-            continue
+    for sae in (row.sae for row in result.rows if row.sae is not None):
         heading = f"k = {sae.k} of {sae.d_in}"
-        if sae.trained_on == "hidden code":
-            dots.append(_dot(heading, TRUE, TRUE, sae.explained))
-        elif sae.trained_on == "permuted hidden code":
-            dots.append(_dot(heading, PERMUTED, PERMUTED, sae.explained))
-            if sae.explained_true is not None:
-                dots.append(_dot(heading, ACROSS, ACROSS, sae.explained_true))
-        else:
-            dots.append(_dot(heading, sae.trained_on, OTHER, sae.explained))
+        label = {"hidden code": TRUE, "permuted hidden code": PERMUTED}.get(sae.trained_on)
+        series = label or OTHER
+        dots.append(Dot(heading=heading, label=label or sae.trained_on, series=series, figure=sae.explained))
+        if label == PERMUTED and sae.explained_true is not None:
+            dots.append(Dot(heading=heading, label=ACROSS, series=ACROSS, figure=sae.explained_true))
     return dots
 
 
 def rise_dots(result: SecondaryResult) -> list[Dot]:
     """A row for each replacement; that of the primary by itself has no rise."""
-    return [_dot("", row.name, _kind(row), row.kl_rise) for row in result.rows if row.name != PRIMARY]
+    return [Dot(label=row.name, series=_kind(row), figure=row.kl_rise) for row in result.rows if row.name != PRIMARY]
 
 
 def _kind(row: SecondaryRow) -> str:
@@ -113,7 +92,3 @@ def _kind(row: SecondaryRow) -> str:
         assert row.name in (MEAN, ZERO)
         return ABLATED
     return {"hidden code": REPLACED, "permuted hidden code": CONTROL}.get(row.sae.trained_on, ELSEWHERE)
-
-
-def _dot(heading: str, label: str, series: str, figure: Estimate) -> Dot:
-    return Dot(heading=heading, label=label, series=series, figure=figure)

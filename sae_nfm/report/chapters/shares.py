@@ -4,10 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from sae_nfm.analysis.results import Statistic
 from sae_nfm.experiments.reproduce.results import ReproducedRow, ReproduceResult
-from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
-from sae_nfm.report.plots.dot_plot import Axis
-from sae_nfm.report.plots.dot_rows import Dot, dot_data, dot_rows
-from sae_nfm.report.run_folder import Found, Run
+from sae_nfm.report.blocks import Block, Prose, Section, dots_figure, section_of
+from sae_nfm.report.plots import Axis, Dot
+from sae_nfm.report.run_folder import Run
 
 TITLE = "Shares of the paths"
 COMMANDS = ("sae-nfm reproduce --output RUN/reproduce",)
@@ -49,43 +48,32 @@ TITLES = {
 
 def section(run: Run) -> Section | None:
     """Of every reproduction of a run; None without any."""
-    blocks: list[Block] = []
-    verdicts: list[str] = []
     found = run.of(ReproduceResult)
-    for number, one in enumerate(found):
-        own, told = list(_figures(one, number)), findings(one.result)
-        if own and len(found) > 1:
-            blocks.append(Heading(text=one.label))
-        blocks += [*own, *([Prose(lines=told, listed=True)] if told else [])]
-        verdicts += told
-    return Section(id="shares", title=TITLE, lead=LEAD, blocks=blocks, verdicts=verdicts) if blocks else None
+    return section_of(found, id="shares", title=TITLE, lead=LEAD, blocks=_blocks, findings=findings)
 
 
 def findings(result: ReproduceResult) -> list[str]:
     """Correlations of norm and share, each beside what it is by construction."""
-    said: list[str] = []
-    for row in result.rows:
-        here, null = row.here, row.controlled
-        if row.statistic is not Statistic.CORRELATION or row.published is None or row.p_value is None:
-            continue
-        if isinstance(here, float) and isinstance(null, float):
-            said.append(
-                f"Squared norm and {row.path} share correlate at {here:+.3f} (published {row.published_text}); unrelated rows "
-                f"at {null:+.3f} (p = {row.p_value:.2g})."
-            )
-    return said
+    return [
+        f"Squared norm and {row.path} share correlate at {row.here:+.3f} (published {row.published_text}); unrelated rows "
+        f"at {row.controlled:+.3f} (p = {row.p_value:.2g})."
+        for row in result.rows
+        if row.statistic is Statistic.CORRELATION and row.published is not None and row.p_value is not None
+        if isinstance(row.here, float) and isinstance(row.controlled, float)
+    ]
 
 
-def _figures(found: Found[ReproduceResult], number: int) -> Iterator[Figure]:
+def _blocks(result: ReproduceResult, number: int) -> Iterator[Block]:
     for statistic, (name, title) in TITLES.items():
-        own = [row for row in found.result.rows if row.statistic is statistic]
+        own = [row for row in result.rows if row.statistic is statistic]
         if own:
             share = statistic is not Statistic.CORRELATION
-            drawn = dots(own)
-            axis = SHARE_AXIS if share else CORRELATION_AXIS
-            plot = dot_rows(drawn, axis, hollow=(PUBLISHED, CHANCE), limits=(-0.06, 1.06) if share else (-1.12, 1.12))
-            caption = CAPTIONS[statistic]
-            yield Figure(name=f"{name}-{number}", title=title, plot=plot, caption=caption, data=dot_data(drawn))
+            axis, limits = (SHARE_AXIS, (-0.06, 1.06)) if share else (CORRELATION_AXIS, (-1.12, 1.12))
+            caption, hollow = CAPTIONS[statistic], (PUBLISHED, CHANCE)
+            yield dots_figure(f"{name}-{number}", title, dots(own), axis, caption, hollow=hollow, limits=limits)
+    told = findings(result)
+    if told:
+        yield Prose(lines=told, listed=True)
 
 
 def dots(rows: Sequence[ReproducedRow]) -> list[Dot]:

@@ -6,11 +6,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sae_nfm.profiling.results import TOPK, Scan, SpeedResult, SpeedRow
-from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table, section_of
-from sae_nfm.report.plots.dot_plot import Axis
-from sae_nfm.report.plots.dot_rows import Dot, dot_data, dot_rows
-from sae_nfm.report.plots.theme import AXIS, DASHES, PALETTE, SYMBOLS, styled
-from sae_nfm.report.run_folder import Found, Run
+from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table, dots_figure, section_of
+from sae_nfm.report.plots import AXIS, Axis, Dot, bars, line, styled
+from sae_nfm.report.run_folder import Run
 from sae_nfm.stats import Estimate
 
 TITLE = "Speed"
@@ -50,19 +48,12 @@ def findings(result: SpeedResult) -> list[str]:
     ]
 
 
-def _blocks(found: Found[SpeedResult], number: int) -> list[Block]:
-    result = found.result
+def _blocks(result: SpeedResult, number: int) -> list[Block]:
     scan: Scan | None = result.provenance["config"]["scan"]
     heading = Prose(lines=[f"{result.words().partition(chr(10))[0]}.", *findings(result)])
     if scan is None:
         dots = ratio_dots(result.rows)
-        figure = Figure(
-            name=f"ratios-{number}",
-            title="Cost of a step beside topk's",
-            plot=dot_rows(dots, RATIO_AXIS),
-            caption=RATIOS,
-            data=dot_data(dots),
-        )
+        figure = dots_figure(f"ratios-{number}", "Cost of a step beside topk's", dots, RATIO_AXIS, RATIOS)
     else:
         figure = Figure(
             name=f"scan-{number}",
@@ -99,24 +90,17 @@ def scan_figure(rows: Sequence[SpeedRow], scan: Scan) -> go.Figure:
     timed = [row for row in rows if row.step_seconds is not None]
     for style, arm in enumerate(dict.fromkeys(row.arm for row in timed)):
         own = [row for row in timed if row.arm == arm]
-        seconds = [row.step_seconds or 0.0 for row in own]
-        quartiles = [row.step_quartiles or (s, s) for row, s in zip(own, seconds, strict=True)]
-        figure.add_scatter(
-            x=[getattr(row, scan) for row in own],
-            y=seconds,
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [high - s for (_, high), s in zip(quartiles, seconds, strict=True)],
-                "arrayminus": [s - low for (low, _), s in zip(quartiles, seconds, strict=True)],
-                "thickness": 1.4,
-                "width": 4,
-            },
-            name=arm,
-            mode="lines+markers",
-            line={"color": PALETTE[style % len(PALETTE)], "dash": DASHES[style % len(DASHES)]},
-            marker={"symbol": SYMBOLS[style % len(SYMBOLS)], "size": 9},
-            hovertemplate=f"{arm}: %{{y:.2f}} s at %{{x:,}}<extra></extra>",
+        times = [(s := row.step_seconds or 0.0, *(row.step_quartiles or (s, s))) for row in own]
+        figure.add_trace(
+            line(
+                [getattr(row, scan) for row in own],
+                [seconds for seconds, *_ in times],
+                arm,
+                style,
+                size=9,
+                error_y=bars(times, thickness=1.4, width=4),
+                hovertemplate=f"{arm}: %{{y:.2f}} s at %{{x:,}}<extra></extra>",
+            )
         )
     sizes = sorted({getattr(row, scan) for row in timed})
     if len(sizes) > 1:

@@ -1,14 +1,13 @@
 """How training went: unexplained variance, what each path does, dead features, of every training record."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
-from sae_nfm.report.plots.theme import DASHES, PALETTE, SYMBOLS, styled
+from sae_nfm.report.plots import DASHES, DECADES, line, styled
 from sae_nfm.report.run_folder import Run
 from sae_nfm.training.results import Curve, TrainingCurves, training_curves
 
@@ -17,6 +16,8 @@ COMMANDS = ("sae-nfm demo --output RUN/demo", "sae-nfm compare --output RUN/comp
 MOST = 6
 """SAEs in a figure."""
 Named = Mapping[str, TrainingCurves]
+Line = tuple[str, str, Curve]
+"""Of an SAE a part, such as a path, and its curve; all lines of a part have one style."""
 
 
 def section(run: Run) -> Section | None:
@@ -61,23 +62,10 @@ def _blocks(named: Sequence[tuple[str, TrainingCurves]], number: int) -> Iterato
         yield Prose(lines=[f"The first {MOST} of {len(named)} training records are drawn; not: {left}."])
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Line:
-    sae: str
-    part: str
-    """What of the SAE; all lines of a part have one style."""
-    curve: Curve
-
-
 def unexplained_figure(curves: Named, number: int) -> Figure | None:
-    """FVU of the whole output, and dotted of the direct path alone; None without.
-
-    Args:
-        curves: by name, at most `MOST`.
-        number: of the folder in the run, from 1, for the figure's name.
-    """
+    """FVU of the whole output, and dotted of the direct path alone; None without."""
     lines = [
-        _Line(sae=name, part=part, curve=curve)
+        (name, part, curve)
         for name, own in curves.items()
         for part, curve in (("all paths", own.unexplained), ("direct path alone", own.direct))
         if curve is not None
@@ -91,15 +79,16 @@ def unexplained_figure(curves: Named, number: int) -> Figure | None:
         "never to stand alone: its gap to the solid line says how the work is divided. The fair comparison is with "
         "the solid lines of other SAEs. Secondary SAEs are measured on what they are trained on, not on the model's "
         "activations.",
-        axis={"title": "FVU of the batch", "type": "log", "dtick": "D2", "tickformat": "~g"},
+        axis={"title": "FVU of the batch", **DECADES},
     )
 
 
 def shares_figure(curves: Named, number: int) -> Figure | None:
     """Shares of the integration paths; None where no SAE has several."""
-    several = {name: own for name, own in curves.items() if len(own.shares) > 1}
+    several = {name: own.shares for name, own in curves.items() if len(own.shares) > 1}
+    lines = [(sae, path, curve) for sae, paths in several.items() for path, curve in paths.items()]
     return _figure(
-        list(_by_path({name: own.shares for name, own in several.items()})),
+        lines,
         f"shares-{number}",
         "Which integration path writes how much",
         "Mean absolute value of what each integration path writes, as a share of the sum of these: the paper's 94 % "
@@ -111,8 +100,8 @@ def shares_figure(curves: Named, number: int) -> Figure | None:
 
 def l0_figure(curves: Named, number: int) -> Figure | None:
     """Active features; None where k fixes them."""
-    lines = [_Line(sae=n, part="L0", curve=own.l0) for n, own in curves.items() if own.l0 is not None]
-    if all(len(set(line.curve.values)) == 1 for line in lines):
+    lines = [(n, "L0", own.l0) for n, own in curves.items() if own.l0 is not None]
+    if all(len(set(curve.values)) == 1 for _, _, curve in lines):
         return None
     return _figure(
         lines,
@@ -125,25 +114,21 @@ def l0_figure(curves: Named, number: int) -> Figure | None:
 
 def held_out_figure(curves: Named, number: int) -> Figure | None:
     """KL on held-out text; None where it was not recorded."""
-    lines = [
-        _Line(sae=n, part="held-out KL", curve=own.held_out_kl)
-        for n, own in curves.items()
-        if own.held_out_kl is not None
-    ]
+    lines = [(n, "held-out KL", own.held_out_kl) for n, own in curves.items() if own.held_out_kl is not None]
     return _figure(
         lines,
         f"held-out-{number}",
         "Divergence of the model's predictions on held-out text",
         "KL(original || spliced) by SAELens's evaluation on the same held-out rows each time, nats per token "
         "(logarithmic); lower is better.",
-        axis={"title": "KL, nats per token", "type": "log", "dtick": "D2", "tickformat": "~g"},
+        axis={"title": "KL, nats per token", **DECADES},
     )
 
 
 def dead_figure(curves: Named, number: int) -> Figure | None:
     """Dead features; None where there never were any."""
-    lines = [_Line(sae=n, part="dead features", curve=own.dead) for n, own in curves.items() if own.dead is not None]
-    if not any(value for line in lines for value in line.curve.values):
+    lines = [(n, "dead features", own.dead) for n, own in curves.items() if own.dead is not None]
+    if not any(value for _, _, curve in lines for value in curve.values):
         return None
     return _figure(
         lines,
@@ -155,19 +140,13 @@ def dead_figure(curves: Named, number: int) -> Figure | None:
     )
 
 
-def _by_path(curves: Mapping[str, Mapping[str, Curve]]) -> Iterator[_Line]:
-    for sae, paths in curves.items():
-        for path, curve in paths.items():
-            yield _Line(sae=sae, part=path, curve=curve)
-
-
-def _figure(lines: list[_Line], name: str, title: str, caption: str, *, axis: dict[str, Any]) -> Figure | None:
+def _figure(lines: list[Line], name: str, title: str, caption: str, *, axis: dict[str, Any]) -> Figure | None:
     if not lines:
         return None
     rows = [
-        (line.sae, line.part, tokens, value)
-        for line in lines
-        for tokens, value in zip(line.curve.tokens, line.curve.values, strict=True)
+        (sae, part, tokens, value)
+        for sae, part, curve in lines
+        for tokens, value in zip(curve.tokens, curve.values, strict=True)
     ]
     return Figure(
         name=name,
@@ -178,22 +157,17 @@ def _figure(lines: list[_Line], name: str, title: str, caption: str, *, axis: di
     )
 
 
-def _plot(lines: list[_Line], axis: dict[str, Any]) -> go.Figure:
+def _plot(lines: list[Line], axis: dict[str, Any]) -> go.Figure:
     """A colour and symbol for each SAE, a dash for each part."""
-    saes, parts = (list(dict.fromkeys(getattr(line, name) for line in lines)) for name in ("sae", "part"))
+    saes, parts = (list(dict.fromkeys(one[place] for one in lines)) for place in (0, 1))
     dashes = dict(zip(parts, ("solid", "dot", *DASHES[1:2], *DASHES[3:]), strict=False))
     figure = go.Figure()
-    for line in lines:
-        place = saes.index(line.sae)
-        figure.add_scatter(
-            x=line.curve.tokens,
-            y=line.curve.values,
-            mode="lines+markers",
-            line={"color": PALETTE[place], "dash": dashes[line.part], "width": 2},
-            marker={"symbol": SYMBOLS[place], "size": 7, "maxdisplayed": 7, "line": {"width": 0}},
-            name=line.sae if len(parts) == 1 else f"{line.sae}, {line.part}",
-            hovertemplate=f"{line.sae}, {line.part}<br>%{{x:,}} tokens: %{{y:.4g}}<extra></extra>",
-        )
+    for sae, part, curve in lines:
+        name = sae if len(parts) == 1 else f"{sae}, {part}"
+        told = f"{sae}, {part}<br>%{{x:,}} tokens: %{{y:.4g}}<extra></extra>"
+        trace = line(curve.tokens, curve.values, name, saes.index(sae), hovertemplate=told)
+        trace.update(line_dash=dashes[part], marker_maxdisplayed=7, marker_line_width=0)
+        figure.add_trace(trace)
     figure.update_xaxes(title="training tokens", rangemode="tozero", nticks=6, tickangle=0)
     figure.update_yaxes(**axis)
     entries = -(-len(lines) // 3)  # of the legend, some three in a line

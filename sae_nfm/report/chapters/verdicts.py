@@ -8,8 +8,7 @@ import pandas as pd
 from sae_nfm.comparison.results import Answer, ClaimKind, CompareResult, SweepRow
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, section_of
 from sae_nfm.report.chapters.fidelity import CHANGE, HEADINGS, METRICS
-from sae_nfm.report.plots.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot
-from sae_nfm.report.plots.theme import PALETTE, SYMBOLS
+from sae_nfm.report.plots import PALETTE, SYMBOLS, Axis, Group, Mark, dot_plot, ends, headed, mark, plain_rows
 from sae_nfm.report.run_folder import Run
 from sae_nfm.stats import Outcome
 
@@ -36,7 +35,7 @@ def section(run: Run) -> Section | None:
         title=TITLE,
         lead="Does one arm do better than another by more than seeds and documents scatter? Fair claims compare "
         "SAEs trained on their own; the paper's comparison of an SAE with a part of itself stands apart.",
-        blocks=lambda found, number: _blocks(found.result, number),
+        blocks=_blocks,
         findings=lambda result: _said(result.answers),
     )
 
@@ -53,12 +52,8 @@ def _blocks(result: CompareResult, number: int) -> Iterator[Block]:
             yield fair_figure(fair, number)
     if result.missing:
         yield Prose(lines=[f"No verdict: {reason}." for reason in result.missing], listed=True)
-    yield from _rates(result.sweep, number)
-
-
-def _rates(sweep: Sequence[SweepRow], number: int) -> Iterator[Block]:
-    for k in dict.fromkeys(row.k for row in sweep):
-        yield rates_figure([row for row in sweep if row.k == k], number)
+    for k in dict.fromkeys(row.k for row in result.sweep):
+        yield rates_figure([row for row in result.sweep if row.k == k], number)
 
 
 def _said(answers: Sequence[Answer]) -> Iterator[str]:
@@ -84,11 +79,11 @@ def _named(answers: Sequence[Answer]) -> str:
 
 
 def one_scale_figure(answers: Sequence[Answer], number: int) -> Figure:
-    """The paper's comparison and the fair ones on one scale."""
-    rows: list[Row] = []
-    for kind, heading in HEADINGS.items():
-        own = [Row(key=_pair(answer), label=_pair(answer)) for answer in answers if answer.claim.kind is kind]
-        rows += [Row(key=str(kind), label=heading, heading=True), *dict.fromkeys(own)] if own else []
+    """The paper's comparison and the fair ones at one k, on one scale."""
+    rows = headed(
+        (heading, plain_rows(_pair(answer) for answer in answers if answer.claim.kind is kind))
+        for kind, heading in HEADINGS.items()
+    )
     marks = [_mark(answer, group=MEASURES[answer.verdict.measure]) for answer in answers]
     return Figure(
         name=f"one-scale-{number}-k{answers[0].k}",
@@ -103,12 +98,13 @@ def one_scale_figure(answers: Sequence[Answer], number: int) -> Figure:
 
 
 def fair_figure(answers: Sequence[Answer], number: int) -> Figure:
-    """Every fair claim with its verdict."""
-    rows = list(dict.fromkeys(Row(key=_pair(answer), label=_pair(answer)) for answer in answers))
+    """Every fair claim at one k with its verdict."""
+    rows = plain_rows(map(_pair, answers))
     marks = [
         _mark(answer, group=OUTCOMES[answer.verdict.outcome].name, panel=MEASURES[answer.verdict.measure])
         for answer in answers
     ]
+    axis = Axis(title=CHANGE.title, tickformat="+.1%", form="+.1%", reference=0.0)
     n = answers[0].verdict.n_seeds
     corrections = dict.fromkeys(a.verdict.difference.correction for a in answers if a.verdict.difference.correction)
     return Figure(
@@ -118,7 +114,7 @@ def fair_figure(answers: Sequence[Answer], number: int) -> Figure:
             marks,
             tuple(OUTCOMES.values()),
             rows,
-            Axis(title=CHANGE.title, tickformat="+.1%", form="+.1%", reference=0.0),
+            axis,
             panels=tuple(MEASURES.values()),
             label_width=46,
             narrow_width=24,
@@ -136,39 +132,31 @@ def _pair(answer: Answer) -> str:
 
 
 def _mark(answer: Answer, *, group: str, panel: str = "") -> Mark:
-    r, note = answer.verdict.relative, f"{answer.verdict.words}: {answer.claim.question}"
-    return Mark(row=_pair(answer), group=group, panel=panel, x=r.estimate, low=r.low, high=r.high, note=note)
+    note = f"{answer.verdict.words}: {answer.claim.question}"
+    return mark(_pair(answer), group, answer.verdict.relative, panel=panel, note=note)
 
 
 def _data(answers: Sequence[Answer]) -> pd.DataFrame:
     """What is drawn, with the words."""
-    return pd.DataFrame(
-        [
-            {
-                "kind": str(a.claim.kind),
-                "arm": a.claim.arm,
-                "against": a.claim.against,
-                "measure": MEASURES[a.verdict.measure],
-                "relative difference": a.verdict.relative.estimate,
-                "low": bounded(a.verdict.relative.low),
-                "high": bounded(a.verdict.relative.high),
-                "adjusted p": a.verdict.difference.p_value,
-                "verdict": a.verdict.words,
-                "question": a.claim.question,
-            }
-            for a in answers
-        ]
-    )
+    names = [(str(a.claim.kind), a.claim.arm, a.claim.against, MEASURES[a.verdict.measure]) for a in answers]
+    told = [(a.verdict.difference.p_value, a.verdict.words, a.claim.question) for a in answers]
+    rows = [
+        (*name, *ends(answer.verdict.relative), *words)
+        for name, answer, words in zip(names, answers, told, strict=True)
+    ]
+    columns = ["kind", "arm", "against", "measure", "relative difference", "low", "high"]
+    return pd.DataFrame(rows, columns=[*columns, "adjusted p", "verdict", "question"])
 
 
 def rates_figure(sweep: Sequence[SweepRow], number: int) -> Figure:
-    """FVU of every SAE of a sweep at every rate."""
+    """FVU of every SAE of the sweep of one k at every rate."""
     candidates = sorted({row.learning_rate for row in sweep})
     groups = [
         Group(name=f"{rate:g}", colour=PALETTE[place % len(PALETTE)], symbol=SYMBOLS[place % len(SYMBOLS)])
         for place, rate in enumerate(candidates)
     ]
-    rows = [Row(key=arm, label=arm) for arm in dict.fromkeys(row.arm for row in sweep)]
+    rows = plain_rows(row.arm for row in sweep)
+    axis = Axis(title="FVU on the sweep's text (lower is better)", form=".4f")
     marks: list[Mark] = []
     for row in sweep:
         if isfinite(row.fvu):
@@ -179,13 +167,7 @@ def rates_figure(sweep: Sequence[SweepRow], number: int) -> Figure:
     return Figure(
         name=f"rates-{number}-k{sweep[0].k}",
         title="Every arm at the learning rate that suits it",
-        plot=dot_plot(
-            marks,
-            [*groups, INSIDE, EDGE],
-            rows,
-            Axis(title="FVU on the sweep's text (lower is better)", form=".4f"),
-            label_width=32,
-        ),
+        plot=dot_plot(marks, [*groups, INSIDE, EDGE], rows, axis, label_width=32),
         caption="Each arm was trained at the same learning rates, on the same tokens, with a seed that is not among "
         "the compared, and took the rate with the lowest FVU on text that nothing is reported on (ringed). Where a "
         "coefficient sets the sparsity, FVU is interpolated at one L0, so the lowest mark need not be the chosen "

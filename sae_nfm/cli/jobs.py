@@ -1,19 +1,39 @@
-"""The job of `sae-nfm demo`: a small comparison and its table in words, one of its SAEs to look into, and the page of it all."""
+"""The jobs of `sae-nfm report` and `sae-nfm demo`, which join packages that may not import one another."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from sae_nfm.cli.report import write_report
+from sae_nfm.analysis import norms_of_saes
 from sae_nfm.common.results import RESULTS_FILENAME
 from sae_nfm.comparison import DemoConfig, Prepared, compare_once
 from sae_nfm.comparison.results import ArmName, CompareResult
 from sae_nfm.explorer import FILENAME, explore
-from sae_nfm.report.command import ReportConfig
+from sae_nfm.report.command import ReportConfig, WrittenReport, write_run_report
 
+NORMS_FILENAME = "norms.json"
 EXPLORED_TOKENS = 20_000
-"""Held-out tokens that the explorer's contexts and pairs are from."""
+"""Held-out tokens that the explorer's contexts and pairs of a demo are from."""
+
+
+def write_report(cfg: ReportConfig) -> WrittenReport:
+    """Write norms.json of the joint SAEs in a run's folder, then its page.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `write_run_report`, or for a damaged SAE.
+    """
+    folder = Path(cfg.run)
+    saes = [
+        path.parent for path in sorted(folder.rglob(SAE_CFG_FILENAME)) if (path.parent / SAE_WEIGHTS_FILENAME).is_file()
+    ]
+    found = norms_of_saes(saes, folder)
+    if found.saes:
+        with suppress(PermissionError):  # somebody else's folder: the page shows what is in it
+            found.save(folder / NORMS_FILENAME)
+    return write_run_report(cfg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +53,7 @@ class Demo:
 
 
 def run_demo(cfg: DemoConfig, *, command: str | None = None) -> Demo:
-    """Train, evaluate, explore, and write results.json, explorer.json.gz and report.html.
-
-    Args:
-        cfg: what to do.
-        command: how to repeat it, for the provenance.
+    """Train, evaluate, explore, and write results.json, explorer.json.gz and report.html; `command` repeats it.
 
     Raises:
         ValueError, FileNotFoundError: as `Prepared.of`; nothing is written then.

@@ -1,1 +1,0 @@
-"""Dot plots and the style that all figures share; they draw and compute nothing."""
