@@ -11,7 +11,7 @@ In the output folder: results.json, and changes.parquet with the change of every
 Source: arXiv 2507.00269 (2x2 experiment), with the tests done over.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,29 @@ from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_nfm.architectures import NFMPaths
-from sae_nfm.common import provenance, whole
+from sae_nfm.common import check_positive, provenance, whole
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions
-from sae_nfm.experiments.factorial.candidates import (
+from sae_nfm.experiments.factorial.clamps import (
+    Arm,
+    arms,
+    cell_estimates,
+    clamp_tests,
+    contrast_estimate,
+    spliced,
+    unit_of,
+)
+from sae_nfm.experiments.factorial.measure import (
+    SCALES,
     Candidates,
     Pool,
+    Scale,
+    WordScorer,
     feature_candidates,
     pair_candidates,
     secondary_activations,
     secondary_candidates,
+    tokenized,
 )
-from sae_nfm.experiments.factorial.clamp_tests import cell_estimates, clamp_tests, contrast_estimate
-from sae_nfm.experiments.factorial.clamps import Arm, arms, spliced, unit_of
 from sae_nfm.experiments.factorial.results import (
     PRIMARY_SCALE,
     ArmResult,
@@ -44,7 +55,6 @@ from sae_nfm.experiments.factorial.results import (
     with_holm,
 )
 from sae_nfm.experiments.factorial.stimuli import StimulusSet, load_stimuli
-from sae_nfm.experiments.factorial.word_scores import SCALES, Scores, WordScorer, tokenized
 from sae_nfm.loading import load_sae
 from sae_nfm.models import LanguageModel, check_device, model_of
 from sae_nfm.stats import (
@@ -58,8 +68,6 @@ from sae_nfm.stats import (
     shuffled_procedure,
     word_pattern,
 )
-
-CHANGES_FILENAME = "changes.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +101,7 @@ class FactorialConfig(SavedSAEOptions):
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        for name in ("min_stimuli", "max_pairs", "n_permutations", "batch_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        check_positive(self, "min_stimuli", "max_pairs", "n_permutations", "batch_rows")
         if not self.clamps and not self.absolute:
             raise ValueError("there is nothing to clamp at; give --clamps or --absolute")
         for name in ("clamps", "absolute"):
@@ -116,7 +122,7 @@ def run_factorial(cfg: FactorialConfig, *, command: str | None = None) -> Factor
     secondary = None if cfg.secondary is None else load_sae(cfg.secondary, device=cfg.device).eval()
     model, _ = model_of(sae, cfg.device, model_name=cfg.model)
     result, rows = factorial(model, sae, stimuli, cfg, secondary=secondary, command=command)
-    with whole(Path(cfg.output) / CHANGES_FILENAME) as partial:
+    with whole(Path(cfg.output) / "changes.parquet") as partial:
         rows.to_parquet(partial)
     result.save(Path(cfg.output) / "results.json")
     return result
@@ -131,15 +137,12 @@ def factorial(
     secondary: SAE[Any] | None = None,
     command: str | None = None,
 ) -> tuple[FactorialResult, pd.DataFrame]:
-    """The experiment on a model at hand.
+    """The experiment on a model at hand: the result, and the change of every word after every stimulus by arm and scale.
 
     Args:
         sae: an SAE of any architecture; pairs are looked at where it has an interaction path over pairs.
         cfg: of which the names of model, SAE and stimuli are not used.
         secondary: an SAE on its hidden code.
-
-    Returns:
-        The result, and the changes: a row for every arm, stimulus and word with its change on every scale.
 
     Raises:
         ValueError: for stimuli that the tokenizer or the model cannot take, or no candidate to select.
@@ -148,19 +151,24 @@ def factorial(
     tokens = tokenized(model, stimuli, prepend_bos=metadata.prepend_bos is not False)
     cells, word_cells = stimuli.cell_of_sentence, stimuli.cell_of_word
     half = halves(cells, np.random.default_rng([cfg.seed, 0]))
-    pools = _candidates(model, sae, secondary, tokens.prompts, half, cfg)
-    roles = tuple(f"{factor.name} (main effect)" for factor in stimuli.factors)
-    selected, units = _select(pools, cells, half, (roles[0], roles[1]), cfg)
+    found: list[Candidates | None] = [feature_candidates(model, sae, tokens.prompts, cfg.pool)]
+    found.append(pair_candidates(model, sae, tokens.prompts, cfg.pool, cfg.max_pairs))
+    if secondary is not None:
+        found.append(secondary_candidates(model, sae, secondary, tokens.prompts, cfg.pool))
+    pools = {one.kind: one.firing_in(half, cfg.min_stimuli) for one in found if one is not None}
+    first, second = stimuli.factors
+    roles = f"{first.name} (main effect)", f"{second.name} (main effect)"
+    selected, units = _select(pools, cells, half, roles, cfg)
     held_out = [prompt for prompt, chosen in zip(tokens.prompts, half, strict=True) if not chosen]
     scorer = WordScorer(model, held_out, tokens.words, cfg.batch_rows)
     baseline = scorer.scores(spliced(sae, secondary))
     results, frames = list[ArmResult](), list[pd.DataFrame]()
-    planned = arms(sae, units, cfg.clamps, cfg.absolute, (roles[0], roles[1]))
+    planned = arms(sae, units, cfg.clamps, cfg.absolute, roles)
     for number, arm in enumerate(tqdm(planned, desc="Clamping", unit="arm")):
-        scores = scorer.scores(arm.intervention(sae, secondary))
+        changes = scorer.scores(spliced(sae, secondary, arm.edits)).less(baseline)
         rng = np.random.default_rng([cfg.seed, 1, number])
-        results.append(_arm_result(arm, scores, baseline, word_cells, cells[~half], rng, cfg.n_permutations))
-        frames.append(_changes(arm, scores, baseline, np.flatnonzero(~half), stimuli))
+        results.append(_arm_result(arm, {**changes}, word_cells, cells[~half], rng, cfg.n_permutations))
+        frames.append(_changes_table(arm, changes, np.flatnonzero(~half), stimuli))
     result = FactorialResult(
         design=" x ".join(f"{factor.name} ({' / '.join(factor.levels)})" for factor in stimuli.factors),
         items=(int(half.sum()), int((~half).sum())),
@@ -172,23 +180,6 @@ def factorial(
         ),
     )
     return result, pd.concat(frames, ignore_index=True)
-
-
-def _candidates(
-    model: LanguageModel,
-    sae: SAE[Any],
-    secondary: SAE[Any] | None,
-    prompts: Sequence[tuple[int, ...]],
-    half: Half,
-    cfg: FactorialConfig,
-) -> dict[str, Candidates]:
-    """What there is to select from, by kind."""
-    found: list[Candidates | None] = [
-        feature_candidates(model, sae, prompts, cfg.pool),
-        pair_candidates(model, sae, prompts, cfg.pool, cfg.max_pairs),
-        None if secondary is None else secondary_candidates(model, sae, secondary, prompts, cfg.pool),
-    ]
-    return {one.kind: one.firing_in(half, cfg.min_stimuli) for one in found if one is not None}
 
 
 def _select(
@@ -219,31 +210,19 @@ def _select(
 
 
 def _arm_result(
-    arm: Arm,
-    scores: Scores,
-    baseline: Scores,
-    word_cells: Cells,
-    cells: Cells,
-    rng: np.random.Generator,
-    n_permutations: int,
+    arm: Arm, changes: dict[str, Floats], word_cells: Cells, cells: Cells, rng: np.random.Generator, n_permutations: int
 ) -> ArmResult:
-    changes: dict[str, Floats] = {scale: change for scale, change in scores.less(baseline).items()}
     tests = clamp_tests(changes, word_cells, cells, rng, n_permutations)
     return ArmResult(
-        name=arm.name,
-        role=arm.role,
-        units=arm.units,
-        clamp=arm.clamp,
-        times=arm.times,
-        control=arm.control,
+        **{name: getattr(arm, name) for name in ("name", "role", "units", "clamp", "times", "control")},
         tests=tests,
         cells=cell_estimates(word_pattern(by_bucket(changes[PRIMARY_SCALE], word_cells)), cells),
         contrast=contrast_estimate(tests.items[PRIMARY_SCALE]),
     )
 
 
-def _changes(arm: Arm, scores: Scores, baseline: Scores, items: Cells, stimuli: StimulusSet) -> pd.DataFrame:
-    changes, n_words = scores.less(baseline), len(stimuli.words)
+def _changes_table(arm: Arm, changes: Mapping[Scale, Floats], items: Cells, stimuli: StimulusSet) -> pd.DataFrame:
+    n_words = len(stimuli.words)
     return pd.DataFrame(
         {"arm": pd.Categorical.from_codes(np.zeros(len(items) * n_words, dtype=int), [arm.name])}
         | {"item": np.repeat(items, n_words), "item_cell": np.repeat(stimuli.cell_of_sentence[items], n_words)}
@@ -268,15 +247,10 @@ def _secondary_shifts(
     found = list[SecondaryShift]()
     for arm in planned:
         if not arm.control and all(unit.kind == "feature" for unit in arm.units):
-            after = secondary_activations(model, sae, arm.intervention(sae, secondary), prompts).mean(0)
+            after = secondary_activations(model, sae, spliced(sae, secondary, arm.edits), prompts).mean(0)
             change, active = np.abs(after - before), (after != 0) | (before != 0)
             own = selected.index[0]
-            found.append(
-                SecondaryShift(
-                    arm=arm.name,
-                    change=float(after[own] - before[own]),
-                    above=float((change[active] >= change[own]).mean()) if active.any() else 1.0,
-                    features=int(active.sum()),
-                )
-            )
+            above = float((change[active] >= change[own]).mean()) if active.any() else 1.0
+            shift, n = float(after[own] - before[own]), int(active.sum())
+            found.append(SecondaryShift(arm=arm.name, change=shift, above=above, features=n))
     return tuple(found)
