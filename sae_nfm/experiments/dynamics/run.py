@@ -21,16 +21,17 @@ from tqdm.auto import tqdm
 
 from sae_nfm import demo
 from sae_nfm.analysis import gauge, read_activations
-from sae_nfm.common import provenance, whole
+from sae_nfm.common import check_positive, provenance, whole
 from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import held_out_rows, open_dataset
-from sae_nfm.experiments.dynamics.checkpoints import checkpoints_of_run, load_checkpoint
 from sae_nfm.experiments.dynamics.measure import (
     REFERENCE,
     RUN,
     GroupedTokens,
     Measured,
     checkpoint_row,
+    checkpoints_of_run,
+    load_checkpoint,
     measured,
     movement,
     tertiles,
@@ -49,8 +50,7 @@ class DynamicsConfig(SavedSAEOptions):
     reference: str | None = None
     """The same of a topk run on the same data, for norms and firing."""
     held_out: str | None = None
-    """Held-out text: a .parquet, .jsonl or .txt file, or a hub name; with the embedded model its own held-out tokens unless
-    given."""
+    """Held-out text: a .parquet, .jsonl or .txt file, or a hub name; by default the embedded model's held-out tokens."""
     held_out_tokens: int = 20_000
     """Held-out tokens, at most."""
     context_size: int | None = None
@@ -64,9 +64,7 @@ class DynamicsConfig(SavedSAEOptions):
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        for name in ("held_out_tokens", "n_permutations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        check_positive(self, "held_out_tokens", "n_permutations")
         if self.context_size is not None and self.context_size < 2:
             raise ValueError(f"context_size is {self.context_size}; give at least 2: position 0 is left out")
 
@@ -84,13 +82,9 @@ def run_dynamics(cfg: DynamicsConfig, *, command: str | None = None) -> Dynamics
         runs[REFERENCE] = checkpoints_of_run(cfg.reference)
     first = load_checkpoint(runs[RUN][0], RUN, cfg.device)
     x, documents = _activations(cfg, first)
-    tokens, found = GroupedTokens.of(x, documents), list[Measured]()
-    total = sum(map(len, runs.values()))
-    with tqdm(total=total, desc="Measuring checkpoints", unit="checkpoint") as progress:
-        for name, checkpoints in runs.items():
-            for checkpoint in checkpoints:
-                found.append(measured(name, checkpoint, first, tokens, cfg.device))
-                progress.update()
+    tokens, every = GroupedTokens.of(x, documents), [(name, one) for name, own in runs.items() for one in own]
+    progress = tqdm(every, desc="Measuring checkpoints", unit="checkpoint")
+    found = [measured(name, checkpoint, first, tokens, cfg.device) for name, checkpoint in progress]
     result = _result(cfg, first, found, documents, command)
     with whole(Path(cfg.output) / "features.parquet") as partial:
         trajectories(found).to_parquet(partial, index=False)

@@ -270,7 +270,11 @@ def secondary_activations(
     """
     seen, found = dict[str, Tensor](), dict[int, np.ndarray]()
     hook_point: Any = sae.hook_secondary_acts_post  # pyright: ignore[reportAttributeAccessIssue] (made by name)
-    handle = hook_point.register_forward_hook(lambda module, args, value: seen.update(acts=value))  # noqa: ARG005
+
+    def keep(module: Any, args: Any, value: Tensor) -> None:  # noqa: ARG001
+        seen["acts"] = value
+
+    handle = hook_point.register_forward_hook(keep)
     try:
         with intervention.on(model):
             for items, tokens, counted in _batches(model, prompts):

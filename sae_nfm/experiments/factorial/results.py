@@ -135,7 +135,7 @@ class FactorialResult(SavedResult):
         return "\n".join([*self._stage_1(), "", *self._stage_2(), "", *self._stage_3(), "", *self._caveats()])
 
     def reversals(self) -> dict[str, bool]:
-        """Whether the interaction (5 %) of a role has opposite signs at -m and m times typical, at the largest m that has both."""
+        """Whether the interaction (5 %) of a role has opposite signs at -m and m times typical, m the largest that has both."""
         by_role: dict[str, dict[float, FactorialTest]] = {}
         for arm in self.arms:
             if arm.times is not None:

@@ -112,7 +112,7 @@ def _stimulus_set(name: str, content: Any) -> StimulusSet:
     factors = _factors(content["factors"])
     cells = [_cell(f"cell {i}", cell, factors) for i, cell in enumerate(_sequence("cells", content["cells"]), 1)]
     by_levels = {cell.levels: cell for cell in cells}
-    wanted = list(itertools.product(*(factor.levels for factor in factors)))
+    wanted = list(itertools.product(factors[0].levels, factors[1].levels))
     if len(cells) != 4 or set(by_levels) != set(wanted):
         given = ", ".join(cell.name for cell in cells)
         raise ValueError(f"the cells are {given}; give each of {', '.join('-'.join(w) for w in wanted)} once")
