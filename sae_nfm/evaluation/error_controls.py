@@ -7,14 +7,13 @@
 Source: W. Gurnee 2024, "SAE reconstruction errors are (empirically) pathological".
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_nfm.evaluation.results import SUMMARY_FILENAME, ArmKL, MeasuredKL, Role
-from sae_nfm.evaluation.token_table import read_manifest, read_rows
-from sae_nfm.interventions import EQUAL_DISTANCE, UNDER_TEST
+from sae_nfm.evaluation.results import SUMMARY_FILENAME, ArmKL, MeasuredKL
+from sae_nfm.evaluation.token_table import read_rows
+from sae_nfm.interventions.results import EQUAL_DISTANCE, UNDER_TEST, ArmRole, Role
 from sae_nfm.stats import Bootstrap, Estimate, clustered_mean, ratio_of_means
 
 
@@ -59,56 +58,35 @@ def _kl(folder: str | Path, arm: str) -> Any:
     return read_rows(folder, ["document", "kl_nats"], [arm])
 
 
-ANCHORS = ("none", "zero", "mean")
-_PART = re.compile(r"direct (only|\+ )")
-_SCALED = re.compile(r"error x (.+)")
-
-
-def summarise(folder: Path) -> None:
+def summarise(folder: Path, roles: Mapping[str, ArmRole]) -> None:
     """Write `summary.json` beside the rows of a finished measurement, where it is one of an SAE and its controls on documents."""
-    if not {UNDER_TEST, EQUAL_DISTANCE[0]} <= set(read_manifest(folder).arms):
+    if all(one.role is not Role.CONTROL for one in roles.values()):
         return
-    rows: Any = read_rows(folder, ["document"], [UNDER_TEST])
+    rows: Any = read_rows(folder, ["document"], [next(iter(roles))])
     if rows["document"].nunique() > 1:
-        kl_by_arm(folder).save(folder / SUMMARY_FILENAME)
+        kl_by_arm(folder, roles).save(folder / SUMMARY_FILENAME)
 
 
-def kl_by_arm(folder: str | Path) -> MeasuredKL:
+def kl_by_arm(folder: str | Path, roles: Mapping[str, ArmRole]) -> MeasuredKL:
     """Mean KL of every arm; of the rows three columns are read.
 
+    Args:
+        folder: a finished measurement.
+        roles: of its arms, by name.
+
     Raises:
-        FileNotFoundError, ValueError: as `token_rows.read_rows`; for a single document.
+        FileNotFoundError, ValueError: as `read_rows`; for a single document.
     """
-    names = tuple(read_manifest(Path(folder)).arms)
     rows = read_rows(folder, ["arm", "document", "kl_nats"])
     found: list[ArmKL] = []
-    for arm in names:
+    for arm, one in roles.items():
         own = rows.loc[rows["arm"] == arm]
-        found.append(_classified(arm, names, clustered_mean(own["kl_nats"].to_numpy(), own["document"].to_numpy())))
+        kl = clustered_mean(own["kl_nats"].to_numpy(), own["document"].to_numpy())
+        named = {"of": one.of or arm, "name": one.name or arm}
+        found.append(ArmKL(arm=arm, role=one.role, scale=one.scale, kl=kl, **named))
     ratios: dict[str, Mapping[str, Estimate]] = {}
-    for sae in dict.fromkeys(arm.of for arm in found if arm.role == "control"):
-        controls = {arm.arm: arm.name for arm in found if arm.of == sae and arm.role == "control"}
+    for sae in dict.fromkeys(arm.of for arm in found if arm.role is Role.CONTROL):
+        controls = {arm.arm: arm.name for arm in found if arm.of == sae and arm.role is Role.CONTROL}
         by_arm = error_ratios(folder, sae, tuple(controls))
         ratios[sae] = {controls[arm]: estimate for arm, estimate in by_arm.items()}
     return MeasuredKL(arms=tuple(found), ratios=ratios)
-
-
-def _classified(arm: str, arms: tuple[str, ...], kl: Estimate) -> ArmKL:
-    prefix, _, rest = arm.partition(": ")
-    of, name = (prefix, rest) if rest and prefix in arms else (UNDER_TEST, arm)
-    role, scale = _role(name)
-    if role == "other" and f"{arm}: {EQUAL_DISTANCE[0]}" in arms:
-        of, name, role, scale = arm, arm, "SAE", 1.0
-    return ArmKL(arm=arm, of=arm if role == "other" else of, name=name, role=role, scale=scale, kl=kl)
-
-
-def _role(name: str) -> tuple[Role, float | None]:
-    if name == UNDER_TEST:
-        return "SAE", 1.0
-    if name in EQUAL_DISTANCE:
-        return "control", -1.0 if name == "flipped error" else None
-    if name in ANCHORS:
-        return "anchor", None
-    if scaled := _SCALED.fullmatch(name):
-        return "scaled error", float(scaled[1])
-    return ("part" if _PART.match(name) else "other"), None

@@ -175,7 +175,7 @@ def measure(
                 recorder.add(rows, first, batch_rows)
                 progress.update(min(batch_rows, len(rows) - first))
             recorder.write(folder, part)
-    summarise(folder)
+    summarise(folder, {name: arm.role for name, arm in arms.items()})
     return folder
 
 

@@ -5,16 +5,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from typing_extensions import override
 
 from sae_nfm.common import listed
 from sae_nfm.common.results import SavedResult
-from sae_nfm.interventions.results import EQUAL_DISTANCE, UNDER_TEST
+from sae_nfm.interventions.results import EQUAL_DISTANCE, UNDER_TEST, Role
 from sae_nfm.stats import Estimate
 
-Role = Literal["SAE", "part", "control", "scaled error", "anchor", "other"]
 MANIFEST_FILENAME, SUMMARY_FILENAME = "manifest.json", "summary.json"
 
 
@@ -43,12 +42,10 @@ class ArmKL:
     arm: str
     """Its name among the measured."""
     of: str
-    """The SAE that it is a part or a control of: "sae", or the one whose name begins its own; its own name for "other"."""
+    """The SAE that it is, or is a part or a control of; its own name for others."""
     name: str
     """Its name without that of the SAE."""
     role: Role
-    """"SAE": the arm under test. "part": some of its paths off. "control": another change of equal distance. "scaled error": its
-    error, scaled. "anchor": no change, zero, the mean. "other": any other."""
     scale: float | None
     """What its error is multiplied with: 1 for the arm under test, -1 for the flipped error; None for the others."""
     kl: Estimate

@@ -31,7 +31,7 @@ for covariance-matched directions.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -40,7 +40,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm.interventions.intervene import Intervention, Splice, Substitution, TokenContext, counted_tokens, digest
-from sae_nfm.interventions.results import UNDER_TEST
+from sae_nfm.interventions.results import UNDER_TEST, ArmRole, Role
 from sae_nfm.models import LanguageModel
 
 SCALES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
@@ -98,15 +98,16 @@ def fit_activations(
 
 
 def control_arms(
-    under_test: Splice, activations: Activations, scales: Sequence[float] = SCALES
+    under_test: Splice, activations: Activations, scales: Sequence[float] = SCALES, *, of: str = UNDER_TEST
 ) -> dict[str, Intervention]:
-    """The arm under test, as "sae", and every control and anchor of it, for `behaviour.measure`.
+    """The arm under test, as "sae", and every control and anchor of it, for `evaluation.measure`.
 
     Args:
         under_test: the SAE, some of its paths ablated or not.
         activations: mean and covariance at its hook point.
         scales: of the error, for the sweep "error x s"; 0 is the original model (in rows that begin with BOS) and 1 the arm under
             test, by another way.
+        of: name of the SAE in the measurement, for the roles.
 
     Raises:
         ValueError: when the activations are from another hook point, or of another width.
@@ -117,6 +118,7 @@ def control_arms(
             f"is at {under_test.hook_name!r} with {under_test.sae.cfg.d_in}; fit them at its hook point"
         )
     fitted = digest({"mean": activations.mean, "covariance": activations.covariance})
+    scaled = {f"error x {scale:g}": scale for scale in map(float, scales)}
     rules: Mapping[str, tuple[Rule, str]] = {
         "isotropic": (Isotropic(), ""),
         "isotropic, norm kept": (NormKept(), ""),
@@ -124,19 +126,29 @@ def control_arms(
         "covariance mixture": (Mixture(activations=activations), fitted),
         "shuffled error": (Shuffled(), ""),
         "flipped error": (Scaled(scale=-1.0), ""),
-    } | {f"error x {scale:g}": (Scaled(scale=scale), f"{scale!r}") for scale in map(float, scales)}
-    arms: dict[str, Intervention] = {UNDER_TEST: under_test}
-    for name, (rule, of) in rules.items():
+    } | {name: (Scaled(scale=scale), f"{scale!r}") for name, scale in scaled.items()}
+    role = ArmRole(role=Role.SAE, of=of, name=of, scale=1.0)
+    arms: dict[str, Intervention] = {UNDER_TEST: replace(under_test, role=role)}
+    for name, (rule, fit) in rules.items():
         arms[name] = Substitution(
             at=under_test.hook_name,
             function=_Control(under_test=under_test, rule=rule),
-            description=f"{name} ({of}) for {under_test.identity}",
+            description=f"{name} ({fit}) for {under_test.identity}",
             special_tokens=under_test.special_tokens,
+            role=ArmRole(
+                role=Role.SCALED if name in scaled else Role.CONTROL,
+                of=of,
+                name=name,
+                scale=rule.scale if isinstance(rule, Scaled) else None,
+            ),
         )
-    return arms | anchors(activations)
+    return arms | {
+        name: replace(anchor, role=ArmRole(role=Role.ANCHOR, of=of, name=name))
+        for name, anchor in anchors(activations).items()
+    }
 
 
-def anchors(activations: Activations) -> dict[str, Intervention]:
+def anchors(activations: Activations) -> dict[str, Substitution]:
     """No, zero and mean ablation of a hook point. Special tokens are kept; with "changed" the zero is SAELens's."""
     at, mean = activations.hook_name, activations.mean
     return {

@@ -25,6 +25,7 @@ from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths, Secondary, check_se
 from sae_nfm.interventions.apply_edits import at_work, hook_functions
 from sae_nfm.interventions.edit_targets import TokensInTurn
 from sae_nfm.interventions.edits import SAEEdit
+from sae_nfm.interventions.results import NO_ROLE, ArmRole
 from sae_nfm.loading import describe, digest
 from sae_nfm.models import (
     Attached,
@@ -86,6 +87,8 @@ class Intervention(ABC):
 
     special_tokens: SpecialTokens = "kept"
     """Whether special tokens keep their activations, or are treated as all others are."""
+    role: ArmRole = NO_ROLE
+    """What it is in a measurement (`sae_nfm.evaluation.measure`); it changes nothing that it does."""
 
     @property
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import ClassVar
 
 import pandas as pd
@@ -20,6 +21,36 @@ EQUAL_DISTANCE = (
     "flipped error",
 )
 """Names of the controls at the distance of the arm under test."""
+
+
+class Role(StrEnum):
+    """What an intervention is in a measurement of an SAE beside its controls."""
+
+    SAE = "SAE"
+    PART = "part"
+    """The SAE with some of its paths ablated."""
+    CONTROL = "control"
+    """Another change of equal distance."""
+    SCALED = "scaled error"
+    ANCHOR = "anchor"
+    """No change, zero, the mean."""
+    OTHER = "other"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmRole:
+    """The role of an intervention, and to which SAE."""
+
+    role: Role = Role.OTHER
+    of: str = ""
+    """Name of the SAE that it is, or is a part or a control of; "" for others."""
+    name: str = ""
+    """Its own name without that of the SAE; "" for others."""
+    scale: float | None = None
+    """What the SAE's error is multiplied with: 1 for the SAE itself, -1 for the flipped error; None for the others."""
+
+
+NO_ROLE = ArmRole()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,13 @@ from sae_nfm.comparison.table import ablations
 from sae_nfm.data import datasets
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import Arm, evaluate
+from sae_nfm.evaluation.results import MeasuredKL
 from sae_nfm.experiments.reproduce.factorial import factorial_rows
 from sae_nfm.experiments.reproduce.published import PUBLISHED, Unit
 from sae_nfm.experiments.reproduce.results import NoVerdict, ReproduceResult, written
 from sae_nfm.experiments.reproduce.rows import keeping_means
 from sae_nfm.experiments.reproduce.run import ReproduceConfig, behaviour_arms, run_reproduce
+from sae_nfm.interventions.results import Role
 from sae_nfm.models.load import load_model
 from sae_nfm.stats.estimates import Estimate
 from sae_nfm.training.results import Trained
@@ -80,6 +82,24 @@ def test_figures_of_behaviour_are_those_of_evaluate(result, fidelity, what, meas
             assert found.controlled.estimate != found.here.estimate
 
 
+def test_arms_of_the_measurement_have_their_roles(reproduction):
+    """Those that arms of 0.1.0 had by their names."""
+    found = MeasuredKL.load(reproduction.folder / "rows" / "summary.json").arms
+    roles = {arm.arm: (arm.role, arm.of, arm.name, arm.scale) for arm in found}
+    assert len(roles) == 38
+    assert roles["sae"] == (Role.SAE, "sae", "sae", 1.0)
+    assert roles["flipped error"] == (Role.CONTROL, "sae", "flipped error", -1.0)
+    assert roles["error x 0.25"] == (Role.SCALED, "sae", "error x 0.25", 0.25)
+    assert roles["mean"] == (Role.ANCHOR, "sae", "mean", None)
+    assert roles[CANONICAL] == (Role.PART, "sae", CANONICAL, None)
+    assert roles[keeping_means(DIRECT)] == (Role.PART, "sae", keeping_means(DIRECT), None)
+    assert roles["topk matched"] == (Role.OTHER, "topk matched", "topk matched", None)
+    assert roles["sequential"] == (Role.SAE, "sequential", "sequential", 1.0)
+    assert roles["sequential: covariance"] == (Role.CONTROL, "sequential", "covariance", None)
+    assert roles[keeping_means("sequential: direct only")] == (Role.PART, "sequential", keeping_means(DIRECT), None)
+    assert roles["sequential without nonlinear"][0] is Role.OTHER
+
+
 def test_the_share_of_the_gain(result, fidelity):
     kl = {name: found.kl_nats for name, found in fidelity.items()}
     share = (kl[DIRECT] - kl["direct + nonlinear"]) / (kl[DIRECT] - kl["all"])
@@ -136,7 +156,7 @@ def test_saved_loaded_and_in_words(config, result, reproduction):
     text = result.words()
     assert all(one.published is None or one.published.text in text for one in result.rows)
     assert "no evidence about real text" in text
-    with pytest.raises(ValueError, match=r"sae-nfm reproduce.*rows\.0\.section"):
+    with pytest.raises(ValueError, match=r"sae-nfm reproduce.*compare"):
         ReproduceResult.load(Path(config.output) / "compare" / "results.json")
 
 

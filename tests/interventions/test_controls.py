@@ -13,7 +13,6 @@ from sae_nfm.evaluation.fidelity import measure
 from sae_nfm.evaluation.intervention_loop import outcomes
 from sae_nfm.evaluation.token_table import document_sums, read_rows
 from sae_nfm.interventions.equal_norm_controls import (
-    EQUAL_DISTANCE,
     SCALES,
     Activations,
     Covariance,
@@ -27,6 +26,7 @@ from sae_nfm.interventions.equal_norm_controls import (
     fit_activations,
 )
 from sae_nfm.interventions.intervene import Splice, Substitution, counted_tokens
+from sae_nfm.interventions.results import EQUAL_DISTANCE
 from sae_nfm.models.load import load_model
 
 RANDOM = ("isotropic", "isotropic, norm kept", "covariance", "covariance mixture", "shuffled error")

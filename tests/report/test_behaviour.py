@@ -9,6 +9,7 @@ from report_runs import figures, labels, marks, plots, run_of
 
 from sae_nfm.evaluation.error_controls import error_ratios, kl_by_arm, summarise
 from sae_nfm.evaluation.token_table import VALUES, Activations, Manifest, begin, table, write_part
+from sae_nfm.interventions.results import ArmRole, Role
 from sae_nfm.report.blocks import Heading, Prose
 from sae_nfm.report.chapters.behaviour import section
 from sae_nfm.report.run_folder import read_run
@@ -18,6 +19,22 @@ MEANS = {
     "error x 2": 0.9, "none": 0.0, "zero": 5.0, "direct only": 0.8, "direct only, means kept": 0.7, "topk": 0.25,
     "sequential": 0.15, "sequential: direct only": 0.25, "sequential: isotropic": 0.1,
 }  # fmt: skip
+ROLES = {
+    "sae": ArmRole(role=Role.SAE, of="sae", name="sae", scale=1.0),
+    "isotropic": ArmRole(role=Role.CONTROL, of="sae", name="isotropic"),
+    "covariance": ArmRole(role=Role.CONTROL, of="sae", name="covariance"),
+    "flipped error": ArmRole(role=Role.CONTROL, of="sae", name="flipped error", scale=-1.0),
+    "error x 0": ArmRole(role=Role.SCALED, of="sae", name="error x 0", scale=0.0),
+    "error x 0.5": ArmRole(role=Role.SCALED, of="sae", name="error x 0.5", scale=0.5),
+    "error x 2": ArmRole(role=Role.SCALED, of="sae", name="error x 2", scale=2.0),
+    "none": ArmRole(role=Role.ANCHOR, of="sae", name="none"),
+    "zero": ArmRole(role=Role.ANCHOR, of="sae", name="zero"),
+    "direct only": ArmRole(role=Role.PART, of="sae", name="direct only"),
+    "direct only, means kept": ArmRole(role=Role.PART, of="sae", name="direct only, means kept"),
+    "sequential": ArmRole(role=Role.SAE, of="sequential", name="sequential", scale=1.0),
+    "sequential: direct only": ArmRole(role=Role.PART, of="sequential", name="direct only"),
+    "sequential: isotropic": ArmRole(role=Role.CONTROL, of="sequential", name="isotropic"),
+}
 
 
 def measured(folder, means=MEANS, parts=1):
@@ -34,7 +51,7 @@ def measured(folder, means=MEANS, parts=1):
     ]
     write_part(folder, 0, tables, {"x": Activations.of(places["document"], np.ones((4, 2)))})
     if parts == 1:
-        summarise(folder)
+        summarise(folder, {name: ROLES.get(name, ArmRole()) for name in means})
     return folder
 
 
@@ -45,7 +62,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def by_arm(folder):
-    return kl_by_arm(folder)
+    return kl_by_arm(folder, {name: ROLES.get(name, ArmRole()) for name in MEANS})
 
 
 @pytest.fixture(scope="module")
@@ -61,24 +78,11 @@ def test_nothing_without_a_measurement_beside_controls(tmp_path):
 
 
 def test_arms_have_their_roles(by_arm):
-    found = {arm.arm: (arm.of, arm.name, arm.role, arm.scale) for arm in by_arm.arms}
-    assert found == {
-        "sae": ("sae", "sae", "SAE", 1.0),
-        "isotropic": ("sae", "isotropic", "control", None),
-        "covariance": ("sae", "covariance", "control", None),
-        "flipped error": ("sae", "flipped error", "control", -1.0),
-        "error x 0": ("sae", "error x 0", "scaled error", 0.0),
-        "error x 0.5": ("sae", "error x 0.5", "scaled error", 0.5),
-        "error x 2": ("sae", "error x 2", "scaled error", 2.0),
-        "none": ("sae", "none", "anchor", None),
-        "zero": ("sae", "zero", "anchor", None),
-        "direct only": ("sae", "direct only", "part", None),
-        "direct only, means kept": ("sae", "direct only, means kept", "part", None),
-        "topk": ("topk", "topk", "other", None),
-        "sequential": ("sequential", "sequential", "SAE", 1.0),
-        "sequential: direct only": ("sequential", "direct only", "part", None),
-        "sequential: isotropic": ("sequential", "isotropic", "control", None),
-    }
+    for arm in by_arm.arms:
+        if arm.arm == "topk":
+            assert (arm.of, arm.name, arm.role, arm.scale) == ("topk", "topk", Role.OTHER, None)
+        else:
+            assert ArmRole(role=arm.role, of=arm.of, name=arm.name, scale=arm.scale) == ROLES[arm.arm]
 
 
 def test_means_and_intervals_by_hand(by_arm):
@@ -108,8 +112,8 @@ def test_every_arm_is_a_mark_under_its_role(there):
     assert shown == pytest.approx(
         {
             ("all paths", "the SAE"): 0.2,
-            ("direct only", "paths switched off"): 0.8,
-            ("direct only, means kept", "paths switched off"): 0.7,
+            ("direct only", "with paths ablated"): 0.8,
+            ("direct only, means kept", "with paths ablated"): 0.7,
             ("isotropic", "control"): 0.1,
             ("covariance", "control"): 0.4,
             ("flipped error", "control"): 0.3,

@@ -30,13 +30,14 @@ from sae_nfm.experiments.reproduce.rows import Behaviour, gauge_rows, keeping_me
 from sae_nfm.experiments.reproduce.sequential import (
     BASE,
     SEQUENTIAL,
+    part,
     rows_without_base,
     sequential_arms,
     sequential_rows,
     train_sequential,
     written_shares,
 )
-from sae_nfm.interventions import Intervention, Splice, control_arms, fit_activations, path_means
+from sae_nfm.interventions import UNDER_TEST, Intervention, Splice, control_arms, fit_activations, path_means
 from sae_nfm.models import LanguageModel, load_model
 from sae_nfm.stats import Bootstrap
 from sae_nfm.training import Trained
@@ -179,11 +180,13 @@ def behaviour_arms(model: LanguageModel, saes: dict[str, SAE[Any]], fitted: Toke
     activations = fit_activations(model, fitted.tokens, whole.hook_name)
     arms = control_arms(whole, activations)
     for paths, off in parts.items():
-        arms[str(paths)] = Splice(sae=joint, ablated=dict.fromkeys(off))
-        arms[keeping_means(paths)] = Splice(sae=joint, ablated={hook: means[hook] for hook in off})
+        arms[str(paths)] = part(joint, UNDER_TEST, paths, dict.fromkeys(off))
+        kept = keeping_means(paths)
+        arms[kept] = part(joint, UNDER_TEST, kept, {hook: means[hook] for hook in off})
     canonical = in_canonical_gauge(joint)
     if canonical is not None:
-        arms[str(Paths.CANONICAL)] = Splice(sae=canonical, ablated=dict.fromkeys(parts[Paths.DIRECT]))
+        off = dict.fromkeys(parts[Paths.DIRECT])
+        arms[str(Paths.CANONICAL)] = part(canonical, UNDER_TEST, Paths.CANONICAL, off)
     if SEQUENTIAL in saes:
         arms |= sequential_arms(model, saes, fitted, activations)
     return arms | {name: Splice(sae=sae) for name, sae in saes.items() if name in BESIDE}

@@ -29,7 +29,8 @@ from sae_nfm.experiments.reproduce import published
 from sae_nfm.experiments.reproduce.published import Unit
 from sae_nfm.experiments.reproduce.results import NoVerdict, ReproducedRow, Section, reproduced_row
 from sae_nfm.experiments.reproduce.rows import Behaviour, keeping_means
-from sae_nfm.interventions import Activations, Intervention, Splice, control_arms, path_means
+from sae_nfm.interventions import UNDER_TEST, Activations, Intervention, Splice, control_arms, path_means
+from sae_nfm.interventions.results import ArmRole, Role
 from sae_nfm.kernels import SparseActs, sparse_acts_from_dense
 from sae_nfm.models import LanguageModel, keeping, reconstruction
 from sae_nfm.stats import Bootstrap, Estimate, ratio_of_means
@@ -84,15 +85,20 @@ def sequential_arms(
         activations: mean and covariance on that text.
     """
     whole = Splice(sae=saes[SEQUENTIAL])
-    arms: dict[str, Intervention] = {SEQUENTIAL: whole, ADAPTER: Splice(sae=saes[ADAPTER])}
+    random = control_arms(whole, activations, scales=(), of=SEQUENTIAL)
+    arms: dict[str, Intervention] = {SEQUENTIAL: random[UNDER_TEST], ADAPTER: Splice(sae=saes[ADAPTER])}
     parts = ablations(whole.sae)
     means = path_means(model, whole.sae, fitted.tokens, parts[Paths.DIRECT])
     for paths, off in parts.items():
-        name = paths.of(SEQUENTIAL)
-        arms[name] = Splice(sae=whole.sae, ablated=dict.fromkeys(off))
-        arms[keeping_means(name)] = Splice(sae=whole.sae, ablated={hook: means[hook] for hook in off})
-    random = control_arms(whole, activations, scales=())
+        name, kept = paths.of(SEQUENTIAL), keeping_means(paths)
+        arms[name] = part(whole.sae, SEQUENTIAL, paths, dict.fromkeys(off))
+        arms[keeping_means(name)] = part(whole.sae, SEQUENTIAL, kept, {hook: means[hook] for hook in off})
     return arms | {f"{SEQUENTIAL}: {name}": random[name] for name in AT_EQUAL_DISTANCE}
+
+
+def part(sae: SAE[Any], of: str, name: str, ablated: Mapping[str, Tensor | None]) -> Splice:
+    """An SAE with some of its paths ablated, and its role as a part of the SAE of that name."""
+    return Splice(sae=sae, ablated=ablated, role=ArmRole(role=Role.PART, of=of, name=str(name)))
 
 
 @dataclass(frozen=True, kw_only=True)

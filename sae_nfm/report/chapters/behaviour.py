@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from sae_nfm.evaluation.results import ArmKL, MeasuredKL, Role, lacks_summary
+from sae_nfm.evaluation.results import ArmKL, MeasuredKL, lacks_summary
 from sae_nfm.experiments.reproduce.results import GURNEE_RATIOS, PAPER_RATIO
-from sae_nfm.interventions.results import UNDER_TEST
+from sae_nfm.interventions.results import UNDER_TEST, Role
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section
 from sae_nfm.report.plots.dot_plot import Axis, Group, Mark, Row, bounded, dot_plot, drawn
 from sae_nfm.report.plots.theme import PALETTE, SYMBOLS, styled
@@ -21,11 +21,11 @@ UNFINISHED = (
     f"the command that measured it again, such as `{COMMANDS[0]}`: it goes on where it stopped, and writes the summary."
 )
 ROLES: Mapping[Role, tuple[str, Group]] = {
-    "SAE": ("Whole", Group(name="the SAE", colour=PALETTE[0], symbol="circle", size=13)),
-    "part": ("Its parts", Group(name="paths switched off", colour=PALETTE[3], symbol="diamond-open")),
-    "control": ("Controls at its distance", Group(name="control", colour=PALETTE[4], symbol="square")),
-    "other": ("Other SAEs", Group(name="another SAE", colour=PALETTE[2], symbol="triangle-up")),
-    "anchor": ("Ablations of the hook point", Group(name="everything removed", colour="#000000", symbol="x")),
+    Role.SAE: ("Whole", Group(name="the SAE", colour=PALETTE[0], symbol="circle", size=13)),
+    Role.PART: ("Its parts", Group(name="with paths ablated", colour=PALETTE[3], symbol="diamond-open")),
+    Role.CONTROL: ("Controls at its distance", Group(name="control", colour=PALETTE[4], symbol="square")),
+    Role.OTHER: ("Other SAEs", Group(name="another SAE", colour=PALETTE[2], symbol="triangle-up")),
+    Role.ANCHOR: ("Ablations of the hook point", Group(name="everything removed", colour="#000000", symbol="x")),
 }
 INTERVALS = "95 % intervals over documents (jackknife, Student's t), one SAE: they say nothing about other seeds"
 CONTROLS = {
@@ -78,7 +78,7 @@ def _blocks(measured: MeasuredKL, number: int) -> Iterator[Block]:
 def _said(measured: MeasuredKL) -> Iterator[str]:
     for sae, ratios in measured.ratios.items():
         words = [f"{_ratio(ratio)} against {control}" for control, ratio in ratios.items()]
-        yield f"KL of {'the SAE' if sae == 'sae' else sae} over that of a change of equal distance: {'; '.join(words)}."
+        yield f"KL of {'the SAE' if sae == UNDER_TEST else sae} over that of a change of equal distance: {'; '.join(words)}."
 
 
 def _ratio(ratio: Estimate) -> str:
@@ -93,18 +93,18 @@ def arms_figure(measured: MeasuredKL, sae: str, name: str) -> Figure:
         sae: the SAE.
         name: of the figure.
     """
-    beside = [arm for arm in measured.arms if arm.role == "other"] if sae == UNDER_TEST else []
+    beside = [arm for arm in measured.arms if arm.role is Role.OTHER] if sae == UNDER_TEST else []
     arms = [arm for arm in (*measured.of(sae), *beside) if arm.kl.estimate > 0]  # none on a logarithmic axis
     rows: list[Row] = []
     for role, (heading, _) in ROLES.items():
-        own = [Row(key=arm.arm, label=_label(arm)) for arm in arms if arm.role == role]
+        own = [Row(key=arm.arm, label=_label(arm)) for arm in arms if arm.role is role]
         rows += [Row(key=heading, label=heading, heading=True), *own] if own else []
     marks = [
         Mark(row=arm.arm, group=ROLES[arm.role][1].name, x=arm.kl.estimate, low=arm.kl.low, high=arm.kl.high)
         for arm in arms
         if arm.role in ROLES
     ]
-    whole = next(arm for arm in measured.of(sae) if arm.role == "SAE")
+    whole = next(arm for arm in measured.of(sae) if arm.role is Role.SAE)
     return Figure(
         name=name,
         title="How far predictions move, under the SAE and under changes of the same size",
@@ -116,7 +116,7 @@ def arms_figure(measured: MeasuredKL, sae: str, name: str) -> Figure:
             label_width=42,
         ),
         caption=f"Mean KL(original || changed) of next-token distributions over {whole.kl.n:,} held-out tokens of "
-        f"{whole.kl.n_clusters} documents; the line is the whole SAE. Parts: paths off write zero, or with means "
+        f"{whole.kl.n_clusters} documents; the line is the whole SAE. Parts: ablated paths write zero, or with means "
         "kept their mean over other text: the second removes no constant. Controls put another change in place, at "
         "each token as far from the activation as the SAE's output. Against a random direction, which is nearly "
         "orthogonal to all that the model reads, an SAE's error looks harmful; against noise that points where "
@@ -134,10 +134,12 @@ def scales_figure(measured: MeasuredKL, sae: str, name: str) -> Figure | None:
         name: of the figure.
     """
     own = measured.of(sae)
-    line = sorted((arm for arm in own if arm.scale is not None and arm.role != "SAE"), key=lambda arm: arm.scale or 0.0)
-    if not any(arm.role == "scaled error" for arm in line):
+    line = sorted(
+        (arm for arm in own if arm.scale is not None and arm.role is not Role.SAE), key=lambda arm: arm.scale or 0.0
+    )
+    if not any(arm.role is Role.SCALED for arm in line):
         return None
-    controls = [arm for arm in own if arm.role == "control" and arm.scale is None]
+    controls = [arm for arm in own if arm.role is Role.CONTROL and arm.scale is None]
     rows = [(arm.name, 1.0 if arm.scale is None else arm.scale, *_numbers(arm.kl)) for arm in [*line, *controls]]
     return Figure(
         name=name,
@@ -219,7 +221,7 @@ def ratios_figure(ratios: Mapping[str, Estimate], name: str) -> Figure:
 
 
 def _label(arm: ArmKL) -> str:
-    return "all paths" if arm.role == "SAE" else arm.name
+    return "all paths" if arm.role is Role.SAE else arm.name
 
 
 def _bars(arms: Sequence[ArmKL]) -> dict[str, object]:
