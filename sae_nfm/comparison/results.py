@@ -139,13 +139,9 @@ class SweepRow:
     """One SAE of the sweep of learning rates."""
 
     k: int
-    """Active features a token that the arms are compared at."""
     arm: str
-    """Name of the SAE."""
     family: str
-    """The arm it belongs to."""
     learning_rate: float
-    """Peak of Adam's learning rate."""
     l0: float
     """Active features per held-out token."""
     fvu: float
@@ -163,9 +159,9 @@ class Claim:
     question: str
     """What the comparison tells apart."""
     arm: str
-    """Name of the row."""
+    """A row."""
     against: str
-    """Name of the row it is compared with."""
+    """The row that it is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +170,6 @@ class Answer:
 
     claim: Claim
     k: int
-    """Active features a token."""
     verdict: Verdict
     """Differences with their intervals; p-values of fair claims are adjusted for their number."""
 
@@ -185,9 +180,9 @@ class Change:
 
     kind: ClaimKind
     arm: str
-    """Name of the row."""
+    """A row."""
     against: str
-    """Name of the row it is compared with."""
+    """The row that it is compared with."""
     paths: Paths = Paths.ALL
     """Which paths of that one write."""
     fvu_change: float

@@ -1,7 +1,7 @@
 """The job of `sae-nfm reproduce`: what arXiv 2507.00269 reports, each beside the same statistic here and under its control.
 
     comparison (one seed, unless a finished one is given) -> joint_nfm and the TopK SAEs beside it
-    an NFM on the residual of the TopK SAE (`sequential`)
+    an NFM on the residual of the TopK SAE
     rows of KL, cross-entropy and error: all of them, paths ablated, controls at equal distance (`evaluation.measure`)
     norms and paths (`gauge_report`); a 2x2 experiment (`factorial`)
     -> table
@@ -24,20 +24,22 @@ from sae_nfm.comparison.results import ArmName, CompareResult, Paths
 from sae_nfm.data import TokenRows, datasets, held_out_rows
 from sae_nfm.evaluation import measure
 from sae_nfm.experiments.factorial import FEWEST_SENTENCES
-from sae_nfm.experiments.reproduce.factorial import factorial_rows
 from sae_nfm.experiments.reproduce.results import ReproducedRow, ReproduceResult
-from sae_nfm.experiments.reproduce.rows import Behaviour, gauge_rows, keeping_means
-from sae_nfm.experiments.reproduce.sequential import (
+from sae_nfm.experiments.reproduce.rows import (
     BASE,
     SEQUENTIAL,
+    Behaviour,
+    factorial_rows,
+    gauge_rows,
     part,
+    parts_of,
     rows_without_base,
     sequential_arms,
     sequential_rows,
     train_sequential,
     written_shares,
 )
-from sae_nfm.interventions import UNDER_TEST, Intervention, Splice, control_arms, fit_activations, path_means
+from sae_nfm.interventions import UNDER_TEST, Intervention, Splice, control_arms, fit_activations
 from sae_nfm.models import LanguageModel, load_model
 from sae_nfm.stats import Bootstrap
 from sae_nfm.training import Trained
@@ -95,10 +97,6 @@ class ReproduceConfig(SizeOptions):
 def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> ReproduceResult:
     """Train or read the SAEs, measure, and write `results.json` to `cfg.output`.
 
-    Args:
-        cfg: what to do.
-        command: how to repeat it, for the provenance.
-
     Raises:
         ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work, for a folder that is no
             finished comparison or has no such seed or arm.
@@ -114,19 +112,13 @@ def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> Reprod
     if BASE in saes:
         saes |= train_sequential(folder, model, train, output / "sequential", cfg.device)
     rows, behaviour = _behaviour(cfg, model, saes, validation, comparison)
+    settings = Trained.load(folder / JOINT).settings
+    options = {"sentences": cfg.sentences, "n_permutations": cfg.n_permutations}
     result = ReproduceResult(
         rows=(
             *behaviour.rows(),
             *_rows_of_paths(cfg, model, saes, rows, behaviour),
-            *factorial_rows(
-                model,
-                saes[JOINT],
-                train,
-                Trained.load(folder / JOINT).settings,
-                output / "2x2",
-                sentences=cfg.sentences,
-                n_permutations=cfg.n_permutations,
-            ),
+            *factorial_rows(model, saes[JOINT], train, settings, output / "2x2", **options),
         ),
         provenance={"config": asdict(cfg), "command": command, "comparison": comparison.provenance},
     )
@@ -147,9 +139,8 @@ def _behaviour(
     fitted = held_out_rows(model, validation, context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     arms = behaviour_arms(model, saes, fitted)
     folder = measure(model, rows, arms, Path(cfg.output) / "rows", seed=cfg.seed)
-    return rows, Behaviour(
-        folder=folder, arms=tuple(arms), answers=comparison.answers, bootstrap=Bootstrap(seed=cfg.seed)
-    )
+    bootstrap = Bootstrap(seed=cfg.seed)
+    return rows, Behaviour(folder=folder, arms=tuple(arms), answers=comparison.answers, bootstrap=bootstrap)
 
 
 def _rows_of_paths(
@@ -175,17 +166,11 @@ def behaviour_arms(model: LanguageModel, saes: dict[str, SAE[Any]], fitted: Toke
     """
     joint = saes[JOINT]
     whole = Splice(sae=joint)
-    parts = ablations(joint)
-    means = path_means(model, joint, fitted.tokens, parts[Paths.DIRECT])
     activations = fit_activations(model, fitted.tokens, whole.hook_name)
-    arms = control_arms(whole, activations)
-    for paths, off in parts.items():
-        arms[str(paths)] = part(joint, UNDER_TEST, paths, dict.fromkeys(off))
-        kept = keeping_means(paths)
-        arms[kept] = part(joint, UNDER_TEST, kept, {hook: means[hook] for hook in off})
+    arms = control_arms(whole, activations) | parts_of(model, joint, UNDER_TEST, fitted)
     canonical = in_canonical_gauge(joint)
     if canonical is not None:
-        off = dict.fromkeys(parts[Paths.DIRECT])
+        off = dict.fromkeys(ablations(joint)[Paths.DIRECT])
         arms[str(Paths.CANONICAL)] = part(canonical, UNDER_TEST, Paths.CANONICAL, off)
     if SEQUENTIAL in saes:
         arms |= sequential_arms(model, saes, fitted, activations)
