@@ -47,7 +47,6 @@ class ArmSizes:
     """What all arms have in common."""
 
     d_in: int
-    """Width of the hook point."""
     d_sae: int
     """Features of every arm but the matched ones."""
     k: int
@@ -97,11 +96,7 @@ def matched_width(parameters: int, d_in: int) -> int:
 
 
 def folded_parameter_count(cfg: JointNFMTrainingSAEConfig) -> int:
-    """Parameters of a joint NFM-SAE once its linear path is folded into the decoder (`fold_linear_path`).
-
-    Raises:
-        ValueError: where it cannot be folded.
-    """
+    """Parameters of a joint NFM-SAE once its linear path is folded into the decoder; a ValueError where it cannot be."""
     if not cfg.use_linear_path or cfg.nfm_top_k is not None:
         raise ValueError(
             "only a linear path that reads all features folds into W_dec; give use_linear_path, nfm_top_k=None"
@@ -124,16 +119,12 @@ def training_flops(cfg: TrainingSAEConfig, l0: float | None = None) -> float:
         gated SAEs          6 a d + 2 a d                        the gate's own reconstruction
 
     Assumptions: decoding and all gradients touch active features alone, which SAELens's dense TopK does not do (it takes
-    6 d S for decoding); Matryoshka's levels are cumulative sums of one decoding; the pooling of a head that is registered
-    (`heads`) is not known and taken for that of "mlp"; left out are what a batch does once (Adam,
-    norms, gradients of biases), selection and everything else element-wise, and the dead-feature loss.
-
-    Args:
-        cfg: the SAE.
-        l0: active features a token, needed where no k sets it.
+    6 d S for decoding); Matryoshka's levels are cumulative sums of one decoding; the pooling of a registered head (`heads`) is
+    not known and taken for that of "mlp"; left out are what a batch does once (Adam, norms, gradients of biases), selection and
+    everything else element-wise, and the dead-feature loss.
 
     Raises:
-        ValueError: when the number of active features is not known.
+        ValueError: when the number of active features is not known: no k sets it, and no l0 is given.
     """
     active = float(getattr(cfg, "k", 0)) or l0
     if not active:
@@ -171,13 +162,8 @@ def interpolation_weights(l0s: Sequence[float], target: float) -> list[float] | 
 
 
 def _shared(sizes: ArmSizes) -> dict[str, Any]:
-    return {
-        "d_in": sizes.d_in,
-        "d_sae": sizes.d_sae,
-        "device": sizes.device,
-        "normalize_activations": "expected_average_only_in",
-        "reshape_activations": sizes.reshape_activations,
-    }
+    names = ("d_in", "d_sae", "device", "reshape_activations")
+    return {name: getattr(sizes, name) for name in names} | {"normalize_activations": "expected_average_only_in"}
 
 
 def _joint(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
@@ -211,12 +197,8 @@ def _matryoshka(sizes: ArmSizes) -> MatryoshkaBatchTopKTrainingSAEConfig:
     return MatryoshkaBatchTopKTrainingSAEConfig(**_batch_topk(sizes), matryoshka_widths=widths)
 
 
-def _standard(sizes: ArmSizes, l1: float) -> StandardTrainingSAEConfig:
-    return StandardTrainingSAEConfig(**_shared(sizes), l1_coefficient=l1, l1_warm_up_steps=sizes.warm_up_steps)
-
-
-def _gated(sizes: ArmSizes, l1: float) -> GatedTrainingSAEConfig:
-    return GatedTrainingSAEConfig(**_shared(sizes), l1_coefficient=l1, l1_warm_up_steps=sizes.warm_up_steps)
+def _l1(sizes: ArmSizes, l1: float) -> dict[str, Any]:
+    return _shared(sizes) | {"l1_coefficient": l1, "l1_warm_up_steps": sizes.warm_up_steps}
 
 
 def _jumprelu(sizes: ArmSizes, l0: float) -> JumpReLUTrainingSAEConfig:
@@ -254,8 +236,8 @@ WITH_K: dict[str, Callable[[ArmSizes], TrainingSAEConfig]] = {
 }
 """Arms whose L0 is k."""
 WITH_COEFFICIENT: dict[str, Callable[[ArmSizes, float], TrainingSAEConfig]] = {
-    ArmName.STANDARD: _standard,
-    ArmName.GATED: _gated,
+    ArmName.STANDARD: lambda sizes, l1: StandardTrainingSAEConfig(**_l1(sizes, l1)),
+    ArmName.GATED: lambda sizes, l1: GatedTrainingSAEConfig(**_l1(sizes, l1)),
     ArmName.JUMPRELU: _jumprelu,
 }
 """Arms whose L0 a coefficient sets."""
