@@ -74,19 +74,19 @@ def training_arms(
         ValueError: for an arm that does not exist, or one that lacks its coefficients.
     """
     refuse_unknown_arms(names)
-    arms: list[TrainingArm] = []
+    arms = list[TrainingArm]()
     for name in dict.fromkeys(map(str, names)):
-        if name in WITH_COEFFICIENT:
-            if not coefficients.get(name):
-                raise ValueError(f"{name} has no coefficients; give at least two, one on each side of the wanted L0")
-            make = WITH_COEFFICIENT[name]
+        make = WITH_COEFFICIENT.get(name)
+        if make is None:
+            rate = 2.0 if name == ArmName.DOUBLED else 1.0
+            arms.append(TrainingArm(name=name, family=name, sae=WITH_K[name](sizes), decoder_rate=rate))
+        elif not coefficients.get(name):
+            raise ValueError(f"{name} has no coefficients; give at least two, one on each side of the wanted L0")
+        else:
             arms += [
                 TrainingArm(name=f"{name} {value:g}", family=name, sae=make(sizes, value), coefficient=value)
                 for value in coefficients[name]
             ]
-        else:
-            rate = 2.0 if name == ArmName.DOUBLED else 1.0
-            arms.append(TrainingArm(name=name, family=name, sae=WITH_K[name](sizes), decoder_rate=rate))
     return {arm.name: arm for arm in arms}
 
 
@@ -171,17 +171,8 @@ def _joint(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
     return JointNFMTrainingSAEConfig(**(_shared(sizes) | nfm | changes))
 
 
-def _square(sizes: ArmSizes) -> JointNFMTrainingSAEConfig:
-    scale = (sizes.d_in / sizes.k) ** 0.5
-    return _joint(sizes, use_linear_path=False, use_square_path=True, square_scale=scale)
-
-
 def _topk(sizes: ArmSizes, d_sae: int | None = None) -> TopKTrainingSAEConfig:
     return replace(TopKTrainingSAEConfig(**_shared(sizes), k=sizes.k), d_sae=d_sae or sizes.d_sae)
-
-
-def _matched_folded(sizes: ArmSizes) -> TopKTrainingSAEConfig:
-    return _topk(sizes, matched_width(folded_parameter_count(_joint(sizes)), sizes.d_in))
 
 
 def _batch_topk(sizes: ArmSizes) -> dict[str, Any]:
@@ -222,14 +213,18 @@ def _jumprelu(sizes: ArmSizes, l0: float) -> JumpReLUTrainingSAEConfig:
 WITH_K: dict[str, Callable[[ArmSizes], TrainingSAEConfig]] = {
     ArmName.JOINT: _joint,
     ArmName.HALF: lambda sizes: _joint(sizes, nfm_top_k=max(1, sizes.k // 2)),
-    ArmName.SQUARE: _square,
+    ArmName.SQUARE: lambda sizes: _joint(
+        sizes, use_linear_path=False, use_square_path=True, square_scale=(sizes.d_in / sizes.k) ** 0.5
+    ),
     ArmName.WITHOUT_LINEAR: lambda sizes: _joint(sizes, use_linear_path=False),
     ArmName.WITHOUT_NONLINEAR: lambda sizes: _joint(sizes, head="none"),
     ArmName.MLP: lambda sizes: _joint(sizes, head="mlp"),
     ArmName.TOPK: _topk,
     ArmName.DOUBLED: _topk,
     ArmName.MATCHED: lambda sizes: _topk(sizes, matched_width(parameter_count(_joint(sizes)), sizes.d_in)),
-    ArmName.MATCHED_FOLDED: _matched_folded,
+    ArmName.MATCHED_FOLDED: lambda sizes: _topk(
+        sizes, matched_width(folded_parameter_count(_joint(sizes)), sizes.d_in)
+    ),
     ArmName.MATCHED_FLOPS: lambda sizes: _topk(sizes, flop_matched_width(_joint(sizes))),
     ArmName.BATCHTOPK: lambda sizes: BatchTopKTrainingSAEConfig(**_batch_topk(sizes)),
     ArmName.MATRYOSHKA: _matryoshka,

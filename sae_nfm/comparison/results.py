@@ -103,9 +103,7 @@ class CompareRow:
     """One arm of one seed. Metrics are averages over held-out tokens; None where an L0 was not reached."""
 
     k: int
-    """Active features a token that the arms are compared at."""
     seed: int
-    """Seed of initialisation and data order."""
     arm: str
     """Unique for a seed and k."""
     kind: RowKind
@@ -113,15 +111,12 @@ class CompareRow:
     family: str
     """The arm that it is a part of: its own name, that of the SAE with all its paths, or that of all its coefficients."""
     group: ArmGroup = ArmGroup.OTHER
-    """Of the family."""
     paths: Paths = Paths.ALL
-    """Which paths write."""
     parameters: int
     """Trainable numbers of the whole SAE."""
     training_flops: float | None
     """FLOPs of a training step for each token, as `arms.training_flops` counts them."""
     learning_rate: float
-    """Peak of Adam's learning rate."""
     training_tokens_per_second: float | None
     """Speed of training steps, the language model not counted; None for a row that was not trained."""
     dead_fraction: float | None
@@ -137,7 +132,6 @@ class CompareRow:
     ce_delta_nats: float | None
     """Its increase over the original model."""
     tokens: int
-    """Held-out tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,13 +155,10 @@ class Claim:
     """One arm against another."""
 
     kind: ClaimKind
-    """What it is compared with."""
     question: str
     """What the comparison tells apart."""
     arm: str
-    """A row."""
     against: str
-    """The row that it is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,12 +210,8 @@ CLAIMS: tuple[Claim, ...] = (
 def answers(documents: pd.DataFrame, ks: Sequence[int], n_seeds: int) -> tuple[list[Answer], list[str]]:
     """A verdict for each claim and metric, and for each that cannot be given one the reason.
 
-    P-values of the fair claims are adjusted by Holm's method over all of them together.
-
-    Args:
-        documents: sums by k, seed, arm and document, with the columns of `held_out_sums`.
-        ks: values of k.
-        n_seeds: how many seeds every arm should have.
+    P-values of the fair claims are adjusted by Holm's method over all of them together. `documents` has sums by k, seed, arm and
+    document, with the columns of `held_out_sums`; every arm should have so many seeds.
     """
     found, missing = list[Answer](), list[str]()
     for k in ks:
@@ -274,9 +261,7 @@ class Change:
 
     kind: ClaimKind
     arm: str
-    """A row."""
     against: str
-    """The row that it is compared with."""
     paths: Paths = Paths.ALL
     """Which paths of that one write."""
     fvu_change: float
@@ -358,7 +343,7 @@ class CompareResult(SavedResult):
 
     def words(self) -> str:
         """The table, the fair comparisons and the ablations, and what limits them."""
-        lines: list[str] = []
+        lines = list[str]()
         for k in dict.fromkeys(row.k for row in self.rows):
             own = [row for row in self.rows if row.k == k]
             if not self.changes:
@@ -388,10 +373,8 @@ class CompareResult(SavedResult):
         config, seeds = self.provenance["config"], self.provenance["seeds"]
         rates, told = config["learning_rates"], list[str]()
         if self.changes:
-            told.append(
-                f"One seed ({seeds[0]}): one run is one draw. Differences of a few per cent need several seeds before they "
-                "are a finding."
-            )
+            one = f"One seed ({seeds[0]}): one run is one draw."
+            told.append(f"{one} Differences of a few per cent need several seeds before they are a finding.")
         told.append(f"{config['training_tokens']:,} training tokens an SAE.")
         if len(rates) > 1:
             at_edge = sorted({row.family for row in self.rows if row.learning_rate in (min(rates), max(rates))})
@@ -535,13 +518,8 @@ def lines_over_l0(means: Sequence[ArmMean]) -> Mapping[str, tuple[ArmMean, ...]]
 
 # Files of 0.1.0, for one version.
 
-RENAMED = {
-    "model_name": "model",
-    "hook_name": "hook",
-    "validation": "held_out",
-    "validation_tokens": "held_out_tokens",
-    "sweep_validation_tokens": "sweep_held_out_tokens",
-}
+RENAMED = {"model_name": "model", "hook_name": "hook", "validation": "held_out", "validation_tokens": "held_out_tokens"}
+RENAMED |= {"sweep_validation_tokens": "sweep_held_out_tokens"}
 """Settings by their names in 0.1.0."""
 
 

@@ -157,7 +157,7 @@ def compare_once(cfg: DemoConfig, *, command: str | None = None, prepared: Prepa
         partial.write_text("".join(map(record_line, lines)))
     shutil.rmtree(saes, ignore_errors=True)
     unfinished.rename(saes)
-    rows = evaluated_once(prepared.model, prepared.held_out.tokens, arms, saes, k=k, seed=seed, device=cfg.device)
+    rows = evaluated_once(prepared.model, prepared.held_out, arms, saes, k=k, seed=seed, device=cfg.device)
     result = CompareResult(rows=tuple(rows), changes=changes(rows), provenance=prepared.provenance(command))
     result.save(output / RESULTS_FILENAME)
     return result
@@ -185,7 +185,7 @@ def run_compare(cfg: CompareConfig, *, command: str | None = None) -> CompareRes
             for seed in cfg.seeds:
                 folder, stream = output / f"k{k}" / f"seed-{seed}", prepared.stream(seed, cfg.training_tokens)
                 train_arms(stream, arms, rates, prepared.model, prepared.data(seed), folder)
-                evaluated(prepared.model, prepared.held_out, arms, folder, cfg.device)
+                evaluated(prepared.model, prepared.held_out, tuple(arms), folder, cfg.device)
                 progress.update(len(arms))
     rows, documents = tidy(output, all_arms, cfg.seeds)
     found, missing = answers(documents, cfg.k, len(cfg.seeds))
@@ -208,11 +208,7 @@ def sweep(
     held_out: Int[Tensor, "rows pos"],
     folder: Path,
 ) -> list[SweepRow]:
-    """Train and evaluate each arm at each rate that `folder/sweep.json` does not have yet; the SAEs are deleted.
-
-    Raises:
-        ValueError: when an SAE of an interrupted sweep was trained otherwise.
-    """
+    """Train and evaluate each arm at each rate that `folder/sweep.json` does not have yet; the SAEs are deleted."""
     path = folder / "sweep.json"
     rows = read_sweep(path) if path.is_file() else []
     for rate in candidates:

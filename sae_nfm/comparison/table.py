@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int
 from sae_lens import SAE
 from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import load_file
-from torch import Tensor
 
 from sae_nfm.analysis import gauge
 from sae_nfm.common import whole
@@ -22,11 +20,7 @@ from sae_nfm.evaluation.held_out_sums import SUMS, fidelity_of, held_out_sums
 from sae_nfm.models import LanguageModel
 from sae_nfm.training import Trained, TrainingArm
 
-PATH_HOOKS = {
-    Paths.LINEAR: "hook_nfm_linear",
-    Paths.NONLINEAR: "hook_nfm_interaction",
-    Paths.SQUARE: "hook_nfm_square",
-}
+PATH_HOOKS = {Paths.LINEAR: "hook_nfm_linear", Paths.NONLINEAR: "hook_nfm_interaction", Paths.SQUARE: "hook_nfm_square"}
 """What is left on beside the direct path, and the hook point of what it writes."""
 DOCUMENTS_FILENAME = "documents.parquet"
 NEVER_ACTIVE = -9.9
@@ -65,7 +59,7 @@ def _load(folder: Path, device: str) -> SAE[Any]:
 
 def evaluated_once(
     model: LanguageModel,
-    tokens: Int[Tensor, "rows pos"],
+    rows: TokenRows,
     arms: Mapping[str, TrainingArm],
     folder: Path,
     *,
@@ -75,7 +69,7 @@ def evaluated_once(
 ) -> list[CompareRow]:
     """Rows of trained SAEs, each with every combination of its paths, averaged over the tokens."""
     saes = {name: parts_of(name, _load(folder / name, device), tuple(Paths)) for name in arms}
-    fidelity = evaluate(model, tokens, [arm for parts in saes.values() for arm in parts.values()])
+    fidelity = evaluate(model, rows.tokens, [arm for parts in saes.values() for arm in parts.values()])
     return [
         _row(k, seed, paths, arms[name], Trained.load(folder / name), fidelity[arm.name], folder / name)
         for name, parts in saes.items()
@@ -83,12 +77,10 @@ def evaluated_once(
     ]
 
 
-def evaluated(
-    model: LanguageModel, rows: TokenRows, arms: Mapping[str, TrainingArm], folder: Path, device: str
-) -> None:
+def evaluated(model: LanguageModel, rows: TokenRows, arms: Sequence[str], folder: Path, device: str) -> None:
     """Evaluate those of the trained SAEs that are not yet, all on the same tokens; `documents.parquet` goes into each folder.
 
-    Those of `claims.ABLATED` have rows for the direct path alone too, and for that in the canonical gauge where there is one.
+    Those of `ABLATED` have rows for the direct path alone too, and for that in the canonical gauge where there is one.
     """
     left = [name for name in arms if not (folder / name / DOCUMENTS_FILENAME).exists()]
     if not left:

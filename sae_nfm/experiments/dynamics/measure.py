@@ -66,10 +66,7 @@ class Checkpoint:
 
 
 def checkpoints_of_run(path: str | Path) -> list[Checkpoint]:
-    """The checkpoints of a run, by tokens trained on.
-
-    Args:
-        path: a folder of folders that are named by tokens (SAELens's `<checkpoint_path>/<id>`), or what holds just one such.
+    """The checkpoints of a run, by tokens: folders named by these (in SAELens's `<checkpoint_path>/<id>`), at any depth.
 
     Raises:
         FileNotFoundError: when there is no such folder, or it has fewer than two checkpoints.
@@ -119,12 +116,9 @@ def tertiles(shares: Sequence[Floats]) -> tuple[float, float]:
 def transitions(
     before: Floats, after: Floats, edges: tuple[float, float] | None = None, *, seed: int, n_permutations: int = 1_999
 ) -> Transitions:
-    """Count the transitions of features and compare them with permuted features.
+    """Count the transitions of features between two checkpoints and compare them with permuted features.
 
-    Args:
-        before: [features], integration shares at one checkpoint, none nan.
-        after: [features], at another.
-        edges: from `tertiles`; None takes each checkpoint's own.
+    `before` and `after` are integration shares, [features], none nan; edges are from `tertiles`, None takes each one's own.
     """
     if len(before) != len(after) or not len(before) or np.isnan([before, after]).any():
         raise ValueError(

@@ -10,7 +10,6 @@ Source: integration and identity are those of arXiv 2507.00269, which looks at a
 """
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,7 @@ from sae_nfm.analysis import gauge, read_activations
 from sae_nfm.common import check_positive, provenance, whole
 from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import held_out_rows, open_dataset
-from sae_nfm.experiments.dynamics.measure import (
-    REFERENCE,
-    RUN,
-    GroupedTokens,
-    Measured,
-    checkpoint_row,
-    checkpoints_of_run,
-    load_checkpoint,
-    measured,
-    movement,
-    tertiles,
-    trajectories,
-)
+from sae_nfm.experiments.dynamics import measure
 from sae_nfm.experiments.dynamics.results import DynamicsResult
 from sae_nfm.models import check_context, check_device, load_model
 
@@ -77,17 +64,33 @@ def run_dynamics(cfg: DynamicsConfig, *, command: str | None = None) -> Dynamics
             that does not work; nothing is written.
     """
     check_device(cfg.device)
-    runs = {RUN: checkpoints_of_run(cfg.checkpoints)}
+    runs = {measure.RUN: measure.checkpoints_of_run(cfg.checkpoints)}
     if cfg.reference is not None:
-        runs[REFERENCE] = checkpoints_of_run(cfg.reference)
-    first = load_checkpoint(runs[RUN][0], RUN, cfg.device)
+        runs[measure.REFERENCE] = measure.checkpoints_of_run(cfg.reference)
+    first = measure.load_checkpoint(runs[measure.RUN][0], measure.RUN, cfg.device)
     x, documents = _activations(cfg, first)
-    tokens, every = GroupedTokens.of(x, documents), [(name, one) for name, own in runs.items() for one in own]
+    tokens, every = measure.GroupedTokens.of(x, documents), [(name, one) for name, own in runs.items() for one in own]
     progress = tqdm(every, desc="Measuring checkpoints", unit="checkpoint")
-    found = [measured(name, checkpoint, first, tokens, cfg.device) for name, checkpoint in progress]
-    result = _result(cfg, first, found, documents, command)
+    found = [measure.measured(name, checkpoint, first, tokens, cfg.device) for name, checkpoint in progress]
+    draws: Any = {"seed": cfg.seed, "n_permutations": cfg.n_permutations}
+    mine = [one for one in found if one.run == measure.RUN]
+    edges = {which: measure.tertiles([one.integration(which) for one in mine]) for which in mine[0].energies}
+    runs = [[one for one in found if one.run == run] for run in dict.fromkeys(one.run for one in found)]
+    pairs = [pair for run in runs for pair in itertools.pairwise(run)]
+    result = DynamicsResult(
+        hook_name=str(first.cfg.metadata.hook_name),
+        features=first.cfg.d_sae,
+        tokens=len(documents),
+        documents=len(documents.unique()),
+        not_canonical=gauge.canonical_or_reason(first)[1],
+        checkpoints=tuple(measure.checkpoint_row(one) for one in found),
+        steps=tuple(measure.movement(*pair, edges, **draws) for pair in pairs),
+        overall=tuple(measure.movement(run[0], run[-1], edges, **draws) for run in runs),
+        edges=edges,
+        provenance=provenance(cfg, command=command, sae_config=first.cfg.to_dict()),
+    )
     with whole(Path(cfg.output) / "features.parquet") as partial:
-        trajectories(found).to_parquet(partial, index=False)
+        measure.trajectories(found).to_parquet(partial, index=False)
     result.save(Path(cfg.output) / "results.json")
     return result
 
@@ -109,25 +112,3 @@ def _activations(cfg: DynamicsConfig, sae: SAE[Any]) -> tuple[Tensor, Tensor]:
     x, documents = read_activations(model, sae, rows.tokens, rows.documents)
     assert documents is not None
     return x, documents
-
-
-def _result(
-    cfg: DynamicsConfig, first: SAE[Any], found: Sequence[Measured], documents: Tensor, command: str | None
-) -> DynamicsResult:
-    draws: Any = {"seed": cfg.seed, "n_permutations": cfg.n_permutations}
-    mine = [one for one in found if one.run == RUN]
-    edges = {which: tertiles([one.integration(which) for one in mine]) for which in mine[0].energies}
-    runs = [[one for one in found if one.run == run] for run in dict.fromkeys(one.run for one in found)]
-    pairs = [pair for run in runs for pair in itertools.pairwise(run)]
-    return DynamicsResult(
-        hook_name=str(first.cfg.metadata.hook_name),
-        features=first.cfg.d_sae,
-        tokens=len(documents),
-        documents=len(documents.unique()),
-        not_canonical=gauge.canonical_or_reason(first)[1],
-        checkpoints=tuple(checkpoint_row(one) for one in found),
-        steps=tuple(movement(*pair, edges, **draws) for pair in pairs),
-        overall=tuple(movement(run[0], run[-1], edges, **draws) for run in runs),
-        edges=edges,
-        provenance=provenance(cfg, command=command, sae_config=first.cfg.to_dict()),
-    )

@@ -262,11 +262,9 @@ def _pairs(columns: np.ndarray, counts: Floats, d_sae: int, pool: Pool, max_pair
 def secondary_activations(
     model: LanguageModel, sae: NFMPaths, intervention: Intervention, prompts: Sequence[Ids]
 ) -> Floats:
-    """Mean activation of every secondary feature over the counted tokens of each stimulus, under an intervention.
+    """Mean activation of every secondary feature over the counted tokens of each stimulus, under an intervention of `sae`.
 
-    Args:
-        sae: the primary of the intervention, which attaches the secondary SAE.
-        intervention: of which no part clamps secondary features.
+    The intervention attaches the secondary SAE, and no part of it clamps secondary features.
     """
     seen, found = dict[str, Tensor](), dict[int, np.ndarray]()
     hook_point: Any = sae.hook_secondary_acts_post  # pyright: ignore[reportAttributeAccessIssue] (made by name)

@@ -24,27 +24,7 @@ from tqdm.auto import tqdm
 from sae_nfm.architectures import NFMPaths
 from sae_nfm.common import check_positive, provenance, whole
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions
-from sae_nfm.experiments.factorial.clamps import (
-    Arm,
-    arms,
-    cell_estimates,
-    clamp_tests,
-    contrast_estimate,
-    spliced,
-    unit_of,
-)
-from sae_nfm.experiments.factorial.measure import (
-    SCALES,
-    Candidates,
-    Pool,
-    Scale,
-    WordScorer,
-    feature_candidates,
-    pair_candidates,
-    secondary_activations,
-    secondary_candidates,
-    tokenized,
-)
+from sae_nfm.experiments.factorial import clamps, measure
 from sae_nfm.experiments.factorial.results import (
     PRIMARY_SCALE,
     ArmResult,
@@ -60,7 +40,6 @@ from sae_nfm.models import LanguageModel, check_device, model_of
 from sae_nfm.stats import (
     Cells,
     Effect,
-    Floats,
     Half,
     by_bucket,
     halves,
@@ -84,7 +63,7 @@ class FactorialConfig(SavedSAEOptions):
     """Values to clamp at, in units of the mean activation where active."""
     absolute: tuple[float, ...] = (10.0,)
     """Values to clamp at, as they are."""
-    pool: Pool = "mean"
+    pool: measure.Pool = "mean"
     """A feature's value on a stimulus: its mean over the counted tokens, or that at the last token."""
     min_stimuli: int = 8
     """Stimuli of the selecting half in which a candidate is active at least."""
@@ -139,35 +118,38 @@ def factorial(
 ) -> tuple[FactorialResult, pd.DataFrame]:
     """The experiment on a model at hand: the result, and the change of every word after every stimulus by arm and scale.
 
-    Args:
-        sae: an SAE of any architecture; pairs are looked at where it has an interaction path over pairs.
-        cfg: of which the names of model, SAE and stimuli are not used.
-        secondary: an SAE on its hidden code.
+    The SAE is of any architecture; pairs are looked at where it has an interaction path over pairs. The secondary SAE is one on
+    its hidden code. The names of model, SAE and stimuli in `cfg` are not used.
 
     Raises:
         ValueError: for stimuli that the tokenizer or the model cannot take, or no candidate to select.
     """
     metadata = sae.cfg.metadata
-    tokens = tokenized(model, stimuli, prepend_bos=metadata.prepend_bos is not False)
+    tokens = measure.tokenized(model, stimuli, prepend_bos=metadata.prepend_bos is not False)
     cells, word_cells = stimuli.cell_of_sentence, stimuli.cell_of_word
     half = halves(cells, np.random.default_rng([cfg.seed, 0]))
-    found: list[Candidates | None] = [feature_candidates(model, sae, tokens.prompts, cfg.pool)]
-    found.append(pair_candidates(model, sae, tokens.prompts, cfg.pool, cfg.max_pairs))
+    found: list[measure.Candidates | None] = [measure.feature_candidates(model, sae, tokens.prompts, cfg.pool)]
+    found.append(measure.pair_candidates(model, sae, tokens.prompts, cfg.pool, cfg.max_pairs))
     if secondary is not None:
-        found.append(secondary_candidates(model, sae, secondary, tokens.prompts, cfg.pool))
+        found.append(measure.secondary_candidates(model, sae, secondary, tokens.prompts, cfg.pool))
     pools = {one.kind: one.firing_in(half, cfg.min_stimuli) for one in found if one is not None}
     first, second = stimuli.factors
     roles = f"{first.name} (main effect)", f"{second.name} (main effect)"
     selected, units = _select(pools, cells, half, roles, cfg)
     held_out = [prompt for prompt, chosen in zip(tokens.prompts, half, strict=True) if not chosen]
-    scorer = WordScorer(model, held_out, tokens.words, cfg.batch_rows)
-    baseline = scorer.scores(spliced(sae, secondary))
+    scorer = measure.WordScorer(model, held_out, tokens.words, cfg.batch_rows)
+    baseline = scorer.scores(clamps.spliced(sae, secondary))
     results, frames = list[ArmResult](), list[pd.DataFrame]()
-    planned = arms(sae, units, cfg.clamps, cfg.absolute, roles)
+    planned = clamps.arms(sae, units, cfg.clamps, cfg.absolute, roles)
     for number, arm in enumerate(tqdm(planned, desc="Clamping", unit="arm")):
-        changes = scorer.scores(spliced(sae, secondary, arm.edits)).less(baseline)
+        changes = scorer.scores(clamps.spliced(sae, secondary, arm.edits)).less(baseline)
         rng = np.random.default_rng([cfg.seed, 1, number])
-        results.append(_arm_result(arm, {**changes}, word_cells, cells[~half], rng, cfg.n_permutations))
+        tests = clamps.clamp_tests({**changes}, word_cells, cells[~half], rng, cfg.n_permutations)
+        pattern = word_pattern(by_bucket(changes[PRIMARY_SCALE], word_cells))
+        same: Any = {name: getattr(arm, name) for name in ("name", "role", "units", "clamp", "times", "control")}
+        means = clamps.cell_estimates(pattern, cells[~half])
+        contrast = clamps.contrast_estimate(tests.items[PRIMARY_SCALE])
+        results.append(ArmResult(**same, tests=tests, cells=means, contrast=contrast))
         frames.append(_changes_table(arm, changes, np.flatnonzero(~half), stimuli))
     result = FactorialResult(
         design=" x ".join(f"{factor.name} ({' / '.join(factor.levels)})" for factor in stimuli.factors),
@@ -183,7 +165,7 @@ def factorial(
 
 
 def _select(
-    pools: dict[str, Candidates], cells: Cells, half: Half, roles: tuple[str, str], cfg: FactorialConfig
+    pools: dict[str, measure.Candidates], cells: Cells, half: Half, roles: tuple[str, str], cfg: FactorialConfig
 ) -> tuple[list[SelectedUnit], list[Unit]]:
     """What is clamped: the selected ones, and after them their controls."""
     wanted: list[tuple[str, str, Effect]] = [("feature", roles[0], "first"), ("feature", roles[1], "second")]
@@ -193,7 +175,7 @@ def _select(
         pool, rng = pools[kind], np.random.default_rng([cfg.seed, 2, number])
         test = select_and_test(pool.values, cells, effect, half, rng, cfg.n_permutations)
         null = shuffled_procedure(pool.values, cells, effect, test.held_out.f, rng, cfg.n_permutations)
-        selected.append(SelectedUnit(unit=unit_of(pool, test.selection.index, role), test=test, null=null))
+        selected.append(SelectedUnit(unit=clamps.unit_of(pool, test.selection.index, role), test=test, null=null))
         columns.append((kind, test.selection.index))
     taken = {kind: {column for k, column in columns if k == kind} for kind in pools}
     controls = list[Unit]()
@@ -201,33 +183,23 @@ def _select(
         match = pools[kind].matched(column, taken[kind])
         if match is not None:
             taken[kind].add(match)
-            controls.append(unit_of(pools[kind], match, f"match of {role.partition(' (')[0]}", control=True))
+            controls.append(clamps.unit_of(pools[kind], match, f"match of {role.partition(' (')[0]}", control=True))
     for kind, pool in pools.items():
         found = pool.insensitive(half, cells, taken[kind])
         if found is not None:
-            controls.append(unit_of(pool, found, f"insensitive {kind}", control=True))
+            controls.append(clamps.unit_of(pool, found, f"insensitive {kind}", control=True))
     return selected, [*(one.unit for one in selected), *controls]
 
 
-def _arm_result(
-    arm: Arm, changes: dict[str, Floats], word_cells: Cells, cells: Cells, rng: np.random.Generator, n_permutations: int
-) -> ArmResult:
-    tests = clamp_tests(changes, word_cells, cells, rng, n_permutations)
-    return ArmResult(
-        **{name: getattr(arm, name) for name in ("name", "role", "units", "clamp", "times", "control")},
-        tests=tests,
-        cells=cell_estimates(word_pattern(by_bucket(changes[PRIMARY_SCALE], word_cells)), cells),
-        contrast=contrast_estimate(tests.items[PRIMARY_SCALE]),
-    )
-
-
-def _changes_table(arm: Arm, changes: Mapping[Scale, Floats], items: Cells, stimuli: StimulusSet) -> pd.DataFrame:
+def _changes_table(
+    arm: clamps.Arm, changes: Mapping[measure.Scale, Any], items: Cells, stimuli: StimulusSet
+) -> pd.DataFrame:
     n_words = len(stimuli.words)
     return pd.DataFrame(
         {"arm": pd.Categorical.from_codes(np.zeros(len(items) * n_words, dtype=int), [arm.name])}
         | {"item": np.repeat(items, n_words), "item_cell": np.repeat(stimuli.cell_of_sentence[items], n_words)}
         | {"word": np.tile(stimuli.words, len(items)), "word_cell": np.tile(stimuli.cell_of_word, len(items))}
-        | {f"{scale}_change": changes[scale].ravel() for scale in SCALES}
+        | {f"{scale}_change": changes[scale].ravel() for scale in measure.SCALES}
     )
 
 
@@ -235,7 +207,7 @@ def _secondary_shifts(
     model: LanguageModel,
     sae: SAE[Any],
     secondary: SAE[Any] | None,
-    planned: Sequence[Arm],
+    planned: Sequence[clamps.Arm],
     units: Sequence[Unit],
     prompts: Sequence[tuple[int, ...]],
 ) -> tuple[SecondaryShift, ...]:
@@ -243,11 +215,12 @@ def _secondary_shifts(
     selected = next((unit for unit in units if unit.kind == "secondary" and not unit.control), None)
     if selected is None or secondary is None or not isinstance(sae, NFMPaths):
         return ()
-    before = secondary_activations(model, sae, spliced(sae, secondary), prompts).mean(0)
+    before = measure.secondary_activations(model, sae, clamps.spliced(sae, secondary), prompts).mean(0)
     found = list[SecondaryShift]()
     for arm in planned:
         if not arm.control and all(unit.kind == "feature" for unit in arm.units):
-            after = secondary_activations(model, sae, spliced(sae, secondary, arm.edits), prompts).mean(0)
+            clamped = clamps.spliced(sae, secondary, arm.edits)
+            after = measure.secondary_activations(model, sae, clamped, prompts).mean(0)
             change, active = np.abs(after - before), (after != 0) | (before != 0)
             own = selected.index[0]
             above = float((change[active] >= change[own]).mean()) if active.any() else 1.0

@@ -29,16 +29,7 @@ class Unit(StrEnum):
     OTHER = "other"
 
 
-FORMS: Mapping[Unit, str] = {
-    Unit.CHANGE: "+.1%",
-    Unit.SHARE: ".1%",
-    Unit.RATIO: ".2f",
-    Unit.CORRELATION: "+.3f",
-    Unit.F: ".3f",
-    Unit.COUNT: ".0f",
-    Unit.NUMBER: ".3f",
-    Unit.OTHER: "+.3g",
-}
+FORMS: Mapping[Unit, str] = dict(zip(Unit, ("+.1%", ".1%", ".2f", "+.3f", ".3f", ".0f", ".3f", "+.3g"), strict=True))
 """Format specifications of what is measured here."""
 
 
@@ -95,10 +86,6 @@ def _share(value: float, note: str = "", decimals: int = 1) -> Published:
     return Published(value=value, unit=Unit.SHARE, note=note, decimals=decimals)
 
 
-def _correlation(value: float) -> Published:
-    return Published(value=value, unit=Unit.CORRELATION)
-
-
 PAPER_RATIO = 2.99
 """KL of an SAE over that of an isotropic vector of equal distance, arXiv 2507.00269."""
 GURNEE_RATIOS = (2.0, 4.5)
@@ -132,7 +119,10 @@ WEIGHTS: Mapping[str, Published] = {
     "modes of the squared norm: p-value of the dip test": Published(unit=Unit.NUMBER, note=_BIMODAL),
     "modes of the squared norm: Gaussians preferred by BIC": Published(unit=Unit.COUNT, note=_BIMODAL),
     "components for 90 % of variance": Published(value=860.0, unit=Unit.COUNT, note="of 3,200, about"),
-    **{Statistic.CORRELATION.of(path): _correlation(rho) for path, rho in _CORRELATIONS.items()},
+    **{
+        Statistic.CORRELATION.of(path): Published(value=rho, unit=Unit.CORRELATION)
+        for path, rho in _CORRELATIONS.items()
+    },
     **{f"{Statistic.NORM_SHARE.of(path)}, squared norm below 0.2": _share(part) for path, part in _BELOW.items()},
     **{f"{Statistic.NORM_SHARE.of(path)}, squared norm above 0.2": _share(part) for path, part in _ABOVE.items()},
     Statistic.WRITTEN.of("linear"): _share(0.94, decimals=0),
@@ -198,7 +188,6 @@ class ReproducedRow:
 
     section: Section
     name: str
-    """What is measured."""
     statistic: Statistic = Statistic.OTHER
     """As `FigureRow` has it, like the two that follow."""
     path: str = ""

@@ -19,6 +19,7 @@ Source: arXiv 2507.00269 (2x2 experiment on formality x emotion, with an SAE of 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ from sae_nfm.models import LanguageModel, keeping, reconstruction
 from sae_nfm.stats import Bootstrap, Estimate, ratio_of_means, relative_change
 from sae_nfm.training import StreamConfig, Trained, TrainingArm, train_arms
 
+_sequential = partial(reproduced_row, Section.SEQUENTIAL)
+_factorial = partial(reproduced_row, Section.FACTORIAL)
 MEANS_KEPT = "ablated paths write their mean over other text, in place of zero"
 PARTS = {str(Paths.LINEAR): "linear", str(Paths.NONLINEAR): "nonlinear", UNDER_TEST: "both"}
 
@@ -104,25 +107,18 @@ class Behaviour:
             ArmName.TOPK: "against a TopK SAE of the same width, trained on its own",
         }
         for against, control in controls.items():
-            yield reproduced_row(
-                section,
-                name,
-                self.change(column, UNDER_TEST, Paths.DIRECT),
-                self.change(column, UNDER_TEST, against),
-                control if against in self.arms else f"{control}: there is none here",
-                verdict=self._verdict(against, metric),
-            )
+            here, controlled = (self.change(column, UNDER_TEST, other) for other in (Paths.DIRECT, against))
+            told = control if against in self.arms else f"{control}: there is none here"
+            yield reproduced_row(section, name, here, controlled, told, verdict=self._verdict(against, metric))
 
     def _paths(self, section: Section, what: str, column: str) -> Iterator[ReproducedRow]:
         for arm, part in PARTS.items():
             kept = arm if arm == UNDER_TEST else keeping_means(arm)
-            yield reproduced_row(
-                section,
-                of_part(what, part),
+            here, controlled = (
                 self.change(column, arm, Paths.DIRECT),
                 self.change(column, kept, keeping_means(Paths.DIRECT)),
-                MEANS_KEPT,
             )
+            yield reproduced_row(section, of_part(what, part), here, controlled, MEANS_KEPT)
 
     def _share_of_gain(self) -> ReproducedRow:
         """The published 16.5 % is 8.6 / 51.9."""
@@ -130,9 +126,8 @@ class Behaviour:
 
         def share(alone: dict[str, str]) -> Estimate:
             arms = {**alone, "both": UNDER_TEST}
-            gains = gains_of_arms(
-                read_rows(self.folder, ["document", "row", "position", "arm", "kl_nats"], list(arms.values())), arms
-            )
+            columns = ["document", "row", "position", "arm", "kl_nats"]
+            gains = gains_of_arms(read_rows(self.folder, columns, list(arms.values())), arms)
             assert gains.documents is not None
             return ratio_of_means(gains.nonlinear, gains.both, gains.documents, bootstrap=self.bootstrap)
 
@@ -148,10 +143,8 @@ class Behaviour:
     def _errors(self) -> Iterator[ReproducedRow]:
         ratios = error_ratios(self.folder, controls=EQUAL_DISTANCE, bootstrap=self.bootstrap)
         for name in EQUAL_DISTANCE[1:]:
-            control = f"at the same distance: {name}"
-            yield reproduced_row(
-                Section.ERRORS, published.ERROR_RATIO, ratios[EQUAL_DISTANCE[0]], ratios[name], control
-            )
+            here, control = ratios[EQUAL_DISTANCE[0]], f"at the same distance: {name}"
+            yield reproduced_row(Section.ERRORS, published.ERROR_RATIO, here, ratios[name], control)
 
     def _verdict(self, against: str, metric: str | None) -> str:
         wanted = (ClaimKind.FAIR, ArmName.JOINT, against, metric)
@@ -166,16 +159,12 @@ def gauge_rows(figures: Sequence[FigureRow]) -> list[ReproducedRow]:
     """Norms and paths; statistics that the paper does not have are here too, since its others need them."""
     return [
         reproduced_row(
-            Section.PATHS
-            if any(isinstance(one, Estimate) for one in (figure.published, figure.controlled))
-            else Section.NORMS,
+            Section.PATHS if Estimate in (type(figure.published), type(figure.controlled)) else Section.NORMS,
             figure.name,
             figure.published,
             figure.controlled,
             figure.control,
-            statistic=figure.statistic,
-            path=figure.path,
-            p_value=figure.p_value,
+            **{name: getattr(figure, name) for name in ("statistic", "path", "p_value")},
         )
         for figure in figures
     ]
@@ -194,12 +183,7 @@ def train_sequential(
 ) -> dict[str, SAE[Any]]:
     """Train both on the base of one seed of a comparison, where they are not finished, and load them.
 
-    Args:
-        folder: the comparison's, of one k and seed.
-        model: the language model.
-        dataset: the training data in the order of the seed.
-        output: where they go.
-        device: of the SAEs.
+    The folder is the comparison's, of one k and seed; the dataset is in the order of the seed.
 
     Raises:
         ValueError: when there are others in `output`, trained otherwise.
@@ -338,8 +322,7 @@ def _against_base(behaviour: Behaviour, name: str, column: str) -> Iterator[Repr
     matched = (
         "against a TopK SAE with as many parameters, trained on its own; base and NFM saw the tokens once each, it once"
     )
-    if ArmName.MATCHED not in behaviour.arms:
-        matched += ": there is none here"
+    matched += "" if ArmName.MATCHED in behaviour.arms else ": there is none here"
     direct = keeping_means(Paths.DIRECT.of(SEQUENTIAL))
     controls: dict[str, tuple[str, str]] = {
         matched: (SEQUENTIAL, ArmName.MATCHED),
@@ -368,12 +351,6 @@ def _sequential_errors(behaviour: Behaviour) -> Iterator[ReproducedRow]:
         yield _sequential(published.SEQUENTIAL_RATIO, ratios[arms[0]], ratios[arm], f"at the same distance: {control}")
 
 
-def _sequential(
-    name: str, here: Estimate | None, controlled: Estimate | None, control: str, **more: Any
-) -> ReproducedRow:
-    return reproduced_row(Section.SEQUENTIAL, name, here, controlled, control, **more)
-
-
 TOKENS, BATCH = 100_000, 512
 """Of the secondary SAE's training."""
 EXPANSION = 25
@@ -398,12 +375,10 @@ def factorial_rows(
 ) -> list[ReproducedRow]:
     """Train the secondary SAE where it is not there, do the experiment, keep its result in `output/results.json`.
 
+    The embedded model is asked about sentiment x register, which it knows, others as published.
+
     Args:
-        model: the language model; the embedded one is asked about sentiment x register, which it knows, others as published.
-        joint: an inference joint NFM-SAE of that model.
-        dataset: training data in the order of the seed.
         settings: `Trained.settings` of the joint one; the secondary SAE has its stream, cut to `TOKENS`, and its learning rate.
-        output: folder for the SAE and the result.
         sentences: of each cell, at most; 0 for no experiment.
         n_permutations: draws of each null, up to `DRAWS`.
     """
@@ -413,17 +388,15 @@ def factorial_rows(
     whole = load_stimuli("sentiment-register" if stream.model_name == demo.MODEL_NAME else "formality-emotion")
     stimuli = replace(whole, cells=tuple(replace(cell, sentences=cell.sentences[:sentences]) for cell in whole.cells))
     secondary = _trained(model, joint, dataset, stream, settings["learning_rate"], output)
+    names: Any = {"sae": str(ArmName.JOINT), "model": stream.model_name, "stimuli": whole.name, "output": str(output)}
     cfg = FactorialConfig(
-        sae=str(ArmName.JOINT),
+        **names,
         secondary=str(output / SECONDARY),
-        model=stream.model_name,
-        stimuli=whole.name,
         clamps=(CLAMP,),
         absolute=(),
         min_stimuli=min(FactorialConfig.min_stimuli, sentences),
         n_permutations=min(DRAWS, n_permutations),
         seed=stream.seed,
-        output=str(output),
     )
     try:
         result, _ = factorial(model, joint, stimuli, cfg, secondary=secondary)
@@ -471,13 +444,8 @@ def _of_arm(name: str, arm: ArmResult, result: FactorialResult) -> Iterator[Repr
     """The author's statistic beside tests with other units."""
     tests, main = arm.tests, arm.tests.items[PRIMARY_SCALE]
     clamp = f"{result.design}; {arm.role}, {arm.units[0].name} at {arm.clamp}, author's p = {tests.published_p:.3f}"
-    yield _factorial(
-        name, tests.published_f, main.f, f"{clamp}: interaction F, stimuli as units, p = {main.p_value:.3f}"
-    )
+    of_stimuli = f"{clamp}: interaction F, stimuli as units, p = {main.p_value:.3f}"
+    yield _factorial(name, tests.published_f, main.f, of_stimuli)
     if not arm.control:
         of_words = f"the same, words as units, averaged over stimuli, p = {tests.words.p_value:.3f}"
         yield _factorial(name, tests.published_f, tests.words.f, of_words)
-
-
-def _factorial(name: str, here: float | None, controlled: float | None, control: str, **more: Any) -> ReproducedRow:
-    return reproduced_row(Section.FACTORIAL, name, here, controlled, control, **more)

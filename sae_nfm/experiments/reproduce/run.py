@@ -24,21 +24,8 @@ from sae_nfm.comparison.results import ArmName, CompareResult, Paths
 from sae_nfm.data import TokenRows, datasets, held_out_rows
 from sae_nfm.evaluation import measure
 from sae_nfm.experiments.factorial import FEWEST_SENTENCES
+from sae_nfm.experiments.reproduce import rows as statistics
 from sae_nfm.experiments.reproduce.results import ReproducedRow, ReproduceResult
-from sae_nfm.experiments.reproduce.rows import (
-    BASE,
-    SEQUENTIAL,
-    Behaviour,
-    factorial_rows,
-    gauge_rows,
-    part,
-    parts_of,
-    rows_without_base,
-    sequential_arms,
-    sequential_rows,
-    train_sequential,
-    written_shares,
-)
 from sae_nfm.interventions import UNDER_TEST, Intervention, Splice, control_arms, fit_activations
 from sae_nfm.models import LanguageModel, load_model
 from sae_nfm.stats import Bootstrap
@@ -102,15 +89,20 @@ def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> Reprod
             finished comparison or has no such seed or arm.
     """
     output = Path(cfg.output)
-    comparison = run_compare(cfg.comparison()) if cfg.compare is None else CompareResult.load(_results(cfg.compare))
-    cfg = cfg if cfg.compare is None else _as_compared(cfg, comparison)
+    if cfg.compare is None:
+        comparison = run_compare(cfg.comparison())
+    elif (path := Path(cfg.compare) / "results.json").exists():
+        comparison = CompareResult.load(path)
+        cfg = _as_compared(cfg, comparison)
+    else:
+        raise FileNotFoundError(f"{cfg.compare} has no results.json; give the folder of a finished `sae-nfm compare`")
     folder = Path(cfg.compare or output / "compare") / f"k{cfg.k}" / f"seed-{cfg.seed}"
     saes = _load_arms(cfg, folder)
     model = load_model(cfg.model, cfg.device)
     train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, cfg.model)
     train = train.shuffle(seed=cfg.seed)  # as for the comparison's SAEs of this seed
-    if BASE in saes:
-        saes |= train_sequential(folder, model, train, output / "sequential", cfg.device)
+    if statistics.BASE in saes:
+        saes |= statistics.train_sequential(folder, model, train, output / "sequential", cfg.device)
     rows, behaviour = _behaviour(cfg, model, saes, validation, comparison)
     settings = Trained.load(folder / JOINT).settings
     options = {"sentences": cfg.sentences, "n_permutations": cfg.n_permutations}
@@ -118,7 +110,7 @@ def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> Reprod
         rows=(
             *behaviour.rows(),
             *_rows_of_paths(cfg, model, saes, rows, behaviour),
-            *factorial_rows(model, saes[JOINT], train, settings, output / "2x2", **options),
+            *statistics.factorial_rows(model, saes[JOINT], train, settings, output / "2x2", **options),
         ),
         provenance={"config": asdict(cfg), "command": command, "comparison": comparison.provenance},
     )
@@ -132,7 +124,7 @@ def _behaviour(
     saes: dict[str, SAE[Any]],
     validation: Any,
     comparison: CompareResult,
-) -> tuple[TokenRows, Behaviour]:
+) -> tuple[TokenRows, statistics.Behaviour]:
     """The held-out text, and a measurement of every arm on it."""
     context_size = min(cfg.context_size, model.cfg.n_ctx)
     rows = held_out_rows(model, validation, context_size, cfg.held_out_tokens)
@@ -140,56 +132,48 @@ def _behaviour(
     arms = behaviour_arms(model, saes, fitted)
     folder = measure(model, rows, arms, Path(cfg.output) / "rows", seed=cfg.seed)
     bootstrap = Bootstrap(seed=cfg.seed)
-    return rows, Behaviour(folder=folder, arms=tuple(arms), answers=comparison.answers, bootstrap=bootstrap)
+    return rows, statistics.Behaviour(folder=folder, arms=tuple(arms), answers=comparison.answers, bootstrap=bootstrap)
 
 
 def _rows_of_paths(
-    cfg: ReproduceConfig, model: LanguageModel, saes: dict[str, SAE[Any]], rows: TokenRows, behaviour: Behaviour
+    cfg: ReproduceConfig,
+    model: LanguageModel,
+    saes: dict[str, SAE[Any]],
+    rows: TokenRows,
+    behaviour: statistics.Behaviour,
 ) -> list[ReproducedRow]:
     """Norms and paths of the joint SAE, and all of the sequential one."""
     x, documents = read_activations(model, saes[JOINT], rows.tokens, rows.documents)
     assert documents is not None
     report = gauge_report(saes[JOINT], x, documents, seed=cfg.seed, n_permutations=cfg.n_permutations)
-    found = gauge_rows(figure_rows(report))
-    if SEQUENTIAL not in saes:
-        return found + rows_without_base(f"the comparison has no arm {BASE!r} that an NFM could be trained on")
-    return found + sequential_rows(behaviour, written_shares(saes[SEQUENTIAL], x, documents, seed=cfg.seed))
+    found = statistics.gauge_rows(figure_rows(report))
+    if statistics.SEQUENTIAL not in saes:
+        reason = f"the comparison has no arm {statistics.BASE!r} that an NFM could be trained on"
+        return found + statistics.rows_without_base(reason)
+    shares = statistics.written_shares(saes[statistics.SEQUENTIAL], x, documents, seed=cfg.seed)
+    return found + statistics.sequential_rows(behaviour, shares)
 
 
 def behaviour_arms(model: LanguageModel, saes: dict[str, SAE[Any]], fitted: TokenRows) -> dict[str, Intervention]:
     """What is measured of a joint NFM-SAE and the SAEs beside it: paths ablated by zero and by mean, controls, the others.
 
-    Args:
-        model: the language model.
-        saes: the joint one, as "joint_nfm", and any others by name; those of `train_sequential` get controls of their own.
-        fitted: text for means and covariances, not evaluated on.
+    Those of `train_sequential` get controls of their own. Means and covariances are on text that is not evaluated on.
     """
     joint = saes[JOINT]
     whole = Splice(sae=joint)
     activations = fit_activations(model, fitted.tokens, whole.hook_name)
-    arms = control_arms(whole, activations) | parts_of(model, joint, UNDER_TEST, fitted)
+    arms = control_arms(whole, activations) | statistics.parts_of(model, joint, UNDER_TEST, fitted)
     canonical = in_canonical_gauge(joint)
     if canonical is not None:
         off = dict.fromkeys(ablations(joint)[Paths.DIRECT])
-        arms[str(Paths.CANONICAL)] = part(canonical, UNDER_TEST, Paths.CANONICAL, off)
-    if SEQUENTIAL in saes:
-        arms |= sequential_arms(model, saes, fitted, activations)
+        arms[str(Paths.CANONICAL)] = statistics.part(canonical, UNDER_TEST, Paths.CANONICAL, off)
+    if statistics.SEQUENTIAL in saes:
+        arms |= statistics.sequential_arms(model, saes, fitted, activations)
     return arms | {name: Splice(sae=sae) for name, sae in saes.items() if name in BESIDE}
 
 
-def _results(folder: str) -> Path:
-    path = Path(folder) / "results.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} has no results.json; give the folder of a finished `sae-nfm compare`")
-    return path
-
-
 def _as_compared(cfg: ReproduceConfig, comparison: CompareResult) -> ReproduceConfig:
-    """The configuration with the model, text and sizes of a finished comparison.
-
-    Raises:
-        ValueError: when it has no such k or seed.
-    """
+    """The configuration with the model, text and sizes of a finished comparison; a ValueError where it has no such k or seed."""
     was = comparison.provenance["config"]
     for name, wanted, there in (("k", cfg.k, was["k"]), ("seed", cfg.seed, was["seeds"])):
         if wanted not in there:

@@ -42,7 +42,6 @@ class Reconstruction:
     d_in: int
     d_sae: int
     k: int
-    """Its active features a token, at most."""
     l0: float
     """Active features per token, on the activations that are replaced."""
     dead: int | None

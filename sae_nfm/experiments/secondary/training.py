@@ -72,15 +72,8 @@ def train_secondaries(
 ) -> list[TrainedSecondary]:
     """Train a secondary SAE and its controls, those that are not finished.
 
-    Args:
-        stream: tokens and lengths; its hook name is the primary's.
-        expansion: features per dimension of what is reconstructed.
-        ks: active features a token, for the hidden code and the permuted one; the other controls take the smallest.
-        learning_rate: Adam's, for all.
-        model: the language model, without the primary.
-        primary: an inference SAE with an interaction path; without a linear path that control is left out.
-        dataset: data with a `text` or a `tokens` column.
-        folder: where the SAEs go.
+    `ks` are the active features a token, for the hidden code and the permuted one; the other controls take the smallest. The hook
+    name of the stream is the primary's. Without a linear path in the primary that control is left out.
 
     Raises:
         ValueError: for a primary without a hidden code, a k with too few features, or a folder with SAEs that were trained on
