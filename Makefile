@@ -48,9 +48,10 @@ browser: ## install Chromium for the tests of pages, which are skipped without o
 	apt-get update --quiet=2
 	apt-get install --quiet=2 --yes --no-install-recommends chromium
 
-lint: $(READY) ## ruff, ruff format, pyright strict
+lint: $(READY) ## ruff, ruff format, the order of imports, pyright strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
 
 format: $(READY) ## what ruff can mend by itself

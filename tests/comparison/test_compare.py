@@ -283,7 +283,7 @@ def test_every_claim_is_about_arms_that_exist():
     [
         ({"training_tokens": 8192}, r"\btraining_tokens\b.*\b8192\b.*\b1024\b.*run'"),
         ({"learning_rates": (1e-3,)}, r"\blearning_rates\b.*\[0\.001\].*\[0\.005, 0\.01\]"),
-        ({"held_out_tokens": 512}, r"\bvalidation_tokens\b.*\b512\b.*\b384\b"),
+        ({"held_out_tokens": 512}, r"\bheld_out_tokens\b.*\b512\b.*\b384\b"),
         ({"d_sae": 97}, r"\bd_sae\b.*\b97\b.*\b96\b"),
     ],
 )  # fmt: skip
@@ -318,7 +318,7 @@ def test_bad_settings(changes, message):
 
 def test_bad_input_leaves_nothing(tmp_path):
     output = tmp_path / "run"
-    with pytest.raises(ValueError, match=r"\bk\b.*\b200\b.*\bd_sae\b.*\b96\b"):
+    with pytest.raises(ValueError, match=r"\bk\b.*\bd_sae\b.*\b96\b.*\b200\b"):
         run_compare(CompareConfig(**(TINY | {"k": (200,)}), output=str(output)))
     with pytest.raises(ValueError, match=r"\bone row of 32 tokens\b.*\bskip_tokens\b"):
         run_compare(CompareConfig(**(TINY | {"held_out_tokens": 10**9}), output=str(output)))

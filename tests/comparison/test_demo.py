@@ -172,7 +172,7 @@ def test_command_line_on_a_text_file_prints_the_table_and_both_figures(commanded
     assert printed.count("The fair comparison") == 2
     assert "One seed (0)" in printed
     assert "no evidence about real text" not in printed
-    files = ["explorer.json.gz", "report.html", "results.json", "saes", "training.jsonl"]
+    files = ["explorer.json.gz", "norms.json", "report.html", "results.json", "saes", "training.jsonl"]
     assert sorted(path.name for path in output.iterdir()) == files
 
 

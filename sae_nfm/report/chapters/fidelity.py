@@ -93,12 +93,7 @@ def _blocks(result: CompareResult, number: int) -> Iterator[Block]:
 
 
 def changes_figure(changes: Sequence[Change], number: int) -> Figure:
-    """Change of FVU and KL in every comparison of one seed, the paper's above the fair ones.
-
-    Args:
-        changes: of a result.
-        number: of the result in the run, from 1, for the figure's name.
-    """
+    """Change of FVU and KL in every comparison of one seed, the paper's above the fair ones."""
     rows: list[Row] = []
     for kind, heading in HEADINGS.items():
         own = [Row(key=_against(change), label=_against(change)) for change in changes if change.kind is kind]
@@ -135,12 +130,7 @@ def _against(change: Change) -> str:
 
 
 def whole_figure(means: Sequence[ArmMean], number: int) -> Figure:
-    """FVU and KL of every arm at one k, each seed and the mean.
-
-    Args:
-        means: of one k; members of a family at other sparsities are left out, as they cannot be compared with these.
-        number: of the comparison in the run, from 1, for the figure's name.
-    """
+    """FVU and KL of every arm at one k, each seed and the mean; members of a family at other sparsities are left out."""
     chosen = [m for m in means if m.row.kind is not RowKind.ABLATION and m.row.arm == m.row.family]
     marks, rows = _marks(chosen), _rows(chosen)
     return Figure(
@@ -163,12 +153,7 @@ def whole_figure(means: Sequence[ArmMean], number: int) -> Figure:
 
 
 def ablation_figure(means: Sequence[ArmMean], number: int) -> Figure:
-    """The paper's comparison in absolute numbers: SAEs with paths ablated beside the whole ones and TopK.
-
-    Args:
-        means: of one k.
-        number: of the comparison in the run, from 1, for the figure's name.
-    """
+    """The paper's comparison in absolute numbers: SAEs with paths ablated beside the whole ones and TopK."""
     ablated = {mean.row.family for mean in means if mean.row.kind is RowKind.ABLATION}
     chosen = [m for m in means if m.row.family in ablated or m.row.group is ArmGroup.TOPK]
     marks, rows = _marks(chosen), _rows(chosen)

@@ -39,13 +39,7 @@ def section(run: Run) -> Section | None:
 
 
 def pareto_figure(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmMean], number: int) -> Figure:
-    """One panel for FVU, one for KL.
-
-    Args:
-        lines: means of trained SAEs by arm, in the order of their L0 (`lines_over_l0`).
-        between: means interpolated between SAEs of an arm.
-        number: of the figure in its section, from 1.
-    """
+    """One panel for FVU, one for KL."""
     rows = [mean for line in lines.values() for mean in line] + list(between)
     n = max(len(mean.seeds) for mean in rows)
     return Figure(

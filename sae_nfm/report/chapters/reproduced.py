@@ -88,12 +88,7 @@ def _said(result: ReproduceResult) -> Iterator[str]:
 
 
 def reproduced_figures(rows: Sequence[ReproducedRow], number: int) -> Iterator[Figure]:
-    """Percentages of one section, relative changes apart from shares.
-
-    Args:
-        rows: of one section.
-        number: of the reproduction in the run, from 1, for the figure's name.
-    """
+    """Percentages of one section, relative changes apart from shares."""
     for unit in DRAWN:
         own = [row for row in rows if row.unit is unit and row.published is not None and row.published.ends]
         if own:

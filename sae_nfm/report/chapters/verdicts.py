@@ -66,17 +66,13 @@ def _said(answers: Sequence[Answer]) -> Iterator[str]:
     fair = [answer for answer in answers if answer.claim.kind is ClaimKind.FAIR]
     for answer in answers:
         if answer.claim.kind is ClaimKind.ABLATION:
-            yield f"The paper's comparison, an ablation: {_sentence(answer)}"
+            yield f"The paper's comparison, an ablation: {answer.verdict.sentence}."
     for answer in fair:
         if answer.verdict.outcome in SHOWN:
-            yield _sentence(answer)
+            yield f"{answer.verdict.sentence}."
     for words in dict.fromkeys(answer.verdict.words for answer in fair if answer.verdict.outcome not in SHOWN):
         without = [answer for answer in fair if answer.verdict.words == words]
         yield f"{words[0].upper()}{words[1:]} in {len(without)} of {len(fair)} fair tests: {_named(without)}."
-
-
-def _sentence(answer: Answer) -> str:
-    return f"{answer.verdict.sentence}."
 
 
 def _named(answers: Sequence[Answer]) -> str:
@@ -88,12 +84,7 @@ def _named(answers: Sequence[Answer]) -> str:
 
 
 def one_scale_figure(answers: Sequence[Answer], number: int) -> Figure:
-    """The paper's comparison and the fair ones on one scale.
-
-    Args:
-        answers: of one k.
-        number: of the comparison in the run, from 1, for the figure's name.
-    """
+    """The paper's comparison and the fair ones on one scale."""
     rows: list[Row] = []
     for kind, heading in HEADINGS.items():
         own = [Row(key=_pair(answer), label=_pair(answer)) for answer in answers if answer.claim.kind is kind]
@@ -112,12 +103,7 @@ def one_scale_figure(answers: Sequence[Answer], number: int) -> Figure:
 
 
 def fair_figure(answers: Sequence[Answer], number: int) -> Figure:
-    """Every fair claim with its verdict.
-
-    Args:
-        answers: fair ones of one k.
-        number: of the comparison in the run, from 1, for the figure's name.
-    """
+    """Every fair claim with its verdict."""
     rows = list(dict.fromkeys(Row(key=_pair(answer), label=_pair(answer)) for answer in answers))
     marks = [
         _mark(answer, group=OUTCOMES[answer.verdict.outcome].name, panel=MEASURES[answer.verdict.measure])
@@ -150,58 +136,33 @@ def _pair(answer: Answer) -> str:
 
 
 def _mark(answer: Answer, *, group: str, panel: str = "") -> Mark:
-    relative = answer.verdict.relative
-    note = f"{answer.verdict.words}: {answer.claim.question}"
-    return Mark(
-        row=_pair(answer),
-        group=group,
-        panel=panel,
-        x=relative.estimate,
-        low=relative.low,
-        high=relative.high,
-        note=note,
-    )
+    r, note = answer.verdict.relative, f"{answer.verdict.words}: {answer.claim.question}"
+    return Mark(row=_pair(answer), group=group, panel=panel, x=r.estimate, low=r.low, high=r.high, note=note)
 
 
 def _data(answers: Sequence[Answer]) -> pd.DataFrame:
     """What is drawn, with the words."""
-    rows = [
-        (
-            str(a.claim.kind),
-            a.claim.arm,
-            a.claim.against,
-            MEASURES[a.verdict.measure],
-            a.verdict.relative.estimate,
-            bounded(a.verdict.relative.low),
-            bounded(a.verdict.relative.high),
-            a.verdict.difference.p_value,
-            a.verdict.words,
-            a.claim.question,
-        )
-        for a in answers
-    ]
-    columns = [
-        "kind",
-        "arm",
-        "against",
-        "measure",
-        "relative difference",
-        "low",
-        "high",
-        "adjusted p",
-        "verdict",
-        "question",
-    ]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(
+        [
+            {
+                "kind": str(a.claim.kind),
+                "arm": a.claim.arm,
+                "against": a.claim.against,
+                "measure": MEASURES[a.verdict.measure],
+                "relative difference": a.verdict.relative.estimate,
+                "low": bounded(a.verdict.relative.low),
+                "high": bounded(a.verdict.relative.high),
+                "adjusted p": a.verdict.difference.p_value,
+                "verdict": a.verdict.words,
+                "question": a.claim.question,
+            }
+            for a in answers
+        ]
+    )
 
 
 def rates_figure(sweep: Sequence[SweepRow], number: int) -> Figure:
-    """FVU of every SAE of a sweep at every rate.
-
-    Args:
-        sweep: of one k.
-        number: of the comparison in the run, from 1, for the figure's name.
-    """
+    """FVU of every SAE of a sweep at every rate."""
     candidates = sorted({row.learning_rate for row in sweep})
     groups = [
         Group(name=f"{rate:g}", colour=PALETTE[place % len(PALETTE)], symbol=SYMBOLS[place % len(SYMBOLS)])
