@@ -208,7 +208,7 @@ def sweep(
     held_out: Int[Tensor, "rows pos"],
     folder: Path,
 ) -> list[SweepRow]:
-    """Train and evaluate each arm at each rate that `folder/sweep.json` does not have yet; the SAEs are deleted."""
+    """Train and evaluate each arm at each rate that `sweep.json` lacks; a ValueError where one was begun with other settings."""
     path = folder / "sweep.json"
     rows = read_sweep(path) if path.is_file() else []
     for rate in candidates:

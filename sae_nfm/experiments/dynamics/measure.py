@@ -118,7 +118,8 @@ def transitions(
 ) -> Transitions:
     """Count the transitions of features between two checkpoints and compare them with permuted features.
 
-    `before` and `after` are integration shares, [features], none nan; edges are from `tertiles`, None takes each one's own.
+    `before` and `after` are integration shares, [features]: a ValueError for unequal lengths, nan or no feature. Edges are from
+    `tertiles`; None takes each one's own.
     """
     if len(before) != len(after) or not len(before) or np.isnan([before, after]).any():
         raise ValueError(
