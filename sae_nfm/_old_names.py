@@ -16,7 +16,7 @@ MOVED: dict[str, str] = {
     "baselines": "comparison.arms",
     "behaviour": "evaluation.fidelity",
     "benchmark": "comparison.run",
-    "claims": "comparison.claims comparison.results",
+    "claims": "comparison.results",
     "compare": "comparison.run",
     "compare_config": "comparison.config",
     "compare_results": "comparison.results",

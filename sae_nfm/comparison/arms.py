@@ -47,7 +47,6 @@ class ArmSizes:
     """What all arms have in common."""
 
     d_in: int
-    """Width of the hook point."""
     d_sae: int
     """Features of every arm but the matched ones."""
     k: int
@@ -75,19 +74,19 @@ def training_arms(
         ValueError: for an arm that does not exist, or one that lacks its coefficients.
     """
     refuse_unknown_arms(names)
-    arms: list[TrainingArm] = []
+    arms = list[TrainingArm]()
     for name in dict.fromkeys(map(str, names)):
-        if name in WITH_COEFFICIENT:
-            if not coefficients.get(name):
-                raise ValueError(f"{name} has no coefficients; give at least two, one on each side of the wanted L0")
-            make = WITH_COEFFICIENT[name]
+        make = WITH_COEFFICIENT.get(name)
+        if make is None:
+            rate = 2.0 if name == ArmName.DOUBLED else 1.0
+            arms.append(TrainingArm(name=name, family=name, sae=WITH_K[name](sizes), decoder_rate=rate))
+        elif not coefficients.get(name):
+            raise ValueError(f"{name} has no coefficients; give at least two, one on each side of the wanted L0")
+        else:
             arms += [
                 TrainingArm(name=f"{name} {value:g}", family=name, sae=make(sizes, value), coefficient=value)
                 for value in coefficients[name]
             ]
-        else:
-            rate = 2.0 if name == ArmName.DOUBLED else 1.0
-            arms.append(TrainingArm(name=name, family=name, sae=WITH_K[name](sizes), decoder_rate=rate))
     return {arm.name: arm for arm in arms}
 
 
@@ -97,11 +96,7 @@ def matched_width(parameters: int, d_in: int) -> int:
 
 
 def folded_parameter_count(cfg: JointNFMTrainingSAEConfig) -> int:
-    """Parameters of a joint NFM-SAE once its linear path is folded into the decoder (`fold_linear_path`).
-
-    Raises:
-        ValueError: where it cannot be folded.
-    """
+    """Parameters of a joint NFM-SAE once its linear path is folded into the decoder; a ValueError where it cannot be."""
     if not cfg.use_linear_path or cfg.nfm_top_k is not None:
         raise ValueError(
             "only a linear path that reads all features folds into W_dec; give use_linear_path, nfm_top_k=None"
@@ -124,16 +119,12 @@ def training_flops(cfg: TrainingSAEConfig, l0: float | None = None) -> float:
         gated SAEs          6 a d + 2 a d                        the gate's own reconstruction
 
     Assumptions: decoding and all gradients touch active features alone, which SAELens's dense TopK does not do (it takes
-    6 d S for decoding); Matryoshka's levels are cumulative sums of one decoding; the pooling of a head that is registered
-    (`heads`) is not known and taken for that of "mlp"; left out are what a batch does once (Adam,
-    norms, gradients of biases), selection and everything else element-wise, and the dead-feature loss.
-
-    Args:
-        cfg: the SAE.
-        l0: active features a token, needed where no k sets it.
+    6 d S for decoding); Matryoshka's levels are cumulative sums of one decoding; the pooling of a registered head (`heads`) is
+    not known and taken for that of "mlp"; left out are what a batch does once (Adam, norms, gradients of biases), selection and
+    everything else element-wise, and the dead-feature loss.
 
     Raises:
-        ValueError: when the number of active features is not known.
+        ValueError: when the number of active features is not known: no k sets it, and no l0 is given.
     """
     active = float(getattr(cfg, "k", 0)) or l0
     if not active:
@@ -171,13 +162,8 @@ def interpolation_weights(l0s: Sequence[float], target: float) -> list[float] | 
 
 
 def _shared(sizes: ArmSizes) -> dict[str, Any]:
-    return {
-        "d_in": sizes.d_in,
-        "d_sae": sizes.d_sae,
-        "device": sizes.device,
-        "normalize_activations": "expected_average_only_in",
-        "reshape_activations": sizes.reshape_activations,
-    }
+    names = ("d_in", "d_sae", "device", "reshape_activations")
+    return {name: getattr(sizes, name) for name in names} | {"normalize_activations": "expected_average_only_in"}
 
 
 def _joint(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
@@ -185,17 +171,8 @@ def _joint(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
     return JointNFMTrainingSAEConfig(**(_shared(sizes) | nfm | changes))
 
 
-def _square(sizes: ArmSizes) -> JointNFMTrainingSAEConfig:
-    scale = (sizes.d_in / sizes.k) ** 0.5
-    return _joint(sizes, use_linear_path=False, use_square_path=True, square_scale=scale)
-
-
 def _topk(sizes: ArmSizes, d_sae: int | None = None) -> TopKTrainingSAEConfig:
     return replace(TopKTrainingSAEConfig(**_shared(sizes), k=sizes.k), d_sae=d_sae or sizes.d_sae)
-
-
-def _matched_folded(sizes: ArmSizes) -> TopKTrainingSAEConfig:
-    return _topk(sizes, matched_width(folded_parameter_count(_joint(sizes)), sizes.d_in))
 
 
 def _batch_topk(sizes: ArmSizes) -> dict[str, Any]:
@@ -211,12 +188,8 @@ def _matryoshka(sizes: ArmSizes) -> MatryoshkaBatchTopKTrainingSAEConfig:
     return MatryoshkaBatchTopKTrainingSAEConfig(**_batch_topk(sizes), matryoshka_widths=widths)
 
 
-def _standard(sizes: ArmSizes, l1: float) -> StandardTrainingSAEConfig:
-    return StandardTrainingSAEConfig(**_shared(sizes), l1_coefficient=l1, l1_warm_up_steps=sizes.warm_up_steps)
-
-
-def _gated(sizes: ArmSizes, l1: float) -> GatedTrainingSAEConfig:
-    return GatedTrainingSAEConfig(**_shared(sizes), l1_coefficient=l1, l1_warm_up_steps=sizes.warm_up_steps)
+def _l1(sizes: ArmSizes, l1: float) -> dict[str, Any]:
+    return _shared(sizes) | {"l1_coefficient": l1, "l1_warm_up_steps": sizes.warm_up_steps}
 
 
 def _jumprelu(sizes: ArmSizes, l0: float) -> JumpReLUTrainingSAEConfig:
@@ -240,22 +213,26 @@ def _jumprelu(sizes: ArmSizes, l0: float) -> JumpReLUTrainingSAEConfig:
 WITH_K: dict[str, Callable[[ArmSizes], TrainingSAEConfig]] = {
     ArmName.JOINT: _joint,
     ArmName.HALF: lambda sizes: _joint(sizes, nfm_top_k=max(1, sizes.k // 2)),
-    ArmName.SQUARE: _square,
+    ArmName.SQUARE: lambda sizes: _joint(
+        sizes, use_linear_path=False, use_square_path=True, square_scale=(sizes.d_in / sizes.k) ** 0.5
+    ),
     ArmName.WITHOUT_LINEAR: lambda sizes: _joint(sizes, use_linear_path=False),
     ArmName.WITHOUT_NONLINEAR: lambda sizes: _joint(sizes, head="none"),
     ArmName.MLP: lambda sizes: _joint(sizes, head="mlp"),
     ArmName.TOPK: _topk,
     ArmName.DOUBLED: _topk,
     ArmName.MATCHED: lambda sizes: _topk(sizes, matched_width(parameter_count(_joint(sizes)), sizes.d_in)),
-    ArmName.MATCHED_FOLDED: _matched_folded,
+    ArmName.MATCHED_FOLDED: lambda sizes: _topk(
+        sizes, matched_width(folded_parameter_count(_joint(sizes)), sizes.d_in)
+    ),
     ArmName.MATCHED_FLOPS: lambda sizes: _topk(sizes, flop_matched_width(_joint(sizes))),
     ArmName.BATCHTOPK: lambda sizes: BatchTopKTrainingSAEConfig(**_batch_topk(sizes)),
     ArmName.MATRYOSHKA: _matryoshka,
 }
 """Arms whose L0 is k."""
 WITH_COEFFICIENT: dict[str, Callable[[ArmSizes, float], TrainingSAEConfig]] = {
-    ArmName.STANDARD: _standard,
-    ArmName.GATED: _gated,
+    ArmName.STANDARD: lambda sizes, l1: StandardTrainingSAEConfig(**_l1(sizes, l1)),
+    ArmName.GATED: lambda sizes, l1: GatedTrainingSAEConfig(**_l1(sizes, l1)),
     ArmName.JUMPRELU: _jumprelu,
 }
 """Arms whose L0 a coefficient sets."""

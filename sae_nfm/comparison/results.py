@@ -1,4 +1,8 @@
-"""What `sae-nfm compare` and `sae-nfm demo` save: a table of arms by seed, verdicts, and the same in words."""
+"""What `sae-nfm compare` and `sae-nfm demo` save: a table of arms by seed, what is claimed, verdicts, and the same in words.
+
+A fair claim compares two arms, each trained on its own. An ablation compares a joint model with a part of itself that was never
+trained to stand alone: the paper's comparison, kept apart from the others.
+"""
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
@@ -9,11 +13,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, ClassVar, Literal, get_args
 
+import numpy as np
+import pandas as pd
 from typing_extensions import override
 
 from sae_nfm.common import aligned, whole
 from sae_nfm.common.results import SavedResult
-from sae_nfm.stats import Verdict, paired_t
+from sae_nfm.stats import Verdict, corrected_verdicts, paired_t, verdict_from_rows
 
 
 class ArmName(StrEnum):
@@ -97,9 +103,7 @@ class CompareRow:
     """One arm of one seed. Metrics are averages over held-out tokens; None where an L0 was not reached."""
 
     k: int
-    """Active features a token that the arms are compared at."""
     seed: int
-    """Seed of initialisation and data order."""
     arm: str
     """Unique for a seed and k."""
     kind: RowKind
@@ -107,15 +111,12 @@ class CompareRow:
     family: str
     """The arm that it is a part of: its own name, that of the SAE with all its paths, or that of all its coefficients."""
     group: ArmGroup = ArmGroup.OTHER
-    """Of the family."""
     paths: Paths = Paths.ALL
-    """Which paths write."""
     parameters: int
     """Trainable numbers of the whole SAE."""
     training_flops: float | None
     """FLOPs of a training step for each token, as `arms.training_flops` counts them."""
     learning_rate: float
-    """Peak of Adam's learning rate."""
     training_tokens_per_second: float | None
     """Speed of training steps, the language model not counted; None for a row that was not trained."""
     dead_fraction: float | None
@@ -131,7 +132,6 @@ class CompareRow:
     ce_delta_nats: float | None
     """Its increase over the original model."""
     tokens: int
-    """Held-out tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +155,10 @@ class Claim:
     """One arm against another."""
 
     kind: ClaimKind
-    """What it is compared with."""
     question: str
     """What the comparison tells apart."""
     arm: str
-    """A row."""
     against: str
-    """The row that it is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,15 +171,97 @@ class Answer:
     """Differences with their intervals; p-values of fair claims are adjusted for their number."""
 
 
+WEIGHTS = {"fvu": "variance_energy", "kl_nats": "tokens"}
+"""What is compared, and what a document counts for in it."""
+ABLATED = (ArmName.JOINT, ArmName.SQUARE, ArmName.HALF)
+"""Arms that are compared with a part of themselves too."""
+L0_TOLERANCE = 0.05
+"""Relative difference of two arms' L0 at inference up to which they are compared; batchtopk has k only on average."""
+
+
+def _fair(arm: ArmName, against: ArmName, question: str) -> Claim:
+    return Claim(kind=ClaimKind.FAIR, question=question, arm=str(arm), against=str(against))
+
+
+def _ablation(arm: ArmName, part: Paths) -> Claim:
+    question = "how the trained model divides its work between its paths: the paper's comparison"
+    return Claim(kind=ClaimKind.ABLATION, question=question, arm=str(arm), against=part.of(arm))
+
+
+CLAIMS: tuple[Claim, ...] = (
+    _fair(A.JOINT, A.TOPK, "what the paths buy at the same width and sparsity"),
+    _fair(A.JOINT, A.MATCHED, "whether they are the better use of parameters"),
+    _fair(A.JOINT, A.MATCHED_FOLDED, "the same, parameters that fold away not counted"),
+    _fair(A.JOINT, A.MATCHED_FLOPS, "whether they are the better use of training FLOPs"),
+    _fair(A.JOINT, A.MLP, "products of features, or the capacity of the head"),
+    _fair(A.JOINT, A.WITHOUT_NONLINEAR, "what the interaction path adds"),
+    _fair(A.JOINT, A.WITHOUT_LINEAR, "what the linear path adds"),
+    _fair(A.JOINT, A.HALF, "reading all features, or the strongest half"),
+    _fair(A.WITHOUT_NONLINEAR, A.TOPK, "what a second decoder does"),
+    _fair(A.WITHOUT_NONLINEAR, A.DOUBLED, "whether that is more than its learning rate"),
+    _fair(A.SQUARE, A.JOINT, "the square path in place of the linear one"),
+    *(_fair(A.SQUARE, topk, "the square path, likewise") for topk in (A.TOPK, A.MATCHED)),
+    *(_fair(A.JOINT, other, "against another architecture") for other in ArmName if other not in ARM_GROUPS),
+    *(_ablation(arm, part) for arm in ABLATED for part in (Paths.DIRECT, Paths.CANONICAL)),
+)
+"""All of them; a comparison answers those whose arms it has."""
+
+
+def answers(documents: pd.DataFrame, ks: Sequence[int], n_seeds: int) -> tuple[list[Answer], list[str]]:
+    """A verdict for each claim and metric, and for each that cannot be given one the reason.
+
+    P-values of the fair claims are adjusted by Holm's method over all of them together. `documents` has sums by k, seed, arm and
+    document, with the columns of `held_out_sums`; every arm should have so many seeds.
+    """
+    found, missing = list[Answer](), list[str]()
+    for k in ks:
+        rows = documents[documents["k"] == k]
+        rows = rows.assign(fvu=rows["error_energy"] / rows["variance_energy"], kl_nats=rows["kl_nats"] / rows["tokens"])
+        there = set(rows["arm"])
+        for claim in CLAIMS:
+            if not {claim.arm, claim.against} <= there:
+                continue
+            reason = _unusable(rows, (claim.arm, claim.against), n_seeds)
+            if reason is not None:
+                missing.append(f"{claim.arm} against {claim.against} at k = {k}: {reason}")
+                continue
+            for metric, weight in WEIGHTS.items():
+                verdict = verdict_from_rows(rows, metric, arm=claim.arm, against=claim.against, weight=weight)
+                found.append(Answer(claim=claim, k=k, verdict=verdict))
+    fair = [answer.verdict for answer in found if answer.claim.kind is ClaimKind.FAIR]
+    adjusted = iter(corrected_verdicts(fair, "holm") if fair else ())
+    corrected = [
+        replace(answer, verdict=next(adjusted)) if answer.claim.kind is ClaimKind.FAIR else answer for answer in found
+    ]
+    return corrected, missing
+
+
+def _unusable(rows: pd.DataFrame, arms: Sequence[str], n_seeds: int) -> str | None:
+    for arm in arms:
+        own: pd.DataFrame = rows.loc[rows["arm"] == arm]
+        seeds = len(set(own["seed"]))
+        if seeds < n_seeds:
+            return f"{arm} has values for {seeds} of {n_seeds} seeds"
+        if not np.isfinite(own[list(WEIGHTS)].to_numpy(dtype=np.float64)).all():
+            return f"{arm} diverged"
+    one, other = (_l0(rows, arm) for arm in arms)
+    if abs(one - other) > L0_TOLERANCE * other:
+        return f"L0 is {one:.1f} and {other:.1f}: metrics at unequal sparsity say nothing"
+    return None
+
+
+def _l0(rows: pd.DataFrame, arm: str) -> float:
+    own = rows.loc[rows["arm"] == arm, ["active", "tokens"]].sum()
+    return float(own["active"] / own["tokens"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """Relative change of one row's metrics against another's, for one seed: negative is better; it has no interval."""
 
     kind: ClaimKind
     arm: str
-    """A row."""
     against: str
-    """The row that it is compared with."""
     paths: Paths = Paths.ALL
     """Which paths of that one write."""
     fvu_change: float
@@ -207,7 +286,7 @@ class Change:
 def changes(rows: Sequence[CompareRow]) -> tuple[Change, ...]:
     """For each joint SAE: all its paths against its direct path alone, then against every SAE trained on its own."""
     whole_ones = [row for row in rows if row.paths is Paths.ALL]
-    found: list[Change] = []
+    found = list[Change]()
     for row in (row for row in whole_ones if row.group is ArmGroup.JOINT):
         direct = [r for r in rows if r.family == row.family and r.paths in (Paths.DIRECT, Paths.CANONICAL)]
         found += [_change(ClaimKind.ABLATION, row, part) for part in direct]
@@ -216,28 +295,17 @@ def changes(rows: Sequence[CompareRow]) -> tuple[Change, ...]:
 
 
 def _change(kind: ClaimKind, row: CompareRow, other: CompareRow) -> Change:
-    def relative(value: float | None, reference: float | None) -> float:
-        assert value is not None
-        assert reference is not None, "a trained SAE has metrics"
-        return (value - reference) / reference
-
+    pairs = ((row.fvu, other.fvu), (row.kl_nats, other.kl_nats))
+    fvu, kl = ((mine - theirs) / theirs for mine, theirs in pairs if mine is not None and theirs is not None)
+    ratio, paths = row.parameters / other.parameters, other.paths
     return Change(
-        kind=kind,
-        arm=row.arm,
-        against=other.arm,
-        paths=other.paths,
-        fvu_change=relative(row.fvu, other.fvu),
-        kl_change=relative(row.kl_nats, other.kl_nats),
-        parameter_ratio=row.parameters / other.parameters,
+        kind=kind, arm=row.arm, against=other.arm, paths=paths, fvu_change=fvu, kl_change=kl, parameter_ratio=ratio
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareResult(SavedResult):
-    """Everything a comparison found, and what is needed to repeat it.
-
-    Beside that of `compare` lies `documents.parquet`, the sums behind it; that of `demo` has `changes` in place of verdicts.
-    """
+    """Everything a comparison found, and what is needed to repeat it; that of `demo` has `changes` in place of verdicts."""
 
     kind: ClassVar[str] = "compare/1"
 
@@ -275,11 +343,12 @@ class CompareResult(SavedResult):
 
     def words(self) -> str:
         """The table, the fair comparisons and the ablations, and what limits them."""
-        lines: list[str] = []
+        lines = list[str]()
         for k in dict.fromkeys(row.k for row in self.rows):
             own = [row for row in self.rows if row.k == k]
             if not self.changes:
-                lines += [f"k = {k}: mean (standard deviation) over {_seeds(own)}", ""]
+                n = len({row.seed for row in own})
+                lines += [f"k = {k}: mean (standard deviation) over {n} seed{'s' * (n > 1)}", ""]
             lines += [*aligned([self.columns, *cells(own, self.columns)]), ""]
             for kind in (ClaimKind.FAIR, ClaimKind.ABLATION):
                 chosen = [answer for answer in self.answers if answer.k == k and answer.claim.kind is kind]
@@ -304,10 +373,8 @@ class CompareResult(SavedResult):
         config, seeds = self.provenance["config"], self.provenance["seeds"]
         rates, told = config["learning_rates"], list[str]()
         if self.changes:
-            told.append(
-                f"One seed ({seeds[0]}): one run is one draw. Differences of a few per cent need several seeds before they "
-                "are a finding."
-            )
+            one = f"One seed ({seeds[0]}): one run is one draw."
+            told.append(f"{one} Differences of a few per cent need several seeds before they are a finding.")
         told.append(f"{config['training_tokens']:,} training tokens an SAE.")
         if len(rates) > 1:
             at_edge = sorted({row.family for row in self.rows if row.learning_rate in (min(rates), max(rates))})
@@ -321,7 +388,7 @@ class CompareResult(SavedResult):
 
 
 def _changes_in_words(found: Sequence[Change]) -> list[str]:
-    lines: list[str] = []
+    lines = list[str]()
     for name in dict.fromkeys(change.arm for change in found):
         lines.append(name)
         for kind, heading in HEADINGS.items():
@@ -330,17 +397,14 @@ def _changes_in_words(found: Sequence[Change]) -> list[str]:
     return lines
 
 
-def _seeds(rows: Sequence[CompareRow]) -> str:
-    n = len({row.seed for row in rows})
-    return f"{n} seed{'s' * (n > 1)}"
-
-
-def _spread(name: str, form: str, scale: float = 1.0) -> Callable[[Sequence[CompareRow]], str]:
-    """The mean of a field over seeds, with the standard deviation where there are several."""
+def _spread(name: str, form: str, without: str | None = None) -> Callable[[Sequence[CompareRow]], str]:
+    """The mean of a field over seeds, with the standard deviation where there are several; a text where the first has none."""
 
     def written(rows: Sequence[CompareRow]) -> str:
         values = [getattr(row, name) for row in rows]
-        there = [scale * value for value in values if value is not None]
+        if values[0] is None and without is not None:
+            return without
+        there = [value for value in values if value is not None]
         if len(there) < len(values):
             return "not reached"
         return f"{mean(there):{form}}" + (f" ({stdev(there):{form.lstrip('+')}})" if len(there) > 1 else "")
@@ -348,15 +412,11 @@ def _spread(name: str, form: str, scale: float = 1.0) -> Callable[[Sequence[Comp
     return written
 
 
-def _unless_none(name: str, written: Callable[[Sequence[CompareRow]], str]) -> Callable[[Sequence[CompareRow]], str]:
-    return lambda rows: "" if getattr(rows[0], name) is None else written(rows)
-
-
 COLUMNS: Mapping[str, tuple[Callable[[Sequence[CompareRow]], str], str]] = {
     "SAE": (lambda rows: rows[0].arm, ""),
     "parameters": (lambda rows: f"{rows[0].parameters:,}", "trainable numbers of the SAE"),
     "MFLOP/token": (
-        _unless_none("training_flops", lambda rows: f"{(rows[0].training_flops or 0) / 1e6:.2f}"),
+        lambda rows: "" if (flops := rows[0].training_flops) is None else f"{flops / 1e6:.2f}",
         "multiplications and additions of a training step",
     ),
     "learning rate": (lambda rows: f"{rows[0].learning_rate:g}", "peak of Adam's"),
@@ -371,11 +431,11 @@ COLUMNS: Mapping[str, tuple[Callable[[Sequence[CompareRow]], str], str]] = {
         "rise of the language model's cross-entropy when the SAE is spliced in; lower is better",
     ),
     "dead": (
-        _unless_none("dead_fraction", _spread("dead_fraction", ".1%")),
+        _spread("dead_fraction", ".1%", ""),
         "share of features that no token of the training's last half activated",
     ),
     "train tok/s": (
-        _unless_none("training_tokens_per_second", _spread("training_tokens_per_second", ",.0f")),
+        _spread("training_tokens_per_second", ",.0f", ""),
         "training tokens per second of the SAE alone, all SAEs in one run on one machine",
     ),
 }
@@ -400,10 +460,9 @@ Metric = Literal["fvu", "kl_nats"]
 
 @dataclass(frozen=True, kw_only=True)
 class ArmMean:
-    """One metric of one arm: its mean over S seeds, with the interval of Student's t.
+    """One metric of one arm: its mean over seeds, which are the units, with the interval of Student's t.
 
-    The seed is the unit: an interval needs two. Differences between arms are paired by seed (`Verdict`), so that two intervals
-    that overlap do not say that the arms are alike.
+    Differences between arms are paired by seed (`Verdict`): two intervals that overlap do not say that the arms are alike.
     """
 
     row: CompareRow
@@ -412,23 +471,19 @@ class ArmMean:
     seeds: tuple[int, ...]
     """Seeds with a value; those that diverged, or whose L0 was not reached, are left out."""
     values: tuple[float, ...]
-    """A value for each of them."""
     mean: float
     low: float | None
     """Lower end of the 95 % interval over seeds; None for one seed."""
     high: float | None
-    """Upper end."""
     l0: float
     """Active features per token, mean over the same seeds."""
 
 
 def arm_means(rows: Sequence[CompareRow]) -> tuple[ArmMean, ...]:
     """The mean of each metric for each arm and k, in the order of the rows; none for an arm without a value."""
-    found: list[ArmMean] = []
-    for k, arm in dict.fromkeys((row.k, row.arm) for row in rows):
-        own = [row for row in rows if (row.k, row.arm) == (k, arm)]
-        found += [average for metric in get_args(Metric) if (average := _mean(own, metric)) is not None]
-    return tuple(found)
+    by_arm = [[row for row in rows if (row.k, row.arm) == one] for one in dict.fromkeys((r.k, r.arm) for r in rows)]
+    found = (_mean(own, metric) for own in by_arm for metric in get_args(Metric))
+    return tuple(average for average in found if average is not None)
 
 
 def _mean(rows: Sequence[CompareRow], metric: Metric) -> ArmMean | None:
@@ -451,11 +506,7 @@ def _mean(rows: Sequence[CompareRow], metric: Metric) -> ArmMean | None:
 
 
 def lines_over_l0(means: Sequence[ArmMean]) -> Mapping[str, tuple[ArmMean, ...]]:
-    """Trained SAEs of each family by L0, those of all k and coefficients together.
-
-    Returns:
-        A line for each family, both metrics in it; none at all where no family has SAEs of two L0s (equal to one decimal).
-    """
+    """Trained SAEs of each family by L0; none at all where no family has SAEs of two L0s (equal to one decimal)."""
     trained = [one for one in means if one.row.kind is RowKind.TRAINED]
     lines = {
         family: tuple(sorted((one for one in trained if one.row.family == family), key=lambda one: one.l0))
@@ -467,13 +518,8 @@ def lines_over_l0(means: Sequence[ArmMean]) -> Mapping[str, tuple[ArmMean, ...]]
 
 # Files of 0.1.0, for one version.
 
-RENAMED = {
-    "model_name": "model",
-    "hook_name": "hook",
-    "validation": "held_out",
-    "validation_tokens": "held_out_tokens",
-    "sweep_validation_tokens": "sweep_held_out_tokens",
-}
+RENAMED = {"model_name": "model", "hook_name": "hook", "validation": "held_out", "validation_tokens": "held_out_tokens"}
+RENAMED |= {"sweep_validation_tokens": "sweep_held_out_tokens"}
 """Settings by their names in 0.1.0."""
 
 

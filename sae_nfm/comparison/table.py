@@ -6,28 +6,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int
 from sae_lens import SAE
 from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import load_file
-from torch import Tensor
 
 from sae_nfm.analysis import gauge
 from sae_nfm.common import whole
 from sae_nfm.comparison.arms import interpolation_weights, training_flops
-from sae_nfm.comparison.claims import ABLATED
-from sae_nfm.comparison.results import ARM_GROUPS, ArmGroup, ArmName, CompareRow, Paths, RowKind
+from sae_nfm.comparison.results import ABLATED, ARM_GROUPS, ArmGroup, ArmName, CompareRow, Paths, RowKind
 from sae_nfm.data import TokenRows
 from sae_nfm.evaluation import Arm, Fidelity, evaluate
 from sae_nfm.evaluation.fidelity import SUMS, fidelity_of, held_out_sums
 from sae_nfm.models import LanguageModel
 from sae_nfm.training import Trained, TrainingArm
 
-PATH_HOOKS = {
-    Paths.LINEAR: "hook_nfm_linear",
-    Paths.NONLINEAR: "hook_nfm_interaction",
-    Paths.SQUARE: "hook_nfm_square",
-}
+PATH_HOOKS = {Paths.LINEAR: "hook_nfm_linear", Paths.NONLINEAR: "hook_nfm_interaction", Paths.SQUARE: "hook_nfm_square"}
 """What is left on beside the direct path, and the hook point of what it writes."""
 DOCUMENTS_FILENAME = "documents.parquet"
 NEVER_ACTIVE = -9.9
@@ -39,11 +32,10 @@ def ablations(sae: SAE[Any]) -> dict[Paths, tuple[str, ...]]:
     present = {paths: hook for paths, hook in PATH_HOOKS.items() if hook in sae.hook_dict}
     if not present:
         return {}
-    parts = {Paths.DIRECT: tuple(present.values())}
-    if len(present) > 1:
-        for on in present:
-            parts[on] = tuple(hook for paths, hook in present.items() if paths != on)
-    return parts
+    left_on = present if len(present) > 1 else ()
+    return {Paths.DIRECT: tuple(present.values())} | {
+        on: tuple(hook for paths, hook in present.items() if paths != on) for on in left_on
+    }
 
 
 def in_canonical_gauge(sae: SAE[Any]) -> SAE[Any] | None:
@@ -67,7 +59,7 @@ def _load(folder: Path, device: str) -> SAE[Any]:
 
 def evaluated_once(
     model: LanguageModel,
-    tokens: Int[Tensor, "rows pos"],
+    rows: TokenRows,
     arms: Mapping[str, TrainingArm],
     folder: Path,
     *,
@@ -77,7 +69,7 @@ def evaluated_once(
 ) -> list[CompareRow]:
     """Rows of trained SAEs, each with every combination of its paths, averaged over the tokens."""
     saes = {name: parts_of(name, _load(folder / name, device), tuple(Paths)) for name in arms}
-    fidelity = evaluate(model, tokens, [arm for parts in saes.values() for arm in parts.values()])
+    fidelity = evaluate(model, rows.tokens, [arm for parts in saes.values() for arm in parts.values()])
     return [
         _row(k, seed, paths, arms[name], Trained.load(folder / name), fidelity[arm.name], folder / name)
         for name, parts in saes.items()
@@ -85,21 +77,16 @@ def evaluated_once(
     ]
 
 
-def evaluated(
-    model: LanguageModel, rows: TokenRows, arms: Mapping[str, TrainingArm], folder: Path, device: str
-) -> None:
+def evaluated(model: LanguageModel, rows: TokenRows, arms: Sequence[str], folder: Path, device: str) -> None:
     """Evaluate those of the trained SAEs that are not yet, all on the same tokens; `documents.parquet` goes into each folder.
 
-    Those of `claims.ABLATED` have rows for the direct path alone too, and for that in the canonical gauge where there is one.
+    Those of `ABLATED` have rows for the direct path alone too, and for that in the canonical gauge where there is one.
     """
     left = [name for name in arms if not (folder / name / DOCUMENTS_FILENAME).exists()]
     if not left:
         return
-    ablated = (Paths.ALL, Paths.DIRECT, Paths.CANONICAL)
-    saes = {
-        name: parts_of(name, _load(folder / name, device), ablated if name in ABLATED else (Paths.ALL,))
-        for name in left
-    }
+    wanted = {name: (Paths.ALL, *((Paths.DIRECT, Paths.CANONICAL) if name in ABLATED else ())) for name in left}
+    saes = {name: parts_of(name, _load(folder / name, device), wanted[name]) for name in left}
     sums = held_out_sums(model, rows, {a.name: a.intervention for parts in saes.values() for a in parts.values()})
     for name, parts in saes.items():
         with whole(folder / name / DOCUMENTS_FILENAME) as partial:
@@ -110,8 +97,7 @@ def tidy(
     output: Path, arms: Mapping[int, Mapping[str, TrainingArm]], seeds: Sequence[int]
 ) -> tuple[list[CompareRow], pd.DataFrame]:
     """The rows of all k, seeds and arms, and the sums behind them: columns k, seed, and those of `held_out_sums`."""
-    rows: list[CompareRow] = []
-    documents: list[pd.DataFrame] = []
+    rows, documents = list[CompareRow](), list[pd.DataFrame]()
     for k, own in arms.items():
         for seed in seeds:
             found, sums = _of_seed(output / f"k{k}" / f"seed-{seed}", k, seed, own)
@@ -125,8 +111,7 @@ def tidy(
 def _of_seed(folder: Path, k: int, seed: int, arms: Mapping[str, TrainingArm]) -> tuple[list[CompareRow], pd.DataFrame]:
     sums = {name: pd.read_parquet(folder / name / DOCUMENTS_FILENAME) for name in arms}
     trained = {name: Trained.load(folder / name) for name in arms}
-    rows: list[CompareRow] = []
-    tables: list[pd.DataFrame] = []
+    rows, tables = list[CompareRow](), list[pd.DataFrame]()
     for name, arm in arms.items():
         for paths in Paths:
             own: pd.DataFrame = sums[name].loc[sums[name]["arm"] == paths.of(name)]
@@ -185,15 +170,11 @@ def _row(
         training_tokens_per_second=trained.tokens_per_second if is_whole else None,
         dead_fraction=_dead_fraction(folder) if folder is not None and is_whole else None,
         l0=l0,
-        fvu=None if found is None else found.fvu,
-        kl_nats=None if found is None else found.kl_nats,
-        ce_nats=None if found is None else found.ce_nats,
-        ce_delta_nats=None if found is None else found.ce_delta_nats,
+        **{name: getattr(found, name, None) for name in ("fvu", "kl_nats", "ce_nats", "ce_delta_nats")},
         tokens=0 if found is None else found.tokens,
     )
 
 
 def _dead_fraction(folder: Path) -> float:
     """Share of features that never were active since SAELens last began to count, half way through the training."""
-    sparsity = load_file(folder / SPARSITY_FILENAME)["sparsity"]
-    return float((sparsity < NEVER_ACTIVE).double().mean())
+    return float((load_file(folder / SPARSITY_FILENAME)["sparsity"] < NEVER_ACTIVE).double().mean())

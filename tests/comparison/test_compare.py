@@ -13,11 +13,9 @@ from builders import D_MODEL, inference_sae, tiny_model, token_dataset, training
 from sae_lens import SAE
 
 from sae_nfm import demo
-from sae_nfm.comparison.claims import CLAIMS, answers
 from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS, CompareConfig
-from sae_nfm.comparison.lr_sweep import chosen_rates
-from sae_nfm.comparison.results import ArmName, ClaimKind, CompareResult, RowKind, SweepRow
-from sae_nfm.comparison.run import run_compare
+from sae_nfm.comparison.results import CLAIMS, ArmName, ClaimKind, CompareResult, RowKind, SweepRow, answers
+from sae_nfm.comparison.run import chosen_rates, run_compare
 from sae_nfm.comparison.table import _interpolated
 from sae_nfm.data import datasets
 from sae_nfm.data.documents import held_out_rows
@@ -182,7 +180,6 @@ def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(finish
         train_arms(stream, arms, rates, *rest)
 
     monkeypatch.setattr("sae_nfm.comparison.run.train_arms", watched)
-    monkeypatch.setattr("sae_nfm.comparison.lr_sweep.train_arms", watched)
     assert run_compare(cfg).table() == result.table()
     assert names == []
     more = run_compare(replace(cfg, arms=("topk", "batchtopk"), seeds=(1, 2)))

@@ -17,11 +17,17 @@ from sae_nfm.analysis.path_contributions import read_activations
 from sae_nfm.architectures.nfm_paths import PathWeights
 from sae_nfm.attribution.pairs import TokenPairs, written
 from sae_nfm.attribution.path_activations import token_reads
-from sae_nfm.experiments.factorial.candidates import Candidates, feature_candidates, pair_candidates
 from sae_nfm.experiments.factorial.clamps import clamped, spliced, unit_of
+from sae_nfm.experiments.factorial.measure import (
+    SCALES,
+    Candidates,
+    WordScorer,
+    feature_candidates,
+    pair_candidates,
+    tokenized,
+)
 from sae_nfm.experiments.factorial.run import FactorialConfig, factorial, run_factorial
 from sae_nfm.experiments.factorial.stimuli import load_stimuli
-from sae_nfm.experiments.factorial.word_scores import SCALES, WordScorer, tokenized
 from sae_nfm.interventions.edits import PairEdit
 from sae_nfm.interventions.intervene import Splice
 from sae_nfm.models.splicing import counted_tokens

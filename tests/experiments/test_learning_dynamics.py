@@ -19,12 +19,14 @@ from sae_nfm import demo
 from sae_nfm.analysis.path_contributions import feature_energies, token_paths
 from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig
 from sae_nfm.architectures.joint_training import JointNFMTrainingSAE
-from sae_nfm.experiments.dynamics.checkpoints import Checkpoint, checkpoints_of_run, load_checkpoint
 from sae_nfm.experiments.dynamics.measure import (
     PATHS,
+    Checkpoint,
     GroupedTokens,
     MeanShares,
+    checkpoints_of_run,
     grouped_energies,
+    load_checkpoint,
     tertiles,
     transitions,
 )

@@ -16,10 +16,8 @@ from sae_nfm.data import datasets
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import Arm, evaluate
 from sae_nfm.evaluation.results import MeasuredKL
-from sae_nfm.experiments.reproduce.factorial import factorial_rows
-from sae_nfm.experiments.reproduce.published import PUBLISHED, Unit
-from sae_nfm.experiments.reproduce.results import NoVerdict, ReproduceResult, written
-from sae_nfm.experiments.reproduce.rows import keeping_means
+from sae_nfm.experiments.reproduce.results import PUBLISHED, NoVerdict, ReproduceResult, Unit, written
+from sae_nfm.experiments.reproduce.rows import factorial_rows, keeping_means
 from sae_nfm.experiments.reproduce.run import ReproduceConfig, behaviour_arms, run_reproduce
 from sae_nfm.interventions.results import Role
 from sae_nfm.models.load import load_model

@@ -18,14 +18,15 @@ from sae_nfm import demo
 from sae_nfm.analysis.path_contributions import read_activations
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.token_table import read_manifest, read_rows
-from sae_nfm.experiments.reproduce.published import SEQUENTIAL as PUBLISHED
+from sae_nfm.experiments.reproduce.results import SEQUENTIAL as PUBLISHED
 from sae_nfm.experiments.reproduce.results import NoVerdict
-from sae_nfm.experiments.reproduce.rows import Behaviour, keeping_means
-from sae_nfm.experiments.reproduce.sequential import (
+from sae_nfm.experiments.reproduce.rows import (
     ADAPTER,
     AT_EQUAL_DISTANCE,
     BASE,
     SEQUENTIAL,
+    Behaviour,
+    keeping_means,
     rows_without_base,
     sequential_rows,
     train_sequential,

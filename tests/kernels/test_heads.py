@@ -28,7 +28,7 @@ from sae_nfm.architectures import joint_config
 from sae_nfm.architectures.nfm_paths import attributable
 from sae_nfm.cli.parser import description
 from sae_nfm.comparison.arms import training_flops
-from sae_nfm.experiments.factorial.candidates import pair_candidates
+from sae_nfm.experiments.factorial.measure import pair_candidates
 from sae_nfm.interventions.edits import PairEdit, ReadEdit
 from sae_nfm.interventions.intervene import Splice
 from sae_nfm.kernels import dispatch, heads, reference

@@ -8,7 +8,7 @@ from report_inputs import CELLS, LEVELS, RUN, factorial_experiment, figures_by_n
 from report_runs import run_of
 from scipy import stats
 
-from sae_nfm.experiments.factorial.clamp_tests import cell_estimates, contrast_estimate
+from sae_nfm.experiments.factorial.clamps import cell_estimates, contrast_estimate
 from sae_nfm.report.blocks import Table
 from sae_nfm.report.chapters import factorial as factorial_chapter
 from sae_nfm.report.page import section_html

@@ -6,7 +6,7 @@ import pytest
 from sae_lens import SAE
 
 from sae_nfm.attribution.results import InteractionGraph
-from sae_nfm.comparison.lr_sweep import read_sweep
+from sae_nfm.comparison.run import read_sweep
 from sae_nfm.evaluation.token_table import read_manifest, read_rows
 from sae_nfm.explorer.results import Explorer
 from sae_nfm.interventions.results import SteeringComparison

@@ -6,8 +6,15 @@ from typing import Any
 import pytest
 from report_runs import figures, labels, marks, plots, run_of
 
-from sae_nfm.experiments.reproduce.published import PUBLISHED, Published
-from sae_nfm.experiments.reproduce.results import NoVerdict, ReproducedRow, ReproduceResult, Section, Unit
+from sae_nfm.experiments.reproduce.results import (
+    PUBLISHED,
+    NoVerdict,
+    Published,
+    ReproducedRow,
+    ReproduceResult,
+    Section,
+    Unit,
+)
 from sae_nfm.report.blocks import Heading, Prose, Table
 from sae_nfm.report.chapters.reproduced import section
 from sae_nfm.stats.estimates import Estimate

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from simulated_factorial import cells_of, changes_of_words
 
-from sae_nfm.experiments.factorial.clamp_tests import cell_estimates, clamp_tests, contrast_estimate
+from sae_nfm.experiments.factorial.clamps import cell_estimates, clamp_tests, contrast_estimate
+from sae_nfm.experiments.factorial.measure import SCALES
 from sae_nfm.experiments.factorial.results import (
     PRIMARY_SCALE,
     ArmResult,
@@ -16,7 +17,6 @@ from sae_nfm.experiments.factorial.results import (
     Unit,
     with_holm,
 )
-from sae_nfm.experiments.factorial.word_scores import SCALES
 from sae_nfm.report.blocks import Figure, Section
 from sae_nfm.stats.anova_2x2 import by_bucket, factorial_test, word_pattern
 from sae_nfm.stats.estimates import Estimate

@@ -1,4 +1,7 @@
-"""Statistics of checkpoints, feature by feature and from one checkpoint to another.
+"""Checkpoints of one training run: their SAEs, and their statistics feature by feature and from one to another.
+
+Weights of a checkpoint are for inputs that the trainer has normalised, by what stands in activation_scaler.json beside them;
+that is folded in, so that all checkpoints of a run, and the SAE it ended with, are in one unit.
 
 Shares: energies (`FeatureEnergies`) are sums over tokens, so those of a text are the sums of its documents'. Documents are
 assigned to groups, and a statistic over all tokens is compared with those without each group:
@@ -16,6 +19,7 @@ Patefield 1981, Applied Statistics 30:91 (random tables with given margins, by s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +28,13 @@ import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from sae_lens import SAE
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME
 from scipy import stats
 from torch import Tensor
 
 from sae_nfm.analysis import FeatureEnergies, feature_energies, gauge, token_paths, varies
-from sae_nfm.experiments.dynamics.checkpoints import Checkpoint, load_checkpoint
+from sae_nfm.architectures import UNFOLDED
+from sae_nfm.convert import damage_explained, fold_normalisation, read_json
 from sae_nfm.experiments.dynamics.results import (
     CANONICAL,
     QUANTITIES,
@@ -38,7 +44,67 @@ from sae_nfm.experiments.dynamics.results import (
     Movement,
     Transitions,
 )
+from sae_nfm.loading import check_folder
 from sae_nfm.stats import Estimate, Floats, StudentT, interval
+
+RUN, REFERENCE = "joint_nfm", "topk"
+"""Architectures of a run and of its reference, by which they are named in results."""
+PATHS = ("direct", "linear", "nonlinear", "square")
+GROUPS = 40
+"""Groups of documents, at most."""
+_PER_TOKEN, _PER_ACTIVE = ("second_moment", "read_second_moment"), PATHS
+FINAL = "final_"
+"""Begins the name of the checkpoint that --save_final_checkpoint leaves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One checkpoint of a run."""
+
+    tokens: int
+    folder: Path
+
+
+def checkpoints_of_run(path: str | Path) -> list[Checkpoint]:
+    """The checkpoints of a run, by tokens: folders named by these (in SAELens's `<checkpoint_path>/<id>`), at any depth.
+
+    Raises:
+        FileNotFoundError: when there is no such folder, or it has fewer than two checkpoints.
+        ValueError: when it has those of several runs.
+    """
+    found = [
+        Checkpoint(tokens=int(tokens), folder=file.parent)
+        for file in sorted(Path(path).glob(f"**/{SAE_CFG_FILENAME}"))
+        if (tokens := file.parent.name.removeprefix(FINAL)).isdigit()
+    ]
+    runs = sorted({str(one.folder.parent) for one in found})
+    if len(runs) > 1:
+        raise ValueError(f"{str(path)!r} has the checkpoints of {len(runs)} runs; give one of {', '.join(runs[:4])}")
+    by_tokens = {one.tokens: one for one in found}  # the final one, where another has as many tokens
+    if len(by_tokens) < 2:
+        raise FileNotFoundError(
+            f"{str(path)!r} has {len(by_tokens)} checkpoints of an SAE, and at least 2 are needed; train with "
+            "--n_checkpoints, and give the folder whose folders are named by tokens, such as checkpoints/<id>"
+        )
+    return [by_tokens[tokens] for tokens in sorted(by_tokens)]
+
+
+def load_checkpoint(checkpoint: Checkpoint, architecture: str = RUN, device: str = "cpu") -> SAE[Any]:
+    """The SAE of a checkpoint, its normalisation folded in.
+
+    Raises:
+        ValueError, FileNotFoundError: for another architecture than the wanted one, or a damaged or missing file.
+    """
+    folder = checkpoint.folder
+    check_folder(folder)
+    found = read_json(folder / SAE_CFG_FILENAME).get("architecture")
+    if found != architecture:
+        raise ValueError(f"{str(folder)!r} is a checkpoint of a {found} SAE; give those of a {architecture} one")
+    with damage_explained(folder):
+        sae = SAE.load_from_disk(folder, device=device).eval()
+    if sae.cfg.normalize_activations in UNFOLDED:
+        fold_normalisation(sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
+    return sae
 
 
 def tertiles(shares: Sequence[Floats]) -> tuple[float, float]:
@@ -48,22 +114,12 @@ def tertiles(shares: Sequence[Floats]) -> tuple[float, float]:
 
 
 def transitions(
-    before: Floats,
-    after: Floats,
-    edges: tuple[float, float] | None = None,
-    *,
-    seed: int,
-    n_permutations: int = 1_999,
+    before: Floats, after: Floats, edges: tuple[float, float] | None = None, *, seed: int, n_permutations: int = 1_999
 ) -> Transitions:
-    """Count the transitions of features and compare them with shuffled identities.
+    """Count the transitions of features between two checkpoints and compare them with permuted features.
 
-    Args:
-        before: [features], integration shares at one checkpoint, none nan.
-        after: [features], at another.
-        edges: from `tertiles`; None takes those of `before` for it and those of `after` for it.
-
-    Raises:
-        ValueError: for unequal lengths, nan, or no feature.
+    `before` and `after` are integration shares, [features]: a ValueError for unequal lengths, nan or no feature. Edges are from
+    `tertiles`; None takes each one's own.
     """
     if len(before) != len(after) or not len(before) or np.isnan([before, after]).any():
         raise ValueError(
@@ -83,23 +139,10 @@ def transitions(
 
 
 def _counted(observed: int, drawn: NDArray[Any]) -> Counted:
-    tails = (drawn <= observed).sum(), (drawn >= observed).sum()
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Counted(
-        observed=observed,
-        expected=float(drawn.mean()),
-        low=float(low),
-        high=float(high),
-        p_value=float(min(1.0, 2 * (1 + min(tails)) / (1 + len(drawn)))),
-    )
-
-
-PATHS = ("direct", "linear", "nonlinear", "square")
-
-GROUPS = 40
-"""Groups of documents, at most."""
-
-_PER_TOKEN, _PER_ACTIVE = ("second_moment", "read_second_moment"), PATHS
+    tail = min((drawn <= observed).sum(), (drawn >= observed).sum())
+    low, high = map(float, np.quantile(drawn, [0.025, 0.975]))
+    p_value = float(min(1.0, 2 * (1 + tail) / (1 + len(drawn))))
+    return Counted(observed=observed, expected=float(drawn.mean()), low=low, high=high, p_value=p_value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +155,7 @@ class GroupedTokens:
 
     @classmethod
     def of(cls, x: Float[Tensor, "tokens d_in"], documents: Int[Tensor, " tokens"]) -> "GroupedTokens":
-        """Documents assigned to groups in turn.
-
-        Raises:
-            ValueError: for fewer than 2 documents.
-        """
+        """Documents assigned to groups in turn; a ValueError for fewer than 2 documents."""
         _, number = documents.unique(return_inverse=True)
         if int(number.max()) < 1:
             raise ValueError("the tokens are from one document; intervals over documents need at least 2, better 20")
@@ -172,25 +211,26 @@ class MeanShares:
 
     def estimate(self) -> Estimate:
         """With its interval; nothing is tested."""
-        return self._estimate(self.whole, self.without, tested=False)
+        return self._estimate(tested=False)
 
     def change_to(self, later: "MeanShares") -> Estimate:
         """`later` less this one on the same tokens, tested against 0."""
-        return self._estimate(later.whole - self.whole, later.without - self.without, tested=True)
+        whole, without = later.whole - self.whole, later.without - self.without
+        return MeanShares(whole=whole, without=without, tokens=self.tokens)._estimate(tested=True)
 
-    def _estimate(self, whole: float, without: NDArray[Any], *, tested: bool) -> Estimate:
-        g = len(without)
-        error = float(np.linalg.norm(without - whole)) * ((g - 1) / g) ** 0.5
+    def _estimate(self, *, tested: bool) -> Estimate:
+        g = len(self.without)
+        error = float(np.linalg.norm(self.without - self.whole)) * ((g - 1) / g) ** 0.5
         t = StudentT.over_clusters(self.tokens)
-        low, high = interval(whole, error, t.critical(0.95))
+        low, high = interval(self.whole, error, t.critical(0.95))
         return Estimate(
-            estimate=whole,
+            estimate=self.whole,
             low=low,
             high=high,
             n=int(self.tokens.sum()),
             n_clusters=g,
             test=f"mean over features, jackknife over groups of documents ({t.df:.1f} degrees of freedom)",
-            p_value=t.p_value(whole, error) if tested else None,
+            p_value=t.p_value(self.whole, error) if tested else None,
         )
 
 
@@ -208,10 +248,6 @@ def grouped_energies(sae: SAE[Any], tokens: GroupedTokens) -> GroupedEnergies:
     return GroupedEnergies(
         tokens=torch.tensor(counts), active=torch.stack(active).cpu(), sums=torch.stack(sums).double().cpu()
     )
-
-
-RUN, REFERENCE = "joint_nfm", "topk"
-"""Architectures of a run and of its reference, by which they are named in results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,12 +273,7 @@ class Measured:
 
 
 def measured(run: str, checkpoint: Checkpoint, first: SAE[Any], tokens: GroupedTokens, device: str) -> Measured:
-    """Run the SAE of a checkpoint on the held-out tokens.
-
-    Args:
-        run: `RUN` or `REFERENCE`.
-        first: the SAE of the run's first checkpoint, which the others have to go with.
-        tokens: the same for all.
+    """Run the SAE of a checkpoint, which has to go with that of the run's first, on the held-out tokens, the same for all.
 
     Raises:
         ValueError, FileNotFoundError: for another architecture, model, hook point or size, or a damaged file.
@@ -265,15 +296,11 @@ def measured(run: str, checkpoint: Checkpoint, first: SAE[Any], tokens: GroupedT
 
 
 def _refuse_other(sae: SAE[Any], first: SAE[Any], checkpoint: Checkpoint, *, same_size: bool) -> None:
-    mine, wanted = sae.cfg, first.cfg
-    compared = {
-        "hook_name": (mine.metadata.hook_name, wanted.metadata.hook_name),
-        "model_name": (mine.metadata.model_name, wanted.metadata.model_name),
-        "d_in": (mine.d_in, wanted.d_in),
-    }
-    if same_size:
-        compared["d_sae"] = (mine.d_sae, wanted.d_sae)
-    for name, (found, expected) in compared.items():
+    names = ["hook_name", "model_name", "d_in", *(["d_sae"] if same_size else [])]
+    for name in names:
+        found, expected = (
+            getattr(cfg if name.startswith("d_") else cfg.metadata, name) for cfg in (sae.cfg, first.cfg)
+        )
         if found != expected:
             raise ValueError(
                 f"{name} is {found!r} in {str(checkpoint.folder)!r}, and {expected!r} in the first checkpoint of the run; give "
@@ -302,18 +329,9 @@ def checkpoint_row(one: Measured) -> CheckpointRow:
 
 
 def movement(
-    before: Measured,
-    after: Measured,
-    edges: Mapping[str, tuple[float, float]],
-    *,
-    seed: int,
-    n_permutations: int,
+    before: Measured, after: Measured, edges: Mapping[str, tuple[float, float]], *, seed: int, n_permutations: int
 ) -> Movement:
-    """From one checkpoint to another of the same run.
-
-    Args:
-        edges: between the thirds of integration shares, by gauge.
-    """
+    """From one checkpoint to another of the same run; the edges, by gauge, are those between the thirds of integration shares."""
     both = (before.whole.active > 0) & (after.whole.active > 0)
     spearman: dict[str, float | None] = {
         QUANTITIES[2]: _rank_correlation(before.norms[RAW], after.norms[RAW], both),
@@ -351,15 +369,11 @@ def _rank_correlation(one: Tensor, other: Tensor, chosen: Tensor) -> float | Non
 
 def trajectories(found: Sequence[Measured]) -> pd.DataFrame:
     """A row for each run, checkpoint and feature: frequency, norms and shares, nan where the feature is never active."""
-    frames: list[pd.DataFrame] = []
+    frames = list[pd.DataFrame]()
     for one in found:
         energies = one.whole
-        columns: dict[str, Any] = {
-            "run": one.run,
-            "tokens": one.tokens,
-            "feature": np.arange(len(energies.active)),
-            "frequency": energies.frequency.numpy(),
-        }
+        columns: dict[str, Any] = {"run": one.run, "tokens": one.tokens, "feature": np.arange(len(energies.active))}
+        columns["frequency"] = energies.frequency.numpy()
         for which, grouped in one.energies.items():
             columns[f"norm_{which}"] = one.norms[which].numpy()
             for path, share in grouped.energies().shares().items() if one.run == RUN else ():

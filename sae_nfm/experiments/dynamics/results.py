@@ -1,7 +1,7 @@
 """How features moved while a joint NFM-SAE was trained: as words for the terminal and as JSON."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -72,7 +72,6 @@ class Movement:
     """From one checkpoint to another."""
 
     run: str
-    """As in `CheckpointRow`."""
     before: int
     after: int
     features: int
@@ -110,7 +109,7 @@ class DynamicsResult(SavedResult):
     def words(self) -> str:
         """Tables of checkpoints, of rank stability and of transitions, and what they say."""
         head = f"{self.features:,} features at {self.hook_name}, on {self.tokens:,} held-out tokens in {self.documents} documents"
-        sections = [self._shares(), self._stability(), self._transitions(), self.findings(), list(self._caveats())]
+        sections = [self._shares(), self._stability(), self._transitions(), self.findings(), self._caveats()]
         return "\n\n".join([head, *("\n".join(lines) for lines in sections)])
 
     def _shares(self) -> list[str]:
@@ -134,7 +133,8 @@ class DynamicsResult(SavedResult):
             f"{'run':<10}{'from':>9}{'to':>9}{'features':>10}" + "".join(f"{name:>30}" for name in QUANTITIES),
         ]
         for one in (*self.steps, *self.overall):
-            cells = "".join(f"{_rho(one.spearman.get(name)):>30}" for name in QUANTITIES)
+            rhos = map(one.spearman.get, QUANTITIES)
+            cells = "".join(f"{'' if rho is None else f'{rho:+.3f}':>30}" for rho in rhos)
             lines.append(f"{one.run:<10}{one.before:>9,}{one.after:>9,}{one.features:>10,}{cells}".rstrip())
         return lines
 
@@ -144,45 +144,40 @@ class DynamicsResult(SavedResult):
             "Features that pass between thirds of the integration share; in brackets the mean and 95 % of shuffled identities",
             f"{'thirds':<8}{'gauge':<10}{'from':>9}{'to':>9}  {heads}".rstrip(),
         ]
-        moves = (*self.steps, *self.overall)
-        for thirds, gauge in itertools.product(("fixed", "own"), self.edges):
-            for one in moves:
-                found = (one.transitions if thirds == "fixed" else one.reordered).get(gauge)
-                if found is not None:
-                    cells = [counted(part) for part in (found.to_identity, found.to_integration, found.stayed)]
-                    line = "".join(f"{cell:<30}" for cell in cells)
-                    lines.append(f"{thirds:<8}{gauge:<10}{one.before:>9,}{one.after:>9,}  {line}".rstrip())
+        for thirds, gauge, one in itertools.product(("fixed", "own"), self.edges, (*self.steps, *self.overall)):
+            found = (one.transitions if thirds == "fixed" else one.reordered).get(gauge)
+            if found is not None:
+                parts = (found.to_identity, found.to_integration, found.stayed)
+                line = "".join(f"{counted(part):<30}" for part in parts)
+                lines.append(f"{thirds:<8}{gauge:<10}{one.before:>9,}{one.after:>9,}  {line}".rstrip())
         return lines
 
     def findings(self) -> list[str]:
         """The question that arXiv 2507.00269 leaves open, answered for this run."""
-        lines: list[str] = []
-        for gauge, change in self.overall[0].change.items():
-            fixed, own = self.overall[0].transitions[gauge], self.overall[0].reordered[gauge]
+        lines, one = list[str](), self.overall[0]
+        for gauge, change in one.change.items():
+            fixed, own = one.transitions[gauge], one.reordered[gauge]
             lines.append(
-                f"{gauge} gauge: from {self.overall[0].before:,} to {self.overall[0].after:,} tokens the mean integration share "
-                f"changes by {change.estimate:+.3f} [{change.low:+.3f}, {change.high:+.3f}]: {_direction(change)}. Of "
-                f"{self.overall[0].features:,} features {fixed.to_identity.observed} pass from integration to identity and "
-                f"{fixed.to_integration.observed} the other way; in order among features, {counted(own.to_identity)} and "
-                f"{counted(own.to_integration)}."
+                f"{gauge} gauge: from {one.before:,} to {one.after:,} tokens the mean integration share changes by "
+                f"{change.estimate:+.3f} [{change.low:+.3f}, {change.high:+.3f}]: {_direction(change)}. Of {one.features:,} "
+                f"features {fixed.to_identity.observed} pass from integration to identity and {fixed.to_integration.observed} "
+                f"the other way; in order among features, {counted(own.to_identity)} and {counted(own.to_integration)}."
             )
         return lines
 
-    def _caveats(self) -> Iterator[str]:
-        yield (
-            "* One run, one seed: intervals (95 %) are over documents, and say nothing about other trainings. The first "
-            "checkpoint is not the initialisation."
+    def _caveats(self) -> list[str]:
+        canonical = (
+            "* canonical: all that is linear counts as direct; integration is the interaction (and square) path alone."
         )
-        yield (
-            "* raw: how much of a feature is in W_dec and how much in W_lin is set by initialisation and learning rate where "
-            "both read the same features (the gauge): a change of the raw share need not be a change of what the SAE does."
-        )
-        if self.not_canonical is None:
-            yield "* canonical: all that is linear counts as direct; integration is the interaction (and square) path alone."
-        else:
-            yield f"* There is no canonical gauge: {self.not_canonical}."
         edges = "; ".join(f"{gauge} {low:.3f} and {high:.3f}" for gauge, (low, high) in self.edges.items())
-        yield f"* Fixed thirds: divided at the same shares for all checkpoints ({edges}); own: at each checkpoint's tertiles."
+        return [
+            "* One run, one seed: intervals (95 %) are over documents, and say nothing about other trainings. The first "
+            "checkpoint is not the initialisation.",
+            "* raw: how much of a feature is in W_dec and how much in W_lin is set by initialisation and learning rate where "
+            "both read the same features (the gauge): a change of the raw share need not be a change of what the SAE does.",
+            canonical if self.not_canonical is None else f"* There is no canonical gauge: {self.not_canonical}.",
+            f"* Fixed thirds: divided at the same shares for all checkpoints ({edges}); own: at each checkpoint's tertiles.",
+        ]
 
 
 def _direction(change: Estimate) -> str:
@@ -194,10 +189,6 @@ def _direction(change: Estimate) -> str:
 
 def _share(estimate: Estimate | None) -> str:
     return "" if estimate is None else f"{estimate.estimate:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
-def _rho(rho: float | None) -> str:
-    return "" if rho is None else f"{rho:+.3f}"
 
 
 def counted(found: Counted) -> str:

@@ -10,7 +10,6 @@ Source: integration and identity are those of arXiv 2507.00269, which looks at a
 """
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,10 @@ from tqdm.auto import tqdm
 
 from sae_nfm import demo
 from sae_nfm.analysis import gauge, read_activations
-from sae_nfm.common import provenance, whole
+from sae_nfm.common import check_positive, provenance, whole
 from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import held_out_rows, open_dataset
-from sae_nfm.experiments.dynamics.checkpoints import checkpoints_of_run, load_checkpoint
-from sae_nfm.experiments.dynamics.measure import (
-    REFERENCE,
-    RUN,
-    GroupedTokens,
-    Measured,
-    checkpoint_row,
-    measured,
-    movement,
-    tertiles,
-    trajectories,
-)
+from sae_nfm.experiments.dynamics import measure
 from sae_nfm.experiments.dynamics.results import DynamicsResult
 from sae_nfm.models import check_context, check_device, load_model
 
@@ -49,8 +37,7 @@ class DynamicsConfig(SavedSAEOptions):
     reference: str | None = None
     """The same of a topk run on the same data, for norms and firing."""
     held_out: str | None = None
-    """Held-out text: a .parquet, .jsonl or .txt file, or a hub name; with the embedded model its own held-out tokens unless
-    given."""
+    """Held-out text: a .parquet, .jsonl or .txt file, or a hub name; by default the embedded model's held-out tokens."""
     held_out_tokens: int = 20_000
     """Held-out tokens, at most."""
     context_size: int | None = None
@@ -64,9 +51,7 @@ class DynamicsConfig(SavedSAEOptions):
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        for name in ("held_out_tokens", "n_permutations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        check_positive(self, "held_out_tokens", "n_permutations")
         if self.context_size is not None and self.context_size < 2:
             raise ValueError(f"context_size is {self.context_size}; give at least 2: position 0 is left out")
 
@@ -79,21 +64,33 @@ def run_dynamics(cfg: DynamicsConfig, *, command: str | None = None) -> Dynamics
             that does not work; nothing is written.
     """
     check_device(cfg.device)
-    runs = {RUN: checkpoints_of_run(cfg.checkpoints)}
+    runs = {measure.RUN: measure.checkpoints_of_run(cfg.checkpoints)}
     if cfg.reference is not None:
-        runs[REFERENCE] = checkpoints_of_run(cfg.reference)
-    first = load_checkpoint(runs[RUN][0], RUN, cfg.device)
+        runs[measure.REFERENCE] = measure.checkpoints_of_run(cfg.reference)
+    first = measure.load_checkpoint(runs[measure.RUN][0], measure.RUN, cfg.device)
     x, documents = _activations(cfg, first)
-    tokens, found = GroupedTokens.of(x, documents), list[Measured]()
-    total = sum(map(len, runs.values()))
-    with tqdm(total=total, desc="Measuring checkpoints", unit="checkpoint") as progress:
-        for name, checkpoints in runs.items():
-            for checkpoint in checkpoints:
-                found.append(measured(name, checkpoint, first, tokens, cfg.device))
-                progress.update()
-    result = _result(cfg, first, found, documents, command)
+    tokens, every = measure.GroupedTokens.of(x, documents), [(name, one) for name, own in runs.items() for one in own]
+    progress = tqdm(every, desc="Measuring checkpoints", unit="checkpoint")
+    found = [measure.measured(name, checkpoint, first, tokens, cfg.device) for name, checkpoint in progress]
+    draws: Any = {"seed": cfg.seed, "n_permutations": cfg.n_permutations}
+    mine = [one for one in found if one.run == measure.RUN]
+    edges = {which: measure.tertiles([one.integration(which) for one in mine]) for which in mine[0].energies}
+    runs = [[one for one in found if one.run == run] for run in dict.fromkeys(one.run for one in found)]
+    pairs = [pair for run in runs for pair in itertools.pairwise(run)]
+    result = DynamicsResult(
+        hook_name=str(first.cfg.metadata.hook_name),
+        features=first.cfg.d_sae,
+        tokens=len(documents),
+        documents=len(documents.unique()),
+        not_canonical=gauge.canonical_or_reason(first)[1],
+        checkpoints=tuple(measure.checkpoint_row(one) for one in found),
+        steps=tuple(measure.movement(*pair, edges, **draws) for pair in pairs),
+        overall=tuple(measure.movement(run[0], run[-1], edges, **draws) for run in runs),
+        edges=edges,
+        provenance=provenance(cfg, command=command, sae_config=first.cfg.to_dict()),
+    )
     with whole(Path(cfg.output) / "features.parquet") as partial:
-        trajectories(found).to_parquet(partial, index=False)
+        measure.trajectories(found).to_parquet(partial, index=False)
     result.save(Path(cfg.output) / "results.json")
     return result
 
@@ -115,25 +112,3 @@ def _activations(cfg: DynamicsConfig, sae: SAE[Any]) -> tuple[Tensor, Tensor]:
     x, documents = read_activations(model, sae, rows.tokens, rows.documents)
     assert documents is not None
     return x, documents
-
-
-def _result(
-    cfg: DynamicsConfig, first: SAE[Any], found: Sequence[Measured], documents: Tensor, command: str | None
-) -> DynamicsResult:
-    draws: Any = {"seed": cfg.seed, "n_permutations": cfg.n_permutations}
-    mine = [one for one in found if one.run == RUN]
-    edges = {which: tertiles([one.integration(which) for one in mine]) for which in mine[0].energies}
-    runs = [[one for one in found if one.run == run] for run in dict.fromkeys(one.run for one in found)]
-    pairs = [pair for run in runs for pair in itertools.pairwise(run)]
-    return DynamicsResult(
-        hook_name=str(first.cfg.metadata.hook_name),
-        features=first.cfg.d_sae,
-        tokens=len(documents),
-        documents=len(documents.unique()),
-        not_canonical=gauge.canonical_or_reason(first)[1],
-        checkpoints=tuple(checkpoint_row(one) for one in found),
-        steps=tuple(movement(*pair, edges, **draws) for pair in pairs),
-        overall=tuple(movement(run[0], run[-1], edges, **draws) for run in runs),
-        edges=edges,
-        provenance=provenance(cfg, command=command, sae_config=first.cfg.to_dict()),
-    )

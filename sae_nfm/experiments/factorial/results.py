@@ -19,6 +19,7 @@ from sae_nfm.stats import (
 Kind = Literal["feature", "pair", "secondary"]
 PRIMARY_SCALE = "log_prob"
 """The scale that claims are made on; the others stand beside it."""
+WIDTH, AUTHORS = 36, "author's F"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +63,11 @@ class ClampTests:
     mixed: MixedModel
     """The same interaction from single words, stimuli as random intercepts."""
     words: FactorialTest
-    """The interaction of the words' own cells, words as units, each averaged over all stimuli: another question, whether the
-    clamp moves the four buckets non-additively whatever came before."""
+    """The interaction of the words' own cells, words as units, each averaged over all stimuli, whatever came before."""
     published_f: float
     """The author's statistic, a one-way F on index-paired words (logits); no valid test."""
     published_p: float
     """Its p-value."""
-
-
-_WIDTH, _PUBLISHED = 36, "author's F"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +95,7 @@ class ArmResult:
     control: bool
     tests: ClampTests
     cells: tuple[Estimate | float, ...] | None = None
-    """Mean change of log-probability over the stimuli of each cell, nats, with an interval where it has more than one; None in
-    files of 0.1.0."""
+    """Mean change of log-probability by cell, nats, with an interval where it has more stimuli; None in files of 0.1.0."""
     contrast: Estimate | None = None
     """m_0 - m_1 - m_2 + m_3 of these, nats: its interval leaves out 0 exactly where F is significant; None likewise."""
 
@@ -139,10 +135,7 @@ class FactorialResult(SavedResult):
         return "\n".join([*self._stage_1(), "", *self._stage_2(), "", *self._stage_3(), "", *self._caveats()])
 
     def reversals(self) -> dict[str, bool]:
-        """Of each role with an interaction (5 %) at -m and at m times typical: whether the two have opposite signs.
-
-        The largest m that is there with both signs counts.
-        """
+        """Whether the interaction (5 %) of a role has opposite signs at -m and m times typical, m the largest that has both."""
         by_role: dict[str, dict[float, FactorialTest]] = {}
         for arm in self.arms:
             if arm.times is not None:
@@ -157,15 +150,9 @@ class FactorialResult(SavedResult):
     def largest_clamps(self) -> list[ArmResult]:
         """One arm a role: clamped at the largest multiple of the typical activation, a positive one before a negative one."""
         found: dict[str, ArmResult] = {}
-
-        def size(arm: ArmResult) -> tuple[float, float]:
-            times = arm.times or 0.0
-            return abs(times), times
-
-        for arm in self.arms:
-            if arm.role not in found or size(arm) > size(found[arm.role]):
-                found[arm.role] = arm
-        return list(found.values())
+        for arm in sorted(self.arms, key=lambda arm: (abs(arm.times or 0.0), arm.times or 0.0), reverse=True):
+            found.setdefault(arm.role, arm)
+        return [found[role] for role in dict.fromkeys(arm.role for arm in self.arms)]
 
     def findings(self) -> list[str]:
         """What the stages show, in sentences."""
@@ -175,25 +162,26 @@ class FactorialResult(SavedResult):
         lines = [
             self.design,
             f"1. Activations: selected on {self.items[0]} stimuli, tested on the other {self.items[1]}",
-            f"   {'':<{_WIDTH}}{'of':>6}{'selected F':>11}{'null p':>8}{'held-out F':>12}{'p':>8}  {'partial eta^2':<21}"
+            f"   {'':<{WIDTH}}{'of':>6}{'selected F':>11}{'null p':>8}{'held-out F':>12}{'p':>8}  {'partial eta^2':<21}"
             f"{'procedure p':>11}",
         ]
         for one in self.selected:
             chosen, held = one.test.selection, one.test.held_out
-            who = f"{one.unit.role}: {'x'.join(map(str, one.unit.index))}"
+            who = f"{one.unit.role}: {_number(one.unit)}"
             lines.append(
-                f"   {who:<{_WIDTH}}{chosen.candidates:>6}{chosen.f:>11.1f}{chosen.p_value:>8.3f}{held.f:>12.2f}"
+                f"   {who:<{WIDTH}}{chosen.candidates:>6}{chosen.f:>11.1f}{chosen.p_value:>8.3f}{held.f:>12.2f}"
                 f"{held.p_value:>8.3f}  {_eta(held.partial_eta_squared):<21}{one.null.p_value:>11.3f}"
             )
         return [*lines, f"   {self._shuffled()}"]
 
     def _shuffled(self) -> str:
         valid, same = (
-            [getattr(one.null, name) for one in self.selected] for name in ("rejected", "rejected_same_half")
+            ", ".join(f"{getattr(one.null, name):.1%}" for one in self.selected)
+            for name in ("rejected", "rejected_same_half")
         )
         return (
-            f"On shuffled cells select and test finds an effect at 5 % in {_percent(valid)} of the draws; tested on the half "
-            f"that selected, in {_percent(same)}."
+            f"On shuffled cells select and test finds an effect at 5 % in {valid} of the draws; tested on the half that "
+            f"selected, in {same}."
         )
 
     def _stage_2(self) -> list[str]:
@@ -224,22 +212,21 @@ class FactorialResult(SavedResult):
         ]
 
     def _beside_controls(self) -> list[str]:
-        controls = [arm for arm in self.arms if arm.control]
-        shares = [_significant(arms) for arms in (controls, [arm for arm in self.arms if not arm.control])]
-        lines = [
-            f"Significant at 5 % without adjustment: {shares[1][1]} clamps of the selected, {shares[0][1]} of the controls"
-            + (": no more than controls show." if shares[1][0] <= shares[0][0] else "; clamps of one unit go together.")
-        ]
-        for role, reverses in self.reversals().items():
-            lines.append(
+        selected, controls = ([arm for arm in self.arms if arm.control is control] for control in (False, True))
+        (share, told), (share_of_controls, told_of_controls) = _significant(selected), _significant(controls)
+        return [
+            f"Significant at 5 % without adjustment: {told} clamps of the selected, {told_of_controls} of the controls"
+            + (": no more than controls show." if share <= share_of_controls else "; clamps of one unit go together."),
+            *(
                 f"{role}: the interaction {'reverses' if reverses else 'does not reverse'} with the clamp's sign."
-            )
-        for shift in self.secondary_shifts:
-            lines.append(
+                for role, reverses in self.reversals().items()
+            ),
+            *(
                 f"{shift.arm}: the selected secondary feature changes by {shift.change:+.3g}; {shift.above:.1%} of "
                 f"{shift.features} active ones change as much."
-            )
-        return lines
+                for shift in self.secondary_shifts
+            ),
+        ]
 
     def _caveats(self) -> list[str]:
         config = self.provenance["config"]
@@ -272,15 +259,15 @@ def _significant(arms: Sequence[ArmResult]) -> tuple[float, str]:
 
 def _header() -> str:
     return (
-        f"   {'':<{_WIDTH}}{'clamp':<14}{'|change|':>9}{'contrast':>10}{'F':>8}{'p':>8}{'Holm':>7}  {'partial eta^2':<21}"
-        f"{'on scale':<15}{'any p':>7}{'words p':>9}{_PUBLISHED:>12}"
+        f"   {'':<{WIDTH}}{'clamp':<14}{'|change|':>9}{'contrast':>10}{'F':>8}{'p':>8}{'Holm':>7}  {'partial eta^2':<21}"
+        f"{'on scale':<15}{'any p':>7}{'words p':>9}{AUTHORS:>12}"
     )
 
 
 def _line(arm: ArmResult) -> str:
     tests, main = arm.tests, arm.tests.items[PRIMARY_SCALE]
     return (
-        f"   {who(arm):<{_WIDTH}}{arm.clamp:<14}{tests.mean_absolute_change:>9.4f}"
+        f"   {who(arm):<{WIDTH}}{arm.clamp:<14}{tests.mean_absolute_change:>9.4f}"
         f"{main.contrast:>+10.4f}{main.f:>8.2f}{main.p_value:>8.3f}{_p(tests.items_p_adjusted):>7}  "
         f"{_eta(main.partial_eta_squared):<21}"
         f"{tests.removability.words:<15}{_p(tests.any_bucket_p):>7}{_p(tests.words.p_value):>9}{tests.published_f:>12.2f}"
@@ -291,14 +278,14 @@ def _p(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
+def _number(unit: Unit) -> str:
+    return "x".join(map(str, unit.index))
+
+
 def who(arm: ArmResult) -> str:
     """Role and numbers."""
-    return f"{arm.role}: {' and '.join('x'.join(map(str, unit.index)) for unit in arm.units)}"
+    return f"{arm.role}: {' and '.join(map(_number, arm.units))}"
 
 
 def _eta(estimate: Estimate) -> str:
     return f"{estimate.estimate:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
-def _percent(shares: list[float]) -> str:
-    return ", ".join(f"{share:.1%}" for share in shares)

@@ -11,7 +11,7 @@ In the output folder: results.json, and changes.parquet with the change of every
 Source: arXiv 2507.00269 (2x2 experiment), with the tests done over.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,9 @@ from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_nfm.architectures import NFMPaths
-from sae_nfm.common import provenance, whole
+from sae_nfm.common import check_positive, provenance, whole
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions
-from sae_nfm.experiments.factorial.candidates import (
-    Candidates,
-    Pool,
-    feature_candidates,
-    pair_candidates,
-    secondary_activations,
-    secondary_candidates,
-)
-from sae_nfm.experiments.factorial.clamp_tests import cell_estimates, clamp_tests, contrast_estimate
-from sae_nfm.experiments.factorial.clamps import Arm, arms, spliced, unit_of
+from sae_nfm.experiments.factorial import clamps, measure
 from sae_nfm.experiments.factorial.results import (
     PRIMARY_SCALE,
     ArmResult,
@@ -44,13 +35,11 @@ from sae_nfm.experiments.factorial.results import (
     with_holm,
 )
 from sae_nfm.experiments.factorial.stimuli import StimulusSet, load_stimuli
-from sae_nfm.experiments.factorial.word_scores import SCALES, Scores, WordScorer, tokenized
 from sae_nfm.loading import load_sae
 from sae_nfm.models import LanguageModel, check_device, model_of
 from sae_nfm.stats import (
     Cells,
     Effect,
-    Floats,
     Half,
     by_bucket,
     halves,
@@ -58,8 +47,6 @@ from sae_nfm.stats import (
     shuffled_procedure,
     word_pattern,
 )
-
-CHANGES_FILENAME = "changes.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +63,7 @@ class FactorialConfig(SavedSAEOptions):
     """Values to clamp at, in units of the mean activation where active."""
     absolute: tuple[float, ...] = (10.0,)
     """Values to clamp at, as they are."""
-    pool: Pool = "mean"
+    pool: measure.Pool = "mean"
     """A feature's value on a stimulus: its mean over the counted tokens, or that at the last token."""
     min_stimuli: int = 8
     """Stimuli of the selecting half in which a candidate is active at least."""
@@ -93,9 +80,7 @@ class FactorialConfig(SavedSAEOptions):
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        for name in ("min_stimuli", "max_pairs", "n_permutations", "batch_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        check_positive(self, "min_stimuli", "max_pairs", "n_permutations", "batch_rows")
         if not self.clamps and not self.absolute:
             raise ValueError("there is nothing to clamp at; give --clamps or --absolute")
         for name in ("clamps", "absolute"):
@@ -116,7 +101,7 @@ def run_factorial(cfg: FactorialConfig, *, command: str | None = None) -> Factor
     secondary = None if cfg.secondary is None else load_sae(cfg.secondary, device=cfg.device).eval()
     model, _ = model_of(sae, cfg.device, model_name=cfg.model)
     result, rows = factorial(model, sae, stimuli, cfg, secondary=secondary, command=command)
-    with whole(Path(cfg.output) / CHANGES_FILENAME) as partial:
+    with whole(Path(cfg.output) / "changes.parquet") as partial:
         rows.to_parquet(partial)
     result.save(Path(cfg.output) / "results.json")
     return result
@@ -131,36 +116,41 @@ def factorial(
     secondary: SAE[Any] | None = None,
     command: str | None = None,
 ) -> tuple[FactorialResult, pd.DataFrame]:
-    """The experiment on a model at hand.
+    """The experiment on a model at hand: the result, and the change of every word after every stimulus by arm and scale.
 
-    Args:
-        sae: an SAE of any architecture; pairs are looked at where it has an interaction path over pairs.
-        cfg: of which the names of model, SAE and stimuli are not used.
-        secondary: an SAE on its hidden code.
-
-    Returns:
-        The result, and the changes: a row for every arm, stimulus and word with its change on every scale.
+    The SAE is of any architecture; pairs are looked at where it has an interaction path over pairs. The secondary SAE is one on
+    its hidden code. The names of model, SAE and stimuli in `cfg` are not used.
 
     Raises:
         ValueError: for stimuli that the tokenizer or the model cannot take, or no candidate to select.
     """
     metadata = sae.cfg.metadata
-    tokens = tokenized(model, stimuli, prepend_bos=metadata.prepend_bos is not False)
+    tokens = measure.tokenized(model, stimuli, prepend_bos=metadata.prepend_bos is not False)
     cells, word_cells = stimuli.cell_of_sentence, stimuli.cell_of_word
     half = halves(cells, np.random.default_rng([cfg.seed, 0]))
-    pools = _candidates(model, sae, secondary, tokens.prompts, half, cfg)
-    roles = tuple(f"{factor.name} (main effect)" for factor in stimuli.factors)
-    selected, units = _select(pools, cells, half, (roles[0], roles[1]), cfg)
+    found: list[measure.Candidates | None] = [measure.feature_candidates(model, sae, tokens.prompts, cfg.pool)]
+    found.append(measure.pair_candidates(model, sae, tokens.prompts, cfg.pool, cfg.max_pairs))
+    if secondary is not None:
+        found.append(measure.secondary_candidates(model, sae, secondary, tokens.prompts, cfg.pool))
+    pools = {one.kind: one.firing_in(half, cfg.min_stimuli) for one in found if one is not None}
+    first, second = stimuli.factors
+    roles = f"{first.name} (main effect)", f"{second.name} (main effect)"
+    selected, units = _select(pools, cells, half, roles, cfg)
     held_out = [prompt for prompt, chosen in zip(tokens.prompts, half, strict=True) if not chosen]
-    scorer = WordScorer(model, held_out, tokens.words, cfg.batch_rows)
-    baseline = scorer.scores(spliced(sae, secondary))
+    scorer = measure.WordScorer(model, held_out, tokens.words, cfg.batch_rows)
+    baseline = scorer.scores(clamps.spliced(sae, secondary))
     results, frames = list[ArmResult](), list[pd.DataFrame]()
-    planned = arms(sae, units, cfg.clamps, cfg.absolute, (roles[0], roles[1]))
+    planned = clamps.arms(sae, units, cfg.clamps, cfg.absolute, roles)
     for number, arm in enumerate(tqdm(planned, desc="Clamping", unit="arm")):
-        scores = scorer.scores(arm.intervention(sae, secondary))
+        changes = scorer.scores(clamps.spliced(sae, secondary, arm.edits)).less(baseline)
         rng = np.random.default_rng([cfg.seed, 1, number])
-        results.append(_arm_result(arm, scores, baseline, word_cells, cells[~half], rng, cfg.n_permutations))
-        frames.append(_changes(arm, scores, baseline, np.flatnonzero(~half), stimuli))
+        tests = clamps.clamp_tests({**changes}, word_cells, cells[~half], rng, cfg.n_permutations)
+        pattern = word_pattern(by_bucket(changes[PRIMARY_SCALE], word_cells))
+        same: Any = {name: getattr(arm, name) for name in ("name", "role", "units", "clamp", "times", "control")}
+        means = clamps.cell_estimates(pattern, cells[~half])
+        contrast = clamps.contrast_estimate(tests.items[PRIMARY_SCALE])
+        results.append(ArmResult(**same, tests=tests, cells=means, contrast=contrast))
+        frames.append(_changes_table(arm, changes, np.flatnonzero(~half), stimuli))
     result = FactorialResult(
         design=" x ".join(f"{factor.name} ({' / '.join(factor.levels)})" for factor in stimuli.factors),
         items=(int(half.sum()), int((~half).sum())),
@@ -174,25 +164,8 @@ def factorial(
     return result, pd.concat(frames, ignore_index=True)
 
 
-def _candidates(
-    model: LanguageModel,
-    sae: SAE[Any],
-    secondary: SAE[Any] | None,
-    prompts: Sequence[tuple[int, ...]],
-    half: Half,
-    cfg: FactorialConfig,
-) -> dict[str, Candidates]:
-    """What there is to select from, by kind."""
-    found: list[Candidates | None] = [
-        feature_candidates(model, sae, prompts, cfg.pool),
-        pair_candidates(model, sae, prompts, cfg.pool, cfg.max_pairs),
-        None if secondary is None else secondary_candidates(model, sae, secondary, prompts, cfg.pool),
-    ]
-    return {one.kind: one.firing_in(half, cfg.min_stimuli) for one in found if one is not None}
-
-
 def _select(
-    pools: dict[str, Candidates], cells: Cells, half: Half, roles: tuple[str, str], cfg: FactorialConfig
+    pools: dict[str, measure.Candidates], cells: Cells, half: Half, roles: tuple[str, str], cfg: FactorialConfig
 ) -> tuple[list[SelectedUnit], list[Unit]]:
     """What is clamped: the selected ones, and after them their controls."""
     wanted: list[tuple[str, str, Effect]] = [("feature", roles[0], "first"), ("feature", roles[1], "second")]
@@ -202,7 +175,7 @@ def _select(
         pool, rng = pools[kind], np.random.default_rng([cfg.seed, 2, number])
         test = select_and_test(pool.values, cells, effect, half, rng, cfg.n_permutations)
         null = shuffled_procedure(pool.values, cells, effect, test.held_out.f, rng, cfg.n_permutations)
-        selected.append(SelectedUnit(unit=unit_of(pool, test.selection.index, role), test=test, null=null))
+        selected.append(SelectedUnit(unit=clamps.unit_of(pool, test.selection.index, role), test=test, null=null))
         columns.append((kind, test.selection.index))
     taken = {kind: {column for k, column in columns if k == kind} for kind in pools}
     controls = list[Unit]()
@@ -210,45 +183,23 @@ def _select(
         match = pools[kind].matched(column, taken[kind])
         if match is not None:
             taken[kind].add(match)
-            controls.append(unit_of(pools[kind], match, f"match of {role.partition(' (')[0]}", control=True))
+            controls.append(clamps.unit_of(pools[kind], match, f"match of {role.partition(' (')[0]}", control=True))
     for kind, pool in pools.items():
         found = pool.insensitive(half, cells, taken[kind])
         if found is not None:
-            controls.append(unit_of(pool, found, f"insensitive {kind}", control=True))
+            controls.append(clamps.unit_of(pool, found, f"insensitive {kind}", control=True))
     return selected, [*(one.unit for one in selected), *controls]
 
 
-def _arm_result(
-    arm: Arm,
-    scores: Scores,
-    baseline: Scores,
-    word_cells: Cells,
-    cells: Cells,
-    rng: np.random.Generator,
-    n_permutations: int,
-) -> ArmResult:
-    changes: dict[str, Floats] = {scale: change for scale, change in scores.less(baseline).items()}
-    tests = clamp_tests(changes, word_cells, cells, rng, n_permutations)
-    return ArmResult(
-        name=arm.name,
-        role=arm.role,
-        units=arm.units,
-        clamp=arm.clamp,
-        times=arm.times,
-        control=arm.control,
-        tests=tests,
-        cells=cell_estimates(word_pattern(by_bucket(changes[PRIMARY_SCALE], word_cells)), cells),
-        contrast=contrast_estimate(tests.items[PRIMARY_SCALE]),
-    )
-
-
-def _changes(arm: Arm, scores: Scores, baseline: Scores, items: Cells, stimuli: StimulusSet) -> pd.DataFrame:
-    changes, n_words = scores.less(baseline), len(stimuli.words)
+def _changes_table(
+    arm: clamps.Arm, changes: Mapping[measure.Scale, Any], items: Cells, stimuli: StimulusSet
+) -> pd.DataFrame:
+    n_words = len(stimuli.words)
     return pd.DataFrame(
         {"arm": pd.Categorical.from_codes(np.zeros(len(items) * n_words, dtype=int), [arm.name])}
         | {"item": np.repeat(items, n_words), "item_cell": np.repeat(stimuli.cell_of_sentence[items], n_words)}
         | {"word": np.tile(stimuli.words, len(items)), "word_cell": np.tile(stimuli.cell_of_word, len(items))}
-        | {f"{scale}_change": changes[scale].ravel() for scale in SCALES}
+        | {f"{scale}_change": changes[scale].ravel() for scale in measure.SCALES}
     )
 
 
@@ -256,7 +207,7 @@ def _secondary_shifts(
     model: LanguageModel,
     sae: SAE[Any],
     secondary: SAE[Any] | None,
-    planned: Sequence[Arm],
+    planned: Sequence[clamps.Arm],
     units: Sequence[Unit],
     prompts: Sequence[tuple[int, ...]],
 ) -> tuple[SecondaryShift, ...]:
@@ -264,19 +215,15 @@ def _secondary_shifts(
     selected = next((unit for unit in units if unit.kind == "secondary" and not unit.control), None)
     if selected is None or secondary is None or not isinstance(sae, NFMPaths):
         return ()
-    before = secondary_activations(model, sae, spliced(sae, secondary), prompts).mean(0)
+    before = measure.secondary_activations(model, sae, clamps.spliced(sae, secondary), prompts).mean(0)
     found = list[SecondaryShift]()
     for arm in planned:
         if not arm.control and all(unit.kind == "feature" for unit in arm.units):
-            after = secondary_activations(model, sae, arm.intervention(sae, secondary), prompts).mean(0)
+            clamped = clamps.spliced(sae, secondary, arm.edits)
+            after = measure.secondary_activations(model, sae, clamped, prompts).mean(0)
             change, active = np.abs(after - before), (after != 0) | (before != 0)
             own = selected.index[0]
-            found.append(
-                SecondaryShift(
-                    arm=arm.name,
-                    change=float(after[own] - before[own]),
-                    above=float((change[active] >= change[own]).mean()) if active.any() else 1.0,
-                    features=int(active.sum()),
-                )
-            )
+            above = float((change[active] >= change[own]).mean()) if active.any() else 1.0
+            shift, n = float(after[own] - before[own]), int(active.sum())
+            found.append(SecondaryShift(arm=arm.name, change=shift, above=above, features=n))
     return tuple(found)

@@ -15,6 +15,7 @@ A YAML file:
 Cells are numbered as the signs of their levels go: 0 is (first, first), 1 (first, second), 2 (second, first), 3 (second, second).
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -109,9 +110,9 @@ def load_stimuli(source: str | Path) -> StimulusSet:
 def _stimulus_set(name: str, content: Any) -> StimulusSet:
     _check_keys("the file", content, ("factors", "cells"))
     factors = _factors(content["factors"])
-    cells = [_cell(number, cell, factors) for number, cell in enumerate(_sequence("cells", content["cells"]), 1)]
+    cells = [_cell(f"cell {i}", cell, factors) for i, cell in enumerate(_sequence("cells", content["cells"]), 1)]
     by_levels = {cell.levels: cell for cell in cells}
-    wanted = [(first, second) for first in factors[0].levels for second in factors[1].levels]
+    wanted = list(itertools.product(factors[0].levels, factors[1].levels))
     if len(cells) != 4 or set(by_levels) != set(wanted):
         given = ", ".join(cell.name for cell in cells)
         raise ValueError(f"the cells are {given}; give each of {', '.join('-'.join(w) for w in wanted)} once")
@@ -124,36 +125,29 @@ def _stimulus_set(name: str, content: Any) -> StimulusSet:
 def _factors(content: Any) -> tuple[Factor, Factor]:
     if not isinstance(content, dict) or len(content) != 2:
         raise ValueError(f"factors is {content!r}; give two, each as `name: [level, level]`")
-    found = [
-        Factor(name=_text("factors", name), levels=_pair(f"factor {name}", levels)) for name, levels in content.items()
-    ]
+    found = list[Factor]()
+    for name, given in content.items():
+        levels = _texts(f"factor {name}", given)
+        if len(levels) != 2 or levels[0] == levels[1]:
+            raise ValueError(f"factor {name} has the levels {list(levels)}; give two different ones")
+        found.append(Factor(name=_text("factors", name), levels=(levels[0], levels[1])))
     return found[0], found[1]
 
 
-def _pair(where: str, content: Any) -> tuple[str, str]:
-    levels = [_text(where, level) for level in _sequence(where, content)]
-    if len(levels) != 2 or levels[0] == levels[1]:
-        raise ValueError(f"{where} has the levels {levels}; give two different ones")
-    return levels[0], levels[1]
-
-
-def _cell(number: int, content: Any, factors: tuple[Factor, Factor]) -> Cell:
-    where = f"cell {number}"
+def _cell(where: str, content: Any, factors: tuple[Factor, Factor]) -> Cell:
     _check_keys(where, content, ("levels", "words", "sentences"))
-    levels = [_text(f"{where}, levels", level) for level in _sequence(f"{where}, levels", content["levels"])]
+    levels = _texts(f"{where}, levels", content["levels"])
     for factor, level in zip(factors, levels, strict=False):
         if level not in factor.levels:
             raise ValueError(f"{where} has the {factor.name} {level!r}; give one of {', '.join(factor.levels)}")
     if len(levels) != 2:
-        raise ValueError(f"{where} has the levels {levels}; give one of each factor")
-    return Cell(
-        levels=(levels[0], levels[1]),
-        sentences=_texts(f"{where}, sentences", content["sentences"], FEWEST_SENTENCES),
-        words=_texts(f"{where}, words", content["words"], FEWEST_WORDS),
-    )
+        raise ValueError(f"{where} has the levels {list(levels)}; give one of each factor")
+    sentences = _texts(f"{where}, sentences", content["sentences"], FEWEST_SENTENCES)
+    words = _texts(f"{where}, words", content["words"], FEWEST_WORDS)
+    return Cell(levels=(levels[0], levels[1]), sentences=sentences, words=words)
 
 
-def _texts(where: str, content: Any, fewest: int) -> tuple[str, ...]:
+def _texts(where: str, content: Any, fewest: int = 0) -> tuple[str, ...]:
     found = tuple(_text(f"{where}, entry {i}", text) for i, text in enumerate(_sequence(where, content), 1))
     if len(found) < fewest:
         raise ValueError(f"{where}: there are {len(found)}; give at least {fewest}")

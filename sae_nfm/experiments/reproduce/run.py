@@ -1,7 +1,7 @@
 """The job of `sae-nfm reproduce`: what arXiv 2507.00269 reports, each beside the same statistic here and under its control.
 
     comparison (one seed, unless a finished one is given) -> joint_nfm and the TopK SAEs beside it
-    an NFM on the residual of the TopK SAE (`sequential`)
+    an NFM on the residual of the TopK SAE
     rows of KL, cross-entropy and error: all of them, paths ablated, controls at equal distance (`evaluation.measure`)
     norms and paths (`gauge_report`); a 2x2 experiment (`factorial`)
     -> table
@@ -24,20 +24,9 @@ from sae_nfm.comparison.results import ArmName, CompareResult, Paths
 from sae_nfm.data import TokenRows, datasets, held_out_rows
 from sae_nfm.evaluation import measure
 from sae_nfm.experiments.factorial import FEWEST_SENTENCES
-from sae_nfm.experiments.reproduce.factorial import factorial_rows
+from sae_nfm.experiments.reproduce import rows as statistics
 from sae_nfm.experiments.reproduce.results import ReproducedRow, ReproduceResult
-from sae_nfm.experiments.reproduce.rows import Behaviour, gauge_rows, keeping_means
-from sae_nfm.experiments.reproduce.sequential import (
-    BASE,
-    SEQUENTIAL,
-    part,
-    rows_without_base,
-    sequential_arms,
-    sequential_rows,
-    train_sequential,
-    written_shares,
-)
-from sae_nfm.interventions import UNDER_TEST, Intervention, Splice, control_arms, fit_activations, path_means
+from sae_nfm.interventions import UNDER_TEST, Intervention, Splice, control_arms, fit_activations
 from sae_nfm.models import LanguageModel, load_model
 from sae_nfm.stats import Bootstrap
 from sae_nfm.training import Trained
@@ -95,38 +84,33 @@ class ReproduceConfig(SizeOptions):
 def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> ReproduceResult:
     """Train or read the SAEs, measure, and write `results.json` to `cfg.output`.
 
-    Args:
-        cfg: what to do.
-        command: how to repeat it, for the provenance.
-
     Raises:
         ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work, for a folder that is no
             finished comparison or has no such seed or arm.
     """
     output = Path(cfg.output)
-    comparison = run_compare(cfg.comparison()) if cfg.compare is None else CompareResult.load(_results(cfg.compare))
-    cfg = cfg if cfg.compare is None else _as_compared(cfg, comparison)
+    if cfg.compare is None:
+        comparison = run_compare(cfg.comparison())
+    elif (path := Path(cfg.compare) / "results.json").exists():
+        comparison = CompareResult.load(path)
+        cfg = _as_compared(cfg, comparison)
+    else:
+        raise FileNotFoundError(f"{cfg.compare} has no results.json; give the folder of a finished `sae-nfm compare`")
     folder = Path(cfg.compare or output / "compare") / f"k{cfg.k}" / f"seed-{cfg.seed}"
     saes = _load_arms(cfg, folder)
     model = load_model(cfg.model, cfg.device)
     train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, cfg.model)
     train = train.shuffle(seed=cfg.seed)  # as for the comparison's SAEs of this seed
-    if BASE in saes:
-        saes |= train_sequential(folder, model, train, output / "sequential", cfg.device)
+    if statistics.BASE in saes:
+        saes |= statistics.train_sequential(folder, model, train, output / "sequential", cfg.device)
     rows, behaviour = _behaviour(cfg, model, saes, validation, comparison)
+    settings = Trained.load(folder / JOINT).settings
+    options = {"sentences": cfg.sentences, "n_permutations": cfg.n_permutations}
     result = ReproduceResult(
         rows=(
             *behaviour.rows(),
             *_rows_of_paths(cfg, model, saes, rows, behaviour),
-            *factorial_rows(
-                model,
-                saes[JOINT],
-                train,
-                Trained.load(folder / JOINT).settings,
-                output / "2x2",
-                sentences=cfg.sentences,
-                n_permutations=cfg.n_permutations,
-            ),
+            *statistics.factorial_rows(model, saes[JOINT], train, settings, output / "2x2", **options),
         ),
         provenance={"config": asdict(cfg), "command": command, "comparison": comparison.provenance},
     )
@@ -140,71 +124,56 @@ def _behaviour(
     saes: dict[str, SAE[Any]],
     validation: Any,
     comparison: CompareResult,
-) -> tuple[TokenRows, Behaviour]:
+) -> tuple[TokenRows, statistics.Behaviour]:
     """The held-out text, and a measurement of every arm on it."""
     context_size = min(cfg.context_size, model.cfg.n_ctx)
     rows = held_out_rows(model, validation, context_size, cfg.held_out_tokens)
     fitted = held_out_rows(model, validation, context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     arms = behaviour_arms(model, saes, fitted)
     folder = measure(model, rows, arms, Path(cfg.output) / "rows", seed=cfg.seed)
-    return rows, Behaviour(
-        folder=folder, arms=tuple(arms), answers=comparison.answers, bootstrap=Bootstrap(seed=cfg.seed)
-    )
+    bootstrap = Bootstrap(seed=cfg.seed)
+    return rows, statistics.Behaviour(folder=folder, arms=tuple(arms), answers=comparison.answers, bootstrap=bootstrap)
 
 
 def _rows_of_paths(
-    cfg: ReproduceConfig, model: LanguageModel, saes: dict[str, SAE[Any]], rows: TokenRows, behaviour: Behaviour
+    cfg: ReproduceConfig,
+    model: LanguageModel,
+    saes: dict[str, SAE[Any]],
+    rows: TokenRows,
+    behaviour: statistics.Behaviour,
 ) -> list[ReproducedRow]:
     """Norms and paths of the joint SAE, and all of the sequential one."""
     x, documents = read_activations(model, saes[JOINT], rows.tokens, rows.documents)
     assert documents is not None
     report = gauge_report(saes[JOINT], x, documents, seed=cfg.seed, n_permutations=cfg.n_permutations)
-    found = gauge_rows(figure_rows(report))
-    if SEQUENTIAL not in saes:
-        return found + rows_without_base(f"the comparison has no arm {BASE!r} that an NFM could be trained on")
-    return found + sequential_rows(behaviour, written_shares(saes[SEQUENTIAL], x, documents, seed=cfg.seed))
+    found = statistics.gauge_rows(figure_rows(report))
+    if statistics.SEQUENTIAL not in saes:
+        reason = f"the comparison has no arm {statistics.BASE!r} that an NFM could be trained on"
+        return found + statistics.rows_without_base(reason)
+    shares = statistics.written_shares(saes[statistics.SEQUENTIAL], x, documents, seed=cfg.seed)
+    return found + statistics.sequential_rows(behaviour, shares)
 
 
 def behaviour_arms(model: LanguageModel, saes: dict[str, SAE[Any]], fitted: TokenRows) -> dict[str, Intervention]:
     """What is measured of a joint NFM-SAE and the SAEs beside it: paths ablated by zero and by mean, controls, the others.
 
-    Args:
-        model: the language model.
-        saes: the joint one, as "joint_nfm", and any others by name; those of `train_sequential` get controls of their own.
-        fitted: text for means and covariances, not evaluated on.
+    Those of `train_sequential` get controls of their own. Means and covariances are on text that is not evaluated on.
     """
     joint = saes[JOINT]
     whole = Splice(sae=joint)
-    parts = ablations(joint)
-    means = path_means(model, joint, fitted.tokens, parts[Paths.DIRECT])
     activations = fit_activations(model, fitted.tokens, whole.hook_name)
-    arms = control_arms(whole, activations)
-    for paths, off in parts.items():
-        arms[str(paths)] = part(joint, UNDER_TEST, paths, dict.fromkeys(off))
-        kept = keeping_means(paths)
-        arms[kept] = part(joint, UNDER_TEST, kept, {hook: means[hook] for hook in off})
+    arms = control_arms(whole, activations) | statistics.parts_of(model, joint, UNDER_TEST, fitted)
     canonical = in_canonical_gauge(joint)
     if canonical is not None:
-        off = dict.fromkeys(parts[Paths.DIRECT])
-        arms[str(Paths.CANONICAL)] = part(canonical, UNDER_TEST, Paths.CANONICAL, off)
-    if SEQUENTIAL in saes:
-        arms |= sequential_arms(model, saes, fitted, activations)
+        off = dict.fromkeys(ablations(joint)[Paths.DIRECT])
+        arms[str(Paths.CANONICAL)] = statistics.part(canonical, UNDER_TEST, Paths.CANONICAL, off)
+    if statistics.SEQUENTIAL in saes:
+        arms |= statistics.sequential_arms(model, saes, fitted, activations)
     return arms | {name: Splice(sae=sae) for name, sae in saes.items() if name in BESIDE}
 
 
-def _results(folder: str) -> Path:
-    path = Path(folder) / "results.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} has no results.json; give the folder of a finished `sae-nfm compare`")
-    return path
-
-
 def _as_compared(cfg: ReproduceConfig, comparison: CompareResult) -> ReproduceConfig:
-    """The configuration with the model, text and sizes of a finished comparison.
-
-    Raises:
-        ValueError: when it has no such k or seed.
-    """
+    """The configuration with the model, text and sizes of a finished comparison; a ValueError where it has no such k or seed."""
     was = comparison.provenance["config"]
     for name, wanted, there in (("k", cfg.k, was["k"]), ("seed", cfg.seed, was["seeds"])):
         if wanted not in there:

@@ -4,7 +4,7 @@
     FVU         the same ratio of the primary's output, against its input x and against its output x_hat as it is
 
 All replacements are within one primary at one hook point, whose input no replacement changes: the figures of reconstructions are
-computed on activations read once, KL and cross-entropy are of the spliced model (`behaviour.measure`).
+computed on activations read once, KL and cross-entropy are of the spliced model (`evaluation.measure`).
 """
 
 from collections.abc import Callable, Sequence
@@ -41,31 +41,22 @@ class Passing:
     documents: Int[Tensor, " tokens"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Replaced:
-    """A primary in which what passes through a hook point is replaced by the reconstruction of an SAE."""
+def replaced(primary: SAE[Any], at: str, by: SAE[Any]) -> tuple[Substitution, Callable[[Tensor], Tensor]]:
+    """A primary in which what passes through a hook point is replaced by an SAE's reconstruction: in a model, and by itself."""
 
-    primary: SAE[Any]
-    at: str
-    """The hook point, such as "hook_nfm_linear"."""
-    by: SAE[Any]
+    def replace_value(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return reconstruction(by, value, {}).to(value.dtype)
 
-    def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """The primary's output, at every position, heads flattened."""
+    def reconstruct(x: Tensor) -> Tensor:
+        return reconstruction(primary, x, {at: replace_value})
 
-        def replace_value(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-            return reconstruction(self.by, value, {}).to(value.dtype)
-
-        return reconstruction(self.primary, x, {self.at: replace_value})
-
-    def intervention(self) -> Substitution:
-        """The same in a language model."""
-        state = digest(dict(self.primary.state_dict()) | {f"by.{k}": v for k, v in self.by.state_dict().items()})
-        return Substitution(
-            at=str(self.primary.cfg.metadata.hook_name),
-            function=lambda x, context: self.reconstruct(x),  # noqa: ARG005
-            description=f"SAE whose {self.at} another reconstructs, {state}",
-        )
+    state = digest(dict(primary.state_dict()) | {f"by.{k}": v for k, v in by.state_dict().items()})
+    in_model = Substitution(
+        at=str(primary.cfg.metadata.hook_name),
+        function=lambda x, context: reconstruct(x),  # noqa: ARG005
+        description=f"SAE whose {at} another reconstructs, {state}",
+    )
+    return in_model, reconstruct
 
 
 @torch.no_grad()
@@ -79,13 +70,9 @@ def secondary_rows(
     *,
     seed: int,
 ) -> tuple[SecondaryRow, ...]:
-    """A row for the primary as it is, its hidden code by mean and by zero, and for each SAE.
+    """A row for the primary as it is, its hidden code by mean (over `fitted`) and by zero, and for each SAE.
 
-    Args:
-        trained: SAEs that were trained on what passes through it.
-        fitted: others, for the mean.
-        folder: for the rows of `behaviour.measure`.
-        seed: of the permutation and of intervals.
+    The folder is for the rows of `evaluation.measure`; the seed is of the permutation and of intervals.
     """
     mean = path_means(model, primary, fitted.tokens, [HIDDEN])
     splices = {
@@ -100,26 +87,31 @@ def secondary_rows(
             arms[one.name] = spliced = SecondarySplice(sae=primary, secondary=one.sae)
             outputs[one.name] = _reconstruct(spliced)
         else:
-            replaced = Replaced(primary=primary, at=HOOKS[one.trained_on], by=one.sae)
-            arms[one.name], outputs[one.name] = replaced.intervention(), replaced.reconstruct
+            arms[one.name], outputs[one.name] = replaced(primary, HOOKS[one.trained_on], one.sae)
     measure(model, rows, arms, folder, seed=seed)
     passing = read_passing(model, primary, rows, sorted({HOOKS[one.trained_on] for one in trained}))
-    behaviour, fitted_saes = (
-        _Behaviour(folder=folder, bootstrap=Bootstrap(seed=seed)),
-        {one.name: one for one in trained},
-    )
-    found: list[SecondaryRow] = []
+    bootstrap, by_name, found = Bootstrap(seed=seed), {one.name: one for one in trained}, list[SecondaryRow]()
+
+    def mean_of(arm: str, column: str) -> Estimate:
+        read = read_rows(folder, ["document", column], [arm]).dropna()
+        return clustered_mean(read[column].to_numpy(), read["document"].to_numpy(), bootstrap=bootstrap)
+
+    def rise(arm: str, column: str) -> Estimate:
+        columns = ["document", "row", "position", "arm", column]
+        pairs = paired_by_token(read_rows(folder, columns, [arm, PRIMARY]), column, arm=arm, against=PRIMARY)
+        return mean_difference(pairs.a, pairs.b, pairs.documents, bootstrap=bootstrap)
+
     for name, output in outputs.items():
         x_hat = _in_parts(output, passing.x, primary.cfg.d_sae)
         found.append(
             SecondaryRow(
                 name=name,
-                sae=_fitted(fitted_saes[name], passing, seed) if name in fitted_saes else None,
+                sae=_fitted(by_name[name], passing, seed) if name in by_name else None,
                 fvu_x=fvu(passing.x, x_hat, passing.documents),
                 fvu_x_hat=fvu(passing.x_hat, x_hat, passing.documents),
-                kl_nats=behaviour.mean(name, "kl_nats"),
-                kl_rise=behaviour.rise(name, "kl_nats"),
-                ce_delta_nats=behaviour.mean(name, "ce_delta_nats"),
+                kl_nats=mean_of(name, "kl_nats"),
+                kl_rise=rise(name, "kl_nats"),
+                ce_delta_nats=mean_of(name, "ce_delta_nats"),
             )
         )
     return tuple(found)
@@ -160,23 +152,6 @@ def fvu(
     return ratio_of_means(errors, deviations, documents.cpu().numpy())
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Behaviour:
-    """The rows of a measurement, read for one arm at a time."""
-
-    folder: Path
-    bootstrap: Bootstrap
-
-    def mean(self, arm: str, column: str) -> Estimate:
-        rows = read_rows(self.folder, ["document", column], [arm]).dropna()
-        return clustered_mean(rows[column].to_numpy(), rows["document"].to_numpy(), bootstrap=self.bootstrap)
-
-    def rise(self, arm: str, column: str) -> Estimate:
-        columns = ["document", "row", "position", "arm", column]
-        pairs = paired_by_token(read_rows(self.folder, columns, [arm, PRIMARY]), column, arm=arm, against=PRIMARY)
-        return mean_difference(pairs.a, pairs.b, pairs.documents, bootstrap=self.bootstrap)
-
-
 def _fitted(one: TrainedSecondary, passing: Passing, seed: int) -> Reconstruction:
     target = passing.at[HOOKS[one.trained_on]]
     own, true = _explained_by(one.sae, target, passing.documents), None
@@ -184,12 +159,13 @@ def _fitted(one: TrainedSecondary, passing: Passing, seed: int) -> Reconstructio
         everyone = torch.ones(len(target), dtype=torch.bool, device=target.device)
         dealt = permuted(target, everyone, torch.Generator().manual_seed(seed))
         true, own = own, _explained_by(one.sae, dealt, torch.arange(len(target)))
+    active = _in_parts(lambda part: (one.sae.encode(part) != 0).sum(-1), target, one.sae.cfg.d_sae)
     return Reconstruction(
         trained_on=one.trained_on,
         d_in=one.sae.cfg.d_in,
         d_sae=one.sae.cfg.d_sae,
         k=one.k,
-        l0=_active(one.sae, target),
+        l0=float(active.double().mean()),
         dead=one.sae.cfg.metadata.num_dead_features,
         explained=own,
         explained_true=true,
@@ -206,9 +182,3 @@ def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor, d_sae: int) -> Te
 
 def _explained_by(sae: SAE[Any], target: Tensor, documents: Tensor) -> Estimate:
     return explained(target, _in_parts(lambda part: reconstruction(sae, part, {}), target, sae.cfg.d_sae), documents)
-
-
-def _active(sae: SAE[Any], target: Tensor) -> float:
-    """Active features per token."""
-    counts = _in_parts(lambda part: (sae.encode(part) != 0).sum(-1), target, sae.cfg.d_sae)
-    return float(counts.double().mean())

@@ -24,8 +24,8 @@ COLUMNS = (
     "FVU x_hat",
     "KL (nats)",
     "KL rise [95 %]",
-    "CE rise",
 )
+COLUMNS += ("CE rise",)
 LEGEND = (
     "Each row: the primary spliced in, what the SAE was trained on (of a permuted code: the true one) replaced by its\n"
     "reconstruction. dead: features silent in the last quarter of the training. explained: share of the variance of\n"
@@ -42,14 +42,12 @@ class Reconstruction:
     d_in: int
     d_sae: int
     k: int
-    """Its active features a token, at most."""
     l0: float
     """Active features per token, on the activations that are replaced."""
     dead: int | None
     """Features that no token of about the last quarter of the training activated, as its metadata has it."""
     explained: Estimate
-    """Fraction of variance explained of what it was trained on. Of a permuted code, whose tokens are of many documents, the
-    interval is over tokens."""
+    """Fraction of variance explained of what it was trained on; the interval of a permuted code's is over tokens."""
     explained_true: Estimate | None
     """The same of the true hidden code, where it was trained on a permuted one."""
 
@@ -122,7 +120,7 @@ class SecondaryResult(SavedResult):
                 "near the number of dimensions any code reconstructs, see the permuted one."
             )
         silent = [(row.name, sae.dead / sae.d_sae) for row, sae in self._saes("hidden code") if sae.dead is not None]
-        if silent and max(share for _, share in silent) > 0.5:
+        if any(share > 0.5 for _, share in silent):
             told = ", ".join(f"{share:.0%} ({name})" for name, share in silent)
             yield f"Most features of a secondary SAE are dead, {told}: so few tokens train a part of the expansion only."
         yield (
@@ -176,14 +174,8 @@ def cells(row: SecondaryRow) -> Sequence[str]:
         dead = "" if sae.dead is None else f"{sae.dead / sae.d_sae:.0%}"
         own = [f"{sae.d_in:,}", f"{sae.d_sae:,}", f"{sae.k}", f"{sae.l0:.1f}", dead]
         own += [f"{sae.explained.estimate:.1%}", true]
-    return [
-        *own,
-        f"{row.fvu_x.estimate:.4f}",
-        f"{row.fvu_x_hat.estimate:.4f}",
-        f"{row.kl_nats.estimate:.4f}",
-        _nats(row.kl_rise),
-        f"{row.ce_delta_nats.estimate:+.4f}",
-    ]
+    levels = [f"{estimate.estimate:.4f}" for estimate in (row.fvu_x, row.fvu_x_hat, row.kl_nats)]
+    return [*own, *levels, _nats(row.kl_rise), f"{row.ce_delta_nats.estimate:+.4f}"]
 
 
 def _percent(estimate: Estimate) -> str:

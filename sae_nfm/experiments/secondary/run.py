@@ -1,6 +1,6 @@
 """The job of `sae-nfm secondary`: a secondary SAE of a primary's hidden code, and its controls, trained, spliced in, measured.
 
-    primary -> secondary SAEs and controls (`secondary_training`) -> held-out figures (`secondary_figures`) -> table
+    primary -> secondary SAEs and controls (`training`) -> held-out figures (`measure`) -> table
 
 In the output folder: `saes/<source>/k<k>` (SAELens's files), `rows/` (a row for each token and arm), results.json. What is
 finished is not done again.
@@ -8,18 +8,15 @@ finished is not done again.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from sae_lens import SAE
 
 from sae_nfm import demo
 from sae_nfm.architectures import check_primary, primary_digest
-from sae_nfm.common import provenance
+from sae_nfm.common import check_positive, provenance
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions, TextOptions
-from sae_nfm.data import TokenRows, datasets, held_out_rows
+from sae_nfm.data import datasets, held_out_rows
 from sae_nfm.experiments.secondary.measure import secondary_rows
 from sae_nfm.experiments.secondary.results import SecondaryResult
-from sae_nfm.experiments.secondary.training import SecondarySizes, default_k, train_secondaries
+from sae_nfm.experiments.secondary.training import default_k, train_secondaries
 from sae_nfm.loading import digest, load_sae
 from sae_nfm.models import check_device, load_model
 from sae_nfm.training import StreamConfig
@@ -55,9 +52,7 @@ class SecondaryConfig(SavedSAEOptions, TextOptions):
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot work."""
-        for name in ("expansion", "training_tokens", "held_out_tokens", "fit_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
+        check_positive(self, "expansion", "training_tokens", "held_out_tokens", "fit_tokens", "batch_size")
         if self.training_tokens < self.batch_size:
             raise ValueError(
                 f"training_tokens is {self.training_tokens}, less than one batch of {self.batch_size}; raise it"
@@ -94,21 +89,12 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
     rows = held_out_rows(model, validation, stream.context_size, cfg.held_out_tokens)
     fitted = held_out_rows(model, validation, stream.context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     ks = tuple(sorted(set(cfg.k or default_k(checked.cfg.nfm_dim))))
-    sizes = SecondarySizes(expansion=cfg.expansion, k=ks, learning_rate=cfg.lr)
-    trained = train_secondaries(stream, sizes, model, primary, train, output / "saes")
+    trained = train_secondaries(stream, cfg.expansion, ks, cfg.lr, model, primary, train, output / "saes")
+    described = {"architecture": primary.cfg.architecture(), "digest": primary_digest(primary)}
+    described |= {"d_sae": primary.cfg.d_sae, "nfm_dim": primary.cfg.nfm_dim}
     result = SecondaryResult(
         rows=secondary_rows(model, primary, trained, rows, fitted, output / "rows", seed=cfg.seed),
-        provenance=_provenance(cfg, primary, rows, command),
+        provenance=provenance(cfg, command=command, primary=described, held_out_tokens=digest({"tokens": rows.tokens})),
     )
     result.save(output / "results.json")
     return result
-
-
-def _provenance(cfg: SecondaryConfig, primary: SAE[Any], rows: TokenRows, command: str | None) -> dict[str, Any]:
-    described = {
-        "architecture": primary.cfg.architecture(),
-        "digest": primary_digest(primary),
-        "d_sae": primary.cfg.d_sae,
-        "nfm_dim": primary.cfg.nfm_dim,
-    }
-    return provenance(cfg, command=command, primary=described, held_out_tokens=digest({"tokens": rows.tokens}))

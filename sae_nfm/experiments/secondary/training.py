@@ -31,7 +31,7 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
-from sae_nfm.architectures import HIDDEN, PRIMARY_DIGEST, NFMPaths, check_primary, primary_digest
+from sae_nfm.architectures import HIDDEN, PRIMARY_DIGEST, check_primary, primary_digest
 from sae_nfm.experiments.secondary.results import TrainedOn
 from sae_nfm.models import HookFunction, counted_tokens, find_site, splice, tokens_read
 from sae_nfm.training import StreamConfig, TrainingArm, train_arms
@@ -44,18 +44,6 @@ HOOKS: dict[TrainedOn, str] = {
     "residual": "hook_sae_input",
 }
 """Hook points of the primary at which these pass."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SecondarySizes:
-    """What all SAEs have in common."""
-
-    expansion: int = 25
-    """Features per dimension of what is reconstructed; the paper's is 7,500 / 300."""
-    k: tuple[int, ...]
-    """Active features a token, for the hidden code and the permuted one; the controls on other activations take the smallest."""
-    learning_rate: float
-    """Adam's, for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +62,9 @@ class TrainedSecondary:
 
 def train_secondaries(
     stream: StreamConfig,
-    sizes: SecondarySizes,
+    expansion: int,
+    ks: Sequence[int],
+    learning_rate: float,
     model: HookedSAETransformer,
     primary: SAE[Any],
     dataset: Any,
@@ -82,13 +72,8 @@ def train_secondaries(
 ) -> list[TrainedSecondary]:
     """Train a secondary SAE and its controls, those that are not finished.
 
-    Args:
-        stream: tokens and lengths; its hook name is the primary's.
-        sizes: of the SAEs.
-        model: the language model, without the primary.
-        primary: an inference SAE with an interaction path; without a linear path that control is left out.
-        dataset: data with a `text` or a `tokens` column.
-        folder: where the SAEs go.
+    `ks` are the active features a token, for the hidden code and the permuted one; the other controls take the smallest. The hook
+    name of the stream is the primary's. Without a linear path in the primary that control is left out.
 
     Raises:
         ValueError: for a primary without a hidden code, a k with too few features, or a folder with SAEs that were trained on
@@ -99,11 +84,16 @@ def train_secondaries(
     refuse_other_primary(folder, known)
     site = find_site(model, stream.hook_name)
     trained: list[TrainedSecondary] = []
-    for trained_on in trainable(checked):
+    for trained_on, hook in HOOKS.items():
+        if hook not in checked.hook_dict:
+            continue
         is_code = trained_on in CODES
+        d_in = checked.cfg.nfm_dim if is_code else site.d_in
         arms = {
-            f"k{k}": _arm(f"k{k}", k, checked.cfg.nfm_dim if is_code else site.d_in, sizes, stream.device, known)
-            for k in (sizes.k if is_code else [min(sizes.k)])
+            f"k{k}": TrainingArm(
+                name=f"k{k}", family=f"k{k}", sae=secondary_config(k, d_in, expansion, stream.device, known)
+            )
+            for k in (ks if is_code else [min(ks)])
         }
         if trained_on == "residual":
             for arm in arms.values():
@@ -111,16 +101,11 @@ def train_secondaries(
         target = folder / trained_on.replace(" ", "-")
         with activations_of(model, primary, trained_on, stream.seed) as hook_name:
             at = replace(stream, hook_name=hook_name)
-            train_arms(at, arms, dict.fromkeys(arms, sizes.learning_rate), model, dataset, target)
+            train_arms(at, arms, dict.fromkeys(arms, learning_rate), model, dataset, target)
         for name, arm in arms.items():
             sae = SAE.load_from_disk(target / name, device=stream.device).eval()
             trained.append(TrainedSecondary(trained_on=trained_on, k=int(getattr(arm.sae, "k", 0)), sae=sae))
     return trained
-
-
-def trainable(primary: NFMPaths) -> list[TrainedOn]:
-    """What there is to train on: no linear path in a primary without one."""
-    return [name for name, hook in HOOKS.items() if hook in primary.hook_dict]
 
 
 def refuse_other_primary(folder: Path, known: str) -> None:
@@ -134,13 +119,14 @@ def refuse_other_primary(folder: Path, known: str) -> None:
             )
 
 
-def _arm(name: str, k: int, d_in: int, sizes: SecondarySizes, device: str, known: str) -> TrainingArm:
-    d_sae = sizes.expansion * d_in
+def secondary_config(k: int, d_in: int, expansion: int, device: str, known: str) -> TopKTrainingSAEConfig:
+    """A TopK SAE of `expansion` features a dimension, which says in its metadata what primary it is for, by its digest."""
+    d_sae = expansion * d_in
     if not 1 <= k <= d_sae:
         raise ValueError(
-            f"k is {k}, and {sizes.expansion} features for each of {d_in} dimensions are {d_sae}; give a k up to that"
+            f"k is {k}, and {expansion} features for each of {d_in} dimensions are {d_sae}; give a k up to that"
         )
-    sae = TopKTrainingSAEConfig(
+    return TopKTrainingSAEConfig(
         d_in=d_in,
         d_sae=d_sae,
         k=k,
@@ -148,17 +134,13 @@ def _arm(name: str, k: int, d_in: int, sizes: SecondarySizes, device: str, known
         normalize_activations="expected_average_only_in",
         metadata=SAEMetadata(**{PRIMARY_DIGEST: known}),
     )
-    return TrainingArm(name=name, family=name, sae=sae)
 
 
 @contextmanager
 def activations_of(model: HookedSAETransformer, primary: SAE[Any], trained_on: TrainedOn, seed: int) -> Generator[str]:
     """Within it these activations pass through the hook point of the model whose name is given.
 
-    Args:
-        primary: spliced in meanwhile, unless it is the residual that is trained on.
-        trained_on: which activations.
-        seed: of the permutation.
+    The primary is spliced in meanwhile, unless it is the residual that is trained on. The seed is that of the permutation.
     """
     site = find_site(model, str(primary.cfg.metadata.hook_name)).hook_name
     if trained_on == "residual":
@@ -184,13 +166,7 @@ def _generator_for(tokens: Int[Tensor, "rows pos"], seed: int) -> torch.Generato
 def permuted(
     hidden: Float[Tensor, "*batch nfm_dim"], counted: Bool[Tensor, "*batch"], generator: torch.Generator
 ) -> Float[Tensor, "*batch nfm_dim"]:
-    """Each dimension permuted among the counted tokens, independently; the other tokens keep what they have.
-
-    Args:
-        hidden: activations.
-        counted: which tokens take part, see `splicing.counted_tokens`.
-        generator: on the CPU.
-    """
+    """Each dimension permuted among the counted tokens, independently (generator: on the CPU); the others keep what they have."""
     taking_part = hidden[counted]
     order = torch.rand(taking_part.shape, generator=generator).argsort(dim=0).to(hidden.device)
     dealt = hidden.clone()

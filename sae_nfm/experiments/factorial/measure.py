@@ -1,4 +1,10 @@
-"""What the features of an SAE do on stimuli: activations, contributions of pairs, secondary features; candidates and controls.
+"""What a model does on stimuli: scores of target words under an intervention, and what the features of an SAE do.
+
+    log_prob(w | s) = sum_k log p(w_k | s w_1 ... w_{k-1})             over the tokens of the word; logits likewise are summed
+
+Words share prefixes, and a sequence scores all its own beginnings, so that one pass is needed for each prefix that no other
+begins with. Sequences of one length go together: nothing is padded. An intervention acts at the stimulus and, where a word has
+several tokens, at those before its last.
 
     feature      f_i                                                   as hooked at hook_sae_acts_post
     pair         ||f_i f_j ((v_i * v_j) W_1 D) W_2||                   what it writes, gates as they are (`attribution`)
@@ -7,9 +13,10 @@
 Each is averaged over the counted tokens of a stimulus (not special, not in position 0), or taken at its last token.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,15 +26,125 @@ from torch import Tensor
 from sae_nfm.architectures import NFMPaths, PathWeights, attach_secondary
 from sae_nfm.attribution import TokenPairs, norms, reading, reads_of
 from sae_nfm.experiments.factorial.results import Kind
-from sae_nfm.experiments.factorial.word_scores import Ids
+from sae_nfm.experiments.factorial.stimuli import StimulusSet
 from sae_nfm.interventions import Intervention, counted_tokens
 from sae_nfm.kernels import top_n
 from sae_nfm.models import LanguageModel, device_of, keeping, splice
 from sae_nfm.stats import SIGNS, Cells, Floats, Half, effect_t
 
+Scale = Literal["log_prob", "prob", "logit"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
 Pool = Literal["mean", "last"]
 STRONGEST = 32
 """Features of a token whose pairs are looked at: the strongest that the interaction path reads."""
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedStimuli:
+    """A stimulus set in a model's tokens."""
+
+    prompts: tuple[Ids, ...]
+    """Token ids of each stimulus, BOS first where the model wants one."""
+    words: tuple[Ids, ...]
+    """Token ids of each target word, as it follows a space."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores of every word after every stimulus, [items, words] each."""
+
+    log_prob: Floats
+    """Natural logarithm of the word's probability."""
+    prob: Floats
+    logit: Floats
+    """Sum of its tokens' logits."""
+
+    def less(self, baseline: "Scores") -> dict[Scale, Floats]:
+        """The changes, by scale."""
+        return {scale: getattr(self, scale) - getattr(baseline, scale) for scale in SCALES}
+
+
+def tokenized(model: LanguageModel, stimuli: StimulusSet, *, prepend_bos: bool = True) -> TokenizedStimuli:
+    """Stimuli and words as token ids of the model's tokenizer.
+
+    Raises:
+        ValueError: without a tokenizer, for two words of the same tokens, a word that is not tokenized by itself, or a stimulus
+            that does not fit.
+    """
+    tokenizer: Any = model.tokenizer
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer, and stimuli are text; load the model with one")
+
+    def ids(text: str) -> Ids:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    start = (tokenizer.bos_token_id,) if prepend_bos else ()
+    prompts, words = tuple(start + ids(sentence) for sentence in stimuli.sentences), list[Ids]()
+    before = ids(stimuli.sentences[0])
+    for word in stimuli.words:
+        whole = ids(f"{stimuli.sentences[0]} {word}")
+        if whole[: len(before)] != before or len(whole) == len(before):
+            raise ValueError(f"the word {word!r} is merged with what comes before it by this tokenizer; leave it out")
+        words.append(whole[len(before) :])
+        if words[-1] in words[:-1]:
+            other = stimuli.words[words.index(words[-1])]
+            raise ValueError(f"the words {other!r} and {word!r} have the same tokens; leave one out")
+    shape: Any = getattr(model, "cfg", None) or getattr(model.model, "config", None)
+    limit = getattr(shape, "n_ctx", None) or getattr(shape, "max_position_embeddings", None)
+    longest = max(map(len, prompts)) + max(map(len, words)) - 1
+    if limit is not None and longest > limit:
+        raise ValueError(f"the longest stimulus has {longest} tokens, but the model reads at most {limit}; shorten it")
+    return TokenizedStimuli(prompts=prompts, words=tuple(words))
+
+
+class WordScorer:
+    """Scores words after prompts on one model, under one intervention after another."""
+
+    def __init__(
+        self, model: LanguageModel, prompts: Sequence[Ids], words: Sequence[Ids], batch_rows: int = 64
+    ) -> None:
+        self._model, self._shape = model, (len(prompts), len(words))
+        prefixes = {word[:k] for word in words for k in range(len(word))}
+        leaves = sorted(prefixes - {prefix[:k] for prefix in prefixes for k in range(len(prefix))})
+        self._entries = _entries(words, leaves)
+        by_length = defaultdict[int, list[tuple[int, int]]](list)
+        for item, prompt in enumerate(prompts):
+            for leaf, prefix in enumerate(leaves):
+                by_length[len(prompt) + len(prefix)].append((item, leaf))
+        self._batches: list[tuple[list[tuple[int, int]], Tensor]] = []
+        for some in (jobs[i : i + batch_rows] for jobs in by_length.values() for i in range(0, len(jobs), batch_rows)):
+            tokens = torch.tensor([prompts[item] + leaves[leaf] for item, leaf in some], device=device_of(model))
+            self._batches.append((some, tokens))
+        self._ends = [len(prompt) - 1 for prompt in prompts]
+
+    @torch.no_grad()
+    def scores(self, intervention: Intervention) -> Scores:
+        """The scores under an intervention; a ValueError where the logits are not finite."""
+        log_prob, logit = (np.zeros(self._shape) for _ in range(2))
+        with intervention.on(self._model):
+            for jobs, tokens in self._batches:
+                logits: Tensor = self._model(tokens)
+                for (item, leaf), row in zip(jobs, logits, strict=True):
+                    depth, token, word = self._entries[leaf]
+                    ahead = row[self._ends[item] :][: int(depth.max()) + 1].float()
+                    if not ahead.isfinite().all():
+                        raise ValueError("the model's logits are not finite under this intervention; clamp at less")
+                    for out, values in ((logit, ahead), (log_prob, ahead.log_softmax(-1))):
+                        found = values[depth, token].double().cpu().numpy()
+                        out[item] += np.bincount(word, found, minlength=self._shape[1])
+        return Scores(log_prob=log_prob, prob=np.exp(log_prob), logit=logit)
+
+
+def _entries(words: Sequence[Ids], leaves: list[Ids]) -> list[tuple[Tensor, Tensor, np.ndarray]]:
+    """For each leaf the tokens that are scored on it: how many of the word's come before, which token, of which word."""
+    found: list[list[tuple[int, int, int]]] = [[] for _ in leaves]
+    for number, word in enumerate(words):
+        for depth, token in enumerate(word):
+            leaf = next(i for i, prefix in enumerate(leaves) if prefix[:depth] == word[:depth])
+            found[leaf].append((depth, token, number))
+    columns = [np.array(entries, dtype=np.int64).reshape(-1, 3).T for entries in found]
+    return [(torch.from_numpy(depth.copy()), torch.from_numpy(token.copy()), word) for depth, token, word in columns]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +167,8 @@ class Candidates:
 
     def chosen(self, columns: Any) -> "Candidates":
         """Some of them."""
-        return Candidates(
-            kind=self.kind,
+        return replace(
+            self,
             indices=tuple(self.indices[int(column)] for column in columns),
             values=self.values[:, columns],
             typical=self.typical[columns],
@@ -63,12 +180,8 @@ class Candidates:
         features = np.log(np.stack([self.typical, self.frequency], axis=1))
         features /= np.where(features.std(0) > 0, features.std(0), 1.0)
         distance = np.square(features - features[column]).sum(1)
-        own = set(self.indices[column])
-        free = (
-            i for i in np.argsort(distance, kind="stable") if int(i) not in taken and not own & set(self.indices[i])
-        )
-        found = next(free, None)
-        return None if found is None else int(found)
+        own, nearest = set(self.indices[column]), map(int, np.argsort(distance, kind="stable"))
+        return next((i for i in nearest if i not in taken and not own & set(self.indices[i])), None)
 
     def insensitive(self, half: Half, cells: Cells, taken: set[int]) -> int | None:
         """Of the more frequent half of them the one whose largest |t| of the three effects is smallest on a half."""
@@ -99,11 +212,8 @@ def pair_candidates(
 ) -> Candidates | None:
     """The pairs that are active in most stimuli; None for an SAE whose interaction path is no sum over pairs.
 
-    Of each token the pairs of its `STRONGEST` features are looked at, so nothing is d_sae^2.
-
-    Args:
-        pool: over the tokens of a stimulus.
-        max_pairs: pairs kept; among equally frequent ones those of lower feature numbers.
+    Of each token the pairs of its `STRONGEST` features are looked at, so nothing is d_sae^2. Of equally frequent pairs those of
+    lower feature numbers are kept.
     """
     if not isinstance(sae, NFMPaths) or sae.cfg.head != "fm":
         return None
@@ -152,11 +262,9 @@ def _pairs(columns: np.ndarray, counts: Floats, d_sae: int, pool: Pool, max_pair
 def secondary_activations(
     model: LanguageModel, sae: NFMPaths, intervention: Intervention, prompts: Sequence[Ids]
 ) -> Floats:
-    """Mean activation of every secondary feature over the counted tokens of each stimulus, under an intervention.
+    """Mean activation of every secondary feature over the counted tokens of each stimulus, under an intervention of `sae`.
 
-    Args:
-        sae: the primary of the intervention, which attaches the secondary SAE.
-        intervention: of which no part clamps secondary features.
+    The intervention attaches the secondary SAE, and no part of it clamps secondary features.
     """
     seen, found = dict[str, Tensor](), dict[int, np.ndarray]()
     hook_point: Any = sae.hook_secondary_acts_post  # pyright: ignore[reportAttributeAccessIssue] (made by name)
@@ -202,19 +310,15 @@ def _pooled(acts: Tensor, counted: Tensor, pool: Pool) -> np.ndarray:
     """[rows, width] of activations [rows, pos, width]."""
     if pool == "last":
         return acts[:, -1].double().cpu().numpy()
-    mean = (acts.to_dense() * counted[..., None]).sum(1, dtype=torch.float64) / counted.sum(1, keepdim=True).clamp(
-        min=1
-    )
-    return mean.cpu().numpy()
+    total = (acts.to_dense() * counted[..., None]).sum(1, dtype=torch.float64)
+    return (total / counted.sum(1, keepdim=True).clamp(min=1)).cpu().numpy()
 
 
-def _batches(
-    model: LanguageModel, prompts: Sequence[Ids], rows: int = 64
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def _batches(model: LanguageModel, prompts: Sequence[Ids]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Stimuli of one length together: their numbers, tokens and which tokens count."""
     for length in sorted({len(prompt) for prompt in prompts}):
         same = [item for item, prompt in enumerate(prompts) if len(prompt) == length]
-        for first in range(0, len(same), rows):
-            items = same[first : first + rows]
+        for first in range(0, len(same), 64):
+            items = same[first : first + 64]
             tokens = torch.tensor([prompts[item] for item in items], device=device_of(model))
             yield items, tokens, counted_tokens(model, tokens)
