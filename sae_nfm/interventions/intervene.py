@@ -238,8 +238,8 @@ def path_means(
 ) -> dict[str, Float[Tensor, " width"]]:
     """Mean over the counted tokens of what passes through hook points of an SAE, for ablation by the mean.
 
-    The SAE sees the model's activations as they are; the held-out rows are better not those that will be evaluated on. A ValueError
-    for a hook point the SAE does not have, such as "hook_nfm_linear", or when no token is counted.
+    The SAE sees the model's activations as they are; the held-out rows are better not those that will be evaluated on. Raises a
+    ValueError for a hook point the SAE does not have, such as "hook_nfm_linear", or when no token is counted.
     """
     Splice(sae=sae, ablated=dict.fromkeys(names))  # refuses unknown names
     sums, n = dict.fromkeys(names, torch.zeros(())), 0
