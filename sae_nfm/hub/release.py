@@ -308,7 +308,7 @@ def register_release(
     entry = Release(name=release, model=model, source=source, saes=tuple(saes))
     known = _packaged() | _releases
     if entry.name in known and known[entry.name] != entry and not replace:
-        raise ValueError(f"release {release!r} has other content already; choose another name or give replace=True")
+        raise ValueError(f"release {release!r} is registered with other content; choose another name or give replace=True")
     directory: dict[str, PretrainedSAELookup] = getattr(pretrained_saes_directory, DIRECTORY)()
     _enter(directory, entry, replace=True)
     _releases[entry.name] = entry

@@ -95,7 +95,7 @@ def test_probes_are_of_these_weights_and_settings():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"evaluation": "scr"}, r"\bevaluation\b.*'scr'.*'core', 'sparse_probing', 'mdl'"),
+        ({"evaluation": "scr"}, r"\bevaluation\b.*'core', 'sparse_probing', 'mdl'.*'scr'"),
         ({"batches": 0}, r"\bbatches\b.*\b0\b"),
         ({"ks": (0,)}, r"\bks\b.*\(0,\)"),
         ({"evaluation": "mdl"}, r"\bdevice\b.*'cpu'.*\bmdl\b.*--device cuda\b"),
@@ -108,7 +108,7 @@ def test_mistakes(settings, message):
 
 def test_words():
     score = Score(sae="mine", evaluation="core", metrics={"kl": 0.25, "l0": 32.0}, file=Path("a.json"))
-    assert score.words() == "mine: SAEBench core\n    kl        0.2500\n    l0       32.0000\n    a.json"
+    assert score.words() == "mine: SAEBench core\n    kl          0.2500\n    l0         32.0000\n    a.json"
 
 
 def test_without_saebench_it_says_how_to_get_it(capsys):

@@ -139,9 +139,9 @@ def test_directions_are_uniform():
 
 def test_covariance_noise_points_where_activations_do():
     """With variances 9, 1, 0 no noise along the third axis, and E[g_1^2 / |g|^2] = 3 / (3 + 1), the ratio of deviations."""
-    n, covariance = 20_000, torch.diag(torch.tensor([9.0, 1.0, 0.0], dtype=torch.float64))
+    n, spread = 20_000, torch.diag(torch.tensor([9.0, 1.0, 0.0], dtype=torch.float64))
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
-    fitted = activations(torch.tensor([1.0, 2.0, 3.0]), turn @ covariance @ turn.T)
+    fitted = activations(torch.tensor([1.0, 2.0, 3.0]), turn @ spread @ turn.T)
     torch.testing.assert_close(fitted.root @ fitted.root.T, fitted.covariance)
     x = torch.ones(n, 3)
     u = (replaced(partial(covariance, fitted), x, x + 1) - x) / 3**0.5 @ turn.float()
