@@ -308,7 +308,7 @@ def register_release(
     entry = Release(name=release, model=model, source=source, saes=tuple(saes))
     known = _packaged() | _releases
     if entry.name in known and known[entry.name] != entry and not replace:
-        raise ValueError(f"release {release!r} is registered with other content; choose another name or give replace=True")
+        raise ValueError(f"release {release!r} has other content already; choose another name or give replace=True")
     directory: dict[str, PretrainedSAELookup] = getattr(pretrained_saes_directory, DIRECTORY)()
     _enter(directory, entry, replace=True)
     _releases[entry.name] = entry
@@ -367,7 +367,7 @@ def _enter(directory: dict[str, PretrainedSAELookup], release: Release, *, repla
     loader_name = f"sae_nfm:{release.name}"
     present = directory.get(release.name)
     if present is not None and present.conversion_func != loader_name:
-        raise ValueError(f"release name {release.name!r} is taken (by {present.repo_id!r}); choose another name")
+        raise ValueError(f"{release.name!r} is taken in SAELens (by {present.repo_id!r}); choose another name")
     loader = _Loader(release=release)
     NAMED_PRETRAINED_SAE_LOADERS[loader_name] = loader.load
     NAMED_PRETRAINED_SAE_CONFIG_GETTERS[loader_name] = loader.config
