@@ -95,7 +95,9 @@ class Converted:
         lines += [f"Not in the files, assumed: {'; '.join(self.assumed)}"] if self.assumed else []
         if self.unknown:
             flags = ", ".join(f"--{METADATA[name].replace('_', '-')}" for name in self.unknown)
-            lines.append(f"Not in the files, but needed to use it in a language model: {flags}; convert with them")
+            lines.append(
+                f"Not in the files, and needed to use it in a language model: {flags}; convert again with them"
+            )
         load = ["import sae_nfm", "from sae_lens import SAE", f'sae = SAE.load_from_disk("{self.folder}")']
         return "\n".join([*lines, "In Python:", *(f"    {line}" for line in load)])
 

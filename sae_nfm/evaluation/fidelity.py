@@ -316,9 +316,7 @@ def _generator(seed: int, arm: str, part: int) -> torch.Generator:
 
 def _refuse_uncounted(model: LanguageModel, tokens: Int[Tensor, "rows pos"]) -> None:
     if not counted_tokens(model, tokens).any():
-        raise ValueError(
-            f"no token to evaluate on: {tokens.numel()}, all special or in position 0; give more held-out text"
-        )
+        raise ValueError(f"no token to evaluate on: {tokens.numel()} tokens, special or in position 0; give more text")
 
 
 SUMS = ["tokens", "predictions", "active", "error_energy", "variance_energy", "kl_nats", "ce_nats", "ce_delta_nats"]

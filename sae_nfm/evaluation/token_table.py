@@ -116,7 +116,7 @@ def begin(folder: str | Path, manifest: Manifest) -> Path:
         changed = read_manifest(folder).changes(manifest)
         if changed:
             raise ValueError(
-                f"{str(folder)!r} has another measurement: {'; '.join(changed)}; give a new folder, or the old settings"
+                f"{str(folder)!r} has other settings: {'; '.join(changed)}; give a new folder, or the old settings"
             )
         return folder
     if folder.exists() and any(folder.iterdir()):

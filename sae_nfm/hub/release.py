@@ -367,7 +367,7 @@ def _enter(directory: dict[str, PretrainedSAELookup], release: Release, *, repla
     loader_name = f"sae_nfm:{release.name}"
     present = directory.get(release.name)
     if present is not None and present.conversion_func != loader_name:
-        raise ValueError(f"release name {release.name!r} is taken (by {present.repo_id!r}); choose another name")
+        raise ValueError(f"{release.name!r} is taken in SAELens (by {present.repo_id!r}); choose another name")
     loader = _Loader(release=release)
     NAMED_PRETRAINED_SAE_LOADERS[loader_name] = loader.load
     NAMED_PRETRAINED_SAE_CONFIG_GETTERS[loader_name] = loader.config

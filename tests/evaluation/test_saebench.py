@@ -95,7 +95,7 @@ def test_probes_are_of_these_weights_and_settings():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"evaluation": "scr"}, r"\bevaluation\b.*'scr'.*'core', 'sparse_probing', 'mdl'"),
+        ({"evaluation": "scr"}, r"\bevaluation\b.*'core', 'sparse_probing', 'mdl'.*'scr'"),
         ({"batches": 0}, r"\bbatches\b.*\b0\b"),
         ({"ks": (0,)}, r"\bks\b.*\(0,\)"),
         ({"evaluation": "mdl"}, r"\bdevice\b.*'cpu'.*\bmdl\b.*--device cuda\b"),
