@@ -1,4 +1,5 @@
 from .datasets import explained_hub as explained_hub
+from .datasets import first_rows as first_rows
 from .datasets import held_out_tokens as held_out_tokens
 from .datasets import load_splits as load_splits
 from .datasets import local_dataset as local_dataset

@@ -8,6 +8,7 @@ from .load import find_site as find_site
 from .load import load_model as load_model
 from .load import model_of as model_of
 from .load import refuse_heads_of_a_bridge as refuse_heads_of_a_bridge
+from .load import resolve_hook_name as resolve_hook_name
 from .load import site_at as site_at
 from .local_hf import config_fields as config_fields
 from .local_hf import is_folder as is_folder
