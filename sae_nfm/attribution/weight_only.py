@@ -28,10 +28,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_nfm.architectures import PathWeights
-from sae_nfm.attribution.corpus import PAIRS_AT_ONCE, TokenBatch
-from sae_nfm.attribution.pair_table import PairSums, summed
-from sae_nfm.attribution.pairs import TokenPairs, norms
-from sae_nfm.attribution.path_activations import TokenReads
+from sae_nfm.attribution.pair_table import PAIRS_AT_ONCE, PairSums, TokenBatch, summed
+from sae_nfm.attribution.pairs import TokenPairs, TokenReads, norms
 from sae_nfm.attribution.results import Correlation, PairControls
 from sae_nfm.kernels import bi_interaction, hidden_pre
 

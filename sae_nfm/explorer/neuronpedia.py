@@ -88,10 +88,7 @@ def export(config: ExportConfig) -> Exported:
     n_pairs = len(explorer.pairs.first)
     if config.pairs and not n_pairs:
         raise ValueError(f"{explorer.sae} ({explorer.architecture}) has no pairs of features; leave --pairs out")
-    ids = {
-        "modelId": config.model_id or explorer.model_name,
-        "layer": config.source_id or explorer.hook_name,
-    }
+    ids = {"modelId": config.model_id or explorer.model_name, "layer": config.source_id or explorer.hook_name}
     _write(config.output, (ids | feature for feature in features(explorer)))
     pairs_file = _pairs_file(config.output) if config.pairs else None
     if pairs_file is not None:

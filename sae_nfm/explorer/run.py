@@ -21,8 +21,7 @@ from sae_nfm.common import provenance
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_corpus
 from sae_nfm.explorer.activations import firings_of
-from sae_nfm.explorer.assemble import ExplorerSizes, assembled
-from sae_nfm.explorer.pairs import has_pairs, shown_pairs
+from sae_nfm.explorer.assemble import ExplorerSizes, assembled, has_pairs, shown_pairs
 from sae_nfm.explorer.results import FILENAME, Explorer
 from sae_nfm.loading import load_sae, sha256_of
 from sae_nfm.models import LanguageModel, check_device, model_of

@@ -16,8 +16,17 @@ import torch
 from sae_nfm.architectures import parameter_count
 from sae_nfm.common import provenance
 from sae_nfm.models import check_device
-from sae_nfm.profiling.arms import ARMS, JOINT_AUTO, JOINT_TORCH, Case, Sizes, Timings, joint_config, time_cases
-from sae_nfm.profiling.peak_memory import measure_peaks
+from sae_nfm.profiling.arms import (
+    ARMS,
+    JOINT_AUTO,
+    JOINT_TORCH,
+    Case,
+    Sizes,
+    Timings,
+    joint_config,
+    measure_peaks,
+    time_cases,
+)
 from sae_nfm.profiling.results import TOPK, Rates, Scan, SpeedResult, SpeedRow
 
 SCANNED = (JOINT_AUTO, TOPK)

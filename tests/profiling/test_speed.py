@@ -26,10 +26,10 @@ from sae_nfm.profiling.arms import (
     Stepper,
     activations,
     joint_config,
+    peak_of_steps,
     reason_against,
     time_cases,
 )
-from sae_nfm.profiling.peak_memory import peak_of_steps
 from sae_nfm.profiling.results import Rates, SpeedResult
 from sae_nfm.profiling.run import SpeedConfig, floor_seconds, measure_speed
 
