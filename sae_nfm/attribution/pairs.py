@@ -47,12 +47,9 @@ class TokenReads:
 
     def of(self, tokens: Tensor) -> "TokenReads":
         """Some of the tokens: a mask, or indices."""
-        return TokenReads(
-            read=SparseActs(self.read.indices[tokens], self.read.values[tokens]),
-            gates=self.gates[tokens],
-            interaction=self.interaction[tokens],
-            linear=None if self.linear is None else self.linear[tokens],
-        )
+        read, linear = SparseActs(*(part[tokens] for part in self.read)), self.linear
+        linear = None if linear is None else linear[tokens]
+        return TokenReads(read=read, gates=self.gates[tokens], interaction=self.interaction[tokens], linear=linear)
 
     @classmethod
     def joined(cls, parts: Sequence["TokenReads"]) -> "TokenReads":
@@ -74,22 +71,16 @@ class TokenReads:
 
 
 def reading(sae: SAE[Any], seen: dict[str, Any]) -> dict[str, HookFunction]:
-    """Hook functions for an SAE (see `attributable`) that put into `seen`, by hook point, what the interaction path reads, the
-    hidden code and what each path writes.
-    """
+    """Hook functions that put what the interaction path reads, the hidden code and what each path writes into `seen`."""
     names = [READ, INTERACTION, HIDDEN, *([LINEAR] if attributable(sae).cfg.use_linear_path else [])]
     return {name: keeping(seen, name) for name in names}
 
 
 def reads_of(seen: dict[str, Any]) -> TokenReads:
     """What `reading` has seen, all tokens in one dimension."""
-    linear = seen.get(LINEAR)
-    return TokenReads(
-        read=_in_order(seen[READ]),
-        gates=seen[HIDDEN].flatten(0, -2) > 0,
-        interaction=seen[INTERACTION].flatten(0, -2),
-        linear=None if linear is None else linear.flatten(0, -2),
-    )
+    flat = {name: seen[name].flatten(0, -2) for name in (HIDDEN, INTERACTION, LINEAR) if name in seen}
+    read, linear = _in_order(seen[READ].flatten(0, -2)), flat.get(LINEAR)
+    return TokenReads(read=read, gates=flat[HIDDEN] > 0, interaction=flat[INTERACTION], linear=linear)
 
 
 @torch.no_grad()
@@ -100,13 +91,12 @@ def token_reads(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> TokenReads:
     return reads_of(seen)
 
 
-def _in_order(read: Float[Tensor, "*batch d_sae"]) -> SparseActs:
+def _in_order(read: Float[Tensor, "tokens d_sae"]) -> SparseActs:
     """As many columns as the token with most active features has, features in the order of their numbers."""
-    flat = read.flatten(0, -2)
-    most = int((flat != 0).sum(-1).amax()) if flat.numel() else 0
-    strongest = flat.abs().topk(most, dim=-1, sorted=False).indices  # some architectures have negative ones
+    most = int((read != 0).sum(-1).amax()) if read.numel() else 0
+    strongest = read.abs().topk(most, dim=-1, sorted=False).indices  # some architectures have negative ones
     indices = strongest.sort(dim=-1).values
-    return SparseActs(indices, flat.gather(-1, indices))
+    return SparseActs(indices, read.gather(-1, indices))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +112,7 @@ class TokenPairs:
     @classmethod
     def of(cls, read: SparseActs) -> "TokenPairs":
         """All n (n - 1) / 2 of each token."""
-        a, b = torch.triu_indices(read.indices.shape[-1], read.indices.shape[-1], 1, device=read.indices.device)
+        a, b = _columns(read)
         first, second = read.indices[:, a], read.indices[:, b]
         return cls(first=first, second=second, product=read.values[:, a] * read.values[:, b])
 
@@ -140,6 +130,11 @@ class TokenPairs:
     def fires(self) -> Bool[Tensor, "tokens pairs"]:
         """Whether both features are active."""
         return self.product != 0
+
+
+def _columns(read: SparseActs) -> Int[Tensor, "2 pairs"]:
+    """Of both features of each pair."""
+    return torch.triu_indices(read.indices.shape[-1], read.indices.shape[-1], 1, device=read.indices.device)
 
 
 def written(
@@ -181,12 +176,9 @@ def along(
 ) -> Float[Tensor, "tokens pairs"]:
     """<o_ij, u_t> for all pairs of `TokenPairs.of(read)`, at the cost of [tokens, n, nfm_dim]; u: for all tokens or for each."""
     pooled_direction = ((directions @ weights.W_2.T) * gates) @ weights.W_1.T
-    n, found = read.indices.shape[-1], list[Tensor]()
-    a, b = torch.triu_indices(n, n, 1, device=read.indices.device)
+    n, found, (a, b) = read.indices.shape[-1], list[Tensor](), _columns(read)
     size = max(1, CELLS // max(1, n * max(n, weights.V.shape[1])))
-    for indices, values, direction in zip(
-        *(part.split(size) for part in (read.indices, read.values, pooled_direction)), strict=True
-    ):
+    for indices, values, direction in zip(*(part.split(size) for part in (*read, pooled_direction)), strict=True):
         rows = values[..., None] * weights.V[indices]
         found.append(((rows * direction[:, None]) @ rows.mT)[:, a, b])
     return torch.cat(found)
@@ -200,11 +192,7 @@ def bias_terms(
 
 
 def single_features(read: SparseActs, weights: PathWeights) -> Float[Tensor, "tokens n d_in"]:
-    """f_i W_lin_i, what each feature writes through the linear path.
-
-    Raises:
-        ValueError: without a linear path.
-    """
+    """f_i W_lin_i, what each feature writes through the linear path."""
     if weights.W_lin is None:
         raise ValueError("the linear path is off (use_linear_path is False): no feature writes through it")
     return read.values[..., None] * weights.W_lin[read.indices]

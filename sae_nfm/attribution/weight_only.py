@@ -15,7 +15,7 @@ often the pair fires and with the covariance of its features, beside the same wi
 Source: PolySAE, arXiv 2602.01322 (correlation of interaction weights with co-occurrence 0.06, of an SAE's covariance 0.82).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,32 +38,25 @@ FREQUENCY, COVARIANCE = "co-activation frequency", "covariance of the features"
 
 
 def weight_strengths(weights: PathWeights, sums: PairSums, table: Any | None = None) -> dict[str, Floats]:
-    """The weight-only measures of the pairs in a table, by name.
-
-    Args:
-        sums: from which gates and activations are averaged.
-        table: rows of `sums.table`; all of them unless given.
-    """
+    """The weight-only measures of the pairs in a table (rows of `sums.table`; all unless given), by name."""
     first, second = (torch.from_numpy(one).to(weights.V.device) for one in sums.features(table))
-    opened, averaged = torch.ones_like(sums.gates), sums.gates
     mean = sums.feature_sum / sums.feature_tokens.clamp_min(1)
+    averaged = _weight_norms(weights, first, second, sums.gates)
     found = {
-        name: torch.cat([_weight_norms(weights, i, j, gates) for i, j in _pieces(first, second)] or [opened[:0]])
-        for name, gates in (("open", opened), ("averaged", averaged))
+        "open": _weight_norms(weights, first, second, torch.ones_like(sums.gates)),
+        "averaged": averaged,
+        "scaled": averaged * (mean[first.cpu()] * mean[second.cpu()]).abs(),
     }
-    found["scaled"] = found["averaged"] * (mean[first.cpu()] * mean[second.cpu()]).abs()
     return {name: values.numpy() for name, values in found.items()}
 
 
-def _pieces(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    size = PAIRS_AT_ONCE // 4
-    return zip(first.split(size), second.split(size), strict=True)
-
-
 def _weight_norms(weights: PathWeights, first: Tensor, second: Tensor, gates: Tensor) -> Float[Tensor, " pairs"]:
-    ones = torch.ones(1, len(first), dtype=weights.V.dtype, device=first.device)
-    pairs = TokenPairs(first=first[None], second=second[None], product=ones)
-    return norms(pairs, gates[None].to(ones), weights)[0].double().cpu()
+    found, size = [torch.zeros(0, dtype=torch.float64)], PAIRS_AT_ONCE // 4
+    for i, j in zip(first.split(size), second.split(size), strict=True):
+        ones = torch.ones(1, len(i), dtype=weights.V.dtype, device=i.device)
+        pairs = TokenPairs(first=i[None], second=j[None], product=ones)
+        found.append(norms(pairs, gates[None].to(ones), weights)[0].double().cpu())
+    return torch.cat(found)
 
 
 def pair_controls(
@@ -78,7 +71,7 @@ def pair_controls(
     """Correlations of pair strengths with each other and with co-occurrence, and their null.
 
     Args:
-        reads: tokens in memory (`pair_batches.first_reads`); every pair that fires on them is counted.
+        reads: tokens in memory (`first_reads`); every pair that fires on them is counted.
         min_tokens: on how many tokens a pair has to fire.
         n_permutations: permutations of the rows of V; each costs as much as the statistics themselves.
 
@@ -101,20 +94,15 @@ def pair_controls(
             for name in ("open", "averaged", "scaled")
             for other in ("when firing", "total")
         ),
-        cooccurrence=_with_cooccurrence(measured, compared, nulls),
+        cooccurrence=(
+            *(
+                correlated((name, values), other, [null[name] for null in nulls])
+                for name, values in measured.items()
+                for other in compared.items()
+            ),
+            correlated((COVARIANCE, compared[COVARIANCE]), (FREQUENCY, compared[FREQUENCY])),
+        ),
     )
-
-
-def _with_cooccurrence(
-    measured: Mapping[str, Floats], compared: Mapping[str, Floats], nulls: list[Mapping[str, Floats]]
-) -> tuple[Correlation, ...]:
-    frequency, covariance = ((name, compared[name]) for name in (FREQUENCY, COVARIANCE))
-    found = [
-        correlated((name, values), other, [null[name] for null in nulls])
-        for name, values in measured.items()
-        for other in (frequency, covariance)
-    ]
-    return (*found, correlated(covariance, frequency))
 
 
 def gates_of(reads: TokenReads, weights: PathWeights) -> Bool[Tensor, "tokens nfm_dim"]:
