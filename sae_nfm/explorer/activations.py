@@ -153,10 +153,9 @@ def feature_contexts(firings: Firings, *, n: int, quantiles: int, window: Window
     for feature in range(len(firings.count)):
         places, values = firings.of(feature)
         order = np.lexsort((places, -values))
-        ranked, total = places.astype(np.int64)[order], len(order)
+        ranked = places.astype(np.int64)[order]
         top.append(_apart(ranked, n, window, width))
-        # ranks at the middles of equal parts, each once
-        spread.append(ranked[np.unique((2 * np.arange(quantiles if total else 0) + 1) * total // (2 * quantiles or 1))])
+        spread.append(ranked[_middles(len(order), quantiles)])
     return _marked(firings, top, window), _marked(firings, spread, window)
 
 
@@ -174,6 +173,11 @@ def maxima(firings: Firings) -> Floats:
     found = np.zeros(len(firings.count))
     np.maximum.at(found, firings.feature, firings.values)
     return found
+
+
+def _middles(total: int, n: int) -> Ints:
+    """Ranks at the middles of n equal parts, each once."""
+    return np.unique((2 * np.arange(n) + 1) * total // (2 * n)) if total else np.zeros(0, dtype=np.int64)
 
 
 def _apart(places: Ints, n: int, window: Window, width: int) -> Ints:

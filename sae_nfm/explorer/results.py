@@ -305,7 +305,7 @@ def _token_effects(content: Mapping[str, Any], n: int, n_vocab: int) -> TokenEff
     )
 
 
-def _ints(values: Sequence[int], n: int | None = None, dtype: Any = np.int64) -> NDArray[Any]:
+def _ints(values: Sequence[float], n: int | None = None, dtype: Any = np.int64) -> NDArray[Any]:
     found = np.asarray(values, dtype=dtype)
     if found.ndim != 1 or n not in (None, len(found)):
         raise ValueError(f"a column of shape {found.shape} where {n} numbers are expected")
