@@ -2,7 +2,19 @@
 
     sae-nfm dry-run paper
 
-Shapes, parameters and memory come from the run's own classes on tensors without numbers (`simulated_run`). Times are lower
+The run is a file (`Experiment`) that says nothing that the command line of `sae-nfm train` could not:
+
+    train:    any flags of `sae-nfm train`
+    model:    the model's config.json; left out, it is read from the folder `train.model_name`
+    device:   name, memory_gib, and optionally rates (`Device`)
+
+Shapes, parameters and memory come from the run's own classes on tensors that have shapes and no numbers:
+
+    model forward    Hugging Face's model on the "meta" device, under the loader and up to the hook point of the run
+    SAE step         SAELens's trainer, forward to Adam, on fake tensors
+    buffer           SAELens's mixing buffer on fake tensors
+
+FLOPs are those torch counts (matrix products, attention); bytes are those of all storages alive at one time. Times are lower
 bounds: all products and memory traffic at the rates given, a vendor's peak rates or measured by `profiling.arms`.
 Not counted: what the device's driver and allocator take (about 1 GiB on CUDA), evaluation while training, the dead-feature loss.
 """
@@ -75,27 +87,17 @@ class Experiment:
         return shlex.join(["sae-nfm", "train", *self.argv()])
 
     def arguments(self) -> TrainArguments:
-        """What `sae-nfm train` makes of it, SAELens's runner config included.
-
-        Raises:
-            ValueError: for a flag or value that does not work.
-        """
+        """What `sae-nfm train` makes of it, SAELens's runner config included."""
         given = {option.replace("-", "_"): value for option, value in self.train.items()}
         return train_arguments(given, argv=self.argv())
 
     def model_config(self) -> PretrainedConfig:
-        """The model's Hugging Face configuration.
-
-        Raises:
-            ValueError: where it is neither in the file nor in a local folder.
-        """
+        """The model's Hugging Face configuration."""
         if self.model is not None:
             return AutoConfig.for_model(**self.model)
         name = str(self.train.get("model_name"))
         if not is_folder(name):
-            raise ValueError(
-                f"{name!r} is no local folder; give the model's config.json as `model:` of {self.name}.yaml"
-            )
+            raise ValueError(f"{name!r} is no local folder; give its config.json as `model:` of {self.name}.yaml")
         return AutoConfig.from_pretrained(name, local_files_only=True)
 
 
@@ -206,18 +208,12 @@ def sae_step(cfg: LanguageModelSAERunnerConfig[Any], sae_config: TrainingSAEConf
     batch, dense = cfg.train_batch_size_tokens, {"device": "cpu"}
     if hasattr(sae_config, "kernel"):
         dense["kernel"] = "dense"
-    settings = SAETrainerConfig(
-        total_training_samples=STEPS * batch,
-        train_batch_size_samples=batch,
-        lr=cfg.lr,
-        lr_end=cfg.lr,
-        device="cpu",
-        autocast=cfg.autocast,
-    )
+    settings: Any = {"device": "cpu", "autocast": cfg.autocast, "lr": cfg.lr, "lr_end": cfg.lr}
+    settings |= {"total_training_samples": STEPS * batch, "train_batch_size_samples": batch}
     live, flops = LiveBytes(), FlopCounterMode(display=False)
     with FakeTensorMode(), live:
         sae_class, _ = SAE_TRAINING_CLASS_REGISTRY[sae_config.architecture()]
-        trainer = _Trainer(settings, sae_class(replace(sae_config, **dense)), iter(()))
+        trainer = _Trainer(SAETrainerConfig(**settings), sae_class(replace(sae_config, **dense)), iter(()))
         if getattr(sae_config, "kernel", "dense") != "dense":
             fuse(trainer.optimizer)
         for group in trainer.optimizer.param_groups:
@@ -249,11 +245,7 @@ def activation_buffer(cfg: LanguageModelSAERunnerConfig[Any], d_in: int) -> Cost
 
 
 def shape_of_model(config: PretrainedConfig, model_class_name: str, dtype: torch.dtype) -> LanguageModel:
-    """The model as its loader would give it, on the "meta" device: every hook point, no weights.
-
-    Raises:
-        ValueError: for a class that `sae_nfm.models.load.load_model` does not have.
-    """
+    """The model as its loader would give it, on the "meta" device: every hook point, no weights."""
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     if model_class_name == "AutoModelForCausalLM":
@@ -308,7 +300,7 @@ def _no_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-GIB = 2**30
+GIB, PHASES = 2**30, ("always", "step", "refill")
 
 
 def dry_run(experiment: Experiment, *, measure_rates: bool = False) -> DryRun:
@@ -330,8 +322,7 @@ def dry_run(experiment: Experiment, *, measure_rates: bool = False) -> DryRun:
     step = _sparse_step(cfg) if kernel == "sparse" else sae_step(cfg, cfg.sae)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     memory = _memory(cfg, parameters, step, forward, activation_buffer(cfg, cfg.sae.d_in))
-    needed = _needed(memory, cfg)
-    _refuse_too_large(needed, memory, cfg, device)
+    needed = _needed(memory, cfg, device)
     steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
     model_seconds, sae_seconds = _seconds(cfg, device, parameters, step, forward, steps)
     topk = TopKTrainingSAEConfig(d_in=cfg.sae.d_in, d_sae=cfg.sae.d_sae, k=1)
@@ -426,19 +417,13 @@ def _memory(
     return tuple(MemoryRow(name=name, gib=size / GIB, phase=phase, device=device) for name, size, phase, device in rows)
 
 
-def _needed(memory: Sequence[MemoryRow], cfg: LanguageModelSAERunnerConfig[Any]) -> float:
-    def at(phase: str) -> float:
-        return sum(row.gib for row in memory if row.phase == phase and row.device == str(cfg.device))
-
-    return at("always") + max(at("step"), at("refill"))
-
-
-def _refuse_too_large(
-    needed: float, memory: Sequence[MemoryRow], cfg: LanguageModelSAERunnerConfig[Any], device: Device
-) -> None:
-    if needed <= device.memory_gib:
-        return
+def _needed(memory: Sequence[MemoryRow], cfg: LanguageModelSAERunnerConfig[Any], device: Device) -> float:
+    """GiB at the worse time; a ValueError where the device has less."""
     here = sorted((row for row in memory if row.device == str(cfg.device)), key=lambda row: -row.gib)
+    at = {phase: sum(row.gib for row in memory if row in here and row.phase == phase) for phase in PHASES}
+    needed = at["always"] + max(at["step"], at["refill"])
+    if needed <= device.memory_gib:
+        return needed
     parts = ", ".join(f"{row.name} {row.gib:.2f}" for row in here[:4])
     raise ValueError(
         f"the run needs {needed:.2f} GiB at once, {device.name} has {device.memory_gib:g} (largest: {parts}); lower d_sae, "
@@ -493,11 +478,7 @@ class DryRunConfig:
 
 
 def check(config: DryRunConfig) -> DryRun:
-    """The dry run that the command line asks for.
-
-    Raises:
-        ValueError, FileNotFoundError: for a file that is no experiment, and as `dry_run`.
-    """
+    """The dry run that the command line asks for; for errors see `load_experiment` and `dry_run`."""
     experiment = load_experiment(config.experiment)
     if config.memory_gib is not None:
         experiment = replace(experiment, device=replace(experiment.device, memory_gib=config.memory_gib))
