@@ -35,7 +35,6 @@ from sae_nfm.explorer.activations import Firings, feature_contexts, histograms, 
 from sae_nfm.explorer.results import (
     Explorer,
     FeatureFigures,
-    Floats,
     Ints,
     PairFigures,
     TokenEffects,
@@ -47,7 +46,12 @@ from sae_nfm.models import LanguageModel, token_text
 AT_ONCE = 128
 """Vectors whose logits [vectors, d_vocab] exist at one time: with 250,000 tokens, 128 MB."""
 
-NONE = np.zeros(0, dtype=np.int64)
+NONE, ZERO = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+NO_LOGITS = TokenEffects(starts=ZERO, token=NONE, value=np.zeros(0))
+NO_PAIRS = PairFigures(
+    first=NONE, second=NONE, tokens=NONE, share=np.zeros(0), norm=np.zeros(0), max_norm=np.zeros(0), position=NONE,
+    context_starts=ZERO, context_norm=np.zeros(0), logits=NO_LOGITS, fired=0, firings=0,
+)  # fmt: skip
 METASPACE = "\u2581"
 """What SentencePiece tokens begin with in place of a space; decoded alone they lose it."""
 
@@ -87,29 +91,6 @@ class ExplorerSizes:
                 raise ValueError(f"{field.name} is {getattr(self, field.name)}; give 0 or more")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ShownPairs:
-    """The pairs shown, descending by energy."""
-
-    table: pd.DataFrame
-    """Their rows of `PairSums.table`."""
-    first: Ints
-    second: Ints
-    share: Floats
-    """Energy of each over that of all pairs."""
-    context_starts: Ints
-    """Of each pair, into `position` and `norm`."""
-    position: Ints
-    """Where each writes most, row * pos + position."""
-    norm: Floats
-    """||o_ij|| there."""
-    mean: Float[Tensor, "pairs d_in"]
-    """What each writes on average where it fires, every gate at its mean over all tokens; of the first pairs only."""
-    fired: int
-    firings: int
-    """The same summed over tokens."""
-
-
 def has_pairs(sae: SAE[Any]) -> bool:
     """Whether the interaction path is a sum over pairs."""
     try:
@@ -126,8 +107,12 @@ def shown_pairs(
     sizes: ExplorerSizes,
     *,
     show_progress: bool = True,
-) -> ShownPairs:
-    """Choose pairs of an SAE that `has_pairs` and find their contexts: two passes, three where more pairs fire than fit."""
+) -> tuple[PairFigures, Float[Tensor, "described d_in"]]:
+    """Choose pairs of an SAE that `has_pairs` and find their contexts: two passes, three where more pairs fire than fit.
+
+    Returns:
+        The pairs, without logits and with positions row * pos + position; and what the first of them write on average.
+    """
     corpus = Corpus(model, sae, tokens, batch_rows=sizes.batch_rows, show_progress=show_progress)
     sums, weights = pair_sums(corpus), PathWeights.of(sae)
     table: Any = sums.table.iloc[_chosen(*sums.features(), sizes.pairs, sizes.partners)]
@@ -136,18 +121,21 @@ def shown_pairs(
     firings: Any = strongest_firings(corpus, keys, n=sizes.pair_contexts)
     pair = table.index.get_indexer(firings.index)
     order = np.argsort(pair, kind="stable")  # as the pairs stand, by energy
-    return ShownPairs(
-        table=table,
+    figures = PairFigures(
         first=first,
         second=second,
+        tokens=table["tokens"].to_numpy().astype(np.int64),
         share=table["energy"].to_numpy() / sums.energy if sums.energy else table["energy"].to_numpy(),
+        norm=(table["norm"] / table["tokens"]).to_numpy(),
+        max_norm=table["norm_max"].to_numpy(),
         context_starts=starts_of(np.bincount(pair, minlength=len(table))),
         position=firings["place"].to_numpy()[order],
-        norm=firings["norm"].to_numpy()[order],
-        mean=mean_written(sums, weights, table.iloc[: sizes.pair_logits]),
+        context_norm=firings["norm"].to_numpy()[order],
+        logits=NO_LOGITS,
         fired=len(sums.table),
         firings=sums.firings,
     )
+    return figures, mean_written(sums, weights, table.iloc[: sizes.pair_logits])
 
 
 def _chosen(first: Ints, second: Ints, pairs: int, partners: int) -> Ints:
@@ -171,31 +159,30 @@ def assembled(
     model: LanguageModel,
     sae: SAE[Any],
     firings: Firings,
-    pairs: ShownPairs | None,
+    pairs: PairFigures,
+    written: Float[Tensor, "described d_in"],
     documents: Int[Tensor, "rows pos"] | None,
     *,
     name: str,
     sizes: ExplorerSizes,
     provenance: Mapping[str, Any],
 ) -> Explorer:
-    """The explorer of what was found."""
+    """The explorer of what was found; pairs and what the first of them write are those of `shown_pairs`."""
     window, k = (sizes.before, sizes.after), getattr(sae.cfg, "k", None)
     top, spread = feature_contexts(firings, n=sizes.contexts, quantiles=sizes.quantile_contexts, window=window)
     note = note_without(model, sae)
     n_logits, factor = 0 if note else sizes.logits, firings.logit_factor
     alive, d_sae = np.flatnonzero(firings.count), sae.cfg.d_sae
-    mean, n_pairs = (torch.zeros(0, sae.cfg.d_in), 0) if pairs is None else (pairs.mean, len(pairs.first))
     effects = (
         token_effects(model, sae, directions(sae, alive), alive, d_sae, factor, n_logits),
-        token_effects(model, sae, mean, np.arange(len(mean)), n_pairs, factor, n_logits),
+        token_effects(model, sae, written, np.arange(len(written)), len(pairs.first), factor, n_logits),
     )
     counted = firings.counted
     if documents is None:
         n_documents = int(counted.any(axis=1).sum())
     else:
         n_documents = len(np.unique(documents.cpu().numpy()[counted]))
-    at_pairs = NONE if pairs is None else pairs.position
-    table, new_place = text_of(firings.tokens, (top.position, spread.position, at_pairs), window)
+    table, new_place = text_of(firings.tokens, (top.position, spread.position, pairs.position), window)
     vocab = np.unique(np.concatenate([table.ids, effects[0].token, effects[1].token]))
     numbered = [replace(one, token=np.searchsorted(vocab, one.token)) for one in effects]
     return Explorer(
@@ -218,7 +205,7 @@ def assembled(
         logit_count=n_logits,
         logit_direction="W_dec + W_lin" if has_canonical(sae) else "W_dec",
         logits_note=note,
-        pairs=_pair_figures(pairs, numbered[1], new_place),
+        pairs=replace(pairs, position=new_place[pairs.position], logits=numbered[1]),
         provenance=provenance,
     )
 
@@ -263,30 +250,6 @@ def _feature_figures(firings: Firings, bins: int) -> FeatureFigures:
         mean=np.divide(totals, count, out=np.zeros_like(totals), where=count > 0),
         histogram=histograms(firings, bins),
         shares=firings.shares,
-    )
-
-
-def _pair_figures(pairs: ShownPairs | None, logits: TokenEffects, new_place: Ints) -> PairFigures:
-    if pairs is None:
-        none: Any = np.zeros(0)
-        return PairFigures(
-            first=NONE, second=NONE, tokens=NONE, share=none, norm=none, max_norm=none, position=NONE,
-            context_starts=np.zeros(1, dtype=np.int64), context_norm=none, logits=logits, fired=0, firings=0,
-        )  # fmt: skip
-    table = pairs.table
-    return PairFigures(
-        first=pairs.first,
-        second=pairs.second,
-        tokens=table["tokens"].to_numpy().astype(np.int64),
-        share=pairs.share,
-        norm=(table["norm"] / table["tokens"]).to_numpy(),
-        max_norm=table["norm_max"].to_numpy(),
-        context_starts=pairs.context_starts,
-        position=new_place[pairs.position],
-        context_norm=pairs.norm,
-        logits=logits,
-        fired=pairs.fired,
-        firings=pairs.firings,
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Int
 from sae_lens import SAE
 from torch import Tensor
@@ -21,7 +22,7 @@ from sae_nfm.common import check_positive, provenance
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_corpus
 from sae_nfm.explorer.activations import firings_of
-from sae_nfm.explorer.assemble import ExplorerSizes, assembled, has_pairs, shown_pairs
+from sae_nfm.explorer.assemble import NO_PAIRS, ExplorerSizes, assembled, has_pairs, shown_pairs
 from sae_nfm.explorer.results import FILENAME, Explorer
 from sae_nfm.loading import load_sae, sha256_of
 from sae_nfm.models import LanguageModel, check_device, model_of
@@ -168,12 +169,12 @@ def explore(
     """
     sizes = sizes or ExplorerSizes()
     firings = firings_of(model, sae, tokens, batch_rows=sizes.batch_rows, show_progress=show_progress)
-    pairs = None
+    pairs, written = NO_PAIRS, torch.zeros(0, sae.cfg.d_in)
     if has_pairs(sae) and sizes.pairs + sizes.partners > 0:
-        pairs = shown_pairs(model, sae, tokens, sizes, show_progress=show_progress)
+        pairs, written = shown_pairs(model, sae, tokens, sizes, show_progress=show_progress)
     origin = provenance(
         asdict(sizes) if settings is None else settings,
         tokens_sha256=hashlib.sha256(firings.tokens.tobytes()).hexdigest(),
         sae_sha256=sha256_of(sae.state_dict()),
     )
-    return assembled(model, sae, firings, pairs, documents, name=name, sizes=sizes, provenance=origin)
+    return assembled(model, sae, firings, pairs, written, documents, name=name, sizes=sizes, provenance=origin)

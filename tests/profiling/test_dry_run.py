@@ -361,7 +361,7 @@ def test_a_run_that_does_not_fit(plain):
         ({"d_in": 17}, r"\bd_in\b.*\b17\b.*'model\.layers\.0'.*\b16\b"),
         ({"hook_name": "model.layers.2"}, r"'model\.layers\.2'.*\bmodel\.layers\.1\b"),
         ({"context_size": 33}, r"\bcontext_size\b.*\b33\b.*\b32\b"),
-        ({"nfm_top_k": 5}, r"\bnfm_top_k\b.*\b5\b.*\bk\b.*\b4\b"),
+        ({"nfm_top_k": 5}, r"\bnfm_top_k\b.*\bk\b.*\b4\b.*\b5\b"),
         ({"model_class_name": "HookedMamba"}, r"\bmodel_class_name\b.*'HookedMamba'.*\bHookedTransformer\b"),
     ],
 )
