@@ -57,7 +57,7 @@ MOVED: dict[str, str] = {
     "pair_batches": "attribution.pair_table",
     "pair_corpus": "attribution.pair_table attribution.results",
     "pair_effects": "attribution.pair_effects",
-    "pair_weights": "attribution.weight_only attribution.results",
+    "pair_weights": "attribution.pair_table attribution.results",
     "pairing": "stats.paired",
     "paths": "architectures.nfm_paths",
     "pretrained": "hub.directory",

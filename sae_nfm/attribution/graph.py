@@ -16,9 +16,8 @@ from scipy.sparse.csgraph import connected_components, shortest_path
 from sklearn.manifold import smacof
 
 from sae_nfm.architectures import PathWeights
-from sae_nfm.attribution.pair_table import PairSums
+from sae_nfm.attribution.pair_table import Floats, PairSums, weight_strengths
 from sae_nfm.attribution.results import FeatureNode, InteractionGraph, PairEdge, Point
-from sae_nfm.attribution.weight_only import Floats, weight_strengths
 
 STARTS = 16
 """Starts, of which the one with the least stress counts."""

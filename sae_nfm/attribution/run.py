@@ -14,9 +14,8 @@ from sae_nfm.architectures import PathWeights, attributable
 from sae_nfm.attribution.direct_logits import Target
 from sae_nfm.attribution.graph import graph_layout, interaction_graph
 from sae_nfm.attribution.pair_effects import PromptRun, RankBy, attribute_token, run_prompt
-from sae_nfm.attribution.pair_table import CAPACITY, Corpus, first_reads, pair_sums, top_contexts
+from sae_nfm.attribution.pair_table import CAPACITY, Corpus, first_reads, pair_controls, pair_sums, top_contexts
 from sae_nfm.attribution.results import DRAWN, Attribution, CorpusAttribution, TokenAttribution
-from sae_nfm.attribution.weight_only import pair_controls
 from sae_nfm.common import check_positive, provenance
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_corpus
