@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from functools import reduce
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -32,7 +33,7 @@ MOVED: dict[str, str] = {
     "editing": "interventions.edits",
     "edits": "interventions.edits",
     "error_ratios": "evaluation.error_controls",
-    "experiment": "profiling.run_spec profiling.results",
+    "experiment": "profiling.requirements profiling.results",
     "explore": "explorer.run",
     "explorer_data": "explorer.results",
     "explorer_file": "explorer.results",
@@ -54,14 +55,14 @@ MOVED: dict[str, str] = {
     "neuronpedia": "explorer.neuronpedia",
     "nfm_fields": "architectures.nfm_config",
     "norms": "analysis.weight_norms",
-    "pair_batches": "attribution.corpus",
+    "pair_batches": "attribution.pair_table",
     "pair_corpus": "attribution.pair_table attribution.results",
     "pair_effects": "attribution.pair_effects",
-    "pair_weights": "attribution.weight_only attribution.results",
+    "pair_weights": "attribution.pair_table attribution.results",
     "pairing": "stats.estimates",
     "paths": "architectures.nfm_paths",
     "pretrained": "hub.release",
-    "prompt_attribution": "attribution.prompt attribution.results",
+    "prompt_attribution": "attribution.pair_effects attribution.results",
     "release": "hub.release",
     "reproduce": "experiments.reproduce.run",
     "reproduced_result": "experiments.reproduce.results",
@@ -89,7 +90,7 @@ MOVED: dict[str, str] = {
     "steering": "interventions.steering",
     "steering_result": "interventions.results",
     "stimuli": "experiments.factorial.stimuli",
-    "token_reads": "attribution.path_activations",
+    "token_reads": "attribution.pairs",
     "token_rows": "evaluation.token_table",
     "training_sae": "architectures.joint_training",
     "verdicts": "stats.seed_document_test",
@@ -102,6 +103,8 @@ RENAMED = {
     "Comparison": "Change",
     "Row": "CompareRow",
     "run_benchmark": "compare_once",
+    "read": "Explorer.load",
+    "write": "Explorer.save",
 }
 """Names in these modules that have changed."""
 
@@ -121,10 +124,10 @@ class OldNames(MetaPathFinder, Loader):
         places = [import_module(name) for name in (new, *others, new.rpartition(".")[0])]
 
         def found(name: str) -> Any:
-            name = RENAMED.get(name, name)
+            first, *rest = RENAMED.get(name, name).split(".")
             for place in places:
-                if not name.startswith("__") and hasattr(place, name):
-                    return getattr(place, name)
+                if not first.startswith("__") and hasattr(place, first):
+                    return reduce(getattr, rest, getattr(place, first))
             raise AttributeError(f"{new} has no {name!r}, nor has its package")
 
         module.__dict__["__getattr__"] = found

@@ -1,16 +1,14 @@
 from .gauge import has_canonical as has_canonical
 from .linear_component import linear_part as linear_part
-from .norm_histograms import norms_of_saes as norms_of_saes
-from .norm_histograms import squared_norms as squared_norms
 from .path_contributions import CELLS as CELLS
 from .path_contributions import FeatureEnergies as FeatureEnergies
 from .path_contributions import PathSums as PathSums
 from .path_contributions import feature_energies as feature_energies
+from .path_contributions import gains_of_arms as gains_of_arms
 from .path_contributions import gauges as gauges
 from .path_contributions import present_paths as present_paths
 from .path_contributions import read_activations as read_activations
 from .path_contributions import token_paths as token_paths
-from .path_overlap import gains_of_arms as gains_of_arms
 from .results import AS_TRAINED as AS_TRAINED
 from .results import CANONICAL as CANONICAL
 from .results import INITIAL as INITIAL
@@ -23,4 +21,6 @@ from .results import SquaredNorms as SquaredNorms
 from .results import p_words as p_words
 from .sae_report import figure_rows as figure_rows
 from .sae_report import gauge_report as gauge_report
+from .weight_norms import norms_of_saes as norms_of_saes
+from .weight_norms import squared_norms as squared_norms
 from .weight_norms import varies as varies

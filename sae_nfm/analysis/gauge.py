@@ -5,7 +5,7 @@ the same gradient, and under Adam with one rate, no rescaling, no dead-feature l
 stays at its initial value up to rounding: norms, shares and every statistic of the direct path alone are set by initialisation.
 The canonical gauge is W_dec := W_dec + W_lin, W_lin := 0.
 
-Rows are compared in one of three units, all `norms.PathRows`:
+Rows are compared in one of three units, all `PathRows`:
 
     as_trained    the parameters as they stand, folded decoder norms multiplied back: the published figures
     as_read       what one unit of the activation hooked at `hook_sae_acts_post` writes or embeds
@@ -20,7 +20,7 @@ Source: arXiv 2507.00269, analysis of decoder norms; the gauge and its controls 
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -28,8 +28,79 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from sae_nfm.analysis.weight_norms import PathRows
 from sae_nfm.architectures import NFMDecoder, NFMPaths
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathRows:
+    """The rows of every feature in each path, in one unit."""
+
+    direct: Float[Tensor, "d_sae d_in"]
+    linear: Float[Tensor, "d_sae d_in"] | None = None
+    """Rows l_i; None without the path."""
+    nonlinear: Float[Tensor, "d_sae nfm_dim"] | None = None
+    """Embeddings v_i; None without the interaction path."""
+
+    def norms(self) -> "PathNorms":
+        """Row norms; zero for a path that is not there."""
+        direct = self.direct.norm(dim=-1)
+        linear, nonlinear = (
+            torch.zeros_like(direct) if rows is None else rows.norm(dim=-1) for rows in (self.linear, self.nonlinear)
+        )
+        return PathNorms(direct=direct, linear=linear, nonlinear=nonlinear)
+
+    def times(self, factor: Float[Tensor, " d_sae"], read_factor: Float[Tensor, " d_sae"] | None = None) -> "PathRows":
+        """Row i times `factor[i]`; the rows of the integration paths times `read_factor[i]` where that is given."""
+        read = (factor if read_factor is None else read_factor)[:, None]
+        linear, nonlinear = (None if rows is None else rows * read for rows in (self.linear, self.nonlinear))
+        return PathRows(direct=self.direct * factor[:, None], linear=linear, nonlinear=nonlinear)
+
+    def of(self, chosen: Tensor) -> "PathRows":
+        """The rows of some features (a mask or indices)."""
+        linear, nonlinear = (None if rows is None else rows[chosen] for rows in (self.linear, self.nonlinear))
+        return PathRows(direct=self.direct[chosen], linear=linear, nonlinear=nonlinear)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathShares:
+    """Part of a feature's weight norm in each path: a fraction of ||w_i|| + ||l_i|| + ||v_i||."""
+
+    integration: Float[Tensor, "*d_sae"]
+    """Of linear and nonlinear together, the published "total"."""
+    linear: Float[Tensor, "*d_sae"]
+    nonlinear: Float[Tensor, "*d_sae"]
+    direct: Float[Tensor, "*d_sae"]
+
+    def named(self) -> dict[str, Tensor]:
+        """The shares by name, in the published order."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def mean(self, chosen: Tensor) -> "PathShares":
+        """Means over the chosen features (a mask or indices)."""
+        return PathShares(**{name: share[chosen].mean() for name, share in self.named().items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathNorms:
+    """Norms ||w_i||, ||l_i|| and ||v_i|| of a feature's rows."""
+
+    direct: Float[Tensor, " d_sae"]
+    linear: Float[Tensor, " d_sae"]
+    nonlinear: Float[Tensor, " d_sae"]
+
+    def shares(self) -> PathShares:
+        """Each path's part of the sum of a feature's norms; 0 for a feature without any weight."""
+        total = (self.direct + self.linear + self.nonlinear).clamp_min(torch.finfo(self.direct.dtype).tiny)
+        return PathShares(
+            integration=(self.linear + self.nonlinear) / total,
+            linear=self.linear / total,
+            nonlinear=self.nonlinear / total,
+            direct=self.direct / total,
+        )
+
+    def permuted(self, order: Tensor) -> "PathNorms":
+        """The integration rows of feature `order[i]` given to feature i, l and v of one feature together."""
+        return PathNorms(direct=self.direct, linear=self.linear[order], nonlinear=self.nonlinear[order])
 
 
 @torch.no_grad()
@@ -68,12 +139,9 @@ def has_canonical(sae: SAE[Any]) -> bool:
 
 
 def canonical(sae: SAE[Any]) -> SAE[Any]:
-    """A copy in the canonical gauge, with the same output.
+    """A copy in the canonical gauge, with the same output; a ValueError with `nfm_top_k`, see `NFMDecoder.fold_linear_path`.
 
     An SAE without a linear path is there already; so is a sequential NFM, whose base's decoder is given and not trained along.
-
-    Raises:
-        ValueError: with `nfm_top_k`, where there is no exact canonical gauge (see `NFMDecoder.fold_linear_path`).
     """
     copied = deepcopy(sae)
     if isinstance(copied, NFMDecoder) and copied.cfg.use_linear_path:
@@ -147,9 +215,8 @@ def _wide(weight: Tensor) -> Tensor:
 def _decoders(state: Mapping[str, Tensor], which: str) -> tuple[Tensor, Tensor]:
     missing = [name for name in ("W_dec", "W_lin") if name not in state]
     if missing:
-        raise ValueError(
-            f"the state {which} has no {', '.join(missing)}; give the state of a joint_nfm SAE with a linear path"
-        )
+        names = ", ".join(missing)
+        raise ValueError(f"the state {which} has no {names}; give the state of a joint_nfm SAE with a linear path")
     folded = state.get("folded_W_dec_norm")
     if folded is not None and not bool((folded == 1).all()):
         raise ValueError(

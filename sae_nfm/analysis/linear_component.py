@@ -35,15 +35,6 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """Tokens to fit on, to choose the penalty on, and to score on; a document is in one part only."""
-
-    fit: NDArray[np.intp]
-    validation: NDArray[np.intp]
-    test: NDArray[np.intp]
-
-
-@dataclass(frozen=True, kw_only=True)
 class LinearPart:
     """The best linear prediction of a path's output from the features, and how well it does on tokens it has not seen."""
 
@@ -69,8 +60,7 @@ class LinearPart:
         """The prediction `f A + a`."""
         read = acts if self.top_n is None else reference.top_n(acts, self.top_n)
         values = read.values if isinstance(read, SparseActs) else read
-        weight = self.weight.to(values.device, values.dtype)
-        return reference.weighted_rows(read, weight) + self.bias.to(values)
+        return reference.weighted_rows(read, self.weight.to(values)) + self.bias.to(values)
 
     def hooks(self, kept: Kept) -> dict[str, HookFunction]:
         """Hook functions for an SAE that put a part of its interaction path in the path's place.
@@ -96,14 +86,8 @@ class LinearPart:
             ValueError: without an interaction path.
         """
         if "hook_nfm_interaction" not in sae.hook_dict:
-            raise ValueError(
-                f"an SAE without an interaction path has no {kept} part of it; give a joint_nfm with head 'fm'"
-            )
-
-        def function(x: Tensor) -> Tensor:
-            return reconstruction(sae, x, self.hooks(kept))
-
-        return function
+            raise ValueError(f"an SAE without an interaction path has no {kept} part; give a joint_nfm with head 'fm'")
+        return lambda x: reconstruction(sae, x, self.hooks(kept))
 
     def substitution(self, sae: SAE[Any], kept: Kept) -> Substitution:
         """The same in a language model, an intervention for `behaviour`."""
@@ -150,45 +134,41 @@ def linear_part(
     if not penalties or min(penalties) <= 0:
         raise ValueError(f"penalties are {tuple(penalties)}; give at least one, all positive")
     groups = np.arange(len(target)) if documents is None else documents.cpu().numpy()
-    parts, read = divided(groups, seed), acts if top_n is None else reference.top_n(acts, top_n)
+    (fitted, validation, test), read = divided(groups, seed), acts if top_n is None else reference.top_n(acts, top_n)
     design, wanted = _design(read, d_sae), target.detach().double().cpu().numpy()
-    fits = _fits(design[parts.fit], wanted[parts.fit], penalties, solver)
-    mean = wanted[parts.fit].mean(0)
+    fits, mean = _fits(design[fitted], wanted[fitted], penalties, solver), wanted[fitted].mean(0)
 
     def errors(fit: tuple[NDArray[Any], NDArray[Any]], tokens: NDArray[np.intp]) -> NDArray[np.float64]:
         return np.square(wanted[tokens] - design[tokens] @ fit[0] - fit[1]).sum(-1)
 
     deviations = np.square(wanted - mean).sum(-1)
-    scores = [1 - errors(fit, parts.validation).sum() / deviations[parts.validation].sum() for fit in fits]
+    scores = [1 - errors(fit, validation).sum() / deviations[validation].sum() for fit in fits]
     best = int(np.argmax(scores))
-    squared_error = errors(fits[best], parts.test)
+    squared_error = errors(fits[best], test)
+    weight, bias, mean = (torch.from_numpy(one).to(target.dtype) for one in (*fits[best], mean))
     return LinearPart(
-        weight=torch.from_numpy(fits[best][0]).to(target.dtype),
-        bias=torch.from_numpy(fits[best][1]).to(target.dtype),
-        mean=torch.from_numpy(mean).to(target.dtype),
+        weight=weight,
+        bias=bias,
+        mean=mean,
         top_n=top_n,
         penalty=penalties[best],
         validation_r2=tuple(map(float, scores)),
-        r2=float(1 - squared_error.sum() / deviations[parts.test].sum()),
+        r2=float(1 - squared_error.sum() / deviations[test].sum()),
         squared_error=torch.from_numpy(squared_error),
-        deviation=torch.from_numpy(deviations[parts.test]),
-        test_tokens=torch.from_numpy(parts.test),
+        deviation=torch.from_numpy(deviations[test]),
+        test_tokens=torch.from_numpy(test),
     )
 
 
-def divided(groups: NDArray[Any], seed: int) -> Parts:
-    """About 60, 20 and 20 % of the groups; a group stays together.
-
-    Raises:
-        ValueError: for fewer than 5 groups.
-    """
+def divided(groups: NDArray[Any], seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+    """Tokens to fit on, to choose the penalty on and to score on: about 60, 20 and 20 % of the groups; a group stays together."""
     if (n := len(np.unique(groups))) < 5:
         raise ValueError(f"{n} documents cannot be divided into three parts of 60, 20 and 20 %; give at least 5")
-    half = GroupShuffleSplit(n_splits=1, test_size=0.4, random_state=seed)
-    fit, rest = next(half.split(groups, groups=groups))
+    split = GroupShuffleSplit(n_splits=1, test_size=0.4, random_state=seed)
+    fit, rest = next(split.split(groups, groups=groups))
     half = GroupShuffleSplit(n_splits=1, test_size=0.5, random_state=seed)
     validation, test = next(half.split(rest, groups=groups[rest]))
-    return Parts(fit=fit, validation=rest[validation], test=rest[test])
+    return fit, rest[validation], rest[test]
 
 
 def _design(acts: SparseActs, d_sae: int) -> Any:

@@ -5,27 +5,51 @@ A feature has one row in each path: w_i of W_dec, l_i of W_lin, v_i of V. The pu
 is near -1 (integration) and +1 (direct) for weights that have nothing to do with each other: the null permutes the rows of the
 integration paths over features and recomputes the shares.
 
-Source: arXiv 2507.00269, analysis of decoder norms (shares, Spearman, the split at 0.2, principal components); the null is ours.
+Squared norms are drawn as histograms: as trained, in the canonical gauge, of a TopK SAE, before training.
+
+    decoder            ||w_i||^2             in the unit of the trained encoder, the published one
+    encoder x decoder  ||e_i||^2 ||w_i||^2   e_i: the encoder's column
+
+SAELens folds the decoder norms of a TopK SAE into its encoder when it saves it (all ||w_i|| are 1 then), and a norm can be traded
+between the two without changing the SAE. The product does not depend on that, nor on how activations are normalised.
+
+Source: arXiv 2507.00269, analysis of decoder norms (shares, Spearman, the split at 0.2, principal components; SAE unimodal with
+mean 0.4, joint bimodal with means 0.05 and 0.37, not tested); null, dip test, canonical gauge and product are this package's.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from sae_nfm.stats import (
-    DipTest,
-    MixtureComparison,
-    PermutedCorrelation,
-    compare_mixtures,
-    dip_test,
-    permuted_spearman,
+from sae_nfm.analysis import gauge
+from sae_nfm.analysis.gauge import PathNorms, PathRows, PathShares
+from sae_nfm.analysis.results import (
+    AS_TRAINED,
+    CANONICAL,
+    INITIAL,
+    TOPK,
+    Measure,
+    NormHistogram,
+    NormsResult,
+    SAENorms,
+    SquaredNorms,
 )
+from sae_nfm.architectures import random_initialisation, training_config
+from sae_nfm.architectures.joint_config import ARCHITECTURE
+from sae_nfm.loading import load_sae
+from sae_nfm.stats import DipTest, MixtureComparison, PermutedCorrelation, compare_mixtures, dip_test, permuted_spearman
 
 SPLIT = 0.2
 """The squared decoder norm at which arXiv 2507.00269 divides the features."""
@@ -35,90 +59,6 @@ MIN_FEATURES = 10
 """Fewer have no shape that a mixture could describe."""
 N_PERMUTATIONS = 1_999
 """Permutations of a null."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PathRows:
-    """The rows of every feature in each path, in one unit."""
-
-    direct: Float[Tensor, "d_sae d_in"]
-    linear: Float[Tensor, "d_sae d_in"] | None = None
-    """Rows l_i of the linear path; None without one."""
-    nonlinear: Float[Tensor, "d_sae nfm_dim"] | None = None
-    """Embeddings v_i of the interaction path; None without one."""
-
-    def norms(self) -> "PathNorms":
-        """Row norms; zero for a path that is not there."""
-        direct = self.direct.norm(dim=-1)
-        linear, nonlinear = (
-            torch.zeros_like(direct) if rows is None else rows.norm(dim=-1) for rows in (self.linear, self.nonlinear)
-        )
-        return PathNorms(direct=direct, linear=linear, nonlinear=nonlinear)
-
-    def times(self, factor: Float[Tensor, " d_sae"], read_factor: Float[Tensor, " d_sae"] | None = None) -> "PathRows":
-        """Row i times `factor[i]`; the rows of the integration paths times `read_factor[i]` where that is given."""
-        read = (factor if read_factor is None else read_factor)[:, None]
-        return PathRows(
-            direct=self.direct * factor[:, None],
-            linear=None if self.linear is None else self.linear * read,
-            nonlinear=None if self.nonlinear is None else self.nonlinear * read,
-        )
-
-    def of(self, chosen: Tensor) -> "PathRows":
-        """The rows of some features (a mask or indices)."""
-        return PathRows(
-            direct=self.direct[chosen],
-            linear=None if self.linear is None else self.linear[chosen],
-            nonlinear=None if self.nonlinear is None else self.nonlinear[chosen],
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PathShares:
-    """Part of a feature's weight norm in each path, as fractions."""
-
-    integration: Float[Tensor, "*d_sae"]
-    """(||l_i|| + ||v_i||) over the sum of the three norms (the published "total")."""
-    linear: Float[Tensor, "*d_sae"]
-    """||l_i|| over that sum."""
-    nonlinear: Float[Tensor, "*d_sae"]
-    """||v_i|| over that sum."""
-    direct: Float[Tensor, "*d_sae"]
-    """||w_i|| over that sum."""
-
-    def named(self) -> dict[str, Tensor]:
-        """The shares by name, in the published order."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def mean(self, chosen: Tensor) -> "PathShares":
-        """Means over the chosen features (a mask or indices)."""
-        return PathShares(**{name: share[chosen].mean() for name, share in self.named().items()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class PathNorms:
-    """Norms of a feature's rows, [d_sae] each."""
-
-    direct: Float[Tensor, " d_sae"]
-    """||w_i||."""
-    linear: Float[Tensor, " d_sae"]
-    """||l_i||."""
-    nonlinear: Float[Tensor, " d_sae"]
-    """||v_i||."""
-
-    def shares(self) -> PathShares:
-        """Each path's part of the sum of a feature's norms; 0 for a feature without any weight."""
-        total = (self.direct + self.linear + self.nonlinear).clamp_min(torch.finfo(self.direct.dtype).tiny)
-        return PathShares(
-            integration=(self.linear + self.nonlinear) / total,
-            linear=self.linear / total,
-            nonlinear=self.nonlinear / total,
-            direct=self.direct / total,
-        )
-
-    def permuted(self, order: Tensor) -> "PathNorms":
-        """The integration rows of feature `order[i]` given to feature i, l and v of one feature together."""
-        return PathNorms(direct=self.direct, linear=self.linear[order], nonlinear=self.nonlinear[order])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +75,6 @@ class WeightFigures:
     """The published statistics of a feature's weights, in one gauge and one unit."""
 
     squared_norm: Float[Tensor, " d_sae"]
-    """||w_i||^2."""
     shares: PathShares
     threshold: float
     below: Split
@@ -194,11 +133,7 @@ def share_correlations(
 ) -> dict[str, PermutedCorrelation | None]:
     """Spearman correlation of ||w_i||^2 with each share, against integration rows permuted over features.
 
-    Args:
-        seed: of the permutations; the same ones serve every share.
-
-    Returns:
-        By share; None where the share or the norm does not vary.
+    The same permutations serve every share; None where the share or the norm does not vary.
     """
     squared = norms.direct.square()
 
@@ -250,3 +185,73 @@ def _split(shares: PathShares, chosen: Tensor) -> Split:
 
 def _array(values: Tensor) -> NDArray[np.float64]:
     return values.detach().cpu().double().numpy()
+
+
+BINS = 60
+"""Bins of a histogram."""
+LARGEST_N = 4
+"""SAEs of a run that are looked at; a comparison of many seeds has more."""
+
+
+@torch.no_grad()
+def squared_norms(sae: SAE[Any], *, topk: SAE[Any] | None, seed: int, bins: int = BINS) -> tuple[SquaredNorms, ...]:
+    """Both measures of a joint_nfm SAE, which is not changed.
+
+    Args:
+        topk: a TopK SAE to compare with.
+        seed: of the random initialisation, which is left out where the metadata do not say how the SAE was trained.
+    """
+    fixed, reason = gauge.canonical_or_reason(sae)
+    named = {AS_TRAINED: sae, CANONICAL: fixed, TOPK: topk}
+    saes = {name: one for name, one in named.items() if one is not None}
+    with suppress(ValueError):
+        saes[INITIAL] = random_initialisation(training_config(sae), seed)
+    values = {name: _values(one) for name, one in saes.items()}
+    return tuple(
+        _histograms(measure, {name: own[measure] for name, own in values.items()}, bins, reason)
+        for measure in get_args(Measure)
+    )
+
+
+def norms_of_saes(folders: Sequence[Path], root: Path, *, seed: int = 0) -> NormsResult:
+    """Both measures of the first `LARGEST_N` joint SAEs with a linear path, beside a TopK SAE of their width and parent folder.
+
+    Args:
+        folders: of saved SAEs of any architecture.
+        root: of the run; SAEs are named by their folders relative to it.
+    """
+    configs = {folder: json.loads((folder / SAE_CFG_FILENAME).read_text()) for folder in folders}
+    joint = [f for f, cfg in configs.items() if cfg.get("architecture") == ARCHITECTURE and cfg.get("use_linear_path")]
+    found: list[SAENorms] = []
+    for folder in joint[:LARGEST_N]:
+        wanted = "topk", folder.parent, configs[folder]["d_sae"]
+        beside = (o for o, cfg in configs.items() if (cfg.get("architecture"), o.parent, cfg["d_sae"]) == wanted)
+        sae, *topk = (load_sae(str(one)).eval() for one in (folder, *list(beside)[:1]))
+        norms = squared_norms(sae, topk=topk[0] if topk else None, seed=seed)
+        found.append(SAENorms(sae=folder.relative_to(root).as_posix(), norms=norms))
+    return NormsResult(saes=tuple(found))
+
+
+def _values(sae: SAE[Any]) -> dict[Measure, Float[Tensor, " d_sae"]]:
+    rows = gauge.as_read(sae).times(gauge.encoder_scale(sae))
+    encoder, decoder = (weight.detach().float().square() for weight in (sae.W_enc, sae.W_dec))
+    return {"decoder": rows.direct.square().sum(-1), "encoder x decoder": encoder.sum(0) * decoder.sum(-1)}
+
+
+def _histograms(measure: Measure, values: Mapping[str, Tensor], bins: int, reason: str | None) -> SquaredNorms:
+    arrays = {name: one.double().cpu().numpy() for name, one in values.items()}
+    edges = np.linspace(0.0, max(float(array.max()) for array in arrays.values()), bins + 1)
+    return SquaredNorms(
+        measure=measure,
+        edges=tuple(edges.tolist()),
+        histograms=tuple(
+            NormHistogram(
+                name=name,
+                counts=tuple(np.histogram(array, edges)[0].tolist()),
+                mean=float(array.mean()),
+                dip=dip_test(array) if len(array) >= MIN_FEATURES and varies(values[name]) else None,
+            )
+            for name, array in arrays.items()
+        ),
+        not_canonical=reason,
+    )

@@ -31,11 +31,7 @@ class Target:
 
     @classmethod
     def logit(cls, token: int, d_vocab: int, name: str, against: int | None = None) -> "Target":
-        """The logit of a token less the mean of all logits, or less the logit of another token.
-
-        Raises:
-            ValueError: for ids that the vocabulary does not have.
-        """
+        """The logit of a token less the mean of all logits, or less the logit of another token."""
         for one in (token, against):
             if one is not None and not 0 <= one < d_vocab:
                 raise ValueError(f"token id {one} is not in the vocabulary; give one from 0 to {d_vocab - 1}")
@@ -63,21 +59,14 @@ class DirectPath:
     def __init__(self, model: LanguageModel, sae: SAE[Any]) -> None:
         at = str(sae.cfg.metadata.hook_name)
         if not (hasattr(model, "unembed") and at.endswith(ON_RESIDUAL)):
-            raise ValueError(
-                f"there is no direct path from {at!r} to the logits: it takes a model with TransformerLens's unembed, and a "
-                "hook point on its residual stream"
-            )
+            needed = "it takes a model with TransformerLens's unembed, and a hook point on its residual stream"
+            raise ValueError(f"there is no direct path from {at!r} to the logits: {needed}")
         self._model: Any = model
 
     def logits(
         self, vectors: Float[Tensor, "tokens d_in"], scale: Float[Tensor, "#tokens 1"] | None
     ) -> Float[Tensor, "tokens d_vocab"]:
-        """What vectors in the residual stream add to the logits, before a soft cap; linear in them.
-
-        Args:
-            vectors: in the space of the residual stream.
-            scale: of the final normalisation, from `PromptRun`.
-        """
+        """What vectors in the residual stream add to the logits, before a soft cap; linear in them. Scale: see `PromptRun`."""
         with_it, without = cast(nn.Module, self._model.unembed)(self._normalised(vectors, scale))
         return with_it - without
 

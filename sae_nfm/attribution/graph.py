@@ -16,9 +16,8 @@ from scipy.sparse.csgraph import connected_components, shortest_path
 from sklearn.manifold import smacof
 
 from sae_nfm.architectures import PathWeights
-from sae_nfm.attribution.pair_table import PairSums
+from sae_nfm.attribution.pair_table import Floats, PairSums, weight_strengths
 from sae_nfm.attribution.results import FeatureNode, InteractionGraph, PairEdge, Point
-from sae_nfm.attribution.weight_only import Floats, weight_strengths
 
 STARTS = 16
 """Starts, of which the one with the least stress counts."""
@@ -28,11 +27,9 @@ STRIP, BOXES, MARGIN = 0.14, 6, 0.2
 
 
 def interaction_graph(sums: PairSums, weights: PathWeights, *, n: int, directed: bool = False) -> InteractionGraph:
-    """The pairs of most energy over a corpus as a graph.
+    """The n pairs of most energy over a corpus as a graph.
 
-    Args:
-        n: pairs, at most.
-        directed: whether the corpus had a target or direction, so that effects mean something.
+    `directed` says whether the corpus had a target or direction, so that effects mean something.
     """
     table: Any = sums.table.head(n)
     first, second = sums.features(table)
@@ -63,11 +60,7 @@ def interaction_graph(sums: PairSums, weights: PathWeights, *, n: int, directed:
 
 
 def graph_layout(edges: Sequence[PairEdge], *, seed: int = 0) -> dict[int, Point]:
-    """Place of every feature that has an edge, in the unit square.
-
-    Args:
-        edges: pairs; at least one.
-    """
+    """Place of every feature that has an edge, in the unit square; at least one edge."""
     features, ends = np.unique([(edge.first, edge.second) for edge in edges], return_inverse=True)
     ends, n = ends.reshape(-1, 2), len(features)
     adjacency = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(n, n)).tocsr()
@@ -78,9 +71,8 @@ def graph_layout(edges: Sequence[PairEdge], *, seed: int = 0) -> dict[int, Point
     places = np.zeros((n, 2))
     for number, one in enumerate(parts):
         members = np.flatnonzero(part == one)
-        low, size = (
-            _box(number - 1, rows, strips) if number else (np.array([0.0, strips]), np.array([1.0, 1.0 - strips]))
-        )
+        whole = np.array([0.0, strips]), np.array([1.0, 1.0 - strips])
+        low, size = _box(number - 1, rows, strips) if number else whole
         places[members] = low + size * _part(adjacency[members][:, members], seed)
     return {int(feature): (float(x), float(y)) for feature, (x, y) in zip(features, np.round(places, 4), strict=True)}
 
@@ -96,16 +88,8 @@ def _box(number: int, rows: int, strips: float) -> tuple[Floats, Floats]:
 def _part(adjacency: csr_array, seed: int) -> Floats:
     """A connected part in the unit square."""
     hops: Any = shortest_path(adjacency, directed=False, unweighted=True)
-    found: Any = smacof(
-        np.sqrt(hops),
-        n_components=2,
-        n_init=STARTS,
-        max_iter=500,
-        eps=1e-6,
-        random_state=seed,
-        n_jobs=1,
-        normalized_stress="auto",  # of metric scaling: the stress as it is
-    )
-    places = found[0]
+    settings: Any = {"n_init": STARTS, "max_iter": 500, "eps": 1e-6, "random_state": seed, "n_jobs": 1}
+    # normalized_stress: of metric scaling, the stress as it is
+    places: Any = smacof(np.sqrt(hops), n_components=2, normalized_stress="auto", **settings)[0]
     low, high = places.min(0), places.max(0)
     return (places - low) / np.maximum(high - low, 1e-9)

@@ -1,4 +1,4 @@
-"""What a pair does to the model's predictions: directly, to first order, and when it is removed.
+"""What a pair does to the model's predictions: directly, to first order, and when it is removed; and the pairs of a prompt.
 
 An effect is what is there because of the pair: with it less without it, in units of the target (logits). For o = o_ij on a token:
 
@@ -8,13 +8,14 @@ An effect is what is there because of the pair: with it less without it, in unit
     free       the same, gates free to flip: what removing the pair really does
 
 With gates held the interaction path's output changes by o exactly, so `frozen` differs from `gradient` only by how far the
-rest of the model is from linear, and from `direct` by what later layers do with the pair.
+rest of the model is from linear, and from `direct` by what later layers do with the pair. `attribute_token` has the figures of a
+token's pairs beside those of the other terms: single features of the linear path, and the biases.
 """
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,9 +23,23 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_nfm.architectures import PathWeights
-from sae_nfm.attribution.direct_logits import SCALE, Target
-from sae_nfm.attribution.path_activations import HIDDEN, INTERACTION, TokenReads, reading, reads_of
-from sae_nfm.models import HookFunction, LanguageModel, keeping, special_token_ids, splice
+from sae_nfm.attribution.direct_logits import SCALE, DirectPath, Target
+from sae_nfm.attribution.pairs import (
+    HIDDEN,
+    INTERACTION,
+    TokenPairs,
+    TokenReads,
+    along,
+    bias_terms,
+    norms,
+    reading,
+    reads_of,
+    single_features,
+    strongest,
+    written,
+)
+from sae_nfm.attribution.results import PairEffect, TokenAttribution, Written
+from sae_nfm.models import HookFunction, LanguageModel, keeping, special_token_ids, splice, token_text
 
 POOLED, RECONS, OUTPUT = "hook_nfm_pooled", "hook_sae_recons", "hook_sae_output"
 
@@ -60,9 +75,9 @@ class Removed:
     """What happened when a pair was removed."""
 
     frozen: float
-    """Effect on the target with the gates held, model rerun."""
+    """Effect on the target, gates held."""
     free: float
-    """Effect on the target with gates free to flip."""
+    """The same, gates free to flip."""
     flipped: float
     """Share of the token's gates that flipped."""
     written_frozen: Float[Tensor, " d_in"]
@@ -72,11 +87,7 @@ class Removed:
 
 @torch.no_grad()
 def run_prompt(model: LanguageModel, sae: SAE[Any], tokens: Int[Tensor, " pos"]) -> PromptRun:
-    """Run a prompt with the SAE spliced in.
-
-    Raises:
-        ValueError: see `attribution.attributable` and `splicing.splice`.
-    """
+    """Run a prompt with the SAE spliced in; for errors see `attributable` and `splice`."""
     seen = dict[str, Any]()
     with observed(model, sae, seen):
         logits = model(tokens[None])[0]
@@ -136,10 +147,8 @@ def remove_pairs(
         run: the prompt with nothing removed.
         removals: what to remove; pairs that do not fire change nothing.
     """
-    weights, found = PathWeights.of(sae), list[Removed]()
-    for start in range(0, len(removals), batch_rows):
-        found += _removed(model, sae, run, removals[start : start + batch_rows], weights)
-    return found
+    batches = (removals[start : start + batch_rows] for start in range(0, len(removals), batch_rows))
+    return [one for batch in batches for one in _removed(model, sae, run, batch, PathWeights.of(sae))]
 
 
 def _removed(
@@ -164,8 +173,7 @@ def _removed(
     before = run.reads.interaction[at[1]]
 
     def effect(n: int, logits: Tensor) -> float:
-        target = removals[n].target
-        return float(target.of((run.logits[removals[n].position] - logits[n]).double()))
+        return float(removals[n].target.of((run.logits[removals[n].position] - logits[n]).double()))
 
     return [
         Removed(
@@ -204,3 +212,136 @@ def unit_written(seen: dict[str, Any]) -> Float[Tensor, "rows pos 1"]:
     """Length at the hook point of a unit vector that a path writes, from what `observed` has seen: both are affine."""
     before, after = (seen[name].flatten(2).std(-1, keepdim=True) for name in (RECONS, OUTPUT))
     return torch.where(before > 0, after / before, 1.0)
+
+
+RankBy = Literal["norm", "direct", "gradient"]
+NAMED = 3
+"""Tokens named as promoted and suppressed."""
+
+
+def attribute_token(
+    model: LanguageModel,
+    sae: SAE[Any],
+    run: PromptRun,
+    position: int,
+    target: Target,
+    *,
+    top: int = 10,
+    rank_by: RankBy = "norm",
+) -> TokenAttribution:
+    """The strongest pairs of one token, and single features of the linear path.
+
+    Args:
+        target: what to measure effects on, at the token's position.
+        rank_by: norm of what is written, or an absolute effect.
+
+    Raises:
+        ValueError: for a position the SAE is not in place at, or a ranking by a direct path that there is not.
+    """
+    if not 0 <= position < len(run.tokens) or not run.in_place[position]:
+        others = ", ".join(map(str, run.in_place.nonzero()[:, 0].tolist())) or "none: the prompt has no other token"
+        raise ValueError(
+            f"the SAE is not in place at token {position} of {len(run.tokens)}: special tokens (BOS, EOS, padding) pass it by; "
+            f"give one of {others}"
+        )
+    effects, weights = _Effects(model, sae, run, position, target), PathWeights.of(sae)
+    reads = run.reads.of(torch.tensor([position]))
+    pairs = TokenPairs.of(reads.read)
+    if rank_by == "norm":
+        ranking = norms(pairs, reads.gates, weights)[0]
+    else:
+        ranking = along(reads.read, reads.gates, weights, effects.direction(rank_by)[None])[0]
+    chosen = pairs.chosen(strongest(ranking, pairs.fires[0], top))
+    return TokenAttribution(
+        position=position,
+        token=token_text(model, int(run.tokens[position])),
+        target=target.name,
+        value=float(target.of(run.logits[position].double())),
+        gates_open=float(reads.gates.double().mean()),
+        pairs_firing=int(pairs.fires.sum()),
+        pairs=effects.of_pairs(chosen, written(chosen, reads.gates, weights)[0]),
+        features=_linear(reads, weights, effects, top, rank_by),
+        **_terms(pairs, reads, weights, effects),
+    )
+
+
+def _terms(pairs: TokenPairs, reads: TokenReads, weights: PathWeights, effects: "_Effects") -> dict[str, Any]:
+    """The path's output and the terms that make it up."""
+    whole, (constant, gated) = reads.interaction[0], bias_terms(reads.gates, weights)
+    terms = [written(pairs, reads.gates, weights)[0].sum(0), constant, gated[0]]
+    everything, *biases = map(effects.of, ("all pairs", "b_2", "(b_1 * D) W_2"), terms)
+    off = (torch.stack(terms).sum(0) - whole).norm() / whole.norm().clamp_min(1e-30)
+    return {"path_norm": float(whole.norm()), "sum_error": float(off), "all_pairs": everything, "biases": tuple(biases)}
+
+
+class _Effects:
+    """What vectors written at one position do to a target."""
+
+    def __init__(self, model: LanguageModel, sae: SAE[Any], run: PromptRun, position: int, target: Target) -> None:
+        self._model, self._sae, self._run, self._position = model, sae, run, position
+        self._gradient = gradients(model, sae, run.tokens, [(position, target)])[0]
+        self._unit, self._target = run.unit[position], target
+        self._scale = None if run.scale is None else run.scale[position][None]
+        try:
+            self._direct = DirectPath(model, sae)
+        except ValueError:  # another kind of model or hook point: everything else can be had
+            self._direct = None
+
+    def direction(self, kind: RankBy) -> Float[Tensor, " d_in"]:
+        """Along which a vector's effect lies."""
+        if kind == "gradient":
+            return self._gradient
+        if self._direct is None:
+            raise ValueError("there is no direct path to rank by here; rank by norm or gradient")
+        return self._direct.directions([self._target], self._scale, self._gradient[None])[0] * self._unit
+
+    @torch.no_grad()
+    def of(self, name: str, vector: Float[Tensor, " d_in"]) -> Written:
+        """Statistics of one vector."""
+        direct, promotes, suppresses = None, (), ()
+        if self._direct is not None:
+            logits = self._direct.logits((vector * self._unit)[None], self._scale)[0]
+            direct = float(self._target.of(logits.double()))
+            if vector.any():
+                promotes, suppresses = self._named(logits), self._named(-logits)
+        return Written(
+            name=name,
+            norm=float(vector.norm()),
+            direct=direct,
+            gradient=float(vector @ self._gradient),
+            promotes=promotes,
+            suppresses=suppresses,
+        )
+
+    def of_pairs(self, pairs: TokenPairs, vectors: Float[Tensor, "pairs d_in"]) -> tuple[PairEffect, ...]:
+        """Statistics of pairs, which are removed one by one."""
+        keys = list(zip(pairs.first[0].tolist(), pairs.second[0].tolist(), strict=True))
+        removals = [Removal(position=self._position, first=i, second=j, target=self._target) for i, j in keys]
+        removed = remove_pairs(self._model, self._sae, self._run, removals)
+        return tuple(
+            PairEffect(
+                first=i,
+                second=j,
+                product=float(product),
+                written=self.of(f"{i} x {j}", vector),
+                frozen=measured.frozen,
+                free=measured.free,
+                flipped=measured.flipped,
+                prediction_error=float((measured.written_frozen - vector).norm() / vector.norm().clamp_min(1e-30)),
+            )
+            for (i, j), product, vector, measured in zip(keys, pairs.product[0], vectors, removed, strict=True)
+        )
+
+    def _named(self, logits: Tensor) -> tuple[str, ...]:
+        return tuple(token_text(self._model, token) for token in logits.topk(min(NAMED, len(logits))).indices.tolist())
+
+
+def _linear(
+    reads: TokenReads, weights: PathWeights, effects: _Effects, top: int, rank_by: RankBy
+) -> tuple[Written, ...]:
+    if weights.W_lin is None:
+        return ()
+    vectors = single_features(reads.read, weights)[0]
+    values = vectors.norm(dim=-1) if rank_by == "norm" else vectors @ effects.direction(rank_by)
+    chosen = strongest(values, reads.read.values[0] != 0, top)
+    return tuple(effects.of(str(int(reads.read.indices[0, i])), vectors[i]) for i in chosen)

@@ -12,15 +12,91 @@ d_sae^2. They stand in the order of their features, i < j, which also decides be
 Source: the pooling is He & Chua 2017 (arXiv 1708.05027), eq. 3, in arXiv 2507.00269; the decomposition is this package's own.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from sae_lens import SAE
 from torch import Tensor
+from torch.nn import functional as F
 
 from sae_nfm.analysis import CELLS
-from sae_nfm.architectures import PathWeights
+from sae_nfm.architectures import PathWeights, attributable
 from sae_nfm.kernels import SparseActs
+from sae_nfm.models import HookFunction, keeping, reconstruction
+
+READ, INTERACTION, LINEAR, HIDDEN = (
+    f"hook_nfm_{name}" for name in ("interaction_in", "interaction", "linear", "hidden_pre")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenReads:
+    """What the paths read and wrote on some tokens."""
+
+    read: SparseActs
+    """Features as the interaction path reads them, [tokens, n], in the order of their numbers; value 0: not active."""
+    gates: Bool[Tensor, "tokens nfm_dim"]
+    """h > 0."""
+    interaction: Float[Tensor, "tokens d_in"]
+    """What passed hook_nfm_interaction."""
+    linear: Float[Tensor, "tokens d_in"] | None
+    """What passed hook_nfm_linear; None where that path is off."""
+
+    def of(self, tokens: Tensor) -> "TokenReads":
+        """Some of the tokens: a mask, or indices."""
+        read, linear = SparseActs(*(part[tokens] for part in self.read)), self.linear
+        linear = None if linear is None else linear[tokens]
+        return TokenReads(read=read, gates=self.gates[tokens], interaction=self.interaction[tokens], linear=linear)
+
+    @classmethod
+    def joined(cls, parts: Sequence["TokenReads"]) -> "TokenReads":
+        """All tokens of several; where a part reads fewer features, the columns left over have value 0."""
+        n = max(part.read.indices.shape[-1] for part in parts)
+        filled = [[F.pad(columns, (0, n - columns.shape[-1])) for columns in part.read] for part in parts]
+        linear = [part.linear for part in parts if part.linear is not None]
+        return cls(
+            read=SparseActs(*map(torch.cat, zip(*filled, strict=True))),
+            gates=torch.cat([part.gates for part in parts]),
+            interaction=torch.cat([part.interaction for part in parts]),
+            linear=torch.cat(linear) if linear else None,
+        )
+
+    def split(self, size: int) -> Iterator["TokenReads"]:
+        """In pieces of at most `size` tokens."""
+        for start in range(0, len(self.gates), size):
+            yield self.of(torch.arange(start, min(start + size, len(self.gates)), device=self.gates.device))
+
+
+def reading(sae: SAE[Any], seen: dict[str, Any]) -> dict[str, HookFunction]:
+    """Hook functions that put what the interaction path reads, the hidden code and what each path writes into `seen`."""
+    names = [READ, INTERACTION, HIDDEN, *([LINEAR] if attributable(sae).cfg.use_linear_path else [])]
+    return {name: keeping(seen, name) for name in names}
+
+
+def reads_of(seen: dict[str, Any]) -> TokenReads:
+    """What `reading` has seen, all tokens in one dimension."""
+    flat = {name: seen[name].flatten(0, -2) for name in (HIDDEN, INTERACTION, LINEAR) if name in seen}
+    read, linear = _in_order(seen[READ].flatten(0, -2)), flat.get(LINEAR)
+    return TokenReads(read=read, gates=flat[HIDDEN] > 0, interaction=flat[INTERACTION], linear=linear)
+
+
+@torch.no_grad()
+def token_reads(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> TokenReads:
+    """Run an SAE (see `attributable`) by itself on activations, heads flattened."""
+    seen = dict[str, Any]()
+    reconstruction(sae, x, reading(sae, seen))
+    return reads_of(seen)
+
+
+def _in_order(read: Float[Tensor, "tokens d_sae"]) -> SparseActs:
+    """As many columns as the token with most active features has, features in the order of their numbers."""
+    most = int((read != 0).sum(-1).amax()) if read.numel() else 0
+    strongest = read.abs().topk(most, dim=-1, sorted=False).indices  # some architectures have negative ones
+    indices = strongest.sort(dim=-1).values
+    return SparseActs(indices, read.gather(-1, indices))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +112,7 @@ class TokenPairs:
     @classmethod
     def of(cls, read: SparseActs) -> "TokenPairs":
         """All n (n - 1) / 2 of each token."""
-        a, b = torch.triu_indices(read.indices.shape[-1], read.indices.shape[-1], 1, device=read.indices.device)
+        a, b = _columns(read)
         first, second = read.indices[:, a], read.indices[:, b]
         return cls(first=first, second=second, product=read.values[:, a] * read.values[:, b])
 
@@ -56,6 +132,11 @@ class TokenPairs:
         return self.product != 0
 
 
+def _columns(read: SparseActs) -> Int[Tensor, "2 pairs"]:
+    """Of both features of each pair."""
+    return torch.triu_indices(read.indices.shape[-1], read.indices.shape[-1], 1, device=read.indices.device)
+
+
 def written(
     pairs: TokenPairs, gates: Bool[Tensor, "tokens nfm_dim"], weights: PathWeights
 ) -> Float[Tensor, "tokens pairs d_in"]:
@@ -70,9 +151,7 @@ def norms(
 ) -> Float[Tensor, "tokens pairs"]:
     """||o_ij||, in chunks of tokens of which the largest tensor is [tokens, pairs, nfm_dim].
 
-    Args:
-        pairs: of some tokens.
-        gates: D; numbers between 0 and 1 hold gates at their average.
+    The gates are D; numbers between 0 and 1 hold gates at their average.
     """
     reduced, found, n_pairs = weights.reduced(), list[Tensor](), pairs.product.shape[1]
     m, rank = reduced.shape
@@ -95,19 +174,11 @@ def along(
     weights: PathWeights,
     directions: Float[Tensor, "#tokens d_in"],
 ) -> Float[Tensor, "tokens pairs"]:
-    """<o_ij, u_t> for all pairs of `TokenPairs.of(read)`, at the cost of [tokens, n, nfm_dim].
-
-    Args:
-        read: features as the path reads them.
-        directions: u, one for all tokens or one for each.
-    """
+    """<o_ij, u_t> for all pairs of `TokenPairs.of(read)`, at the cost of [tokens, n, nfm_dim]; u: for all tokens or for each."""
     pooled_direction = ((directions @ weights.W_2.T) * gates) @ weights.W_1.T
-    n, found = read.indices.shape[-1], list[Tensor]()
-    a, b = torch.triu_indices(n, n, 1, device=read.indices.device)
+    n, found, (a, b) = read.indices.shape[-1], list[Tensor](), _columns(read)
     size = max(1, CELLS // max(1, n * max(n, weights.V.shape[1])))
-    for indices, values, direction in zip(
-        *(part.split(size) for part in (read.indices, read.values, pooled_direction)), strict=True
-    ):
+    for indices, values, direction in zip(*(part.split(size) for part in (*read, pooled_direction)), strict=True):
         rows = values[..., None] * weights.V[indices]
         found.append(((rows * direction[:, None]) @ rows.mT)[:, a, b])
     return torch.cat(found)
@@ -121,11 +192,7 @@ def bias_terms(
 
 
 def single_features(read: SparseActs, weights: PathWeights) -> Float[Tensor, "tokens n d_in"]:
-    """f_i W_lin_i, what each feature writes through the linear path.
-
-    Raises:
-        ValueError: without a linear path.
-    """
+    """f_i W_lin_i, what each feature writes through the linear path."""
     if weights.W_lin is None:
         raise ValueError("the linear path is off (use_linear_path is False): no feature writes through it")
     return read.values[..., None] * weights.W_lin[read.indices]

@@ -36,7 +36,7 @@ class FeatureNode:
     tokens: int
     """Tokens on which the interaction path reads it."""
     mean_activation: float
-    """Mean activation on those tokens."""
+    """On those tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,6 @@ class PairEdge:
     norm_mean: float
     """Mean ||o_ij|| where it fires."""
     norm_max: float
-    """Largest ||o_ij||."""
     energy_share: float
     """Its part of the summed energy ||o_ij||^2 of all pairs."""
     effect_mean: float | None
@@ -69,11 +68,7 @@ class InteractionGraph:
     edges: tuple[PairEdge, ...]
 
     def save(self, path: str | Path) -> None:
-        """Write as .graphml or .json, under a temporary name first.
-
-        Raises:
-            ValueError: for another suffix.
-        """
+        """Write as .graphml or .json (a ValueError for another suffix), under a temporary name first."""
         _check_suffix(path)
         if Path(path).suffix == ".json":  # by hand: networkx would order the edges by node
             nodes = [{"id": node.feature, **asdict(node)} for node in self.nodes]
@@ -136,18 +131,15 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Correlation:
-    """Two measures of pairs against each other."""
+    """Pearson's r and Spearman's rho of two measures of pairs; None where one of them has one value throughout."""
 
     measure: str
     against: str
     pearson: float | None
-    """Pearson's r; None where one of them has one value throughout."""
     spearman: float | None
-    """Spearman's rho, likewise."""
     null_pearson: tuple[float, ...] = ()
-    """Pearson's r, one for each permutation of the rows of V; empty where V does not enter."""
+    """One for each permutation of the rows of V; empty where V does not enter."""
     null_spearman: tuple[float, ...] = ()
-    """Spearman's rho, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +150,6 @@ class PairControls:
     pairs: int
     """Pairs compared: those that fire on at least `min_tokens` of them. Pairs that never do have no strength on tokens."""
     min_tokens: int
-    """See `pairs`."""
     weights_against_tokens: tuple[Correlation, ...]
     """The weight-only measures against those on tokens."""
     cooccurrence: tuple[Correlation, ...]
@@ -188,14 +179,9 @@ class CorpusAttribution:
 
     def words(self) -> str:
         """For the terminal."""
-        scope = (
-            "every pair that fired is counted"
-            if self.complete
-            else (
-                "statistics of the pairs in the table are exact; a pair that was dropped has at most "
-                f"{self.slack_share:.1e} of the energy"
-            )
-        )
+        scope, most = "every pair that fired is counted", f"{self.slack_share:.1e}"
+        if not self.complete:
+            scope = f"statistics of the pairs in the table are exact; a pair that was dropped has at most {most} of the energy"
         lines = [
             f"{self.pairs:,} pairs over {self.tokens:,} tokens, {self.firings / self.tokens:.1f} firing a token; {scope}",
             "",
@@ -227,12 +213,21 @@ class CorpusAttribution:
 
 def control_words(controls: PairControls) -> str:
     """The controls as two tables with what they say."""
+
+    def figures(*values: float | None) -> str:
+        return "" if None in values else " to ".join(f"{value:+.2f}" for value in values)
+
+    def row(one: Correlation) -> dict[str, str]:
+        named = {"pair strength": one.measure, "against": one.against}
+        return named | {"r": figures(one.pearson), "rho": figures(one.spearman)}
+
     head = f"over {controls.pairs:,} pairs that fire on at least {controls.min_tokens} of {controls.tokens:,} tokens"
-    weights = [_correlation_row(one) for one in controls.weights_against_tokens]
-    cooccurrence = [
-        _correlation_row(one) | {"null r": _range(one.null_pearson), "null rho": _range(one.null_spearman)}
-        for one in controls.cooccurrence
-    ]
+    weights, cooccurrence = (
+        [row(one) for one in many] for many in (controls.weights_against_tokens, controls.cooccurrence)
+    )
+    for line, one in zip(cooccurrence, controls.cooccurrence, strict=True):
+        nulls = {"null r": one.null_pearson, "null rho": one.null_spearman}
+        line |= {name: figures(min(null), max(null)) if null else "" for name, null in nulls.items()}
     return "\n".join(
         [
             f"Weights alone against what pairs do on tokens, {head}",
@@ -245,32 +240,13 @@ def control_words(controls: PairControls) -> str:
     )
 
 
-def _correlation_row(one: Correlation) -> dict[str, Any]:
-    return {
-        "pair strength": one.measure,
-        "against": one.against,
-        "r": _figure(one.pearson),
-        "rho": _figure(one.spearman),
-    }
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:+.2f}"
-
-
-def _range(values: tuple[float, ...]) -> str:
-    if not values:
-        return ""
-    return f"{min(values):+.2f} to {max(values):+.2f}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Written:
     """A vector that a path writes on a token, and what it does to the target."""
 
     name: str
     norm: float
-    """Its norm, in the SAE's normalised space."""
+    """In the SAE's normalised space."""
     direct: float | None
     """Effect on the target straight through the unembedding, the final scale held; None where there is no such path."""
     gradient: float
@@ -336,10 +312,8 @@ class TokenAttribution:
             _table([_pair_row(pair) for pair in self.pairs]),
         ]
         if self.features:
-            lines += [
-                f"  linear path, strongest {len(self.features)} features",
-                _table([_row(f) for f in self.features]),
-            ]
+            rows = [_row(feature) for feature in self.features]
+            lines += [f"  linear path, strongest {len(rows)} features", _table(rows)]
         return "\n".join(lines)
 
 
@@ -350,21 +324,17 @@ def _table(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"    {line}".rstrip() for line in text.splitlines() if line.strip())
 
 
-def _row(one: Written) -> dict[str, str]:
-    direct = {} if one.direct is None else {"direct": f"{one.direct:+.4f}"}
-    named = {"promotes": _quoted(one.promotes), "suppresses": _quoted(one.suppresses)} if direct else {}
-    return {"": one.name, "norm": f"{one.norm:.3g}", **direct, "gradient": f"{one.gradient:+.4f}", **named}
+def _row(one: Written, **measured: str) -> dict[str, str]:
+    row = {"": one.name, "norm": f"{one.norm:.3g}", "gradient": f"{one.gradient:+.4f}", **measured}
+    if one.direct is None:
+        return row
+    named = {"promotes": " ".join(map(repr, one.promotes)), "suppresses": " ".join(map(repr, one.suppresses))}
+    return {"": row.pop(""), "norm": row.pop("norm"), "direct": f"{one.direct:+.4f}", **row, **named}
 
 
 def _pair_row(pair: PairEffect) -> dict[str, str]:
-    row = _row(pair.written)
-    named = {name: row.pop(name) for name in ("promotes", "suppresses") if name in row}
     measured = {"frozen": f"{pair.frozen:+.4f}", "free": f"{pair.free:+.4f}", "gates flipped": f"{pair.flipped:.0%}"}
-    return row | measured | named
-
-
-def _quoted(tokens: tuple[str, ...]) -> str:
-    return " ".join(map(repr, tokens))
+    return _row(pair.written, **measured)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,19 +11,16 @@ from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_nfm.architectures import PathWeights, attributable
-from sae_nfm.attribution.corpus import Corpus, first_reads
 from sae_nfm.attribution.direct_logits import Target
 from sae_nfm.attribution.graph import graph_layout, interaction_graph
-from sae_nfm.attribution.pair_effects import PromptRun, run_prompt
-from sae_nfm.attribution.pair_table import CAPACITY, pair_sums, top_contexts
-from sae_nfm.attribution.prompt import RankBy, attribute_token
+from sae_nfm.attribution.pair_effects import PromptRun, RankBy, attribute_token, run_prompt
+from sae_nfm.attribution.pair_table import CAPACITY, Corpus, first_reads, pair_controls, pair_sums, top_contexts
 from sae_nfm.attribution.results import DRAWN, Attribution, CorpusAttribution, TokenAttribution
-from sae_nfm.attribution.weight_only import pair_controls
-from sae_nfm.common import provenance
+from sae_nfm.common import check_positive, provenance
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_corpus
 from sae_nfm.loading import load_sae
-from sae_nfm.models import LanguageModel, check_context, check_device, device_of, model_of
+from sae_nfm.models import LanguageModel, check_context, check_device, device_of, model_of, token_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +65,7 @@ class AttributeConfig(SavedSAEOptions, HeldOutOptions):
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is loaded."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and field.name not in ("seed", "n_permutations") and value < 1:
-                raise ValueError(f"{field.name} is {value}; give a positive whole number")
+        check_positive(self, "top", "n_tokens", "batch_rows", "capacity", "control_tokens", "graph_pairs")
         if self.n_permutations < 0:
             raise ValueError(f"n_permutations is {self.n_permutations}; give 0 or more")
         if (self.prompt is None) != self.corpus:
@@ -124,27 +118,28 @@ def _prompt(
 
 def _corpus(model: LanguageModel, sae: SAE[Any], tokens: torch.Tensor, config: AttributeConfig) -> CorpusAttribution:
     target = None if config.logit is None else _target(model, config, None, 0)
-    return attribute_corpus(
-        Corpus(model, sae, tokens, target=target, batch_rows=config.batch_rows),
-        target=None if target is None else target.name,
-        top=config.top,
-        graph_pairs=config.graph_pairs,
-        capacity=config.capacity,
-        control_tokens=config.control_tokens,
-        n_permutations=config.n_permutations,
-        seed=config.seed,
-    )
+    corpus = Corpus(model, sae, tokens, target=target, batch_rows=config.batch_rows)
+    same = ("top", "graph_pairs", "capacity", "control_tokens", "n_permutations", "seed")
+    settings = {name: getattr(config, name) for name in same}
+    return attribute_corpus(corpus, target=None if target is None else target.name, **settings)
 
 
 def _target(model: LanguageModel, config: AttributeConfig, run: PromptRun | None, position: int) -> Target:
     """The chosen token's logit, or the likeliest next one's."""
-    d_vocab, tokenizer = _d_vocab(model, run), _tokenizer(model)
+    if run is not None:
+        d_vocab = run.logits.shape[-1]
+    elif (cfg := getattr(model, "cfg", None)) is not None:
+        d_vocab = cfg.d_vocab
+    else:
+        raise ValueError(
+            "effects over a corpus take the direct path, which this kind of model does not have; leave --logit out"
+        )
     if config.logit is not None:
         token = _single(model, config.logit)
     else:
         assert run is not None
         token = int(run.logits[position].argmax())
-    text = repr(tokenizer.decode([token]))
+    text = repr(token_text(model, token))
     if config.against is None:
         return Target.logit(token, d_vocab, f"the logit of {text} less the mean logit")
     other = _single(model, config.against)
@@ -153,8 +148,8 @@ def _target(model: LanguageModel, config: AttributeConfig, run: PromptRun | None
 
 def _positions(model: LanguageModel, run: PromptRun, wanted: Sequence[str]) -> list[int]:
     """Positions by number, text, or all."""
-    n, found, tokenizer = len(run.tokens), list[int](), _tokenizer(model)
-    texts = [tokenizer.decode([token]) for token in run.tokens.tolist()]
+    n, found = len(run.tokens), list[int]()
+    texts = [token_text(model, token) for token in run.tokens.tolist()]
     for one in wanted:
         if one == "all":
             found += run.in_place.nonzero()[:, 0].tolist()
@@ -173,7 +168,7 @@ def _single(model: LanguageModel, text: str) -> int:
     """The id of a text that is one token."""
     ids = _tokenizer(model).encode(text, add_special_tokens=False)
     if len(ids) != 1:
-        parts = ", ".join(repr(_tokenizer(model).decode([one])) for one in ids)
+        parts = ", ".join(repr(token_text(model, one)) for one in ids)
         raise ValueError(f"{text!r} is {len(ids)} tokens ({parts}); give a text that is one, mind the space before it")
     return ids[0]
 
@@ -202,23 +197,9 @@ def _corpus_tokens(model: LanguageModel, sae: SAE[Any], config: AttributeConfig)
 
 
 def _tokenizer(model: LanguageModel) -> Any:
-    tokenizer: Any = model.tokenizer
-    if tokenizer is None:
-        raise ValueError(
-            "the model has no tokenizer, so that prompts and tokens cannot be given as text; load it with one"
-        )
-    return tokenizer
-
-
-def _d_vocab(model: LanguageModel, run: PromptRun | None) -> int:
-    if run is not None:
-        return run.logits.shape[-1]
-    config: Any = getattr(model, "cfg", None)
-    if config is None:
-        raise ValueError(
-            "effects over a corpus take the direct path, which this kind of model has not; leave --logit out"
-        )
-    return config.d_vocab
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer, so prompts and tokens cannot be given as text; load it with one")
+    return model.tokenizer
 
 
 def attribute_corpus(
@@ -236,14 +217,12 @@ def attribute_corpus(
     """Sums, contexts and controls of a corpus.
 
     Args:
-        corpus: held-out tokens.
         target: name of the corpus's target or direction, where it has one.
         top: pairs with contexts.
-        graph_pairs: pairs in the graph.
         n_contexts: tokens for each of the top pairs.
         capacity: see `pair_sums`.
         control_tokens: tokens that the controls hold in memory, with every pair that fires on them.
-        n_permutations: permutations of the rows of V that the controls are computed for.
+        n_permutations: permutations of the rows of V for the controls.
     """
     weights, sums = PathWeights.of(corpus.sae), pair_sums(corpus, capacity=capacity)
     keys = np.asarray(sums.table.index[:top], dtype=np.int64)

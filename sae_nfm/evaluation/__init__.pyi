@@ -5,6 +5,7 @@ from .fidelity import evaluate as evaluate
 from .fidelity import fidelity_of as fidelity_of
 from .fidelity import measure as measure
 from .results import ArmKL as ArmKL
+from .results import Evaluation as Evaluation
 from .results import Fidelity as Fidelity
 from .results import MeasuredKL as MeasuredKL
 from .results import Role as Role

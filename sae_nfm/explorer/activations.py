@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from sae_nfm.analysis import PathSums, present_paths
 from sae_nfm.attribution import HIDDEN, OUTPUT, RECONS, SCALE, unit_written
 from sae_nfm.explorer.results import FULL, Contexts, Floats, Ints, starts_of
-from sae_nfm.models import LanguageModel, counted_tokens, keeping, splice
+from sae_nfm.models import LanguageModel, check_counted, counted_tokens, keeping, splice
 
 Window = tuple[int, int]
 
@@ -111,13 +111,12 @@ def firings_of(
     """Read every firing.
 
     Raises:
-        ValueError: for an SAE in training, a hook point that the model has not, no counted token, or more firings than fit.
+        ValueError: for an SAE in training, a hook point that the model does not have, no counted token, or too many firings.
     """
     if isinstance(sae, TrainingSAE):
         raise ValueError("this SAE is in training; save it for inference (save_inference_model) and load that")
     counted, found = counted_tokens(model, tokens), _Found(sae)
-    if not counted.any():
-        raise ValueError(f"no tokens to read: all {tokens.numel()} are special or at position 0; provide more text")
+    check_counted(counted)
     with tqdm(total=len(tokens), desc="Features", unit="row", disable=not show_progress) as progress:
         for first in range(0, len(tokens), batch_rows):
             rows = slice(first, first + batch_rows)
@@ -148,25 +147,15 @@ def _seen(model: LanguageModel, sae: SAE[Any], rows: Tensor) -> dict[str, Tensor
 
 
 def feature_contexts(firings: Firings, *, n: int, quantiles: int, window: Window) -> tuple[Contexts, Contexts]:
-    """The strongest firings of every feature, and those from its whole range.
-
-    Args:
-        firings: of all features.
-        n: of the first for each feature, at most.
-        quantiles: of the second.
-        window: tokens before and after.
-
-    Returns:
-        Both, with positions row * pos + position in the rows as given.
-    """
+    """The n strongest firings of every feature, and `quantiles` from its whole range; positions are row * pos + position."""
     width = firings.tokens.shape[1]
     top, spread = list[Ints](), list[Ints]()
     for feature in range(len(firings.count)):
         places, values = firings.of(feature)
-        places = places.astype(np.int64)
         order = np.lexsort((places, -values))
-        top.append(_apart(places[order], n, window, width))
-        spread.append(places[order[_middles(len(order), quantiles)]])
+        ranked = places.astype(np.int64)[order]
+        top.append(_apart(ranked, n, window, width))
+        spread.append(ranked[_middles(len(order), quantiles)])
     return _marked(firings, top, window), _marked(firings, spread, window)
 
 
@@ -204,7 +193,8 @@ def _apart(places: Ints, n: int, window: Window, width: int) -> Ints:
 
 def _marked(firings: Firings, chosen: list[Ints], window: Window) -> Contexts:
     """Contexts at some places of each feature."""
-    width, offsets, strengths, counts = firings.tokens.shape[1], list[Ints](), list[Ints](), list[int]()
+    width, none = firings.tokens.shape[1], np.zeros(0, dtype=np.int64)
+    offsets, strengths, counts = list[Ints](), list[Ints](), list[int]()
     for feature, places in enumerate(chosen):
         if not len(places):
             continue
@@ -219,13 +209,8 @@ def _marked(firings: Firings, chosen: list[Ints], window: Window) -> Contexts:
             counts.append(stop - start)
     return Contexts(
         starts=starts_of([len(places) for places in chosen]),
-        position=joined(chosen),
+        position=np.concatenate([none, *chosen]),
         mark_starts=starts_of(counts),
-        offset=joined(offsets),
-        strength=joined(strengths),
+        offset=np.concatenate([none, *offsets]),
+        strength=np.concatenate([none, *strengths]),
     )
-
-
-def joined(parts: list[Ints]) -> Ints:
-    """One array of several, or of none."""
-    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])

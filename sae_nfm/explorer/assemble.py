@@ -10,6 +10,9 @@ N is the linear part of the final normalisation and `factor` its 1 / scale avera
 
 The vector of a feature is what one unit of it writes: W_dec_i; and where W_dec and W_lin are one decoder up to gauge, their sum,
 which no gauge changes.
+
+Shown are the pairs of most energy, and of every feature the few strongest that it is in, so that each feature that interacts has
+partners.
 """
 
 from collections.abc import Mapping
@@ -17,6 +20,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
@@ -24,11 +28,11 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_nfm.analysis import gauges, has_canonical
-from sae_nfm.attribution import DirectPath
+from sae_nfm.architectures import PathWeights, attributable
+from sae_nfm.attribution import Corpus, DirectPath, PairSums, pair_sums, strongest_firings
+from sae_nfm.common import check_positive
 from sae_nfm.explorer.activations import Firings, feature_contexts, histograms, maxima
-from sae_nfm.explorer.pairs import ShownPairs
 from sae_nfm.explorer.results import (
-    Contexts,
     Explorer,
     FeatureFigures,
     Ints,
@@ -37,12 +41,17 @@ from sae_nfm.explorer.results import (
     TokenTable,
     starts_of,
 )
-from sae_nfm.models import LanguageModel
+from sae_nfm.models import LanguageModel, token_text
 
 AT_ONCE = 128
 """Vectors whose logits [vectors, d_vocab] exist at one time: with 250,000 tokens, 128 MB."""
 
-NONE = np.zeros(0, dtype=np.int64)
+NONE, ZERO = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+NO_LOGITS = TokenEffects(starts=ZERO, token=NONE, value=np.zeros(0))
+NO_PAIRS = PairFigures(
+    first=NONE, second=NONE, tokens=NONE, share=np.zeros(0), norm=np.zeros(0), max_norm=np.zeros(0), position=NONE,
+    context_starts=ZERO, context_norm=np.zeros(0), logits=NO_LOGITS, fired=0, firings=0,
+)  # fmt: skip
 METASPACE = "\u2581"
 """What SentencePiece tokens begin with in place of a space; decoded alone they lose it."""
 
@@ -76,78 +85,133 @@ class ExplorerSizes:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
+        check_positive(self, "bins", "batch_rows")
         for field in fields(ExplorerSizes):
-            value, least = getattr(self, field.name), 1 if field.name in ("bins", "batch_rows") else 0
-            if value < least:
-                raise ValueError(f"{field.name} is {value}; give {'a positive whole number' if least else '0 or more'}")
+            if getattr(self, field.name) < 0:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)}; give 0 or more")
+
+
+def has_pairs(sae: SAE[Any]) -> bool:
+    """Whether the interaction path is a sum over pairs."""
+    try:
+        attributable(sae)
+    except ValueError:
+        return False
+    return True
+
+
+def shown_pairs(
+    model: LanguageModel,
+    sae: SAE[Any],
+    tokens: Tensor,
+    sizes: ExplorerSizes,
+    *,
+    show_progress: bool = True,
+) -> tuple[PairFigures, Float[Tensor, "described d_in"]]:
+    """Choose pairs of an SAE that `has_pairs` and find their contexts: two passes, three where more pairs fire than fit.
+
+    Returns:
+        The pairs, without logits and with positions row * pos + position; and what the first of them write on average.
+    """
+    corpus = Corpus(model, sae, tokens, batch_rows=sizes.batch_rows, show_progress=show_progress)
+    sums, weights = pair_sums(corpus), PathWeights.of(sae)
+    table: Any = sums.table.iloc[_chosen(*sums.features(), sizes.pairs, sizes.partners)]
+    first, second = sums.features(table)
+    keys = np.asarray(table.index, dtype=np.int64)
+    firings: Any = strongest_firings(corpus, keys, n=sizes.pair_contexts)
+    pair = table.index.get_indexer(firings.index)
+    order = np.argsort(pair, kind="stable")  # as the pairs stand, by energy
+    figures = PairFigures(
+        first=first,
+        second=second,
+        tokens=table["tokens"].to_numpy().astype(np.int64),
+        share=table["energy"].to_numpy() / sums.energy if sums.energy else table["energy"].to_numpy(),
+        norm=(table["norm"] / table["tokens"]).to_numpy(),
+        max_norm=table["norm_max"].to_numpy(),
+        context_starts=starts_of(np.bincount(pair, minlength=len(table))),
+        position=firings["place"].to_numpy()[order],
+        context_norm=firings["norm"].to_numpy()[order],
+        logits=NO_LOGITS,
+        fired=len(sums.table),
+        firings=sums.firings,
+    )
+    return figures, mean_written(sums, weights, table.iloc[: sizes.pair_logits])
+
+
+def _chosen(first: Ints, second: Ints, pairs: int, partners: int) -> Ints:
+    """Places of the first pairs and of the first few of each feature, in their order."""
+    place = np.tile(np.arange(len(first)), 2)
+    by_feature: Any = pd.DataFrame({"feature": np.concatenate([first, second]), "place": place})
+    strongest = by_feature.sort_values("place", kind="stable").groupby("feature").head(partners)
+    return np.union1d(np.arange(min(pairs, len(first))), strongest["place"].to_numpy()).astype(np.int64)
+
+
+@torch.no_grad()
+def mean_written(sums: PairSums, weights: PathWeights, table: Any) -> Float[Tensor, "pairs d_in"]:
+    """mean(f_i f_j) ((v_i * v_j) W_1 mean(D)) W_2: what pairs write on average where they fire, but for the gates' variation."""
+    first, second = (torch.from_numpy(features).to(weights.V.device) for features in sums.features(table))
+    product = torch.tensor((table["product"] / table["tokens"]).to_numpy()).to(weights.V)
+    pooled = product[:, None] * weights.V[first] * weights.V[second]
+    return ((pooled @ weights.W_1) * sums.gates.to(weights.V)) @ weights.W_2
 
 
 def assembled(
     model: LanguageModel,
     sae: SAE[Any],
     firings: Firings,
-    pairs: ShownPairs | None,
+    pairs: PairFigures,
+    written: Float[Tensor, "described d_in"],
     documents: Int[Tensor, "rows pos"] | None,
     *,
     name: str,
     sizes: ExplorerSizes,
     provenance: Mapping[str, Any],
 ) -> Explorer:
-    """The explorer of what was found.
-
-    Args:
-        pairs: of its features, where it has them.
-        sizes: how much of it.
-        provenance: where it is from.
-    """
-    window = sizes.before, sizes.after
+    """The explorer of what was found; pairs and what the first of them write are those of `shown_pairs`."""
+    window, k = (sizes.before, sizes.after), getattr(sae.cfg, "k", None)
     top, spread = feature_contexts(firings, n=sizes.contexts, quantiles=sizes.quantile_contexts, window=window)
     note = note_without(model, sae)
-    n_logits = 0 if note else sizes.logits
-    effects = _feature_logits(model, sae, firings, n_logits), _pair_logits(model, sae, firings, pairs, n_logits)
-    at_pairs = NONE if pairs is None else pairs.position
-    table, new_place = text_of(firings.tokens, (top.position, spread.position, at_pairs), window)
+    n_logits, factor = 0 if note else sizes.logits, firings.logit_factor
+    alive, d_sae = np.flatnonzero(firings.count), sae.cfg.d_sae
+    effects = (
+        token_effects(model, sae, directions(sae, alive), alive, d_sae, factor, n_logits),
+        token_effects(model, sae, written, np.arange(len(written)), len(pairs.first), factor, n_logits),
+    )
+    counted = firings.counted
+    if documents is None:
+        n_documents = int(counted.any(axis=1).sum())
+    else:
+        n_documents = len(np.unique(documents.cpu().numpy()[counted]))
+    table, new_place = text_of(firings.tokens, (top.position, spread.position, pairs.position), window)
     vocab = np.unique(np.concatenate([table.ids, effects[0].token, effects[1].token]))
     numbered = [replace(one, token=np.searchsorted(vocab, one.token)) for one in effects]
     return Explorer(
         sae=name,
-        **_described(sae),
+        architecture=sae.cfg.architecture(),
+        model_name=str(sae.cfg.metadata.model_name),
+        hook_name=str(sae.cfg.metadata.hook_name),
+        d_in=sae.cfg.d_in,
+        d_sae=sae.cfg.d_sae,
+        k=k if isinstance(k, int) else None,
         tokens=int(firings.counted.sum()),
-        documents=_documents(firings.counted, documents),
+        documents=n_documents,
         vocab=token_texts(model, vocab),
         stream=replace(table, ids=np.searchsorted(vocab, table.ids)),
         features=_feature_figures(firings, sizes.bins),
-        contexts=_moved(top, new_place),
-        quantile_contexts=_moved(spread, new_place),
+        contexts=replace(top, position=new_place[top.position]),
+        quantile_contexts=replace(spread, position=new_place[spread.position]),
         window=window,
         logits=numbered[0],
         logit_count=n_logits,
-        logit_direction=direction_name(sae),
+        logit_direction="W_dec + W_lin" if has_canonical(sae) else "W_dec",
         logits_note=note,
-        pairs=_pair_figures(pairs, numbered[1], new_place),
+        pairs=replace(pairs, position=new_place[pairs.position], logits=numbered[1]),
         provenance=provenance,
     )
 
 
-def _described(sae: SAE[Any]) -> dict[str, Any]:
-    k: Any = getattr(sae.cfg, "k", None)
-    return {
-        "architecture": sae.cfg.architecture(),
-        "model_name": str(sae.cfg.metadata.model_name),
-        "hook_name": str(sae.cfg.metadata.hook_name),
-        "d_in": sae.cfg.d_in,
-        "d_sae": sae.cfg.d_sae,
-        "k": k if isinstance(k, int) else None,
-    }
-
-
 def text_of(tokens: NDArray[np.int64], positions: tuple[Ints, ...], window: tuple[int, int]) -> tuple[TokenTable, Ints]:
-    """The pieces of rows that the windows around some positions cover.
-
-    Args:
-        tokens: [rows, pos].
-        positions: row * pos + position.
-        window: tokens before and after.
+    """The pieces of rows that the windows around some positions (row * pos + position) cover.
 
     Returns:
         The text, its ids still the model's; and where each token of the rows stands in it.
@@ -166,17 +230,15 @@ def text_of(tokens: NDArray[np.int64], positions: tuple[Ints, ...], window: tupl
 
 
 def token_texts(model: LanguageModel, ids: Ints) -> tuple[str, ...]:
-    """The text of each token by itself; its number where the model has no tokenizer."""
+    """The text of each token by itself, with the space that SentencePiece loses; its number where there is no tokenizer."""
     tokenizer: Any = model.tokenizer
-    if tokenizer is None:
-        return tuple(map(str, ids.tolist()))
-    return tuple(_text(tokenizer, one) for one in ids.tolist())
 
+    def text_of_one(token: int) -> str:
+        text, piece = token_text(model, token), None if tokenizer is None else tokenizer.convert_ids_to_tokens(token)
+        loses_space = isinstance(piece, str) and piece.startswith(METASPACE) and not text.startswith(" ")
+        return f" {text}" if loses_space else text
 
-def _text(tokenizer: Any, token: int) -> str:
-    text, piece = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
-    loses_space = isinstance(piece, str) and piece.startswith(METASPACE) and not text.startswith(" ")
-    return f" {text}" if loses_space else text
+    return tuple(map(text_of_one, ids.tolist()))
 
 
 def _feature_figures(firings: Firings, bins: int) -> FeatureFigures:
@@ -189,57 +251,6 @@ def _feature_figures(firings: Firings, bins: int) -> FeatureFigures:
         histogram=histograms(firings, bins),
         shares=firings.shares,
     )
-
-
-def _feature_logits(model: LanguageModel, sae: SAE[Any], firings: Firings, n: int) -> TokenEffects:
-    alive, d_sae = np.flatnonzero(firings.count), sae.cfg.d_sae
-    return token_effects(model, sae, directions(sae, alive), alive, d_sae, firings.logit_factor, n)
-
-
-def _pair_logits(
-    model: LanguageModel, sae: SAE[Any], firings: Firings, pairs: ShownPairs | None, n: int
-) -> TokenEffects:
-    mean, total = (torch.zeros(0, sae.cfg.d_in), 0) if pairs is None else (pairs.mean, len(pairs.first))
-    return token_effects(model, sae, mean, np.arange(len(mean)), total, firings.logit_factor, n)
-
-
-def _moved(contexts: Contexts, new_place: Ints) -> Contexts:
-    return replace(contexts, position=new_place[contexts.position])
-
-
-def _pair_figures(pairs: ShownPairs | None, logits: TokenEffects, new_place: Ints) -> PairFigures:
-    if pairs is None:
-        none: Any = np.zeros(0)
-        return PairFigures(
-            first=NONE, second=NONE, tokens=NONE, share=none, norm=none, max_norm=none, position=NONE,
-            context_starts=np.zeros(1, dtype=np.int64), context_norm=none, logits=logits, fired=0, firings=0,
-        )  # fmt: skip
-    table = pairs.table
-    return PairFigures(
-        first=pairs.first,
-        second=pairs.second,
-        tokens=table["tokens"].to_numpy().astype(np.int64),
-        share=pairs.share,
-        norm=(table["norm"] / table["tokens"]).to_numpy(),
-        max_norm=table["norm_max"].to_numpy(),
-        context_starts=pairs.context_starts,
-        position=new_place[pairs.position],
-        context_norm=pairs.norm,
-        logits=logits,
-        fired=pairs.fired,
-        firings=pairs.firings,
-    )
-
-
-def _documents(counted: NDArray[np.bool_], documents: Tensor | None) -> int:
-    if documents is None:
-        return int(counted.any(axis=1).sum())
-    return len(np.unique(documents.cpu().numpy()[counted]))
-
-
-def direction_name(sae: SAE[Any]) -> str:
-    """Along which rows a feature's logits are."""
-    return "W_dec + W_lin" if has_canonical(sae) else "W_dec"
 
 
 def directions(sae: SAE[Any], features: Ints) -> Float[Tensor, "features d_in"]:
@@ -270,11 +281,9 @@ def token_effects(
     """The n logits that move most up, and down, for each vector; token ids as the model's.
 
     Args:
-        vectors: what is written.
-        of: which feature or pair each is of, ascending; the others have no logits.
+        of: which feature or pair each vector is of, ascending; the others have no logits.
         total: features, or pairs.
         factor: see the module.
-        n: up and down; 0 for none.
     """
     tokens, values = [np.zeros((0, 2 * n), dtype=np.int64)], [np.zeros((0, 2 * n))]
     for some in vectors.split(AT_ONCE) if n and len(of) else ():

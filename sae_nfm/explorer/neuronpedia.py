@@ -88,12 +88,10 @@ def export(config: ExportConfig) -> Exported:
     n_pairs = len(explorer.pairs.first)
     if config.pairs and not n_pairs:
         raise ValueError(f"{explorer.sae} ({explorer.architecture}) has no pairs of features; leave --pairs out")
-    ids = {
-        "modelId": config.model_id or explorer.model_name,
-        "layer": config.source_id or explorer.hook_name,
-    }
+    ids = {"modelId": config.model_id or explorer.model_name, "layer": config.source_id or explorer.hook_name}
     _write(config.output, (ids | feature for feature in features(explorer)))
-    pairs_file = _pairs_file(config.output) if config.pairs else None
+    suffix = next(suffix for suffix in SUFFIXES if config.output.endswith(suffix))
+    pairs_file = f"{config.output.removesuffix(suffix)}.pairs{suffix}" if config.pairs else None
     if pairs_file is not None:
         _write(pairs_file, (ids | pair for pair in pairs(explorer)))
     return Exported(
@@ -185,11 +183,6 @@ def _logits(explorer: Explorer, effects: TokenEffects, of: int) -> dict[str, Any
 
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-def _pairs_file(output: str) -> str:
-    suffix = next(suffix for suffix in SUFFIXES if output.endswith(suffix))
-    return f"{output.removesuffix(suffix)}.pairs{suffix}"
 
 
 def _write(path: str, lines: Iterable[dict[str, Any]]) -> None:

@@ -24,15 +24,11 @@ from sae_nfm.common.results import without_kind
 
 FULL = 255
 """Strength of a mark at the feature's largest activation."""
-
-KIND = "explore/1"
-
-FILENAME = "explorer.json.gz"
-
+KIND, FILENAME = "explore/1", "explorer.json.gz"
 REMEDY = "regenerate it with `sae-nfm explore`"
-
 PLAIN = ("sae", "architecture", "model_name", "hook_name", "d_in", "d_sae", "k", "tokens", "documents")
 """Fields that are written as they are, first of all."""
+PLAIN_LAST = ("logit_count", "logit_direction", "logits_note", "provenance")
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -110,7 +106,6 @@ class PairFigures:
     norm: Floats
     """Mean ||o_ij|| where the pair fires."""
     max_norm: Floats
-    """Largest ||o_ij||."""
     context_starts: Ints
     """Of each pair, into `position` and `context_norm`; one more than pairs."""
     position: Ints
@@ -221,9 +216,7 @@ def _content(explorer: Explorer) -> dict[str, Any]:
         "quantile_marks": _columns(explorer.quantile_contexts, "offset", "strength"),
         "window": list(explorer.window),
         "logits": _effects(explorer.logits),
-        "logit_count": explorer.logit_count,
-        "logit_direction": explorer.logit_direction,
-        "logits_note": explorer.logits_note,
+        **{name: getattr(explorer, name) for name in ("logit_count", "logit_direction", "logits_note")},
         "pairs": _columns(pairs, "first", "second", "tokens", "share", "norm", "max_norm", "context_starts"),
         "pair_contexts": {"position": pairs.position.tolist(), "norm": rounded(pairs.context_norm, digits=3)},
         "pair_logits": _effects(pairs.logits),
@@ -250,7 +243,9 @@ def rounded(values: Ints | Floats, *, digits: int = 4) -> list[Any]:
 
 def _explorer(content: Mapping[str, Any]) -> Explorer:
     n, n_ids, n_vocab = content["d_sae"], len(content["stream"]["ids"]), len(content["vocab"])
-    features, window = content["features"], content["window"]
+    features, window, bins = content["features"], content["window"], content["bins"]
+    pairs, at_pairs, n_pairs = content["pairs"], content["pair_contexts"], len(content["pairs"]["first"])
+    floats = {name: _floats(pairs[name], n_pairs) for name in ("share", "norm", "max_norm")}
     if len(window) != 2:
         raise ValueError(f"the window is {window}, two numbers are expected")
     return Explorer(
@@ -260,31 +255,33 @@ def _explorer(content: Mapping[str, Any]) -> Explorer:
             row_starts=_starts(content["stream"]["row_starts"], None, n_ids),
             ids=_indices(content["stream"]["ids"], n_vocab),
         ),
-        features=_features(content, n),
+        features=FeatureFigures(
+            tokens=_ints(features["tokens"], n),
+            max=_floats(features["max"], n),
+            mean=_floats(features["mean"], n),
+            histogram=_ints(features["histogram"], n * bins).reshape(n, bins),
+            shares={
+                gauge: {path: _floats(features["shares"][gauge][path], n) for path in content["paths"]}
+                for gauge in content["gauges"]
+            },
+        ),
         contexts=_contexts(content, features["context_starts"], "contexts", "marks"),
         quantile_contexts=_contexts(content, features["quantile_starts"], "quantile_contexts", "quantile_marks"),
         window=(window[0], window[1]),
         logits=_token_effects(content["logits"], n, n_vocab),
-        logit_count=content["logit_count"],
-        logit_direction=content["logit_direction"],
-        logits_note=content["logits_note"],
-        pairs=_pairs(content, n, n_ids, n_vocab),
-        provenance=content["provenance"],
-    )
-
-
-def _features(content: Mapping[str, Any], n: int) -> FeatureFigures:
-    features = content["features"]
-    histogram = _ints(features["histogram"], n * content["bins"])
-    return FeatureFigures(
-        tokens=_ints(features["tokens"], n),
-        max=_floats(features["max"], n),
-        mean=_floats(features["mean"], n),
-        histogram=histogram.reshape(n, content["bins"]),
-        shares={
-            gauge: {path: _floats(features["shares"][gauge][path], n) for path in content["paths"]}
-            for gauge in content["gauges"]
-        },
+        **{name: content[name] for name in PLAIN_LAST},
+        pairs=PairFigures(
+            first=_indices(pairs["first"], n),
+            second=_indices(pairs["second"], n, n_pairs),
+            tokens=_ints(pairs["tokens"], n_pairs),
+            **floats,
+            context_starts=_starts(pairs["context_starts"], n_pairs, len(at_pairs["position"])),
+            position=_indices(at_pairs["position"], n_ids),
+            context_norm=_floats(at_pairs["norm"], len(at_pairs["position"])),
+            logits=_token_effects(content["pair_logits"], n_pairs, n_vocab),
+            fired=content["pair_totals"]["pairs"],
+            firings=content["pair_totals"]["firings"],
+        ),
     )
 
 
@@ -308,36 +305,15 @@ def _token_effects(content: Mapping[str, Any], n: int, n_vocab: int) -> TokenEff
     )
 
 
-def _pairs(content: Mapping[str, Any], d_sae: int, n_ids: int, n_vocab: int) -> PairFigures:
-    pairs, contexts, n = content["pairs"], content["pair_contexts"], len(content["pairs"]["first"])
-    return PairFigures(
-        first=_indices(pairs["first"], d_sae),
-        second=_indices(pairs["second"], d_sae, n),
-        tokens=_ints(pairs["tokens"], n),
-        share=_floats(pairs["share"], n),
-        norm=_floats(pairs["norm"], n),
-        max_norm=_floats(pairs["max_norm"], n),
-        context_starts=_starts(pairs["context_starts"], n, len(contexts["position"])),
-        position=_indices(contexts["position"], n_ids),
-        context_norm=_floats(contexts["norm"], len(contexts["position"])),
-        logits=_token_effects(content["pair_logits"], n, n_vocab),
-        fired=content["pair_totals"]["pairs"],
-        firings=content["pair_totals"]["firings"],
-    )
-
-
-def _ints(values: Sequence[int], n: int | None = None) -> Ints:
-    found = np.asarray(values, dtype=np.int64)
+def _ints(values: Sequence[float], n: int | None = None, dtype: Any = np.int64) -> NDArray[Any]:
+    found = np.asarray(values, dtype=dtype)
     if found.ndim != 1 or n not in (None, len(found)):
         raise ValueError(f"a column of shape {found.shape} where {n} numbers are expected")
     return found
 
 
 def _floats(values: Sequence[float], n: int) -> Floats:
-    found = np.asarray(values, dtype=np.float64)
-    if found.shape != (n,):
-        raise ValueError(f"a column of shape {found.shape} where {n} numbers are expected")
-    return found
+    return _ints(values, n, np.float64)
 
 
 def _indices(values: Sequence[int], below: int, n: int | None = None) -> Ints:

@@ -8,21 +8,21 @@ Source: the views are those of feature dashboards (Bricken et al. 2023, Towards 
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Int
 from sae_lens import SAE
 from torch import Tensor
 
-from sae_nfm.common import provenance
+from sae_nfm.common import check_positive, provenance
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_corpus
 from sae_nfm.explorer.activations import firings_of
-from sae_nfm.explorer.assemble import ExplorerSizes, assembled
-from sae_nfm.explorer.pairs import has_pairs, shown_pairs
+from sae_nfm.explorer.assemble import NO_PAIRS, ExplorerSizes, assembled, has_pairs, shown_pairs
 from sae_nfm.explorer.results import FILENAME, Explorer
 from sae_nfm.loading import load_sae, sha256_of
 from sae_nfm.models import LanguageModel, check_device, model_of
@@ -47,8 +47,7 @@ class ExploreConfig(ExplorerSizes, Explored):
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is loaded."""
         super().__post_init__()
-        if self.n_tokens < 1:
-            raise ValueError(f"n_tokens is {self.n_tokens}; give a positive whole number")
+        check_positive(self, "n_tokens")
         if self.context_size is not None and self.context_size < 2:
             raise ValueError(f"context_size is {self.context_size}; give at least 2: position 0 is left out")
 
@@ -159,37 +158,23 @@ def explore(
     settings: Mapping[str, Any] | None = None,
     show_progress: bool = True,
 ) -> Explorer:
-    """What one SAE does on held-out rows; its `save` writes the file.
+    """What one SAE does on held-out rows; its `save` writes the file. For errors see `firings_of` and `splice`.
 
     Args:
         sae: an SAE of any architecture, for inference.
         tokens: held-out rows, each beginning with BOS where the model wants one.
-        documents: the document of each token (`documents.TokenRows`); without it each row counts as one.
+        documents: the document of each token (`TokenRows`); without it each row counts as one.
         name: of the SAE, as shown.
-        sizes: how much to show.
         settings: for the provenance; the sizes unless given.
-
-    Raises:
-        ValueError: see `firings.firings_of` and `splicing.splice`.
     """
     sizes = sizes or ExplorerSizes()
     firings = firings_of(model, sae, tokens, batch_rows=sizes.batch_rows, show_progress=show_progress)
-    pairs = None
+    pairs, written = NO_PAIRS, torch.zeros(0, sae.cfg.d_in)
     if has_pairs(sae) and sizes.pairs + sizes.partners > 0:
-        pairs = shown_pairs(
-            model,
-            sae,
-            tokens,
-            pairs=sizes.pairs,
-            partners=sizes.partners,
-            contexts=sizes.pair_contexts,
-            described=sizes.pair_logits,
-            batch_rows=sizes.batch_rows,
-            show_progress=show_progress,
-        )
+        pairs, written = shown_pairs(model, sae, tokens, sizes, show_progress=show_progress)
     origin = provenance(
-        settings if settings is not None else {f.name: getattr(sizes, f.name) for f in fields(sizes)},
+        asdict(sizes) if settings is None else settings,
         tokens_sha256=hashlib.sha256(firings.tokens.tobytes()).hexdigest(),
         sae_sha256=sha256_of(sae.state_dict()),
     )
-    return assembled(model, sae, firings, pairs, documents, name=name, sizes=sizes, provenance=origin)
+    return assembled(model, sae, firings, pairs, written, documents, name=name, sizes=sizes, provenance=origin)

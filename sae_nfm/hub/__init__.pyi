@@ -2,6 +2,12 @@ from .card import CardSAE as CardSAE
 from .card import model_card as model_card
 from .push_pull import REPORT_FILENAME as REPORT_FILENAME
 from .push_pull import RESULTS_FILENAME as RESULTS_FILENAME
+from .push_pull import PullConfig as PullConfig
+from .push_pull import Pulled as Pulled
+from .push_pull import PushConfig as PushConfig
+from .push_pull import Pushed as Pushed
+from .push_pull import pull as pull
+from .push_pull import push as push
 from .release import PACKAGED as PACKAGED
 from .release import PackageSource as PackageSource
 from .release import Release as Release

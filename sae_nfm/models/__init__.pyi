@@ -16,6 +16,7 @@ from .splicing import Attached as Attached
 from .splicing import HookFunction as HookFunction
 from .splicing import SpecialTokens as SpecialTokens
 from .splicing import TokensRead as TokensRead
+from .splicing import check_counted as check_counted
 from .splicing import claimed as claimed
 from .splicing import counted_tokens as counted_tokens
 from .splicing import is_special as is_special
@@ -23,5 +24,6 @@ from .splicing import keeping as keeping
 from .splicing import reconstruction as reconstruction
 from .splicing import special_token_ids as special_token_ids
 from .splicing import splice as splice
+from .splicing import token_text as token_text
 from .splicing import tokens_read as tokens_read
 from .splicing import writing as writing

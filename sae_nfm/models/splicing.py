@@ -95,6 +95,18 @@ def counted_tokens(model: LanguageModel, tokens: Int[Tensor, "rows pos"]) -> Boo
     return mask
 
 
+def check_counted(counted: Bool[Tensor, "rows pos"]) -> None:
+    """Raise a ValueError where `counted_tokens` are none."""
+    if not counted.any():
+        raise ValueError(f"no tokens to read: all {counted.numel()} are special or at position 0; provide more text")
+
+
+def token_text(model: LanguageModel, *tokens: int) -> str:
+    """The text of some tokens; their numbers where the model has no tokenizer."""
+    tokenizer: Any = model.tokenizer
+    return " ".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(list(tokens))
+
+
 @dataclass
 class TokensRead:
     """The token ids that went into a model in its last run, with those before them while `generate` goes on."""

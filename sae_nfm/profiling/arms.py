@@ -1,10 +1,17 @@
-"""The arms that `sae-nfm speed` compares, timed in turn."""
+"""The arms that `sae-nfm speed` compares, timed in turn, and the peak memory of their steps.
 
+For memory each arm steps in a process of its own, `python -m sae_nfm.profiling.arms JSON`, which answers with JSON.
+"""
+
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -96,8 +103,12 @@ class PublishedNFMTrainingSAE(JointNFMTrainingSAE):
         return self._dropout(self.hook_nfm_pooled(pooled.to(self.V.dtype)))
 
 
-def _topk(sizes: Sizes) -> TopKTrainingSAE:
-    return TopKTrainingSAE(TopKTrainingSAEConfig(**_shape(sizes), k=sizes.k))
+def _topk(sizes: Sizes, **options: Any) -> TopKTrainingSAE:
+    return TopKTrainingSAE(TopKTrainingSAEConfig(**_shape(sizes), k=sizes.k, **options))
+
+
+def _joint(kernel: Kernel, sae_class: type[JointNFMTrainingSAE] = JointNFMTrainingSAE) -> Callable[[Sizes], Any]:
+    return lambda sizes: sae_class(joint_config(sizes, kernel))
 
 
 def joint_config(sizes: Sizes, kernel: Kernel = "auto") -> JointNFMTrainingSAEConfig:
@@ -114,20 +125,16 @@ def _sequential(sizes: Sizes) -> SequentialNFMTrainingSAE:
 
 
 ARMS: dict[str, Callable[[Sizes], TrainingSAE[Any]]] = {
-    "joint_nfm dense": lambda sizes: JointNFMTrainingSAE(joint_config(sizes, "dense")),
-    "joint_nfm sparse": lambda sizes: JointNFMTrainingSAE(joint_config(sizes, "sparse")),
-    JOINT_AUTO: lambda sizes: JointNFMTrainingSAE(joint_config(sizes, "auto")),
-    JOINT_TORCH: lambda sizes: JointNFMTrainingSAE(joint_config(sizes, "auto")),
-    PUBLISHED: lambda sizes: PublishedNFMTrainingSAE(joint_config(sizes, "dense")),
+    "joint_nfm dense": _joint("dense"),
+    "joint_nfm sparse": _joint("sparse"),
+    JOINT_AUTO: _joint("auto"),
+    JOINT_TORCH: _joint("auto"),
+    PUBLISHED: _joint("dense", PublishedNFMTrainingSAE),
     "sequential_nfm": _sequential,
     TOPK: _topk,
     TOPK_FUSED: _topk,
     # SAELens's COO activations have no backward pass through the decoder norms
-    "topk COO": lambda sizes: TopKTrainingSAE(
-        TopKTrainingSAEConfig(
-            **_shape(sizes), k=sizes.k, use_sparse_activations=True, rescale_acts_by_decoder_norm=False
-        )
-    ),
+    "topk COO": partial(_topk, use_sparse_activations=True, rescale_acts_by_decoder_norm=False),
     "batchtopk": lambda sizes: BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**_shape(sizes), k=float(sizes.k))),
 }
 """The training SAE of each arm."""
@@ -160,14 +167,9 @@ class Stepper:
     def __init__(self, arm: str, sizes: Sizes, batches: list[Tensor]) -> None:
         with temporary_seed(sizes.seed):
             sae = ARMS[arm](sizes)
-        config = SAETrainerConfig(
-            total_training_samples=10**6 * sizes.batch,
-            train_batch_size_samples=sizes.batch,
-            lr=1e-4,
-            lr_end=1e-4,
-            device=sizes.device,
-            autocast=sizes.autocast,
-        )
+        settings: Any = {"device": sizes.device, "autocast": sizes.autocast, "lr": 1e-4, "lr_end": 1e-4}
+        settings |= {"total_training_samples": 10**6 * sizes.batch, "train_batch_size_samples": sizes.batch}
+        config = SAETrainerConfig(**settings)
         self.batches = batches
         self.kernels = without_triton if arm == JOINT_TORCH else nullcontext
         self.trainer = SAETrainer(config, sae, iter(()))
@@ -200,10 +202,8 @@ def time_cases(
     Args:
         cases: arms and sizes; they share activations.
         sizes: of the activations, with their type and device.
-        repeats: rounds that count.
-        warm_up: rounds before these.
+        repeats: rounds that count, after those of `warm_up`.
         limit_gib: memory that the published formulation may take.
-        with_inference: whether the inference SAEs are timed too.
     """
     timings = {case: Timings(reason=reason_against(*case, limit_gib)) for case in cases}
     batches, rated = activations(sizes), _rate_jobs(sizes)
@@ -282,5 +282,68 @@ def _shape(sizes: Sizes) -> dict[str, Any]:
 
 def one_line(error: RuntimeError) -> str:
     """The first line of what an error says."""
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return first.strip()
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()
+
+
+PEAK_STEPS = 5
+"""Steps after which the peak of memory is read."""
+
+
+def measure_peaks(cases: Sequence[Case], timings: dict[Case, Timings]) -> dict[Case, int]:
+    """Peak memory of every case that could be timed."""
+    torch.cuda.empty_cache()  # what this process keeps for reuse, its workers may need
+    found: dict[Case, int] = {}
+    possible = [case for case in cases if timings[case].reason is None]
+    for case in tqdm(possible, desc="Peak memory", unit="process", leave=False):
+        try:
+            found[case] = peak_of_steps(*case, n_steps=PEAK_STEPS, threads=torch.get_num_threads())
+        except RuntimeError as error:
+            timings[case].reason = f"no peak memory: {one_line(error)}"
+    return found
+
+
+def peak_of_steps(arm: str, sizes: Sizes, *, n_steps: int, threads: int) -> int:
+    """Bytes that a fresh process's memory rises by for training steps: gradients, optimizer state, all that lives meanwhile.
+
+    CPU: peak resident size, less that of the process before its first step. CUDA: the same of allocated device memory. When the
+    process fails, a RuntimeError has its last words.
+    """
+    own = {field.name: getattr(sizes, field.name) for field in fields(Sizes)}
+    task = json.dumps({"arm": arm, "n_steps": n_steps, "threads": threads, "sizes": own})
+    command = [sys.executable, "-m", "sae_nfm.profiling.arms", task]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        said = process.stderr.strip().splitlines()
+        raise RuntimeError(said[-1] if said else f"ended by signal {-process.returncode}, perhaps out of memory")
+    answer = json.loads(process.stdout.splitlines()[-1])
+    return answer["peak_bytes"] - answer["peak_bytes_before"]
+
+
+def _peak_bytes(device: str) -> int:
+    """The most memory so far. Not ru_maxrss where Linux tells: that counts the parent's memory before exec, too."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    import resource  # absent on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _work(task: dict[str, Any]) -> dict[str, int]:
+    torch.set_num_threads(task["threads"])
+    sizes = Sizes(**task["sizes"])
+    step = Stepper(task["arm"], sizes, activations(sizes))
+    if torch.device(sizes.device).type == "cuda":  # what making the SAE took is over; a process's peak size stays
+        torch.cuda.reset_peak_memory_stats(sizes.device)
+    before = _peak_bytes(sizes.device)
+    for _ in range(task["n_steps"]):
+        step()
+    synchronize(sizes.device)
+    return {"peak_bytes": _peak_bytes(sizes.device), "peak_bytes_before": before}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_work(json.loads(sys.argv[1]))))

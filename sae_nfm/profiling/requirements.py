@@ -2,33 +2,305 @@
 
     sae-nfm dry-run paper
 
-Shapes, parameters and memory come from the run's own classes on tensors without numbers (`simulated_run`). Times are lower
+The run is a file (`Experiment`) that says nothing that the command line of `sae-nfm train` could not:
+
+    train:    any flags of `sae-nfm train`
+    model:    the model's config.json; left out, it is read from the folder `train.model_name`
+    device:   name, memory_gib, and optionally rates (`Device`)
+
+Shapes, parameters and memory come from the run's own classes on tensors that have shapes and no numbers:
+
+    model forward    Hugging Face's model on the "meta" device, under the loader and up to the hook point of the run
+    SAE step         SAELens's trainer, forward to Adam, on fake tensors
+    buffer           SAELens's mixing buffer on fake tensors
+
+FLOPs are those torch counts (matrix products, attention); bytes are those of all storages alive at one time. Times are lower
 bounds: all products and memory traffic at the rates given, a vendor's peak rates or measured by `profiling.arms`.
 Not counted: what the device's driver and allocator take (about 1 GiB on CUDA), evaluation while training, the dead-feature loss.
 """
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import shlex
+import weakref
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from sae_lens import LanguageModelSAERunnerConfig, TopKTrainingSAEConfig
+import yaml
+from sae_lens import (
+    HookedSAETransformer,
+    LanguageModelSAERunnerConfig,
+    SAETrainer,
+    SAETransformerBridge,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig
+from sae_lens.load_model import HookedProxyLM
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAEConfig
-from sae_lens.util import str_to_dtype
+from sae_lens.training.mixing_buffer import mixing_buffer
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, str_to_dtype
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformer_lens import HookedTransformerConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from typing_extensions import override
 
 from sae_nfm.architectures import FEW_FEATURES, JointNFMTrainingSAEConfig
 from sae_nfm.comparison import training_flops
 from sae_nfm.kernels import TOKENS_AT_ONCE, dispatch
-from sae_nfm.models import LanguageModel, check_context, check_device, site_at
+from sae_nfm.models import LanguageModel, check_context, check_device, config_fields, is_folder, site_at
 from sae_nfm.profiling.arms import Sizes, time_cases
-from sae_nfm.profiling.fake_run import Cost, activation_buffer, model_forward, sae_step, shape_of_model
 from sae_nfm.profiling.results import Device, DryRun, MemoryRow
-from sae_nfm.profiling.run_spec import Experiment, load_experiment
-from sae_nfm.training import TrainArguments
+from sae_nfm.training import TrainArguments, fuse, train_arguments
 
-GIB = 2**30
+CONFIGS = Path(__file__).parent / "configs"
+"""Experiments that come with the package; each goes by its name without .yaml, too."""
+SECTIONS = ("train", "model", "device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A training run that can be checked before it is made."""
+
+    name: str
+    train: dict[str, Any]
+    """Flags of `sae-nfm train`."""
+    model: dict[str, Any] | None
+    """The model's config.json; None reads it from the model's folder."""
+    device: Device
+
+    def argv(self) -> list[str]:
+        """The arguments of `sae-nfm train`."""
+        return [word for flag, value in self.train.items() for word in (f"--{flag}", *_words(value))]
+
+    def command(self) -> str:
+        """The command line."""
+        return shlex.join(["sae-nfm", "train", *self.argv()])
+
+    def arguments(self) -> TrainArguments:
+        """What `sae-nfm train` makes of it, SAELens's runner config included."""
+        given = {option.replace("-", "_"): value for option, value in self.train.items()}
+        return train_arguments(given, argv=self.argv())
+
+    def model_config(self) -> PretrainedConfig:
+        """The model's Hugging Face configuration."""
+        if self.model is not None:
+            return AutoConfig.for_model(**self.model)
+        name = str(self.train.get("model_name"))
+        if not is_folder(name):
+            raise ValueError(f"{name!r} is no local folder; give its config.json as `model:` of {self.name}.yaml")
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+
+
+def load_experiment(source: str | Path) -> Experiment:
+    """Read an experiment: a .yaml file, or the name of one that comes with the package.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it has other keys than it should, or lacks one.
+    """
+    path = Path(source)
+    if path.suffix != ".yaml":
+        path = CONFIGS / f"{source}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise FileNotFoundError(f"there is no experiment {str(source)!r}; give a .yaml file, or one of {known}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    _check_keys(path, "", content, SECTIONS, needed=("train", "device"))
+    known = tuple(field.name for field in fields(Device))
+    _check_keys(path, "device.", content["device"], known, needed=("name", "memory_gib"))
+    if not isinstance(content["train"], dict) or not isinstance(content.get("model"), dict | None):
+        raise ValueError(f"{path}: train and model are lists of `key: value`")
+    device = Device(**content["device"])
+    return Experiment(name=path.stem, train=content["train"], model=content.get("model"), device=device)
+
+
+def _check_keys(path: Path, prefix: str, content: Any, known: tuple[str, ...], needed: tuple[str, ...]) -> None:
+    keys = set(content) if isinstance(content, dict) else set[str]()
+    unknown, missing = sorted(map(str, keys - set(known))), sorted(set(needed) - keys)
+    if unknown or missing:
+        found = [f"has the unknown {prefix}{key}" for key in unknown] + [f"lacks {prefix}{key}" for key in missing]
+        raise ValueError(f"{path} {', '.join(found)}; it takes {', '.join(prefix + key for key in known)}")
+
+
+def _words(value: Any) -> list[str]:
+    """A value as it is typed."""
+    if isinstance(value, dict):
+        return [json.dumps(value)]
+    if isinstance(value, list):
+        return [word for item in value for word in _words(item)]
+    return [str(value)]
+
+
+STEPS = 2
+"""Steps of the trainer: Adam makes its moments in the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one thing costs."""
+
+    flops_per_token: float
+    """FLOPs of matrix products and attention, a multiplication and an addition counting as two."""
+    resident_bytes: int
+    """Bytes alive all the time."""
+    peak_bytes: int
+    """Bytes alive at the worst time."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations within it made and that still live, each storage once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._live: dict[int, int] = {}
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
+        return result
+
+    def count(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor made elsewhere, too."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata  # pyright: ignore[reportPrivateUsage] (torch's identity of a storage)
+        if key not in self._live:
+            self._live[key] = storage.nbytes()
+            self.now += self._live[key]
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._live.pop(key)
+
+
+class _Trainer(SAETrainer[Any, Any]):
+    """SAELens's trainer in a run without dead features: how many there are is a number, which fake tensors do not have."""
+
+    @property
+    @override
+    def dead_neurons(self) -> Any:
+        return None
+
+
+def sae_step(cfg: LanguageModelSAERunnerConfig[Any], sae_config: TrainingSAEConfig) -> Cost:
+    """A training step of SAELens's trainer in its dense form, with what a step without dead features keeps and makes.
+
+    Adam works on all parameters at once on CUDA, which takes one more number a parameter, and one by one elsewhere; in its
+    fused form (`fused_adam`) it takes none.
+    """
+    batch, dense = cfg.train_batch_size_tokens, {"device": "cpu"}
+    if hasattr(sae_config, "kernel"):
+        dense["kernel"] = "dense"
+    settings: Any = {"device": "cpu", "autocast": cfg.autocast, "lr": cfg.lr, "lr_end": cfg.lr}
+    settings |= {"total_training_samples": STEPS * batch, "train_batch_size_samples": batch}
+    live, flops = LiveBytes(), FlopCounterMode(display=False)
+    with FakeTensorMode(), live:
+        sae_class, _ = SAE_TRAINING_CLASS_REGISTRY[sae_config.architecture()]
+        trainer = _Trainer(SAETrainerConfig(**settings), sae_class(replace(sae_config, **dense)), iter(()))
+        if getattr(sae_config, "kernel", "dense") != "dense":
+            fuse(trainer.optimizer)
+        for group in trainer.optimizer.param_groups:
+            group["foreach"] = not group["fused"] and torch.device(cfg.device).type == "cuda"
+        for _ in range(STEPS):
+            with flops:
+                trainer.step(torch.zeros(batch, sae_config.d_in, dtype=trainer.sae.dtype))
+        return Cost(flops_per_token=flops.get_total_flops() / batch, resident_bytes=live.now, peak_bytes=live.peak)
+
+
+def activation_buffer(cfg: LanguageModelSAERunnerConfig[Any], d_in: int) -> Cost:
+    """SAELens's buffer of activations: between refills, and when it is shuffled, where it exists three times."""
+    row = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    rows, loaded, size = cfg.n_batches_in_buffer * row, 0, cfg.store_batch_size_prompts * row
+
+    def batches() -> Generator[Tensor]:
+        nonlocal loaded
+        while True:
+            loaded += size
+            yield torch.zeros(size, d_in, dtype=getattr(torch, cfg.dtype))
+
+    live, resident = LiveBytes(), 0
+    with FakeTensorMode(), live:
+        served = mixing_buffer(rows, cfg.train_batch_size_tokens, batches(), cfg.activations_mixing_fraction)
+        while loaded < 2 * (rows + size):
+            next(served)
+            resident = max(resident, live.now)
+    return Cost(flops_per_token=0, resident_bytes=resident, peak_bytes=live.peak)
+
+
+def shape_of_model(config: PretrainedConfig, model_class_name: str, dtype: torch.dtype) -> LanguageModel:
+    """The model as its loader would give it, on the "meta" device: every hook point, no weights."""
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    if model_class_name == "AutoModelForCausalLM":
+        return HookedProxyLM(hf, cast(Any, None))
+    if model_class_name == "TransformerBridge":
+        return SAETransformerBridge.boot_transformers(
+            "no name", hf_model=hf, tokenizer=_no_tokenizer(), device="meta", dtype=dtype
+        ).eval()
+    if model_class_name == "HookedTransformer":
+        own = {"init_weights": False, "dtype": dtype, "device": "meta", "tokenizer_name": None}
+        shape = HookedTransformerConfig.from_dict(config_fields(hf) | own)
+        with torch.device("meta"):
+            return HookedSAETransformer(shape, move_to_device=False).eval()
+    raise ValueError(
+        f"model_class_name is {model_class_name!r}; give HookedTransformer, TransformerBridge or AutoModelForCausalLM"
+    )
+
+
+def model_forward(model: LanguageModel, cfg: LanguageModelSAERunnerConfig[Any]) -> Cost:
+    """The forward pass by which SAELens's store takes activations, up to the hook point where the loader can stop there.
+
+    `resident_bytes` are the weights; `peak_bytes` those of the activations alone.
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    tokens = torch.zeros(cfg.store_batch_size_prompts, cfg.context_size, dtype=torch.long, device="meta")
+    live, flops = LiveBytes(), FlopCounterMode(display=False)
+    for tensor in weights:
+        live.count(tensor)
+    held, live.peak = live.now, live.now
+    with torch.no_grad(), live, flops:
+        model.run_with_cache(
+            tokens,
+            names_filter=[cfg.hook_name],
+            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(cfg.hook_name),
+            prepend_bos=False,
+            **cfg.model_kwargs,
+        )
+    return Cost(
+        flops_per_token=flops.get_total_flops() / tokens.numel(), resident_bytes=held, peak_bytes=live.peak - held
+    )
+
+
+def _no_tokenizer() -> PreTrainedTokenizerFast:
+    """What a bridge asks for, where no text is read."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<bos>": 0}, unk_token="<bos>")),
+        bos_token="<bos>",
+        eos_token="<bos>",
+        pad_token="<bos>",
+        add_bos_token=True,  # else TransformerLens loads the tokenizer again, by its name
+        name_or_path="no name",
+    )
+
+
+GIB, PHASES = 2**30, ("always", "step", "refill")
 
 
 def dry_run(experiment: Experiment, *, measure_rates: bool = False) -> DryRun:
@@ -50,8 +322,7 @@ def dry_run(experiment: Experiment, *, measure_rates: bool = False) -> DryRun:
     step = _sparse_step(cfg) if kernel == "sparse" else sae_step(cfg, cfg.sae)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     memory = _memory(cfg, parameters, step, forward, activation_buffer(cfg, cfg.sae.d_in))
-    needed = _needed(memory, cfg)
-    _refuse_too_large(needed, memory, cfg, device)
+    needed = _needed(memory, cfg, device)
     steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
     model_seconds, sae_seconds = _seconds(cfg, device, parameters, step, forward, steps)
     topk = TopKTrainingSAEConfig(d_in=cfg.sae.d_in, d_sae=cfg.sae.d_sae, k=1)
@@ -146,19 +417,13 @@ def _memory(
     return tuple(MemoryRow(name=name, gib=size / GIB, phase=phase, device=device) for name, size, phase, device in rows)
 
 
-def _needed(memory: Sequence[MemoryRow], cfg: LanguageModelSAERunnerConfig[Any]) -> float:
-    def at(phase: str) -> float:
-        return sum(row.gib for row in memory if row.phase == phase and row.device == str(cfg.device))
-
-    return at("always") + max(at("step"), at("refill"))
-
-
-def _refuse_too_large(
-    needed: float, memory: Sequence[MemoryRow], cfg: LanguageModelSAERunnerConfig[Any], device: Device
-) -> None:
-    if needed <= device.memory_gib:
-        return
+def _needed(memory: Sequence[MemoryRow], cfg: LanguageModelSAERunnerConfig[Any], device: Device) -> float:
+    """GiB at the worse time; a ValueError where the device has less."""
     here = sorted((row for row in memory if row.device == str(cfg.device)), key=lambda row: -row.gib)
+    at = {phase: sum(row.gib for row in memory if row in here and row.phase == phase) for phase in PHASES}
+    needed = at["always"] + max(at["step"], at["refill"])
+    if needed <= device.memory_gib:
+        return needed
     parts = ", ".join(f"{row.name} {row.gib:.2f}" for row in here[:4])
     raise ValueError(
         f"the run needs {needed:.2f} GiB at once, {device.name} has {device.memory_gib:g} (largest: {parts}); lower d_sae, "
@@ -213,11 +478,7 @@ class DryRunConfig:
 
 
 def check(config: DryRunConfig) -> DryRun:
-    """The dry run that the command line asks for.
-
-    Raises:
-        ValueError, FileNotFoundError: for a file that is no experiment, and as `dry_run`.
-    """
+    """The dry run that the command line asks for; for errors see `load_experiment` and `dry_run`."""
     experiment = load_experiment(config.experiment)
     if config.memory_gib is not None:
         experiment = replace(experiment, device=replace(experiment.device, memory_gib=config.memory_gib))

@@ -23,7 +23,6 @@ class Device:
 
     name: str
     memory_gib: float
-    """Memory in GiB."""
     flop_per_second: float | None = None
     """FLOP/s of matrix products in the SAE's type; measured unless given."""
     bytes_per_second: float | None = None
@@ -53,29 +52,23 @@ class SpeedRow:
     arm: str
     d_sae: int
     nfm_dim: int
-    """Interaction dimensions of joint_nfm at this size."""
     step_seconds: float | None
     """A training step, median."""
     step_quartiles: tuple[float, float] | None
     """Seconds that a quarter and three quarters of the steps stayed below."""
     step_over_topk: float | None
-    """step_seconds over topk's."""
     floor_seconds: float | None
     """What a step of joint_nfm takes at least, see `floor_seconds`."""
     step_over_floor: float | None
-    """step_seconds over floor_seconds."""
     peak_bytes: int | None
     """Bytes that a process's memory rose by for its steps."""
     peak_over_topk: float | None
-    """peak_bytes over topk's."""
     inference_seconds: float | None
     """The inference SAE on a batch, without gradient, median."""
     inference_over_topk: float | None
-    """inference_seconds over topk's."""
     step_over_previous: float | None
-    """In a scan: step_seconds over those of the size before."""
+    """In a scan, over the size before."""
     step_over_first: float | None
-    """In a scan: step_seconds over those of the first size."""
     reason: str | None
 
 
@@ -143,7 +136,6 @@ class MemoryRow:
 
     name: str
     gib: float
-    """GiB."""
     phase: str
     """When: "always", "step" (of the SAE) or "refill" (of the buffer, by the model)."""
     device: str
@@ -175,9 +167,9 @@ class DryRun:
     sae_flops_per_token: float
     """FLOPs of a training step of the SAE."""
     model_seconds: float
-    """Seconds that the model takes at least, for all tokens."""
+    """At least, for all tokens."""
     sae_seconds: float
-    """Seconds that the SAE's steps take at least."""
+    """At least, for all steps."""
 
     @property
     def more_than_topk(self) -> float:

@@ -9,15 +9,23 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from statistics import median, quantiles
-from typing import Any
 
 import torch
 
 from sae_nfm.architectures import parameter_count
-from sae_nfm.common import provenance
+from sae_nfm.common import check_choice, check_positive, provenance
 from sae_nfm.models import check_device
-from sae_nfm.profiling.arms import ARMS, JOINT_AUTO, JOINT_TORCH, Case, Sizes, Timings, joint_config, time_cases
-from sae_nfm.profiling.peak_memory import measure_peaks
+from sae_nfm.profiling.arms import (
+    ARMS,
+    JOINT_AUTO,
+    JOINT_TORCH,
+    Case,
+    Sizes,
+    Timings,
+    joint_config,
+    measure_peaks,
+    time_cases,
+)
 from sae_nfm.profiling.results import TOPK, Rates, Scan, SpeedResult, SpeedRow
 
 SCANNED = (JOINT_AUTO, TOPK)
@@ -48,18 +56,11 @@ class SpeedConfig(Sizes):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be timed."""
-        for name in ("batch", "repeats", "warm_up"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive whole number")
-        unknown = [arm for arm in self.arms if arm not in ARMS]
-        if unknown:
-            raise ValueError(f"arms has {unknown[0]!r}; give some of {', '.join(map(repr, ARMS))}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads is {self.threads}; give a positive whole number, or leave it out")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}; give 'float32' or 'bfloat16'")
-        if self.scan not in ("d_sae", "nfm_dim", None):
-            raise ValueError(f"scan is {self.scan!r}; give 'd_sae' or 'nfm_dim'")
+        check_positive(self, "batch", "repeats", "warm_up", "threads")
+        for arm in self.arms:
+            check_choice("arms", arm, ARMS)
+        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("scan", self.scan, ("d_sae", "nfm_dim", None))
         if self.scan_to is not None and self.scan is None:
             raise ValueError(f"scan_to is {self.scan_to} without a scan; give --scan d_sae or --scan nfm_dim too")
         if self.scan is not None and self.scan_to is not None and self.scan_to < 2 * getattr(self, self.scan):
@@ -71,11 +72,7 @@ class SpeedConfig(Sizes):
 
 
 def measure_speed(config: SpeedConfig) -> SpeedResult:
-    """Time the arms, or scan one size; writes `config.save` where that is given.
-
-    Raises:
-        ValueError: for sizes that do not fit together, or a device that is not there.
-    """
+    """Time the arms, or scan one size; writes `config.save` where that is given."""
     check_device(config.device)
     possible = tuple(arm for arm in ARMS if arm != JOINT_TORCH or torch.device(config.device).type == "cuda")
     arms = config.arms or (SCANNED if config.scan else possible)
@@ -91,7 +88,14 @@ def measure_speed(config: SpeedConfig) -> SpeedResult:
         )
         peaks = measure_peaks(cases, timings) if config.memory else {}
         rows = tuple(_row(case, timings, peaks, rates) for case in cases)
-        result = SpeedResult(rows=rows, rates=rates, provenance=_provenance(config))
+        cuda = torch.device(config.device).type == "cuda"
+        origin = provenance(
+            asdict(config) | {"arms": list(config.arms)},
+            device=torch.cuda.get_device_name(config.device) if cuda else f"{platform.machine()} {config.device}",
+            threads=torch.get_num_threads(),
+            torch_cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        )
+        result = SpeedResult(rows=rows, rates=rates, provenance=origin)
     if config.save is not None:
         result.save(config.save)
     return result
@@ -144,13 +148,15 @@ def _row(case: Case, timings: dict[Case, Timings], peaks: dict[Case, int], rates
     step, inference = _median(timings[case].step), _median(timings[case].inference)
     floor = floor_seconds(sizes, rates) if arm.startswith("joint_nfm") else None
     same_arm = [other for other in timings if other[0] == arm]
+    seconds = timings[case].step
+    quartiles = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else None
     smaller = [_median(timings[other].step) for other in same_arm[: same_arm.index(case)]]
     return SpeedRow(
         arm=arm,
         d_sae=sizes.d_sae,
         nfm_dim=sizes.nfm_dim,
         step_seconds=step,
-        step_quartiles=_quartiles(timings[case].step),
+        step_quartiles=(quartiles[0], quartiles[-1]) if quartiles else None,
         step_over_topk=_ratio(step, _median(topk.step)),
         floor_seconds=floor,
         step_over_floor=_ratio(step, floor),
@@ -168,13 +174,6 @@ def _median(values: Sequence[float]) -> float | None:
     return median(values) if values else None
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float] | None:
-    if len(values) < 2:
-        return None
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return low, high
-
-
 def _ratio(value: float | None, reference: float | None) -> float | None:
     return None if value is None or not reference else value / reference
 
@@ -187,13 +186,3 @@ def _threads(wanted: int | None) -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(had)
-
-
-def _provenance(config: SpeedConfig) -> dict[str, Any]:
-    cuda = torch.device(config.device).type == "cuda"
-    return provenance(
-        asdict(config) | {"arms": list(config.arms)},
-        device=torch.cuda.get_device_name(config.device) if cuda else f"{platform.machine()} {config.device}",
-        threads=torch.get_num_threads(),
-        torch_cpu_capability=torch.backends.cpu.get_cpu_capability(),
-    )

@@ -24,7 +24,7 @@ from sae_nfm.analysis.path_contributions import (
     read_activations,
     token_paths,
 )
-from sae_nfm.analysis.path_statistics import functional_figures
+from sae_nfm.analysis.sae_report import functional_figures
 from sae_nfm.architectures.joint_sae import Paths
 from sae_nfm.kernels import reference
 from sae_nfm.kernels.reference import SparseActs

@@ -8,8 +8,14 @@ from builders import D_SAE
 from path_inputs import activations, joint
 
 from sae_nfm.analysis import gauge
-from sae_nfm.analysis.path_contributions import token_paths
-from sae_nfm.analysis.path_overlap import centred, gains_of_arms, pair_projections, projection, squared_error_gains
+from sae_nfm.analysis.path_contributions import (
+    centred,
+    gains_of_arms,
+    pair_projections,
+    projection,
+    squared_error_gains,
+    token_paths,
+)
 from sae_nfm.architectures.joint_sae import Paths
 
 

@@ -70,7 +70,7 @@ def test_the_fit_is_scikit_learns_ridge(penalty):
     acts, documents = planted(n=300), torch.arange(300) // 10
     target = reference.bi_interaction(acts, weights()) + reference.weighted_rows(acts, weights(seed=2))
     dense = torch.zeros(300, 12, dtype=torch.float64).scatter_(1, acts.indices, acts.values).numpy()
-    fit = divided(documents.numpy(), 0).fit
+    fit, _, _ = divided(documents.numpy(), 0)
     spread = ((dense[fit] - dense[fit].mean(0)) ** 2).sum() / 12
     ridge = Ridge(alpha=penalty * spread).fit(dense[fit], target[fit].numpy())
     for solver in ("normal equations", "conjugate gradient"):
@@ -97,11 +97,11 @@ def test_the_penalty_is_the_best_on_the_second_part():
 def test_no_document_is_in_two_parts():
     documents = np.repeat(np.arange(30), np.arange(30) + 1)
     parts = divided(documents, 0)
-    found = [set(documents[part]) for part in (parts.fit, parts.validation, parts.test)]
+    found = [set(documents[part]) for part in parts]
     assert [len(one) for one in found] == [18, 6, 6]
     assert set.union(*found) == set(range(30))
-    assert sorted(np.concatenate([parts.fit, parts.validation, parts.test])) == list(range(len(documents)))
-    assert not np.array_equal(divided(documents, 1).test, parts.test)
+    assert sorted(np.concatenate(parts)) == list(range(len(documents)))
+    assert not np.array_equal(divided(documents, 1)[2], parts[2])
     with pytest.raises(ValueError, match=r"\b4 documents\b.*\b5\b"):
         divided(np.arange(4), 0)
 

@@ -5,9 +5,15 @@ import torch
 from path_inputs import activations, joint
 from scipy.stats import ttest_1samp
 
-from sae_nfm.analysis.path_contributions import path_sizes, token_paths
-from sae_nfm.analysis.path_overlap import centred, pair_projections, projection, squared_error_gains
-from sae_nfm.analysis.path_statistics import functional_figures
+from sae_nfm.analysis.path_contributions import (
+    centred,
+    pair_projections,
+    path_sizes,
+    projection,
+    squared_error_gains,
+    token_paths,
+)
+from sae_nfm.analysis.sae_report import functional_figures
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +38,9 @@ def test_figures_are_those_of_their_functions(figures):
     free = projection(centred(paths.interaction), centred(paths.direct + paths.linear))
     assert found.gauge_free_inhibition.mean.estimate == pytest.approx(free.mean, rel=1e-5)
     gains = squared_error_gains(tokens.x, paths)
-    assert found.gains.overlap.estimate == pytest.approx(gains.overlap.mean() / gains.base.mean())
+    assert found.gains["overlap"].estimate == pytest.approx(gains.overlap.mean() / gains.base.mean())
     per_document = gains.overlap.reshape(20, 24).mean(1)  # equal documents: a t-test over their means
-    assert found.gains.overlap.p_value == pytest.approx(ttest_1samp(per_document, 0).pvalue)
+    assert found.gains["overlap"].p_value == pytest.approx(ttest_1samp(per_document, 0).pvalue)
     pairs = pair_projections(tokens.read, tokens.gates, sae.W_dec, sae.V, sae.W_1, sae.W_2)
     assert found.pairs.fraction_negative.estimate == pytest.approx(pairs.fraction_negative)
     assert found.pairs.negative_strength.estimate == pytest.approx(pairs.fraction_negative_strength)

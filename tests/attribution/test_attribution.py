@@ -9,8 +9,17 @@ from pair_inputs import pair_sae, pairs_by_loop, x
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 
 from sae_nfm.architectures.nfm_paths import PathWeights
-from sae_nfm.attribution.pairs import TokenPairs, along, bias_terms, norms, single_features, strongest, written
-from sae_nfm.attribution.path_activations import TokenReads, token_reads
+from sae_nfm.attribution.pairs import (
+    TokenPairs,
+    TokenReads,
+    along,
+    bias_terms,
+    norms,
+    single_features,
+    strongest,
+    token_reads,
+    written,
+)
 from sae_nfm.kernels.reference import SparseActs
 
 SETTINGS = [{"nfm_top_k": None}, {"nfm_top_k": 3}, {"nfm_top_k": None, "kernel": "sparse"}, {"nfm_dim": 2}]

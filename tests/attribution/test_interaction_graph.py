@@ -8,10 +8,9 @@ import torch
 from pair_inputs import pair_sae, x
 
 from sae_nfm.architectures.nfm_paths import PathWeights
-from sae_nfm.attribution.corpus import TokenBatch
 from sae_nfm.attribution.graph import interaction_graph
-from sae_nfm.attribution.pair_table import summed
-from sae_nfm.attribution.path_activations import token_reads
+from sae_nfm.attribution.pair_table import TokenBatch, summed
+from sae_nfm.attribution.pairs import token_reads
 from sae_nfm.attribution.results import InteractionGraph
 
 

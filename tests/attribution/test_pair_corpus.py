@@ -9,11 +9,10 @@ import torch
 from builders import D_SAE, D_VOCAB, tiny_model
 from pair_inputs import pair_sae, pairs_by_loop, some_tokens
 
-from sae_nfm.attribution import corpus as corpus_module
-from sae_nfm.attribution.corpus import Corpus, first_reads
+from sae_nfm.attribution import pair_table as corpus_module
 from sae_nfm.attribution.direct_logits import DirectPath, Target
 from sae_nfm.attribution.pair_effects import run_prompt
-from sae_nfm.attribution.pair_table import PairTable, pair_sums, top_contexts
+from sae_nfm.attribution.pair_table import Corpus, PairTable, first_reads, pair_sums, top_contexts
 
 TARGET = Target.logit(7, D_VOCAB, "t7")
 

@@ -8,9 +8,8 @@ from planted import linear_model
 
 from sae_nfm.architectures.nfm_paths import PathWeights
 from sae_nfm.attribution.direct_logits import SCALE, DirectPath, Target
-from sae_nfm.attribution.pair_effects import PromptRun, Removal, gradients, remove_pairs, run_prompt
+from sae_nfm.attribution.pair_effects import PromptRun, Removal, attribute_token, gradients, remove_pairs, run_prompt
 from sae_nfm.attribution.pairs import TokenPairs, along, norms, written
-from sae_nfm.attribution.prompt import attribute_token
 from sae_nfm.interventions.edits import PairEdit
 from sae_nfm.interventions.intervene import Splice
 from sae_nfm.models.splicing import splice

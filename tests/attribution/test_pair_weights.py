@@ -10,12 +10,18 @@ from builders import D_SAE
 from pair_inputs import pair_sae, x
 
 from sae_nfm.architectures.nfm_paths import PathWeights
-from sae_nfm.attribution.corpus import TokenBatch
-from sae_nfm.attribution.pair_table import summed
-from sae_nfm.attribution.pairs import TokenPairs, norms
-from sae_nfm.attribution.path_activations import TokenReads, token_reads
+from sae_nfm.attribution.pair_table import (
+    COVARIANCE,
+    FREQUENCY,
+    TokenBatch,
+    correlated,
+    gates_of,
+    pair_controls,
+    summed,
+    weight_strengths,
+)
+from sae_nfm.attribution.pairs import TokenPairs, TokenReads, norms, token_reads
 from sae_nfm.attribution.results import Correlation
-from sae_nfm.attribution.weight_only import COVARIANCE, FREQUENCY, correlated, gates_of, pair_controls, weight_strengths
 from sae_nfm.kernels.reference import SparseActs
 
 SAE = pair_sae(nfm_top_k=None)

@@ -15,8 +15,7 @@ from simulated_factorial import TRIALS, rejections_allowed
 from sae_nfm import demo
 from sae_nfm.analysis.path_contributions import read_activations
 from sae_nfm.architectures.nfm_paths import PathWeights
-from sae_nfm.attribution.pairs import TokenPairs, written
-from sae_nfm.attribution.path_activations import token_reads
+from sae_nfm.attribution.pairs import TokenPairs, token_reads, written
 from sae_nfm.experiments.factorial.clamps import clamped, spliced, unit_of
 from sae_nfm.experiments.factorial.measure import (
     SCALES,

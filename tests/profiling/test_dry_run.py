@@ -21,13 +21,20 @@ from sae_nfm.architectures.joint_training import JointNFMTrainingSAE
 from sae_nfm.cli.train import parse
 from sae_nfm.models.load import find_site, load_model
 from sae_nfm.profiling import arms
-from sae_nfm.profiling.arms import Sizes, joint_config
-from sae_nfm.profiling.fake_run import LiveBytes, activation_buffer, model_forward, sae_step, shape_of_model
-from sae_nfm.profiling.peak_memory import peak_of_steps
+from sae_nfm.profiling.arms import Sizes, joint_config, peak_of_steps
+from sae_nfm.profiling.requirements import (
+    CONFIGS,
+    Experiment,
+    LiveBytes,
+    activation_buffer,
+    dry_run,
+    load_experiment,
+    model_forward,
+    sae_step,
+    shape_of_model,
+)
 from sae_nfm.profiling.requirements import _kernel as chosen_kernel
-from sae_nfm.profiling.requirements import dry_run
 from sae_nfm.profiling.results import Device, DryRun
-from sae_nfm.profiling.run_spec import CONFIGS, Experiment, load_experiment
 from sae_nfm_cli import main
 
 LOADERS = {

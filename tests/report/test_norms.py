@@ -8,8 +8,8 @@ from report_inputs import RUN, estimate, figures_by_name, traces
 from report_runs import run_of
 from sae_lens import TopKSAE, TopKSAEConfig
 
-from sae_nfm.analysis.norm_histograms import squared_norms
 from sae_nfm.analysis.results import AS_TRAINED, CANONICAL, INITIAL, TOPK, NormsResult, Statistic
+from sae_nfm.analysis.weight_norms import squared_norms
 from sae_nfm.cli.jobs import write_report
 from sae_nfm.experiments.reproduce.results import ReproduceResult, Section, reproduced_row
 from sae_nfm.report.blocks import Heading

@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_nfm.architectures.joint_config import JointNFMSAEConfig
 from sae_nfm.architectures.joint_sae import JointNFMSAE
 from sae_nfm.architectures.nfm_paths import PathWeights
-from sae_nfm.attribution.path_activations import TokenReads
+from sae_nfm.attribution.pairs import TokenReads
 
 
 def pair_sae(architecture: str = "joint_nfm", **overrides: Any) -> SAE:
