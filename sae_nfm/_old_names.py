@@ -64,6 +64,7 @@ MOVED: dict[str, str] = {
     "pretrained": "hub.release",
     "prompt_attribution": "attribution.pair_effects attribution.results",
     "release": "hub.release",
+    "report.theme": "report.plots",
     "reproduce": "experiments.reproduce.run",
     "reproduced_result": "experiments.reproduce.results",
     "resampling": "stats.estimates",
@@ -114,12 +115,11 @@ class OldNames(MetaPathFinder, Loader):
 
     @override
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        package, _, name = fullname.rpartition(".")
-        return ModuleSpec(fullname, self) if package == "sae_nfm" and name in MOVED else None
+        return ModuleSpec(fullname, self) if fullname.removeprefix("sae_nfm.") in MOVED else None
 
     @override
     def exec_module(self, module: ModuleType) -> None:
-        new, *others = (f"sae_nfm.{name}" for name in MOVED[module.__name__.rpartition(".")[2]].split())
+        new, *others = (f"sae_nfm.{name}" for name in MOVED[module.__name__.removeprefix("sae_nfm.")].split())
         warnings.warn(f"{module.__name__} is {new} now; the old name goes with 0.3", FutureWarning, stacklevel=2)
         places = [import_module(name) for name in (new, *others, new.rpartition(".")[0])]
 

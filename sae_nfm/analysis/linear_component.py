@@ -12,7 +12,7 @@ Source: the control of arXiv 2507.00269's linear and nonlinear shares; ridge reg
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -160,15 +160,23 @@ def linear_part(
     )
 
 
-def divided(groups: NDArray[Any], seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
-    """Tokens to fit on, to choose the penalty on and to score on: about 60, 20 and 20 % of the groups; a group stays together."""
+class Parts(NamedTuple):
+    """Indices of the tokens to fit on, to choose the penalty on and to score on."""
+
+    fit: NDArray[np.intp]
+    validation: NDArray[np.intp]
+    test: NDArray[np.intp]
+
+
+def divided(groups: NDArray[Any], seed: int) -> Parts:
+    """About 60, 20 and 20 % of the groups; a group stays together."""
     if (n := len(np.unique(groups))) < 5:
         raise ValueError(f"{n} documents cannot be divided into three parts of 60, 20 and 20 %; give at least 5")
     split = GroupShuffleSplit(n_splits=1, test_size=0.4, random_state=seed)
     fit, rest = next(split.split(groups, groups=groups))
     half = GroupShuffleSplit(n_splits=1, test_size=0.5, random_state=seed)
     validation, test = next(half.split(rest, groups=groups[rest]))
-    return fit, rest[validation], rest[test]
+    return Parts(fit=fit, validation=rest[validation], test=rest[test])
 
 
 def _design(acts: SparseActs, d_sae: int) -> Any:

@@ -9,8 +9,11 @@ from .push_pull import Pushed as Pushed
 from .push_pull import pull as pull
 from .push_pull import push as push
 from .release import PACKAGED as PACKAGED
+from .release import FolderSource as FolderSource
 from .release import PackageSource as PackageSource
 from .release import Release as Release
 from .release import register_packaged_releases as register_packaged_releases
+from .release import register_release as register_release
+from .release import register_releases as register_releases
 from .release import release_entry as release_entry
 from .release import write_releases as write_releases

@@ -23,7 +23,7 @@ from sae_nfm.analysis.weight_norms import (
     varies,
     weight_figures,
 )
-from sae_nfm.architectures import registry
+from sae_nfm.architectures import nfm_config
 from sae_nfm.stats.estimates import Estimate
 
 # float32 sums of at most 32 terms of order 1, in another order
@@ -212,7 +212,7 @@ def test_where_there_is_no_canonical_gauge_the_reason_is_given():
 
 def topk(rescaled: bool = True) -> SAE:
     cfg = TopKTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, k=4, rescale_acts_by_decoder_norm=rescaled)
-    sae = registry.random_initialisation(cfg, 0)
+    sae = nfm_config.random_initialisation(cfg, 0)
     sae.W_dec.data *= torch.linspace(0.5, 2, D_SAE)[:, None]  # at first all rows have one norm
     return sae
 
@@ -292,7 +292,7 @@ def test_random_initialisation_is_seeded_and_touches_no_global_state():
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    one, two, other = (registry.random_initialisation(cfg, seed) for seed in (0, 0, 1))
+    one, two, other = (nfm_config.random_initialisation(cfg, seed) for seed in (0, 0, 1))
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(one.W_lin, two.W_lin)
     assert not torch.equal(one.W_lin, other.W_lin)
@@ -303,14 +303,14 @@ def test_random_initialisation_is_seeded_and_touches_no_global_state():
 def test_a_saved_sae_remembers_how_it_was_initialised(tmp_path):
     sae = joint(nfm_embedding_init_std=0.07, decoder_init_norm=0.3)
     sae.save_inference_model(str(tmp_path))
-    cfg = registry.training_config(SAE.load_from_disk(str(tmp_path)))
+    cfg = nfm_config.training_config(SAE.load_from_disk(str(tmp_path)))
     assert (cfg.nfm_embedding_init_std, cfg.decoder_init_norm, cfg.k) == (0.07, 0.3, 4)
-    norms = registry.random_initialisation(cfg, 0).W_dec.norm(dim=-1)
+    norms = nfm_config.random_initialisation(cfg, 0).W_dec.norm(dim=-1)
     torch.testing.assert_close(norms, torch.full((D_SAE,), 0.3))
     forgotten = joint(inference=True)
     forgotten.cfg.metadata.training_architecture_details = None
     with pytest.raises(ValueError, match=r"metadata.*training_architecture"):
-        registry.training_config(forgotten)
+        nfm_config.training_config(forgotten)
 
 
 # The report.

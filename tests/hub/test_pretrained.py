@@ -221,7 +221,7 @@ def test_names_that_are_taken(registered, saved, monkeypatch):
     with pytest.raises(ValueError, match=r"'gpt2-small-res-jb'.*SAELens"):
         register_release("gpt2-small-res-jb", model="tiny", source=source, saes=[entry])
     for name in (registered, DEMO):
-        with pytest.raises(ValueError, match=rf"'{re.escape(name)}'.*\bregistered\b"):
+        with pytest.raises(ValueError, match=rf"'{re.escape(name)}'.*\balready\b"):
             register_release(name, model="tiny", source=source, saes=[entry])
     theirs = PretrainedSAELookup(DEMO, "them/saes", "gpt2", None, {}, {}, {}, {}, {}, None)
     monkeypatch.setitem(directory(), DEMO, theirs)
