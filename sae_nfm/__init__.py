@@ -17,7 +17,7 @@ from sae_nfm.architectures import (
 )
 from sae_nfm.training import HeldOut, read_training_record, record_training
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "HeldOut",
     "JointNFMSAE",
