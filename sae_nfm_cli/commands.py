@@ -85,10 +85,10 @@ START = {
         run="sae_nfm.cli.jobs:run_demo",
     ),
     "attribute": Command(
-        summary="which features interact on a token; what removing a pair does",
-        description="Pairs of features on the tokens of a prompt: what each writes, which tokens that promotes, its effect "
-        "on a logit, predicted and measured by removing it. With --corpus: pairs over held-out text, with contexts, the "
-        "weight-only view and the co-occurrence control.",
+        summary="which features interact on a token; the effect of ablating a pair",
+        description="Show the pairs of features on the tokens of a prompt: what each pair writes, which tokens that promotes, "
+        "and its effect on a logit, predicted and measured by ablation. With --corpus: pairs over held-out text, with contexts, "
+        "the weight-only view and the co-occurrence control.",
         examples=(
             ("the last token, with the packaged SAE, offline", 'sae-nfm attribute "The film was not good"'),
             ("the difference of two logits", 'sae-nfm attribute "The film was not" --logit " good" --against " bad"'),
@@ -138,9 +138,9 @@ TRAIN = {
         run="sae_nfm.convert.run:convert",
     ),
     "dry-run": Command(
-        summary="shapes, memory and time of a training run, before it is made",
-        description="Shapes, parameters, memory and time of a training run: a .yaml file, or an experiment that comes with "
-        "the package (paper: the set-up of arXiv 2507.00269).",
+        summary="shapes, memory and time of a training run before you start it",
+        description="Estimate shapes, parameters, memory and time of a training run, given as a .yaml file or as an experiment "
+        "of the package (paper: the set-up of arXiv 2507.00269).",
         examples=(
             ("the published run", "sae-nfm dry-run paper"),
             ("the same on a smaller device", "sae-nfm dry-run paper --memory-gib 24"),
@@ -168,10 +168,10 @@ TRUST = {
         run="sae_nfm.evaluation.saelens_evals:evaluate_saved",
     ),
     "compare": Command(
-        summary="matched arms over several seeds, a verdict for each claim",
+        summary="matched SAEs over several seeds, with a verdict for each claim",
         description="Train joint_nfm, its controls and SAEs on their own at matched width, parameters and FLOPs over several "
-        "seeds, each at its own learning rate, and judge every claim over seeds and documents. Interrupted, it goes on when "
-        "called again.",
+        "seeds, each at its own learning rate, and judge every claim over seeds and documents. An interrupted run resumes "
+        "when the command is called again.",
         examples=(
             ("the embedded model, offline", "sae-nfm compare"),
             ("a first look: no verdicts", "sae-nfm compare --arms joint_nfm topk --seeds 0 --learning-rates 5e-3"),
@@ -180,9 +180,9 @@ TRUST = {
         run="sae_nfm.comparison.run:run_compare",
     ),
     "speed": Command(
-        summary="what a training step costs, beside SAELens's TopK and a floor",
-        description="Time a training step of joint_nfm, beside SAELens's TopK and beside the least that its products and "
-        "memory traffic must take at rates measured in the same run.",
+        summary="cost of a training step, compared with SAELens's TopK",
+        description="Time a training step of joint_nfm and of SAELens's TopK, and compare both with a lower bound from the rates "
+        "of products and memory traffic measured in the same run.",
         examples=(
             ("all arms", "sae-nfm speed"),
             ("at the embedded model's size", 'sae-nfm speed --arms "joint_nfm auto" topk --d-in 256 --d-sae 2048'),
@@ -243,7 +243,7 @@ SHARE = {
 }
 PAPER = {
     "reproduce": Command(
-        summary="each published figure beside ours and the control that it needs",
+        summary="every published result beside ours and its control",
         description="Measure what arXiv 2507.00269 reports, and the same under the controls that it lacks, on SAEs trained "
         "for one seed or on those of a finished comparison.",
         examples=(
@@ -268,7 +268,7 @@ PAPER = {
         summary="which features the hidden code of the interactions has",
         description="Train SAEs on the hidden code of an SAE's interaction path, on a permuted hidden code, on the linear "
         "path's output and on the residual; put each reconstruction in place and measure error, KL and cross-entropy. "
-        "Interrupted, it goes on when called again.",
+        "An interrupted run resumes when the command is called again.",
         examples=(
             ("the packaged SAE, offline", "sae-nfm secondary"),
             ("one of a demo, at two sparsities", "sae-nfm secondary runs/demo/saes/joint_nfm --k 8 16"),
@@ -279,9 +279,9 @@ PAPER = {
     ),
     "dynamics": Command(
         summary="how features move over the checkpoints of a training run",
-        description="Measure every checkpoint of one joint_nfm run on the same held-out tokens: do features pass from "
-        "integration to identity while it is trained? Beside it stand shuffled identities of features, the canonical gauge, "
-        "and a topk run.",
+        description="Measure every checkpoint of one joint_nfm run on the same held-out tokens: do features move from "
+        "integration to identity during training? The controls are shuffled feature identities, the canonical gauge and a "
+        "TopK run.",
         examples=(
             ("first a run with checkpoints", "sae-nfm train --n_checkpoints 6 --wandb_id mine"),
             ("then what moved in it", "sae-nfm dynamics checkpoints/mine"),
@@ -295,8 +295,7 @@ PAPER = {
 SHELL = {
     "completion": Command(
         summary="print the script that completes commands in bash, zsh or fish",
-        description="Print a script that completes commands, options and file names. It is of the options that there are "
-        "now: make it again after an update.",
+        description="Print a script that completes commands, options and file names. Regenerate it after an update.",
         examples=(
             ("bash, in this shell", "source <(sae-nfm completion bash)"),
             ("bash, for good", "sae-nfm completion bash > ~/.sae-nfm; echo '. ~/.sae-nfm' >> ~/.bashrc"),

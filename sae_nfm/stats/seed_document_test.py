@@ -44,7 +44,7 @@ from sae_nfm.stats.estimates import (
 )
 
 SEEDS_FOR_A_CLAIM = 5
-"""With fewer seeds there are figures and no verdict."""
+"""With fewer seeds there are estimates but no verdict."""
 
 RELABELLED_AT_MOST = 2.0**-SEEDS_FOR_A_CLAIM
 """Share of relabellings of the seeds that may look as good: what five seeds reach when they agree."""

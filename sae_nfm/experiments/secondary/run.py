@@ -36,7 +36,7 @@ class SecondaryConfig(SavedSAEOptions, TextOptions):
     training_tokens: int = 100_000
     """Activations that each SAE is trained on."""
     held_out_tokens: int = 20_000
-    """Held-out tokens that figures are taken on, at most."""
+    """Held-out tokens for the metrics, at most."""
     fit_tokens: int = 10_000
     """Held-out tokens, after those, for the mean of the hidden code."""
     batch_size: int = 512
