@@ -52,10 +52,13 @@ class ArmGroup(StrEnum):
 
 
 A = ArmName
-_JOINT = (A.JOINT, A.HALF, A.SQUARE, A.WITHOUT_LINEAR, A.WITHOUT_NONLINEAR, A.MLP)
-_TOPK = (A.TOPK, A.DOUBLED, A.MATCHED, A.MATCHED_FOLDED, A.MATCHED_FLOPS)
-ARM_GROUPS = {str(arm): ArmGroup.JOINT for arm in _JOINT} | {str(arm): ArmGroup.TOPK for arm in _TOPK}
-"""Groups by arm; those without one are `ArmGroup.OTHER`."""
+_ARMS_OF = {
+    ArmGroup.JOINT: (A.JOINT, A.HALF, A.SQUARE, A.WITHOUT_LINEAR, A.WITHOUT_NONLINEAR, A.MLP),
+    ArmGroup.TOPK: (A.TOPK, A.DOUBLED, A.MATCHED, A.MATCHED_FOLDED, A.MATCHED_FLOPS),
+    ArmGroup.OTHER: (A.BATCHTOPK, A.MATRYOSHKA, A.STANDARD, A.GATED, A.JUMPRELU),
+}
+ARM_GROUPS = {str(arm): group for group, arms in _ARMS_OF.items() for arm in arms}
+"""The group of each arm."""
 
 
 class Paths(StrEnum):
@@ -201,7 +204,11 @@ CLAIMS: tuple[Claim, ...] = (
     _fair(A.WITHOUT_NONLINEAR, A.DOUBLED, "whether that is more than its learning rate"),
     _fair(A.SQUARE, A.JOINT, "the square path in place of the linear one"),
     *(_fair(A.SQUARE, topk, "the square path, likewise") for topk in (A.TOPK, A.MATCHED)),
-    *(_fair(A.JOINT, other, "against another architecture") for other in ArmName if other not in ARM_GROUPS),
+    *(
+        _fair(A.JOINT, other, "against another architecture")
+        for other in ArmName
+        if ARM_GROUPS[other] is ArmGroup.OTHER
+    ),
     *(_ablation(arm, part) for arm in ABLATED for part in (Paths.DIRECT, Paths.CANONICAL)),
 )
 """All of them; a comparison answers those whose arms it has."""

@@ -1,6 +1,7 @@
 """The table of a comparison: metrics of every SAE, and the arms whose L0 a coefficient sets, interpolated."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from sae_nfm.evaluation import Arm, Fidelity, evaluate
 from sae_nfm.evaluation.fidelity import SUMS, fidelity_of, held_out_sums
 from sae_nfm.models import LanguageModel
 from sae_nfm.training import Trained, TrainingArm
+
+OF_A_ROW = tuple(field.name for field in fields(Fidelity) if field.name not in ("l0", "tokens"))
+"""Metrics that a row of the table has as they were measured."""
 
 PATH_HOOKS = {Paths.LINEAR: "hook_nfm_linear", Paths.NONLINEAR: "hook_nfm_interaction", Paths.SQUARE: "hook_nfm_square"}
 """What is left on beside the direct path, and the hook point of what it writes."""
@@ -170,7 +174,7 @@ def _row(
         training_tokens_per_second=trained.tokens_per_second if is_whole else None,
         dead_fraction=_dead_fraction(folder) if folder is not None and is_whole else None,
         l0=l0,
-        **{name: getattr(found, name, None) for name in ("fvu", "kl_nats", "ce_nats", "ce_delta_nats")},
+        **{name: getattr(found, name, None) for name in OF_A_ROW},
         tokens=0 if found is None else found.tokens,
     )
 
