@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_compiled_training_follows_the_eager_one(architecture, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", COMPILED_SCRIPT, architecture, str(tmp_path)],
         cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "support")},
         capture_output=True,
         text=True,
         check=False,
