@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from whole_folder import written_whole
 
-from sae_nfm.common import written_whole
 from sae_nfm.demo.model import MODEL_DIR, load_gpt2
 
 

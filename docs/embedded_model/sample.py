@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, GPT2LMHeadModel
 from verbatim import BOS_ID, LIMIT, corpus_tokens, describe, longest_runs
+from whole_folder import written_whole
 
-from sae_nfm.common import written_whole
 from sae_nfm.demo.model import MODEL_DIR, load_gpt2
 from sae_nfm.demo.tokens import TOKENS_DIR, write_rows
 

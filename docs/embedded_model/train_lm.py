@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 from verbatim import BOS_ID, token_stream
+from whole_folder import written_whole
 
-from sae_nfm.common import written_whole
 from sae_nfm.data import read_documents
 
 BOS = "<|endoftext|>"

@@ -18,9 +18,9 @@ import tyro
 from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from safetensors.torch import load_file, save
+from whole_folder import written_whole
 
 from sae_nfm import demo
-from sae_nfm.common import written_whole
 from sae_nfm.comparison import DemoConfig, compare_once
 from sae_nfm.comparison.results import CompareResult
 from sae_nfm.data import datasets

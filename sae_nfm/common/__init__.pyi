@@ -4,7 +4,6 @@ from .files import partial_folder as partial_folder
 from .files import publish as publish
 from .files import whole as whole
 from .files import write_json as write_json
-from .files import written_whole as written_whole
 from .hub_errors import LOG_IN as LOG_IN
 from .hub_errors import explained as explained
 from .options import check_choice as check_choice

@@ -138,6 +138,8 @@ ARMS: dict[str, Callable[[Sizes], TrainingSAE[Any]]] = {
     "batchtopk": lambda sizes: BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**_shape(sizes), k=float(sizes.k))),
 }
 """The training SAE of each arm."""
+JOINT_ARMS = ("joint_nfm dense", "joint_nfm sparse", JOINT_AUTO, JOINT_TORCH, PUBLISHED)
+"""Forms of joint_nfm, which the lower bound of a step is for."""
 INFERENCE_ARMS = ("joint_nfm dense", JOINT_AUTO, TOPK)
 """Arms that differ in inference."""
 

@@ -17,6 +17,7 @@ from sae_nfm.common import check_choice, check_positive, provenance
 from sae_nfm.models import check_device
 from sae_nfm.profiling.arms import (
     ARMS,
+    JOINT_ARMS,
     JOINT_AUTO,
     JOINT_TORCH,
     Case,
@@ -146,7 +147,7 @@ def floor_seconds(sizes: Sizes, rates: Rates) -> float:
 def _row(case: Case, timings: dict[Case, Timings], peaks: dict[Case, int], rates: Rates) -> SpeedRow:
     (arm, sizes), topk = case, timings.get((TOPK, case[1]), Timings())
     step, inference = _median(timings[case].step), _median(timings[case].inference)
-    floor = floor_seconds(sizes, rates) if arm.startswith("joint_nfm") else None
+    floor = floor_seconds(sizes, rates) if arm in JOINT_ARMS else None
     same_arm = [other for other in timings if other[0] == arm]
     seconds = timings[case].step
     quartiles = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else None

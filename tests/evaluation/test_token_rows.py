@@ -1,6 +1,7 @@
 """Rows on disk: what is written is read, sums are those of the rows, and nothing unfinished is taken for a result."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
@@ -167,8 +168,8 @@ def test_other_things_are_not_overwritten(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"\bother things\b.*\bmanifest\.json\b"):
         begin(tmp_path, manifest())
-    (tmp_path / "manifest.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"\bmanifest\.json is not\b"):
+    (tmp_path / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest()) | {"mine": 1}))
+    with pytest.raises(ValueError, match=r"\bmanifest\.json is not\b.*'mine'"):
         begin(tmp_path, manifest())
 
 
