@@ -34,7 +34,7 @@ def save_adapter(sae: SequentialNFM, path: str | Path, *, base: str | None = Non
     Raises:
         ValueError: when the base has no such name, or what is found there has other weights; nothing is written.
     """
-    check_output(str(path))
+    check_output(path, "path", only_sae=True)
     partial = partial_folder(str(path))
     partial.mkdir(parents=True, exist_ok=True)
     write_adapter(sae, partial, base)

@@ -109,7 +109,7 @@ def convert(config: ConvertConfig) -> Converted:
         ValueError, FileNotFoundError: for a source that is damaged, mismatched, of an unknown kind or not there, an option that
             is missing or means nothing for it, an output that is something else. Nothing is written.
     """
-    check_output(str(config.output))
+    check_output(config.output, only_sae=True)
     form = detected(config.source) if config.format == "auto" else config.format
     _refuse_idle_options(config, form)
     sae = _read(config, form)

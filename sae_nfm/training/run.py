@@ -309,7 +309,7 @@ def train(arguments: TrainArguments) -> Trained:
         InterruptedException: after SIGINT or SIGTERM; it says how to go on.
     """
     cfg = arguments.cfg
-    check_output(cfg.output_path)
+    check_output(cfg.output_path, "output_path", only_sae=True)
     others = load_others(arguments.others, cfg)
     model = fit_to_model(arguments, others)
     dataset, held_out = _data(arguments)
