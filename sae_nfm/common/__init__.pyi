@@ -1,3 +1,10 @@
+from .file_errors import DamagedFileError as DamagedFileError
+from .file_errors import FileError as FileError
+from .file_errors import check_writable as check_writable
+from .file_errors import printable as printable
+from .file_errors import quoted as quoted
+from .file_errors import reading as reading
+from .file_errors import writing as writing
 from .files import check_digests as check_digests
 from .files import checked as checked
 from .files import differences as differences

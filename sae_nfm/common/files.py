@@ -25,6 +25,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sae_nfm.common.file_errors import DamagedFileError, reading
+
 SAE_CONFIG = "cfg.json"
 """What SAELens calls the config in the folder of a saved SAE."""
 DIGESTS_FILENAME, DIGESTS_KIND, SIDECAR = "digests.json", "digests/1", ".sha256"
@@ -88,10 +90,9 @@ def checked(path: str | Path) -> Path:
 
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file of ours, its digest checked; a ValueError that names the file where it is damaged."""
-    try:
-        return json.loads(checked(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); restore it") from error
+    checked(path)
+    with reading(path, "JSON"):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def check_digests(folder: str | Path, *names: str) -> None:
@@ -127,11 +128,11 @@ def digests(folder: str | Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); {_remedy(path)}") from error
+        raise DamagedFileError(f"{path} is damaged ({error}); {_remedy(path)}") from error
     if not isinstance(content, dict) or len({"kind", "finished", "run", "files", "sha256"} & set(content)) < 4:
         return None  # somebody else's file of that name
     if content.get("kind") != DIGESTS_KIND or content.pop("sha256", None) != _sha256_of(content):
-        raise ValueError(f"{path} is damaged or was edited: its digest is not its own; {_remedy(path)}")
+        raise DamagedFileError(f"{path} is damaged or was edited: its digest is not its own; {_remedy(path)}")
     return content
 
 
@@ -329,7 +330,7 @@ def _read_sidecar(path: Path) -> list[Digest]:
     words = [line.split(maxsplit=1) for line in sidecar.read_text(encoding="utf-8", errors="replace").splitlines()]
     found = [{"sha256": line[0]} for line in words if len(line) == 2 and line[1].lstrip("*") == path.name]
     if not found or len(found) < len(words):
-        raise ValueError(f"{sidecar} is damaged: a sha256 and {path.name!r} were expected; {_remedy(path)}")
+        raise DamagedFileError(f"{sidecar} is damaged: a sha256 and {path.name!r} were expected; {_remedy(path)}")
     return found
 
 
