@@ -17,7 +17,6 @@ Source: arXiv 2507.00269, analysis of decoder norms (shares, Spearman, the split
 mean 0.4, joint bimodal with means 0.05 and 0.37, not tested); null, dip test, canonical gauge and product are this package's.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from sae_nfm.analysis.results import (
 )
 from sae_nfm.architectures import random_initialisation, training_config
 from sae_nfm.architectures.joint_config import ARCHITECTURE
+from sae_nfm.common import read_json
 from sae_nfm.loading import load_sae
 from sae_nfm.stats import DipTest, MixtureComparison, PermutedCorrelation, compare_mixtures, dip_test, permuted_spearman
 
@@ -220,7 +220,7 @@ def norms_of_saes(folders: Sequence[Path], root: Path, *, seed: int = 0) -> Norm
         folders: of saved SAEs of any architecture.
         root: of the run; SAEs are named by their folders relative to it.
     """
-    configs = {folder: json.loads((folder / SAE_CFG_FILENAME).read_text()) for folder in folders}
+    configs = {folder: read_json(folder / SAE_CFG_FILENAME) for folder in folders}
     joint = [f for f, cfg in configs.items() if cfg.get("architecture") == ARCHITECTURE and cfg.get("use_linear_path")]
     found: list[SAENorms] = []
     for folder in joint[:LARGEST_N]:

@@ -14,7 +14,7 @@ import networkx
 import pandas as pd
 from pydantic import TypeAdapter
 
-from sae_nfm.common import whole, write_json
+from sae_nfm.common import checked, whole, write_json
 from sae_nfm.common.results import SavedResult, with_kind, without_kind
 
 Point = tuple[float, float]
@@ -94,9 +94,10 @@ class InteractionGraph:
             ValueError: for another suffix, or a file of another kind.
         """
         _check_suffix(path)
+        checked(path)
         try:
             if Path(path).suffix == ".json":
-                content = without_kind(GRAPH_KIND, json.loads(Path(path).read_text()))
+                content = without_kind(GRAPH_KIND, json.loads(Path(path).read_text(encoding="utf-8")))
                 nodes, edges = content["nodes"], content["edges"]
             else:
                 graph: Any = networkx.read_graphml(path)

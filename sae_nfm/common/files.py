@@ -78,6 +78,21 @@ def write_json(path: str | Path, content: Any, **options: Any) -> None:
         partial.write_text(json.dumps(content, indent=1, **options) + "\n", encoding="utf-8")
 
 
+def write_parquet(table: Any, path: str | Path) -> None:
+    """Write a data frame to a whole parquet file, without its index and with a checksum for every page."""
+    with whole(path) as partial:
+        table.to_parquet(partial, index=False, write_page_checksum=True)
+
+
+def read_parquet(path: str | Path) -> Any:
+    """A data frame from a parquet file of ours, its digest and the checksums of its pages checked."""
+    import pandas as pd  # where no table is read, results are read without it
+
+    checked(path)
+    with reading(path, "a parquet file"):
+        return pd.read_parquet(path, page_checksum_verification=True)
+
+
 def checked(path: str | Path) -> Path:
     """The path of a file of ours, to be read; a ValueError where it is not the file that was written."""
     path = Path(path)
@@ -115,6 +130,11 @@ def accept_file(path: Path) -> tuple[bool, Path]:
     return changed, listing / DIGESTS_FILENAME
 
 
+def sha256_of_file(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits."""
+    return str(_digest(path)["sha256"])
+
+
 def is_finished(folder: str | Path) -> bool:
     """Whether a folder is the output of a run that wrote all of it (and has digests: not of 0.1.0)."""
     return (found := digests(folder)) is not None and bool(found["finished"])
@@ -134,6 +154,20 @@ def digests(folder: str | Path) -> dict[str, Any] | None:
     if content.get("kind") != DIGESTS_KIND or content.pop("sha256", None) != _sha256_of(content):
         raise DamagedFileError(f"{path} is damaged or was edited: its digest is not its own; {_remedy(path)}")
     return content
+
+
+def note_files(folder: str | Path, *paths: Path) -> None:
+    """List files just written by another package in the `digests.json` of their folder, which is made where there is none."""
+    folder = Path(folder).absolute()
+    if folder in _begun:
+        return
+    try:
+        content = digests(folder)
+    except ValueError:  # of what was there before
+        content = None
+    content = content or {"finished": True, "run": {}, "files": {}}
+    content["files"] |= {_name(folder, path): _digest(path) for path in paths}
+    _write_digests(folder, content)
 
 
 def seal(folder: str | Path, run: Mapping[str, Any] | None = None) -> None:

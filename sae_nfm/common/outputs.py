@@ -16,6 +16,7 @@ import time
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def _is_foreign(file: Path) -> bool:
 def check_extension(output: str | Path, name: str, parts: Collection[str]) -> None:
     """Raise a ValueError where an output has something else than a run, begun or finished, of the command of this name.
 
-    parts: names in the output folder of such a run, beside `BESIDE_RESULTS`.
+    parts: names, or patterns of them, in the output folder of such a run, beside `BESIDE_RESULTS`.
     """
     final, other = final_place(output), f"give another output folder, or one of `sae-nfm {name}`"
     if not final.is_dir() or not any(final.iterdir()):
@@ -116,11 +117,32 @@ def check_extension(output: str | Path, name: str, parts: Collection[str]) -> No
         ran = str(json.loads(results.read_text(encoding="utf-8")).get("kind", name)).partition("/")[0]
     if ran not in (None, name):
         raise ValueError(f"output is {str(output)!r}, which holds a run of `sae-nfm {ran}`; {other}")
-    known = {*parts, *BESIDE_RESULTS, DIGESTS_FILENAME}
+    known = {*BESIDE_RESULTS, DIGESTS_FILENAME}
     names = sorted(path.name for path in final.iterdir() if not path.name.startswith("."))
-    names = [n for n in names if n not in known and not n.endswith((PARTIAL, ".sha256"))]
+    known |= {n for n in names if n.endswith((PARTIAL, ".sha256")) or any(fnmatch(n, part) for part in parts)}
+    names = [n for n in names if n not in known]
     if content is None and names:
         raise ValueError(f"output is {str(output)!r}, which holds other things ({', '.join(names[:3])}); {other}")
+
+
+_places: dict[Path, Path] = {}
+"""Folders that this process is filling, with the output that each becomes."""
+
+
+def final_path(path: Path) -> Path:
+    """Where a file or folder will be when its output is published; itself where it is of none."""
+    for folder, output in _places.items():
+        if path.absolute().is_relative_to(folder):
+            return output / path.absolute().relative_to(folder)
+    return path
+
+
+def present_path(path: Path) -> Path:
+    """The opposite of `final_path`: where a file or folder is now."""
+    for folder, output in _places.items():
+        if path.absolute().is_relative_to(final_place(output)):
+            return folder / path.absolute().relative_to(final_place(output))
+    return path
 
 
 @dataclass(kw_only=True)
@@ -179,6 +201,7 @@ def publishing(
         in_place = extend is not None and final.is_dir() and any(final.iterdir())
         folder = final if in_place else _claimed(final, settings, keep=keep)
         begin(folder, run, mark=not in_place)
+        _places[folder] = Path(output)
         made = Publication(folder=folder)
         try:
             yield made
@@ -188,6 +211,8 @@ def publishing(
             if not in_place:
                 _tidy(folder, keep=keep or settings is not None)
             raise
+        finally:
+            del _places[folder]
         if not in_place:
             made.kept = publish(final)
 

@@ -22,7 +22,7 @@ from sae_nfm.architectures import (
     check_base,
     load_base,
 )
-from sae_nfm.common import check_output, partial_folder, publish
+from sae_nfm.common import check_output, publishing
 from sae_nfm.loading import check_folder, sha256_of, write_note
 
 
@@ -35,10 +35,8 @@ def save_adapter(sae: SequentialNFM, path: str | Path, *, base: str | None = Non
         ValueError: when the base has no such name, or what is found there has other weights; nothing is written.
     """
     check_output(path, "path", only_sae=True)
-    partial = partial_folder(str(path))
-    partial.mkdir(parents=True, exist_ok=True)
-    write_adapter(sae, partial, base)
-    publish(str(path))
+    with publishing(path, "adapter") as made:
+        write_adapter(sae, made.folder, base)
     return Path(path)
 
 

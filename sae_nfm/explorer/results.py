@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_nfm.common import whole
+from sae_nfm.common import checked, whole
 from sae_nfm.common.results import without_kind
 
 FULL = 255
@@ -179,6 +179,7 @@ class Explorer:
         path = Path(path) / FILENAME if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}; give an {FILENAME}, or make one with `sae-nfm explore`")
+        checked(path)
         try:
             content = without_kind(KIND, json.loads(gzip.decompress(path.read_bytes())))
         except (OSError, EOFError, zlib.error, ValueError) as error:

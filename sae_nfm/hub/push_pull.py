@@ -15,9 +15,9 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token, snapshot_download
 from huggingface_hub.hf_api import RepoFile
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from sae_nfm.common import LOG_IN, explained
+from sae_nfm.common import LOG_IN, differences, explained, publishing, read_json, seal
 from sae_nfm.common.results import REPORT_FILENAME, RESULTS_FILENAME
 from sae_nfm.comparison.results import CompareResult, RowKind
 from sae_nfm.hub.card import CardSAE, model_card
@@ -44,8 +44,8 @@ class SavedSAE:
 
     def card(self) -> CardSAE:
         """What its model card is made from."""
-        runner = json.loads(self.runner.read_text()) if self.runner.is_file() else None
-        return CardSAE(entry=self.entry, config=json.loads((self.folder / SAE_CFG_FILENAME).read_text()), runner=runner)
+        runner = read_json(self.runner) if self.runner.is_file() else None
+        return CardSAE(entry=self.entry, config=read_json(self.folder / SAE_CFG_FILENAME), runner=runner)
 
     def files(self) -> dict[str, Path]:
         """SAELens's files, as far as they exist, by their path in the release."""
@@ -101,7 +101,9 @@ def saved_saes(source: str | Path, *, sae_id: str | None = None, names: Sequence
 
 def _of_a_demo(source: Path, names: Sequence[str]) -> SavedSAEs:
     results, report = source / RESULTS_FILENAME, source / REPORT_FILENAME
-    rows = [row for row in CompareResult.load(results).rows if row.kind is RowKind.TRAINED]
+    result = CompareResult.load(results)
+    refuse_mixed(source, result, names)
+    rows = [row for row in result.rows if row.kind is RowKind.TRAINED]
     explained = {row.arm: 1 - row.fvu for row in rows if row.fvu is not None}
     shared = source / "saes" / RUNNER_CFG_FILENAME  # of 0.1.0: one file for all
     saes = tuple(
@@ -113,6 +115,20 @@ def _of_a_demo(source: Path, names: Sequence[str]) -> SavedSAEs:
         for name in names
     )
     return SavedSAEs(saes=saes, results=results, report=report if report.is_file() else None)
+
+
+def refuse_mixed(source: Path, result: CompareResult, names: Sequence[str]) -> None:
+    """Raise a ValueError where files in a run's folder, or the SAEs beside its results, are of another run."""
+    told = differences(source)
+    weights: dict[str, str] = result.provenance.get("saes", {})
+    for name in names if weights else ():
+        if weights.get(f"saes/{name}") != sha256(source / "saes" / name / SAE_WEIGHTS_FILENAME):
+            told.append(f"{RESULTS_FILENAME} is not of the SAE in saes/{name}")
+    if told:
+        raise ValueError(
+            f"what is in {str(source)!r} does not belong together: {'; '.join(told[:4])}. Restore it or run the command again; "
+            f"an edit that is meant is accepted by `sae-nfm manifest {source}`, as long as the weights are those of the results"
+        )
 
 
 RELEASE_FILENAME, CARD_FILENAME = "pretrained.yaml", "README.md"
@@ -243,17 +259,20 @@ def pull(config: PullConfig) -> Pulled:
             allow_patterns=[*BESIDE, *(f"{sae.path}/*" for sae in release.saes)],
             force_download=config.force_download,
         )
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    _copy(Path(snapshot), partial, BESIDE)
-    for sae in release.saes:
-        _copy(Path(snapshot), partial, [f"{sae.path}/{name}" for name in (*sae.sha256, RUNNER_CFG_FILENAME)])
-        for name, digest in sae.sha256.items():
-            file, what = partial / sae.path / name, f"{sae.path}/{name} of {config.repo_id!r} at commit {commit}"
-            if not file.is_file():
-                raise FileNotFoundError(f"{what} is missing, though {RELEASE_FILENAME} lists it; ask who published it")
-            check_sha256(file, digest, what)
-    return Pulled(folder=partial.rename(output), commit=commit, release=release)
+    with publishing(output, "pull") as made:
+        partial = made.folder
+        _copy(Path(snapshot), partial, BESIDE)
+        for sae in release.saes:
+            _copy(Path(snapshot), partial, [f"{sae.path}/{name}" for name in (*sae.sha256, RUNNER_CFG_FILENAME)])
+            for name, digest in sae.sha256.items():
+                file, what = partial / sae.path / name, f"{sae.path}/{name} of {config.repo_id!r} at commit {commit}"
+                if not file.is_file():
+                    raise FileNotFoundError(
+                        f"{what} is missing, though {RELEASE_FILENAME} lists it; ask who published it"
+                    )
+                check_sha256(file, digest, what)
+            seal(partial / sae.path)
+    return Pulled(folder=output, commit=commit, release=release)
 
 
 def _to_commit(config: PushConfig, saved: SavedSAEs, info: ModelInfo) -> tuple[Release, Contents]:

@@ -59,7 +59,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_nfm.architectures import INFERENCE_CONFIGS, refuse_missing_keys
-from sae_nfm.common import explained, whole
+from sae_nfm.common import check_digests, explained, whole
 from sae_nfm.loading import check_folder
 
 VERIFIED = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME)
@@ -200,6 +200,7 @@ def release_entry(
     """
     folder = Path(folder)
     check_folder(folder)
+    check_digests(folder)
     metadata = SAE.load_from_disk(folder, device="cpu").cfg.metadata
     sae_id = sae_id or metadata.hook_name
     if not sae_id:

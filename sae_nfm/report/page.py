@@ -33,7 +33,7 @@ def render_run(run: Run) -> str:
 def page(run: Run, there: Sequence[Section], missing: Sequence[Chapter]) -> str:
     """The page of a run whose sections are made, with what stands before and after them."""
     after = [*([what_is_missing(missing)] if missing else []), provenance(run)]
-    title = f"{run.folder.resolve().name}: how features interact"
+    title = f"{run.folder.resolve().name.removesuffix('.partial')}: how features interact"
     return render(title, subtitle(run), [summary(run, there), *there, *after])
 
 
