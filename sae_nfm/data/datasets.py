@@ -39,6 +39,7 @@ from transformers import AutoTokenizer
 
 from sae_nfm import demo
 from sae_nfm.common import remark
+from sae_nfm.common.file_errors import reading
 from sae_nfm.loading import quiet_saelens
 from sae_nfm.models import OFFLINE, LanguageModel, device_of
 
@@ -102,21 +103,26 @@ def _read(path: Path, wanted: Iterable[str] = ("tokens", "input_ids", TEXT_COLUM
     if not is_corpus_file(path):
         raise ValueError(f"corpus file {path} ends in {suffix_of(path)!r}; expected {KINDS}")
     kind = suffix_of(path).removesuffix(".gz").removesuffix(".zst")
-    with _readable(path):
-        if kind == ".parquet":
+    if kind == ".parquet":
+        with reading(path):
             names = pq.read_schema(path).names
-            table = pq.read_table(path, columns=[_column(names, wanted, path)], page_checksum_verification=True)
+        column = _column(names, wanted, path)
+        with reading(path):
+            table = pq.read_table(path, columns=[column], page_checksum_verification=True)
             table.validate(full=True)  # bytes that are no UTF-8
-            return table
-        if kind == ".arrow":
+        return table
+    if kind == ".arrow":
+        with reading(path):
             table = _read_arrow(path)
             table.validate(full=True)
-            return table.select([_column(table.column_names, wanted, path)])
-        text = _decoded(_unpacked(path), path)
-        if kind == ".txt":
-            return pa.table({TEXT_COLUMN: [text]})
-        rows = _csv_rows(text, path) if kind == ".csv" else _json_rows(text, path, lines=kind == ".jsonl")
-        return _table_of(rows, wanted, path)
+        return table.select([_column(table.column_names, wanted, path)])
+    with reading(path):
+        raw = _unpacked(path)
+    text = _decoded(raw, path)
+    if kind == ".txt":
+        return pa.table({TEXT_COLUMN: [text]})
+    rows = _csv_rows(text, path) if kind == ".csv" else _json_rows(text, path, lines=kind == ".jsonl")
+    return _table_of(rows, wanted, path)
 
 
 def _column(names: Iterable[str], wanted: Iterable[str], path: Path) -> str:
@@ -124,20 +130,6 @@ def _column(names: Iterable[str], wanted: Iterable[str], path: Path) -> str:
     if found is None:
         raise ValueError(f"corpus file {path} has columns {list(names)}; expected one named {TEXT_COLUMN!r}")
     return found
-
-
-@contextmanager
-def _readable(path: Path) -> Generator[None]:
-    """Say of which file an error is that a reader of bytes raises."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError, EOFError, zlib.error, csv.Error) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"corpus file {path} cannot be read ({reason}); it may be damaged or cut short: copy it anew"
-        ) from error
 
 
 def _read_arrow(path: Path) -> pa.Table:
@@ -228,14 +220,15 @@ def _record(record: Any, where: str, path: Path) -> Mapping[str, Any]:
 def _csv_rows(text: str, path: Path) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text), strict=True)
-    header = next(reader, [])
-    for row in filter(None, reader):
-        if len(row) != len(header):
+    with reading(path):
+        header, *rows = [(reader.line_num, row) for row in reader if row] or [(0, list[str]())]
+    for number, row in rows:
+        if len(row) != len(header[1]):
             raise ValueError(
-                f"line {reader.line_num} of {path} has {len(row)} fields, its header {len(header)}; put text in quotes"
+                f"line {number} of {path} has {len(row)} fields, its header {len(header[1])}; put text in quotes"
             )
         values = (None if field in ("", "NaN", "nan") else field for field in row)  # as pandas writes what is missing
-        yield f"line {reader.line_num}", dict(zip(header, values, strict=True))
+        yield f"line {number}", dict(zip(header[1], values, strict=True))
 
 
 def _table_of(rows: Iterator[Row], wanted: Iterable[str], path: Path) -> pa.Table:
@@ -543,10 +536,8 @@ def _by_split(folder: Path, files: Iterable[Path]) -> Mapping[str | None, list[P
 
 
 def _saved_splits(folder: Path) -> Splits:
-    try:
+    with reading(folder, "a data set on disk"):
         saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise ValueError(f"the data set in {str(folder)!r} cannot be read ({error}); save it anew") from error
     splits: Mapping[str | None, Any] = cast(Any, saved) if isinstance(saved, DatasetDict) else {None: saved}
     return {split: partial(_with_text, one, str(folder)) for split, one in splits.items()}
 
