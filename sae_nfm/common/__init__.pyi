@@ -32,3 +32,4 @@ from .outputs import publishing as publishing
 from .results import aligned as aligned
 from .results import listed as listed
 from .results import provenance as provenance
+from .results import remark as remark
