@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sae_nfm.common import check_digests, seal
 from sae_nfm.training.activation_stream import ActivationStream, StreamState
 
 Runner = LanguageModelSAETrainingRunner | MultiSAETrainingRunner
@@ -101,6 +102,8 @@ class _ExactRun:
         """Before SAELens begins: with prefetching, its thread starts to draw before it reads the checkpoint."""
         runner.cfg.resume_from_checkpoint = str(folder)
         several = isinstance(runner, MultiSAETrainingRunner)
+        for inside in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
+            check_digests(inside)
         for name, sae in runner.saes.items() if several else [("", runner.sae)]:
             _keep_folded(sae.cfg, folder / name / SAE_CFG_FILENAME)
         file = folder / STREAM_STATE_FILENAME
@@ -206,6 +209,7 @@ def _save_whole(trainer: Any) -> None:
         unfinished, finished = Path(base) / f"{checkpoint_name}.partial", Path(base) / checkpoint_name
         shutil.rmtree(unfinished, ignore_errors=True)
         save(unfinished.name, **where, **kwargs)
+        seal(unfinished)
         shutil.rmtree(finished, ignore_errors=True)
         os.replace(unfinished, finished)
 
