@@ -202,33 +202,32 @@ def give_up(folder: Path) -> None:
     _begun.pop(folder.absolute(), None)
 
 
-def differences(folder: str | Path) -> list[str]:
-    """What in the folder of a run is not as that run wrote it, in words; nothing where it has no digests.
+def differences(folder: str | Path) -> list[tuple[str, str]]:
+    """What in the folder of a run is not as that run wrote it: names of files or SAEs in it, each with what is wrong.
 
-    An SAE that the run did not write counts; other files beside it do not.
+    Nothing where it has no digests. An SAE that the run did not write counts; other files beside it do not.
     """
     folder = Path(folder)
     content = digests(folder)
     if content is None:
         return []
-    told = [] if content["finished"] else ["the run in it is not finished"]
+    found: list[tuple[str, str]] = []
     listed = content["files"]
     for name, wanted in listed.items():
         path = folder / name
+        inside = path.name == DIGESTS_FILENAME
+        label = path.parent.relative_to(folder).as_posix() if inside else name
         if not path.is_file():
-            told.append(f"{name} is missing")
+            found.append((label, "its digests are missing" if inside else "it is missing"))
         elif not _matches(path, [*_both(wanted), *_read_sidecar(path)]):
-            told.append(f"{name} is not the file that the run wrote")
-        elif path.name == DIGESTS_FILENAME:
-            told += [f"{path.parent.relative_to(folder)}: {said}" for said in differences(path.parent)]
+            found.append((label, "it is not the one that the run wrote"))
+        elif inside:
+            found += [(f"{label}/{name}", said) for name, said in differences(path.parent)]
     for config in sorted(folder.rglob(SAE_CONFIG)):
-        inside = config.parent.relative_to(folder)
-        if (
-            not {f"{inside.as_posix()}/{name}" for name in (SAE_CONFIG, DIGESTS_FILENAME)} & set(listed)
-            and inside.parts
-        ):
-            told.append(f"the SAE in {inside} is not of this run")
-    return told
+        inside = config.parent.relative_to(folder).as_posix()
+        if inside != "." and not {f"{inside}/{name}" for name in (SAE_CONFIG, DIGESTS_FILENAME)} & set(listed):
+            found.append((inside, "it is not of this run, or of one that is not finished"))
+    return found
 
 
 @contextmanager

@@ -77,12 +77,14 @@ def check_output(output: str | Path | None, option: str = "output", *, only_sae:
 
 
 def foreign_names(folder: Path) -> list[str]:
-    """What in a folder no command of this package has written; without digests all or nothing."""
+    """What in a folder no command of this package has written; of an SAE, or without digests, nothing or all."""
+    if (folder / SAE_CONFIG).is_file():
+        return []
     names = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and not p.name.endswith(PARTIAL))
     content = digests(folder)
     if content is None:
-        left = (SAE_CONFIG, *LEFT_BY_RUNS)
-        return [] if any((folder / name).is_file() and not _is_foreign(folder / name) for name in left) else names
+        left = [folder / name for name in LEFT_BY_RUNS if (folder / name).is_file()]
+        return names if all(map(_is_foreign, left)) else []
     ours = {name.partition("/")[0] for name in content["files"]} | {DIGESTS_FILENAME}
     return [
         name
@@ -107,7 +109,7 @@ def check_extension(output: str | Path, name: str, parts: Collection[str]) -> No
 
     parts: names, or patterns of them, in the output folder of such a run, beside `BESIDE_RESULTS`.
     """
-    final, other = final_place(output), f"give another output folder, or one of `sae-nfm {name}`"
+    final, other = final_place(output), f"give a new folder, or that of a `sae-nfm {name}`"
     if not final.is_dir() or not any(final.iterdir()):
         check_output(output)
         return

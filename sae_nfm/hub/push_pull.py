@@ -119,7 +119,7 @@ def _of_a_demo(source: Path, names: Sequence[str]) -> SavedSAEs:
 
 def refuse_mixed(source: Path, result: CompareResult, names: Sequence[str]) -> None:
     """Raise a ValueError where files in a run's folder, or the SAEs beside its results, are of another run."""
-    told = differences(source)
+    told = [f"{name}: {said}" for name, said in differences(source)]
     weights: dict[str, str] = result.provenance.get("saes", {})
     for name in names if weights else ():
         if weights.get(f"saes/{name}") != sha256(source / "saes" / name / SAE_WEIGHTS_FILENAME):
