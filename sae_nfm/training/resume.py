@@ -497,7 +497,7 @@ def _write(path: Path, state: StreamState, steps_done: int, model_sample: Tensor
     if torch.cuda.is_available():
         tensors |= {f"rng_cuda_{i:03d}": rng for i, rng in enumerate(torch.cuda.get_rng_state_all())}
     counters = {name: getattr(state, name) for name in (*_COUNTERS, *_ADDED)} | {"steps_done": steps_done}
-    counters["sequences_digest"] = int(state.sequences_digest)
+    counters["sequences_digest"] = int(state.sequences_digest or 0)
     copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}  # views of one buffer otherwise
     save_file(copies, path, metadata={"counters": json.dumps(counters)})
 

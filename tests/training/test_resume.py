@@ -527,7 +527,9 @@ def test_each_run_goes_on_from_its_own_checkpoint(several, tmp_path):
 
 def test_no_run_and_several_runs_with_these_settings_are_listed(several, tmp_path):
     folder, (cfg, other) = several
-    message = rf"none of the 2 .*rate-0.001/{704} .* has training_tokens 1280, this run 640; .*rate-0.01/384 .* has lr 0.01, this run 0.5;"
+    message = (
+        r"none of the 2 .*rate-0.001/704 .* has training_tokens 1280, this run 640; .*rate-0.01/384 .* has lr 0.01"
+    )
     with pytest.raises(ValueError, match=message):
         resume(changed(cfg, lr=0.5), folder, tmp_path)
     shutil.copytree(folder, tmp_path / "copied")
