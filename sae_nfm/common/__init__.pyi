@@ -1,3 +1,10 @@
+from .file_errors import DamagedFileError as DamagedFileError
+from .file_errors import FileError as FileError
+from .file_errors import check_writable as check_writable
+from .file_errors import printable as printable
+from .file_errors import quoted as quoted
+from .file_errors import reading as reading
+from .file_errors import writing as writing
 from .files import check_output as check_output
 from .files import discard_unstarted as discard_unstarted
 from .files import partial_folder as partial_folder
@@ -13,3 +20,4 @@ from .options import check_positive as check_positive
 from .results import aligned as aligned
 from .results import listed as listed
 from .results import provenance as provenance
+from .results import remark as remark

@@ -19,6 +19,8 @@ from sae_lens import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_nfm.data import check_ids, vocabulary_size
+
 Batch = Tensor | dict[str, Tensor]
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before a data set that broke off is asked again."""
@@ -31,9 +33,13 @@ ROWS_COMPARED = 256
 class NotFiniteError(FloatingPointError):
     """An activation of the language model is not finite."""
 
+    exit_status = 1
+
 
 class DataLostError(ConnectionError):
     """A data set broke off before its end, and could not be had again."""
+
+    exit_status = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,11 +223,13 @@ class ActivationStream(Iterator[Batch]):
         self._epoch_rows = rows
 
     def _counted(self, sequences: Iterator[Tensor]) -> Generator[Tensor]:
+        size, context_size = vocabulary_size(self._store.model), self._store.context_size
         store, first = self._store, 0
         multipliers: Tensor | None = None
         for sequence in sequences:
             if multipliers is None:
                 multipliers = (2 * torch.arange(len(sequence), device=sequence.device) + 1) * MIX
+            check_ids(sequence.cpu(), self._sequences, size, context_size)  # before the model sees them
             self._sequences, self._last_sequence = self._sequences + 1, sequence
             # on its device, so that nothing waits: a polynomial in MIX, modulo 2^64
             self._sequences_digest = self._sequences_digest * MIX + (sequence * multipliers).sum()

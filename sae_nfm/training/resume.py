@@ -78,6 +78,8 @@ def exact_resume(runner: Runner, *, on_diverged: Callable[[str, "DivergedError"]
 class DivergedError(FloatingPointError):
     """A training that cannot go on: a loss, a gradient or a weight is not finite."""
 
+    exit_status = 1
+
 
 def checkpoint_folder(path: str | Path) -> Path:
     """The newest checkpoint in the folder of one run (named by token counts), or that folder itself.
