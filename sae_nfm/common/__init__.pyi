@@ -19,11 +19,12 @@ from .files import write_parquet as write_parquet
 from .hub_errors import LOG_IN as LOG_IN
 from .hub_errors import explained as explained
 from .options import check_choice as check_choice
+from .options import check_number as check_number
+from .options import check_numbers as check_numbers
 from .options import check_positive as check_positive
 from .outputs import check_extension as check_extension
 from .outputs import check_output as check_output
 from .outputs import complete_publication as complete_publication
-from .outputs import discard_unstarted as discard_unstarted
 from .outputs import final_path as final_path
 from .outputs import partial_folder as partial_folder
 from .outputs import present_path as present_path

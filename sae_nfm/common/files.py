@@ -237,6 +237,7 @@ def locked(path: Path, command: str | None = None, *, wait: float = 0) -> Genera
     A ValueError that names the holder where another process has it for longer than `wait` seconds.
     """
     lock_path = path.with_name(path.name + LOCK)
+    missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_path, timeout=max(wait, 0.2), poll_interval=0.05, mode=0o644)
     try:
@@ -257,6 +258,9 @@ def locked(path: Path, command: str | None = None, *, wait: float = 0) -> Genera
     finally:
         lock_path.unlink(missing_ok=True)  # while it is held: who waits for it looks for the name again
         lock.release()
+        with suppress(OSError):  # there is something in it
+            for folder in missing:
+                folder.rmdir()
 
 
 def _holder(lock_path: Path) -> str:

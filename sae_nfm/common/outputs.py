@@ -165,6 +165,7 @@ def publishing(
     command: str | None = None,
     settings: Any = None,
     keep: bool = False,
+    leave: bool = False,
     extend: Collection[str] | None = None,
 ) -> Generator[Publication]:
     """A folder to write an output to; when the block ends well it is at the output's place, an older one beside it.
@@ -176,6 +177,7 @@ def publishing(
         command: what is run, for the digests and for who finds the output locked.
         settings: as JSON has them, all that the files depend on. Where an interrupted run had the same, what it left is kept.
         keep: whether it is kept whatever it had.
+        leave: whether what is there after an exception is left, for a person to look at.
         extend: names in such an output (`check_extension`). One that is there is added to in its place, marked as unfinished
             meanwhile, and what an interrupted run left is kept.
 
@@ -211,7 +213,7 @@ def publishing(
         except BaseException:
             give_up(folder)
             if not in_place:
-                _tidy(folder, keep=keep or settings is not None)
+                _tidy(folder, keep=keep or leave or settings is not None)
             raise
         finally:
             del _places[folder]
@@ -238,11 +240,6 @@ def publish(output: str | Path) -> Path | None:
         final.rename(kept)
     os.replace(partial_folder(final), final)
     return None if kept is None else Path(output).with_name(kept.name)
-
-
-def discard_unstarted(output_path: str) -> None:
-    """Remove `<output>.partial` if it has empty files only, as where a run failed before its first step."""
-    _tidy(partial_folder(output_path), keep=True)
 
 
 def _claimed(final: Path, settings: Any, *, keep: bool) -> Path:
