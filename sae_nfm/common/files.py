@@ -25,7 +25,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sae_nfm.common.file_errors import DamagedFileError, reading
+from sae_nfm.common.file_errors import DamagedFileError, quoted, reading
 
 SAE_CONFIG = "cfg.json"
 """What SAELens calls the config in the folder of a saved SAE."""
@@ -98,7 +98,7 @@ def checked(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file() and (wanted := _wanted(path)) and not _matches(path, wanted):
         raise ValueError(
-            f"{path} is damaged or was edited: its sha256 is not the one it was written with; {_remedy(path)}"
+            f"{quoted(path)} is damaged or was edited: its sha256 is not the one it was written with; {_remedy(path)}"
         )
     return path
 
@@ -148,11 +148,11 @@ def digests(folder: str | Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     except ValueError as error:
-        raise DamagedFileError(f"{path} is damaged ({error}); {_remedy(path)}") from error
+        raise DamagedFileError(f"{quoted(path)} is damaged ({error}); {_remedy(path)}") from error
     if not isinstance(content, dict) or len({"kind", "finished", "run", "files", "sha256"} & set(content)) < 4:
         return None  # somebody else's file of that name
     if content.get("kind") != DIGESTS_KIND or content.pop("sha256", None) != _sha256_of(content):
-        raise DamagedFileError(f"{path} is damaged or was edited: its digest is not its own; {_remedy(path)}")
+        raise DamagedFileError(f"{quoted(path)} is damaged or was edited: its digest is not its own; {_remedy(path)}")
     return content
 
 
@@ -367,7 +367,9 @@ def _read_sidecar(path: Path) -> list[Digest]:
     words = [line.split(maxsplit=1) for line in sidecar.read_text(encoding="utf-8", errors="replace").splitlines()]
     found = [{"sha256": line[0]} for line in words if len(line) == 2 and line[1].lstrip("*") == path.name]
     if not found or len(found) < len(words):
-        raise DamagedFileError(f"{sidecar} is damaged: a sha256 and {path.name!r} were expected; {_remedy(path)}")
+        raise DamagedFileError(
+            f"{quoted(sidecar)} is damaged: a sha256 and {path.name!r} were expected; {_remedy(path)}"
+        )
     return found
 
 

@@ -80,13 +80,13 @@ def test_a_single_file_has_a_digest_beside_it_that_sha256sum_reads(tmp_path: Pat
     assert read_json(tmp_path / "one.json") == {"a": 1}
     flipped(tmp_path / "one.json", 6)
     with pytest.raises(
-        ValueError, match=rf"one\.json is damaged.*sae-nfm manifest {re.escape(str(tmp_path))}/one\.json"
+        ValueError, match=rf"one\.json. is damaged.*sae-nfm manifest {re.escape(str(tmp_path))}/one\.json"
     ):
         read_json(tmp_path / "one.json")
     write_json(tmp_path / "one.json", {"a": 2})  # written anew over the damaged one
     assert read_json(tmp_path / "one.json") == {"a": 2}
     (tmp_path / "one.json.sha256").write_text("nonsense\n")
-    with pytest.raises(ValueError, match=r"one\.json\.sha256 is damaged"):
+    with pytest.raises(ValueError, match=r"one\.json\.sha256. is damaged"):
         checked(tmp_path / "one.json")
 
 
@@ -136,7 +136,7 @@ def test_the_digests_of_a_folder(tmp_path: Path) -> None:
     assert differences(tmp_path) == []
     check_digests(sae, "cfg.json", "sae_weights.safetensors")
     flipped(sae / "sae_weights.safetensors", 3)
-    with pytest.raises(ValueError, match=r"sae_weights\.safetensors is damaged"):
+    with pytest.raises(ValueError, match=r"sae_weights\.safetensors. is damaged"):
         check_digests(sae)
     assert differences(tmp_path) == [("saes/one/sae_weights.safetensors", OTHER)]
     seal(sae)  # another SAE in its place, whole in itself
@@ -156,7 +156,7 @@ def test_damaged_digests_are_named(tmp_path: Path, place: int) -> None:
     (tmp_path / "a.json").write_text("{}")
     seal(tmp_path, {"id": "a"})
     flipped(tmp_path / "digests.json", place)
-    with pytest.raises(ValueError, match=r"digests\.json is damaged"):
+    with pytest.raises(ValueError, match=r"digests\.json. is damaged"):
         checked(tmp_path / "a.json")
 
 

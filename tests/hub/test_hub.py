@@ -106,7 +106,13 @@ def test_what_is_pulled_loads_from_disk_bit_by_bit(hub, saved, tmp_path):
     pulled = pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
     files = {str(path.relative_to(pulled.folder)) for path in pulled.folder.rglob("*") if path.is_file()}
     names = ("cfg.json", "sae_weights.safetensors", "runner_cfg.json")
-    assert files == {"README.md", "pretrained.yaml", *(f"mine/{name}" for name in names)}
+    assert files == {
+        "README.md",
+        "pretrained.yaml",
+        "digests.json",
+        "mine/digests.json",
+        *(f"mine/{name}" for name in names),
+    }
     assert all((pulled.folder / "mine" / name).read_bytes() == (saved / name).read_bytes() for name in names)
     sae = SAE.load_from_disk(pulled.folder / "mine")
     assert same_weights(sae, saved)
@@ -121,7 +127,7 @@ def test_demo_output_goes_with_its_table_and_report(hub, demo_output, tmp_path):
     push(PushConfig(source=demo_output, repo_id=REPO))
     folder = pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled")).folder
     assert {path.name for path in folder.iterdir()} == {
-        "joint", "topk", "README.md", "pretrained.yaml", "results.json", "report.html",
+        "joint", "topk", "README.md", "pretrained.yaml", "results.json", "report.html", "digests.json",
     }  # fmt: skip
     assert (folder / "report.html").read_text() == "<p>report</p>"
     listed = yaml.safe_load((folder / "pretrained.yaml").read_text())[REPO]["saes"]
@@ -317,7 +323,7 @@ def test_sources_that_are_nothing_to_push(hub, saved, demo_output, tmp_path):
         PushConfig(source=saved, repo_id="saes")
     weights = saved / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(saved))}'.*damaged"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(saved))}.*damaged"):
         push(PushConfig(source=saved, repo_id=REPO))
     assert not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
 
