@@ -218,7 +218,7 @@ def publishing(
         finally:
             del _places[folder]
         if not in_place:
-            made.kept = publish(final)
+            made.kept = publish(output)
 
 
 def complete_publication(output: str | Path) -> bool:

@@ -44,7 +44,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_nfm.common import check_digests, locked, seal
+from sae_nfm.common import DamagedFileError, check_digests, locked, seal
 from sae_nfm.training.activation_stream import ActivationStream, DataLostError, NotFiniteError, StreamState
 from sae_nfm.training.settings import ALLOWED, RunnerConfig, check_settings, first_difference, read_settings
 
@@ -224,8 +224,11 @@ class _ExactRun:
     def _resume(self, runner: Runner, folder: Path) -> None:
         """Before SAELens begins: with prefetching, its thread starts to draw before it reads the checkpoint."""
         runner.cfg.resume_from_checkpoint, self.saved = str(folder), folder
-        for inside in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
-            check_digests(inside)
+        try:
+            for inside in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
+                check_digests(inside)
+        except DamagedFileError as error:
+            raise ValueError(f"{error}; or resume from another checkpoint") from error
         for name, sae in self.saes.items():
             _keep_folded(sae.cfg, folder / name / SAE_CFG_FILENAME)
         file = folder / STREAM_STATE_FILENAME

@@ -5,10 +5,10 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kills import killed_at
 
 from sae_nfm.common.files import (
     begin,
@@ -25,41 +25,7 @@ from sae_nfm.common.files import (
     write_json,
 )
 
-
-class KilledError(BaseException):
-    """In place of a signal."""
-
-
 OTHER = "it is not the one that the run wrote"
-EVENTS = ("open", "replace", "rename", "unlink", "mkdir", "rmdir", "link")
-
-
-def killed_at(monkeypatch: pytest.MonkeyPatch, nth: int, work: Callable[[], object]) -> bool:
-    """Do something and raise before the nth change of a directory or opening of a file to write; whether it came so far."""
-    seen = 0
-
-    def counted(name: str) -> None:
-        original = getattr(os, name)
-
-        def event(*args: object, **kwargs: object) -> object:
-            nonlocal seen
-            writes = name != "open" or (len(args) > 1 and int(str(args[1])) & (os.O_WRONLY | os.O_CREAT))
-            if writes:
-                seen += 1
-                if seen >= nth:  # whatever a block does on its way out does not happen either
-                    raise KilledError
-            return original(*args, **kwargs)
-
-        context.setattr(os, name, event)
-
-    with monkeypatch.context() as context:
-        for name in EVENTS:
-            counted(name)
-        try:
-            work()
-        except KilledError:
-            return True
-    return False
 
 
 def flipped(path: Path, place: int = 20) -> None:

@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from kills import killed_at
 
 from sae_nfm.common.files import differences, digests, is_finished, read_json, write_json
 from sae_nfm.common.outputs import check_output, complete_publication, partial_folder, publishing
-from tests.common.test_files import killed_at
 
 
 def run(output: Path, value: int, name: str = "demo", **options: object) -> Path | None:

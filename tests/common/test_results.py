@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from builders import edited
 
 import sae_nfm
 from sae_nfm.common.results import SavedResult, as_result, kind_by_keys, with_kind, without_kind
-from tests.support.builders import edited
 
 PACKAGE = Path(sae_nfm.__file__).parent
 
