@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
-from sae_nfm.kernels import POOLS, SparseActs, dispatch, reference
+from sae_nfm.kernels import POOLS, SparseActs, dispatch, reference, wide
 from sae_nfm.loading import check_state_dict, write_note
 
 FEW_FEATURES = 1024
@@ -213,7 +213,10 @@ def own_normalisation(sae: SAE[Any]) -> None:
     made = {"constant_norm_rescale": (_to_one_norm, _from_one_norm), "layer_norm": (_to_one_spread, _from_one_spread)}
     if sae.cfg.normalize_activations in made:
         to, back = made[sae.cfg.normalize_activations]
-        sae.run_time_activation_norm_fn_in, sae.run_time_activation_norm_fn_out = MethodType(to, sae), MethodType(back, sae)
+        sae.run_time_activation_norm_fn_in, sae.run_time_activation_norm_fn_out = (
+            MethodType(to, sae),
+            MethodType(back, sae),
+        )
 
 
 def _to_one_norm(sae: Any, x: Tensor) -> Tensor:
@@ -286,7 +289,9 @@ def attributable(sae: SAE[Any]) -> NFMPaths:
 
 @dataclass(frozen=True, kw_only=True)
 class PathWeights:
-    """Weights of the interaction and the linear path, for what reaches the SAE's output (before its normalisation is undone)."""
+    """Weights of the interaction and the linear path in at least float32, for what reaches the SAE's output (before its
+    normalisation is undone).
+    """
 
     V: Float[Tensor, "d_sae nfm_dim"]
     W_1: Float[Tensor, "nfm_dim nfm_dim"]
@@ -303,9 +308,9 @@ class PathWeights:
         sae = attributable(sae)
         written = sae._written  # pyright: ignore[reportPrivateUsage] (linear: what a path's weights make, as it is added)
         linear = sae.cfg.use_linear_path
-        weights: dict[str, Tensor] = {name: getattr(sae, name).detach() for name in ("V", "W_1", "b_1")}
-        weights |= {name: written(getattr(sae, name).detach()) for name in ("W_2", "b_2")}
-        W_lin, b_lin = (written(getattr(sae, name).detach()) if linear else None for name in ("W_lin", "b_lin"))
+        weights: dict[str, Tensor] = {name: wide(getattr(sae, name).detach()) for name in ("V", "W_1", "b_1")}
+        weights |= {name: written(wide(getattr(sae, name).detach())) for name in ("W_2", "b_2")}
+        W_lin, b_lin = (written(wide(getattr(sae, name).detach())) if linear else None for name in ("W_lin", "b_lin"))
         return cls(**weights, W_lin=W_lin, b_lin=b_lin)
 
     def reduced(self) -> Float[Tensor, "nfm_dim rank"]:

@@ -175,6 +175,11 @@ def at_least_float32(pool: Pool) -> Pool:
     return widened
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: for sums over many entries, products of activations, and operations that know no half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def ranged(dtype: torch.dtype) -> torch.dtype:
     """float32 in place of float16, whose range ends at 65,504: the square of an activation of 256."""
     return torch.float32 if dtype == torch.float16 else dtype

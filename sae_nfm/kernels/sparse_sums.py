@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from sae_nfm.kernels import topk
 from sae_nfm.kernels.device import product_dtype, uses_triton
-from sae_nfm.kernels.reference import Routing, SparseActs, bi_interaction, dense_acts, or_again, route
+from sae_nfm.kernels.reference import Routing, SparseActs, bi_interaction, dense_acts, or_again, route, wide
 
 Grads = tuple[Tensor | None, ...]
 TRANSPOSED_BYTES = 3 * 2**23
@@ -227,11 +227,6 @@ class RowNorms(torch.autograd.Function):
 def _rows(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     """`sum_i f_i weight_i` as a dense product."""
     return dense_acts(SparseActs(indices, values.to(weight.dtype)), len(weight)) @ weight
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """At least float32: for sums over many entries, and for operations that know no half precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _transpose(source: Tensor, out: Tensor) -> None:
