@@ -21,6 +21,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from sae_nfm.common.file_errors import check_writable
 from sae_nfm.common.files import (
     DIGESTS_FILENAME,
     LOCK,
@@ -61,6 +62,7 @@ def check_output(output: str | Path | None, option: str = "output", *, only_sae:
     if output is None:
         return
     final, given = final_place(output), f"{option} is {str(output)!r}"
+    check_writable(output, folder=True)
     if not os.path.lexists(final):
         return
     if not final.is_dir():
@@ -113,6 +115,7 @@ def check_extension(output: str | Path, name: str, parts: Collection[str]) -> No
     if not final.is_dir() or not any(final.iterdir()):
         check_output(output)
         return
+    check_writable(output, folder=True)
     content, results = digests(final), final / "results.json"
     ran = None if content is None else content["run"].get("name")
     if ran is None and results.is_file() and not _is_foreign(results):

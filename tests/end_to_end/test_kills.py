@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import equal
 
 from sae_nfm.cli.jobs import run_demo
-from sae_nfm.common import differences, is_finished, read_json, read_parquet
+from sae_nfm.common import differences, files, is_finished, read_json, read_parquet
 from sae_nfm.common.results import SavedResult
 from sae_nfm.comparison import CompareConfig, DemoConfig, run_compare
 from sae_nfm.comparison.results import CompareResult
@@ -45,26 +45,9 @@ SIZES: dict[str, Any] = {
 }
 TRAIN = [
     "train",
-    "--d_sae",
-    "48",
-    "--nfm_dim",
-    "4",
-    "--k",
-    "4",
-    "--context_size",
-    "32",
-    "--training_tokens",
-    "768",
-    "--train_batch_size_tokens",
-    "128",
-    "--store_batch_size_prompts",
-    "4",
-    "--n_batches_in_buffer",
-    "4",
-    "--n_checkpoints",
-    "2",
-    "--record_every",
-    "1",
+    *["--d_sae", "48", "--nfm_dim", "4", "--k", "4", "--context_size", "32", "--training_tokens", "768"],
+    *["--train_batch_size_tokens", "128", "--store_batch_size_prompts", "4", "--n_batches_in_buffer", "16"],
+    *["--n_checkpoints", "2", "--record_every", "1"],
 ]
 
 
@@ -225,7 +208,7 @@ def readers(path: Path) -> Callable[[], object] | None:
             return lambda: read_training_record(path)
         case "explorer.json.gz":
             return lambda: Explorer.load(path).provenance
-        case DIGESTS_FILENAME:
+        case files.DIGESTS_FILENAME:
             return lambda: differences(path.parent)
         case _ if path.suffix == ".json":
             return lambda: read_json(path)
@@ -242,21 +225,17 @@ def _result(path: Path) -> object:
 
 def test_six_hundred_damaged_files_are_named_or_harmless(tmp_path: Path) -> None:
     for name, run in RUNS.items():
-        assert (
-            forked(lambda run=run, name=name: run(tmp_path / name / "out"), tmp_path)[0] == 0
-            if (tmp_path / name).mkdir() is None
-            else None
-        )
-    files = {
-        path: read for path in sorted(tmp_path.rglob("*")) if path.is_file() and (read := readers(path)) is not None
-    }
+        (tmp_path / name).mkdir()
+        assert forked(lambda run=run, name=name: run(tmp_path / name / "out"), tmp_path)[0] == 0
+    found = {path: readers(path) for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    known = {path: read for path, read in found.items() if read is not None}
+    assert len(known) > 60
     draw = random.Random(1)
-    assert len(files) > 60
     for nth in range(600):
-        path = list(files)[nth % len(files)]
-        right = f"read {files[path]()!r}"
-        found = outcome(path, damaged(path.read_bytes(), draw), files[path])
-        assert found in ("named", right), (nth, path, found[:300])
+        path = list(known)[nth % len(known)]
+        right = f"read {known[path]()!r}"
+        said = outcome(path, damaged(path.read_bytes(), draw), known[path])
+        assert said in ("named", right), (nth, path, said[:300])
 
 
 def test_sixty_damaged_files_of_a_checkpoint_are_named_or_harmless(tmp_path: Path) -> None:
@@ -273,10 +252,10 @@ def test_sixty_damaged_files_of_a_checkpoint_are_named_or_harmless(tmp_path: Pat
         more = ["--checkpoint_path", "None", "--resume_from_checkpoint", str(checkpoint), "--output_path", str(output)]
         os._exit(main([*TRAIN, *more]))
 
-    draw, files = random.Random(2), sorted(path for path in checkpoint.iterdir() if path.is_file())
-    assert len(files) >= 7
+    draw, inside = random.Random(2), sorted(path for path in checkpoint.iterdir() if path.is_file())
+    assert len(inside) >= 7
     for nth in range(61):
-        path = files[nth % len(files)]
+        path = inside[nth % len(inside)]
         good = path.read_bytes()
         path.write_bytes(damaged(good, draw))
         status, _ = forked(go_on, tmp_path)
