@@ -9,6 +9,7 @@ is written before its file, with that of the older file beside it: whenever a pr
 without a digest (of 0.1.0, of SAELens, by hand) are read as they are.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ DIGESTS_FILENAME, DIGESTS_KIND, SIDECAR = "digests.json", "digests/1", ".sha256"
 PARTIAL, LOCK = ".partial", ".lock"
 ANCESTORS = 8
 """Folders above a file in which its digest is looked for."""
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 Digest = dict[str, Any]
 """sha256 and bytes of a file, and as `before` those of the file that it replaces."""
 
@@ -205,7 +207,8 @@ def give_up(folder: Path) -> None:
 def differences(folder: str | Path) -> list[tuple[str, str]]:
     """What in the folder of a run is not as that run wrote it: names of files or SAEs in it, each with what is wrong.
 
-    Nothing where it has no digests. An SAE that the run did not write counts; other files beside it do not.
+    Nothing where it has no digests. An SAE that the run did not write counts, unless it is of another run inside; other files
+    do not.
     """
     folder = Path(folder)
     content = digests(folder)
@@ -223,9 +226,12 @@ def differences(folder: str | Path) -> list[tuple[str, str]]:
             found.append((label, "it is not the one that the run wrote"))
         elif inside:
             found += [(f"{label}/{name}", said) for name, said in differences(path.parent)]
-    for config in sorted(folder.rglob(SAE_CONFIG)):
-        inside = config.parent.relative_to(folder).as_posix()
-        if inside != "." and not {f"{inside}/{name}" for name in (SAE_CONFIG, DIGESTS_FILENAME)} & set(listed):
+    configs = [] if (folder / SAE_CONFIG).is_file() else sorted(folder.rglob(SAE_CONFIG))
+    for sae in (config.parent for config in configs):
+        inside = sae.relative_to(folder).as_posix()
+        ours = {f"{inside}/{name}" for name in (SAE_CONFIG, DIGESTS_FILENAME)} & set(listed)
+        between = [one for one in (sae, *sae.parents) if folder in one.parents]
+        if not ours and not any((digests(one) or {"run": {}})["run"].get("name") for one in between):
             found.append((inside, "it is not of this run, or of one that is not finished"))
     return found
 
@@ -242,11 +248,14 @@ def locked(path: Path, command: str | None = None, *, wait: float = 0) -> Genera
     lock = FileLock(lock_path, timeout=max(wait, 0.2), poll_interval=0.05, mode=0o644)
     try:
         lock.acquire()
-    except NotImplementedError as error:
-        raise ValueError(
-            f"the file system of {str(path.parent)!r} has no locks; give an output on another one"
-        ) from error
-    except (Timeout, RuntimeError) as error:  # RuntimeError: this very thread has it
+    except (Timeout, RuntimeError, OSError) as error:
+        missing_lock = isinstance(error, NotImplementedError) or getattr(error, "errno", 0) in NO_LOCKS
+        if missing_lock:
+            raise ValueError(
+                f"the file system of {str(path.parent)!r} has no locks; give an output on another one"
+            ) from error
+        if not isinstance(error, Timeout | RuntimeError):  # RuntimeError: this very thread has it
+            raise
         raise ValueError(
             f"{str(path)!r} is being written by {_holder(lock_path)}; wait until it has finished, or give another output"
         ) from error

@@ -48,12 +48,13 @@ def accept(config: ManifestConfig) -> Manifest:
         changed, where = accept_file(path)
         return Manifest(written=(str(where),), changed=(path.name,) if changed else (), files=1)
     inside = sorted({file.parent for name in (DIGESTS_FILENAME, SAE_CONFIG) for file in path.rglob(name)} - {path})
-    if _digests(path) is None and not inside and foreign_names(path):
+    own = (path / DIGESTS_FILENAME).is_file() or not foreign_names(path)
+    if not own and not inside:
         raise ValueError(f"{config.path!r} has no saved SAE and no result of a command; give the folder of one")
     told = list[str]()
     files = 0
     # inner folders first: the outer ones list the digests of their digests
-    folders = [*sorted(inside, key=lambda folder: -len(folder.parts)), path]
+    folders = [*sorted(inside, key=lambda folder: -len(folder.parts)), *([path] if own else [])]
     for folder in folders:
         was = _digests(folder)
         now = found_files(folder)

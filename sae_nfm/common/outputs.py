@@ -62,11 +62,11 @@ def check_output(output: str | Path | None, option: str = "output", *, only_sae:
     if output is None:
         return
     final, given = final_place(output), f"{option} is {str(output)!r}"
-    check_writable(output, folder=True)
-    if not os.path.lexists(final):
-        return
-    if not final.is_dir():
+    if os.path.lexists(final) and not final.is_dir():
         raise ValueError(f"{given}, a file; give a folder")
+    check_writable(output, folder=True)
+    if not final.exists():
+        return
     if names := foreign_names(final):
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise ValueError(f"{given}, which contains other files ({shown}); give a new folder")

@@ -141,7 +141,8 @@ def _of_a_demo(source: Path, names: Sequence[str]) -> SavedSAEs:
 
 def refuse_mixed(source: Path, result: CompareResult, names: Sequence[str]) -> None:
     """Raise a ValueError where files in a run's folder, or the SAEs beside its results, are of another run."""
-    told = [f"{name}: {said}" for name, said in differences(source)]
+    parts = {RESULTS_FILENAME, REPORT_FILENAME, *(f"saes/{name}" for name in names)}
+    told = [f"{what}: {said}" for what, said in differences(source) if "/".join(what.split("/")[:2]) in parts]
     weights: dict[str, str] = result.provenance.get("saes", {})
     for name in names if weights else ():
         if weights.get(f"saes/{name}") != sha256(source / "saes" / name / SAE_WEIGHTS_FILENAME):

@@ -5,16 +5,16 @@ One file that cannot be read, or that another version wrote, is left out and nam
 
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from sae_nfm.analysis.results import NormsResult
 from sae_nfm.attribution.results import Attribution
-from sae_nfm.common import checked, differences, final_path
+from sae_nfm.common import checked, differences, final_path, is_finished
 from sae_nfm.common.file_errors import DamagedFileError, cause_of, printable, reading
-from sae_nfm.common.files import digests
+from sae_nfm.common.files import DIGESTS_FILENAME
 from sae_nfm.common.results import KIND, RESULTS_FILENAME, SavedResult, as_result, kind_by_keys
 from sae_nfm.comparison.results import CompareResult
 from sae_nfm.evaluation.results import MANIFEST_FILENAME, Evaluation, FidelityTable, MeasuredKL
@@ -141,7 +141,7 @@ def read_run(folder: str | Path) -> Run:
     files = [path for path in paths if path.is_file() and UNFINISHED not in str(path.relative_to(folder))]
     named = {name: tuple(path for path in files if path.name == name) for name in NAMES}
     results, damaged = _results(folder, files)
-    others = [] if being_made else [(folder / name, why) for name, why in differences(folder)]
+    others = [] if being_made else list(_not_of_their_run(files))
     run = Run(
         folder=folder,
         results=tuple(results),
@@ -153,10 +153,23 @@ def read_run(folder: str | Path) -> Run:
     for path, why in others:
         if path not in dict(damaged):
             run = run.without(path, why)
-    if not being_made and (content := digests(folder)) is not None and not content["finished"]:
-        left_out.append((folder, "what was begun since the last results is not finished: run its command again"))
     left_out = [(run.label(path), why) for path, why in (*left_out, *damaged)]
     return replace(run, left_out=(*left_out, *run.left_out))
+
+
+def _not_of_their_run(files: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+    """Files and SAEs that are not as the run wrote them in whose folder they are, with the reason."""
+    seen: set[Path] = set()
+    roots = sorted((path.parent for path in files if path.name == DIGESTS_FILENAME), key=lambda root: len(root.parts))
+    for root in roots:
+        if seen.isdisjoint(root.parents):
+            seen.add(root)
+            try:
+                yield from ((root / name, why) for name, why in differences(root))
+                if not is_finished(root):
+                    yield root / DIGESTS_FILENAME, "what was begun since the last results is not finished: run it again"
+            except DamagedFileError as error:
+                yield root / DIGESTS_FILENAME, cause_of(error)
 
 
 def is_saved_sae(folder: Path, run: Path) -> bool:

@@ -115,6 +115,8 @@ def test_the_digests_of_a_folder(tmp_path: Path) -> None:
         "saes/one": OTHER,
         "saes/two": "it is not of this run, or of one that is not finished",
     }
+    seal(tmp_path / "saes" / "two", {"name": "train"})  # a run of its own
+    assert [name for name, _ in differences(tmp_path)] == ["results.json", "saes/one"]
 
 
 @pytest.mark.parametrize("place", [3, 15, 25, 60, 200, 400, -20])

@@ -7,6 +7,7 @@ import pytest
 from kills import killed_at
 
 from sae_nfm.common.files import differences, digests, is_finished, read_json, write_json
+from sae_nfm.common.manifest import ManifestConfig, accept
 from sae_nfm.common.outputs import check_output, complete_publication, partial_folder, publishing
 
 
@@ -144,3 +145,41 @@ def test_a_folder_of_an_earlier_version_is_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.1", "x.1.partial"]
     assert digests(tmp_path / "x.1") is None
     assert not complete_publication(old)
+
+
+def test_an_edit_is_accepted_by_name_and_nothing_else_is_touched(tmp_path: Path) -> None:
+    run(tmp_path / "x", 1)
+    write_json(tmp_path / "alone.json", 1)
+    edited = [tmp_path / "x" / "results.json", tmp_path / "alone.json"]
+    for path in edited:
+        path.write_text(path.read_text().replace("1", "3"))
+        with pytest.raises(ValueError, match=f"{path.name}.*sae-nfm manifest"):
+            read_json(path)
+    (tmp_path / "x" / "new.txt").write_text("mine")
+    (tmp_path / "x" / "saes" / "a.json").unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    found = accept(ManifestConfig(path=str(tmp_path / "x")))
+    assert sorted(found.changed) == ["new.txt (new)", "results.json", "saes/a.json (gone)"]
+    assert accept(ManifestConfig(path=str(tmp_path / "alone.json"))).changed == ("alone.json",)
+    assert "Nothing had changed" in accept(ManifestConfig(path=str(tmp_path / "x"))).words()
+    assert [read_json(path) for path in edited] == [{"kind": "demo/3", "value": 3}, 3]
+    assert differences(tmp_path / "x") == []
+    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
+    assert changed == {"digests.json", "alone.json.sha256"}
+
+
+def test_damaged_digests_are_accepted_anew_and_foreign_folders_are_not(tmp_path: Path) -> None:
+    run(tmp_path / "x", 1)
+    (tmp_path / "x" / "digests.json").write_text("{")
+    with pytest.raises(ValueError, match=r"digests\.json"):
+        read_json(tmp_path / "x" / "results.json")
+    accept(ManifestConfig(path=str(tmp_path / "x")))
+    assert value_in(tmp_path / "x") == (1, 1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"no saved SAE and no result"):
+        accept(ManifestConfig(path=str(tmp_path / "mine")))
+    accept(ManifestConfig(path=str(tmp_path)))  # runs below it, and not the folder itself
+    assert not (tmp_path / "digests.json").exists()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        accept(ManifestConfig(path=str(tmp_path / "nowhere")))
