@@ -83,6 +83,7 @@ RANGES = {
         ("lr_warm_up_steps", "lr_decay_steps", "l1_warm_up_steps", "l0_warm_up_steps", "warm_up"), "[0, 1e9]"
     ),
     **dict.fromkeys(("n_checkpoints", "dead_feature_window", "hook_head_index", "prefetch_llm_batches"), "[0, 1e9]"),
+    **dict.fromkeys(("n_permutations", "sentences"), "[0, 1e9]"),
     **dict.fromkeys(("evaluate_every", "before", "after", "control_tokens", "quantile_contexts"), "[0, 1e9]"),
     **dict.fromkeys(("pairs", "partners", "pair_contexts", "pair_logits", "contexts", "logits"), "[0, 1e9]"),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "nfm_dropout"), "[0, 1)"),

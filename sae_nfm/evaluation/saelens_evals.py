@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm import demo
-from sae_nfm.common import check_positive, provenance
+from sae_nfm.common import check_numbers, check_positive, provenance
 from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_tokens, open_dataset
 from sae_nfm.evaluation.results import Evaluation
@@ -71,6 +71,7 @@ class EvaluateConfig(SavedSAEOptions, HeldOutOptions):
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size_prompts", "n_eval_reconstruction_batches", "n_eval_sparsity_variance_batches")
+        check_numbers(self)
         if not any(getattr(self, field.name) for field in fields(self) if field.name.startswith("compute_")):
             raise ValueError("every metric is switched off; leave one of the compute_... options on")
 

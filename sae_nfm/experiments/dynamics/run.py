@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from sae_nfm import demo
 from sae_nfm.analysis import gauge, read_activations
-from sae_nfm.common import check_positive, provenance, whole
+from sae_nfm.common import check_numbers, check_positive, provenance, whole
 from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import held_out_rows, open_dataset
 from sae_nfm.experiments.dynamics import measure
@@ -53,6 +53,7 @@ class DynamicsConfig(SavedSAEOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         check_positive(self, "held_out_tokens", "n_permutations")
+        check_numbers(self)
         if self.context_size is not None and self.context_size < 2:
             raise ValueError(f"context_size is {self.context_size}; give at least 2: position 0 is left out")
 

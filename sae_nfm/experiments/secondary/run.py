@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sae_nfm import demo
 from sae_nfm.architectures import check_primary, primary_digest
-from sae_nfm.common import check_positive, provenance
+from sae_nfm.common import check_numbers, check_positive, provenance
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions, TextOptions
 from sae_nfm.data import check_data, datasets, held_out_rows
 from sae_nfm.experiments.secondary.measure import secondary_rows
@@ -19,7 +19,7 @@ from sae_nfm.experiments.secondary.results import SecondaryResult
 from sae_nfm.experiments.secondary.training import default_k, train_secondaries
 from sae_nfm.loading import digest, load_sae
 from sae_nfm.models import check_device, load_model
-from sae_nfm.training import StreamConfig
+from sae_nfm.training import StreamConfig, refuse_several_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,13 @@ class SecondaryConfig(SavedSAEOptions, TextOptions):
     def __post_init__(self) -> None:
         """Refuse sizes that cannot work."""
         check_positive(self, "expansion", "training_tokens", "held_out_tokens", "fit_tokens", "batch_size")
+        check_numbers(self)
         if self.training_tokens < self.batch_size:
             raise ValueError(
                 f"training_tokens is {self.training_tokens}, less than one batch of {self.batch_size}; raise it"
             )
+        if self.context_size < 2:
+            raise ValueError(f"context_size must be at least 2, got {self.context_size}: position 0 is left out")
 
 
 def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> SecondaryResult:
@@ -65,6 +68,7 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
     Raises:
         ValueError, FileNotFoundError: for a primary, model, data set or size that does not work, or a folder of another run.
     """
+    refuse_several_processes()
     check_device(cfg.device)
     primary = load_sae(cfg.primary, device=cfg.device).eval()
     checked, metadata, output = check_primary(primary), primary.cfg.metadata, Path(cfg.output)
