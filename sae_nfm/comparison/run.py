@@ -50,6 +50,7 @@ from sae_nfm.data import TokenRows, check_data, datasets, held_out_rows
 from sae_nfm.evaluation import Arm, evaluate
 from sae_nfm.models import Site, find_site, load_model
 from sae_nfm.training import (
+    DivergedError,
     StreamConfig,
     TrainingArm,
     read_training_record,
@@ -226,7 +227,13 @@ def sweep(
         if not left:
             continue
         trained = folder / f"sweep {rate:g}"
-        diverged = train_arms(stream, left, dict.fromkeys(left, rate), model, dataset, trained, may_diverge=True)
+        diverged: Mapping[str, str] = {}
+        try:
+            train_arms(stream, left, dict.fromkeys(left, rate), model, dataset, trained)
+        except DivergedError as error:
+            diverged = error.saes
+            if not diverged:
+                raise
         measured = _measured(model, held_out, trained, [name for name in left if name not in diverged], stream.device)
         for name in left:
             l0, fvu = measured.get(name, (0.0, inf))

@@ -94,19 +94,15 @@ def train_arms(
     model: HookedSAETransformer,
     dataset: Any,
     folder: Path,
-    *,
-    may_diverge: bool = False,
-) -> Mapping[str, str]:
+) -> None:
     """Train those of the arms that are not finished, all at once, each into `folder/<name>`, at Adam's learning rates by name.
 
     Where an interrupted run left a checkpoint in `folder.partial`, its arms go on from there before the others begin. The data
     set has a `text` or a `tokens` column, in the order of this seed.
 
-    Returns: why, for each arm that diverged; the others are finished.
-
     Raises:
         ValueError: when an arm was trained, or begun, otherwise.
-        DivergedError: when an arm diverged, unless `may_diverge`; the others are finished first.
+        DivergedError: when arms diverged, which it names (`saes`); the others are finished first.
     """
     refuse_several_processes()
     failed: dict[str, str] = {}
@@ -118,10 +114,11 @@ def train_arms(
         shutil.rmtree(unfinished)
     if _unfinished(folder).is_dir() and not any(_unfinished(folder).iterdir()):
         _unfinished(folder).rmdir()
-    if failed and not may_diverge:
+    if failed:
         others = "; the others are finished" if len(failed) < len(arms) else ""
-        raise DivergedError(f"{'; '.join(failed.values())}{others}")
-    return failed
+        error = DivergedError(f"{'; '.join(failed.values())}{others}")
+        error.saes = failed
+        raise error
 
 
 def pending(
@@ -265,7 +262,7 @@ def runner_config(
         lr_warm_up_steps=steps // 20,
         lr_decay_steps=steps // 5,
         n_batches_for_norm_estimate=min(10, steps),
-        dead_feature_window=max(20, steps // 4),
+        dead_feature_window=dead_feature_window(stream),
         # so that the last count is of half the training
         feature_sampling_window=max(stream.fewest_steps_counted, steps // 2 + 1),
         device=stream.device,
@@ -276,6 +273,11 @@ def runner_config(
         resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
         output_path=str(unfinished / "saes"),
     )
+
+
+def dead_feature_window(stream: StreamConfig) -> int:
+    """Steps after which a silent feature counts as dead: a quarter of the training, and at least 20, where none may count."""
+    return max(20, stream.steps // 4)
 
 
 STEPS_PER_SEED = 2**32
