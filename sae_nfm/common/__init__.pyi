@@ -2,6 +2,7 @@ from .file_errors import DamagedFileError as DamagedFileError
 from .file_errors import FileError as FileError
 from .file_errors import check_writable as check_writable
 from .file_errors import printable as printable
+from .file_errors import python_string as python_string
 from .file_errors import quoted as quoted
 from .file_errors import reading as reading
 from .file_errors import writing as writing

@@ -44,6 +44,7 @@ from sae_nfm.architectures import (
 )
 from sae_nfm.architectures.joint_config import ARCHITECTURE
 from sae_nfm.common import check_number, check_output, discard_unstarted, partial_folder, publish, remark
+from sae_nfm.common.file_errors import python_string
 from sae_nfm.convert import topk_by_name, warm_started, write_adapter
 from sae_nfm.data import check_data, held_out_tokens, open_dataset, training_data
 from sae_nfm.loading import load_sae, quiet_saelens, refuse_not_finite
@@ -304,7 +305,7 @@ class Trained:
         lines = [f"SAE:    {self.folder}", f"Record: {self.folder / RECORD_FILENAME}"]
         lines += [f"The SAE that was there before: {self.kept}"] if self.kept else []
         lines += [f"Checkpoints: {self.checkpoints}"] if self.checkpoints else []
-        load = ["import sae_nfm", "from sae_lens import SAE", f'sae = SAE.load_from_disk("{self.folder}")']
+        load = ["import sae_nfm", "from sae_lens import SAE", f"sae = SAE.load_from_disk({python_string(self.folder)})"]
         return "\n".join([*lines, "In Python:", *(f"    {line}" for line in load)])
 
 
