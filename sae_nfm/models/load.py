@@ -31,6 +31,9 @@ OFFLINE = "check the spelling and the connection, or stay offline with the embed
 HEADS = ("hook_z", "attn.o.hook_in")
 """How the names of hook points end whose heads have to be flattened."""
 
+WHICH_MODEL = ("revision", "checkpoint_index", "checkpoint_value", "checkpoint_label", "subfolder", "hf_model")
+"""Arguments of loaders that choose among models of one name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
@@ -180,13 +183,7 @@ def find_site(model: LanguageModel, hook_name: str) -> Site:
 
     Raises a ValueError when the model has no such hook point, or one of another shape; names like it are listed.
     """
-    own = resolve_hook_name(model, hook_name)
-    probe = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
-    with torch.no_grad():
-        _, cache = model.run_with_cache(probe, names_filter=[own])
-    if own not in cache:
-        raise ValueError(f"nothing passes through {hook_name!r} as one tensor; give the hook point of an output")
-    shape = cache[own].shape
+    own, shape = _shape_at(model, hook_name)
     if len(shape) != (4 if own.endswith(HEADS) else 3):
         raise ValueError(
             f"activations at {hook_name!r} have shape {tuple(shape)}; an SAE needs [batch, pos, d_in] "
@@ -196,16 +193,34 @@ def find_site(model: LanguageModel, hook_name: str) -> Site:
     return Site(hook_name=own, d_in=shape[2:].numel(), reshape_activations="hook_z" if own.endswith("_z") else "none")
 
 
+def _shape_at(model: LanguageModel, hook_name: str) -> tuple[str, torch.Size]:
+    """The model's own name of a hook point, and the shape of what passes there."""
+    own = resolve_hook_name(model, hook_name)
+    probe = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
+    with torch.no_grad():
+        _, cache = model.run_with_cache(probe, names_filter=[own])
+    if own not in cache:
+        raise ValueError(f"nothing passes through {hook_name!r} as one tensor; give the hook point of an output")
+    return own, cache[own].shape
+
+
 def site_at(model: LanguageModel, hook_name: str, head: int | None = None) -> Site:
     """A hook point, or a single head of it, as an SAE sees it. Raises a ValueError when the model has none."""
     if head is None:
         return find_site(model, hook_name)
-    shape: Any = getattr(model, "cfg", None)
-    if shape is None:
+    if isinstance(model, HookedProxyLM):
         raise ValueError("hook_head_index needs hook points with heads, which AutoModelForCausalLM lacks; leave it out")
-    if not 0 <= head < shape.n_heads:
-        raise ValueError(f"hook_head_index is {head}; the model has heads 0 to {shape.n_heads - 1}")
-    return Site(hook_name=resolve_hook_name(model, hook_name), d_in=shape.d_head, reshape_activations="none")
+    own, shape = _shape_at(model, hook_name)
+    if len(shape) == 3 and own.endswith(HEADS):  # a bridge that hands them to hooks flat
+        shape = torch.Size((*shape[:2], shape[2] // model.cfg.d_head, model.cfg.d_head))
+    if len(shape) != 4:
+        raise ValueError(
+            f"hook_head_index is {head}, but activations at {hook_name!r} have shape {tuple(shape)} and no heads; leave it out, "
+            "or give hook_z, hook_q, hook_k or hook_v"
+        )
+    if not 0 <= head < shape[2]:
+        raise ValueError(f"hook_head_index is {head}; {hook_name!r} has heads 0 to {shape[2] - 1}")
+    return Site(hook_name=own, d_in=shape[3], reshape_activations="none")
 
 
 def model_of(
@@ -223,8 +238,11 @@ def model_of(
             "or save the SAE with a hook_name"
         )
     kind = model_class_name or metadata.model_class_name or "HookedTransformer"
-    same = model_name is None and model_class_name is None
-    kwargs = (metadata.model_from_pretrained_kwargs or {}) if same else {}
+    kwargs = dict(metadata.model_from_pretrained_kwargs or {})
+    if kind != (metadata.model_class_name or "HookedTransformer"):  # what another class's loader takes, too
+        kwargs = {key: value for key, value in kwargs.items() if key in ("dtype", "torch_dtype")}
+    if name != metadata.model_name:
+        kwargs = {key: value for key, value in kwargs.items() if key not in WHICH_MODEL}
     model = load_model(name, device, model_class_name=kind, **kwargs)
     site = site_at(model, metadata.hook_name, metadata.hook_head_index)
     if site.d_in != sae.cfg.d_in:
