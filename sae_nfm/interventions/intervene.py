@@ -35,9 +35,11 @@ from sae_nfm.models import (
     counted_tokens,
     hooked,
     keeping,
+    on_head,
     real_batches,
     reconstruction,
     run_rows,
+    site_at,
     special_token_ids,
     splice,
     tokens_read,
@@ -209,6 +211,8 @@ class Substitution(Intervention):
     shape. It must not write into what it is given."""
     description: str
     """What the function does and all it depends on: a resumed measurement knows the function by this text only."""
+    head: int | None = None
+    """A single head, at a hook point that has them: x is [rows pos d_head], the other heads keep their bits. None for all."""
 
     @property
     @override
@@ -218,19 +222,19 @@ class Substitution(Intervention):
     @property
     @override
     def identity(self) -> str:
-        return f"{self.description} at {self.at}, special tokens {self.special_tokens}"
+        at = self.at if self.head is None else f"{self.at}, head {self.head}"
+        return f"{self.description} at {at}, special tokens {self.special_tokens}"
 
     @override
     @contextmanager
     def on(self, model: LanguageModel, generator: torch.Generator | None = None) -> Generator[Trace]:
         trace = Trace()
+        d_head = 0 if self.head is None else site_at(model, self.at, self.head).d_in
         with claimed(model, self.at) as hook_name, tokens_read(model) as read:
 
-            def substitute(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-                read.check_shape(value)
-                x, kept = value.flatten(2), self.special_tokens == "kept"
-                special = read.special_on(value.device) if kept else None
-                x_hat = self.function(x, _Context(read, value.device, generator))
+            def substituted(x: Tensor) -> Tensor:
+                special = read.special_on(x.device) if self.special_tokens == "kept" else None
+                x_hat = self.function(x, _Context(read, x.device, generator))
                 if x_hat.shape != x.shape:
                     raise ValueError(
                         f"{self.description!r} made {tuple(x_hat.shape)} of {tuple(x.shape)}; keep the shape"
@@ -238,7 +242,13 @@ class Substitution(Intervention):
                 if special is not None:
                     x_hat = torch.where(special[..., None], x, x_hat)
                 trace.x, trace.x_hat = x, x_hat.to(x.dtype)
-                return trace.x_hat.reshape(value.shape)
+                return trace.x_hat
+
+            def substitute(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+                read.check_shape(value)
+                if self.head is not None:
+                    return on_head(value, self.head, d_head, substituted)
+                return substituted(value.flatten(2)).reshape(value.shape)
 
             with hooked(model, {hook_name: substitute}, model):
                 yield trace

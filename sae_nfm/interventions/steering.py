@@ -99,14 +99,14 @@ def directions(
     return {arm: direction.float() / direction.float().norm() for arm, direction in found.items()}
 
 
-def steering(at: str, direction: Float[Tensor, " d"], alpha: float) -> Substitution:
-    """The intervention that adds alpha times a direction at a hook point, at every token that is not special."""
+def steering(at: str, direction: Float[Tensor, " d"], alpha: float, *, head: int | None = None) -> Substitution:
+    """The intervention that adds alpha times a direction at a hook point (or one head there), at all tokens but special ones."""
     step = alpha * direction
 
     def add(x: Tensor, context: TokenContext) -> Tensor:  # noqa: ARG001
         return x + step.to(x)
 
-    return Substitution(at=at, function=add, description=f"steering by {digest({'': step})}")
+    return Substitution(at=at, head=head, function=add, description=f"steering by {digest({'': step})}")
 
 
 @torch.no_grad()
@@ -138,10 +138,12 @@ def compare_steering(
     found = directions(sae, pair, gates)
     generator = torch.Generator().manual_seed(seed)
     drawn = F.normalize(torch.randn(n_random, sae.cfg.d_in, generator=generator), dim=-1)
-    at = str(sae.cfg.metadata.hook_name)
+    at, head = str(sae.cfg.metadata.hook_name), sae.cfg.metadata.hook_head_index
     arms = {(arm, 0): direction for arm, direction in found.items()}
     arms |= {("random", draw): direction for draw, direction in enumerate(drawn)}
-    steered = {(*arm, float(alpha)): steering(at, arms[arm], float(alpha)) for arm in arms for alpha in alphas}
+    steered = {
+        (*arm, float(alpha)): steering(at, arms[arm], float(alpha), head=head) for arm in arms for alpha in alphas
+    }
     rows, sizes = list[Steered](), list[Tensor]()
     starts, real = range(0, len(tokens), batch_rows), real_tokens(model, tokens)
     for start in tqdm(starts, desc="Steering", unit="batch", disable=not show_progress):

@@ -6,6 +6,7 @@ from .load import check_device as check_device
 from .load import device_of as device_of
 from .load import find_site as find_site
 from .load import load_model as load_model
+from .load import loader_kwargs as loader_kwargs
 from .load import model_of as model_of
 from .load import refuse_heads_of_a_bridge as refuse_heads_of_a_bridge
 from .load import resolve_hook_name as resolve_hook_name
@@ -18,6 +19,7 @@ from .splicing import SpecialTokens as SpecialTokens
 from .splicing import claimed as claimed
 from .splicing import hooked as hooked
 from .splicing import keeping as keeping
+from .splicing import on_head as on_head
 from .splicing import reconstruction as reconstruction
 from .splicing import splice as splice
 from .splicing import writing as writing
@@ -25,6 +27,7 @@ from .tokens_read import TokensRead as TokensRead
 from .tokens_read import check_counted as check_counted
 from .tokens_read import counted_tokens as counted_tokens
 from .tokens_read import is_special as is_special
+from .tokens_read import masked_padding as masked_padding
 from .tokens_read import places_of as places_of
 from .tokens_read import real_batches as real_batches
 from .tokens_read import real_tokens as real_tokens

@@ -223,10 +223,22 @@ def site_at(model: LanguageModel, hook_name: str, head: int | None = None) -> Si
     return Site(hook_name=own, d_in=shape[3], reshape_activations="none")
 
 
+def loader_kwargs(metadata: Any, name: str, model_class_name: str | None = None) -> dict[str, Any]:
+    """What an SAE's metadata give to the loader of its model; of another name or class what means the same there."""
+    kwargs = dict(metadata.model_from_pretrained_kwargs or {})
+    if model_class_name not in (None, metadata.model_class_name or "HookedTransformer"):
+        kwargs = {key: value for key, value in kwargs.items() if key in ("dtype", "torch_dtype")}
+    if name != metadata.model_name:
+        kwargs = {key: value for key, value in kwargs.items() if key not in WHICH_MODEL}
+    return kwargs
+
+
 def model_of(
     sae: SAE[Any], device: str, *, model_name: str | None = None, model_class_name: str | None = None
 ) -> tuple[LanguageModel, Site]:
     """The language model that an SAE's metadata name, or another name, folder or kind of it, and the SAE's hook point there.
+
+    Class, data type, revision and whatever else the model was loaded with for the training are those of the metadata.
 
     Raises a ValueError or FileNotFoundError when the metadata are silent, or the model is missing or has another width there.
     """
@@ -238,11 +250,7 @@ def model_of(
             "or save the SAE with a hook_name"
         )
     kind = model_class_name or metadata.model_class_name or "HookedTransformer"
-    kwargs = dict(metadata.model_from_pretrained_kwargs or {})
-    if kind != (metadata.model_class_name or "HookedTransformer"):  # what another class's loader takes, too
-        kwargs = {key: value for key, value in kwargs.items() if key in ("dtype", "torch_dtype")}
-    if name != metadata.model_name:
-        kwargs = {key: value for key, value in kwargs.items() if key not in WHICH_MODEL}
+    kwargs = loader_kwargs(metadata, name, kind)
     model = load_model(name, device, model_class_name=kind, **kwargs)
     site = site_at(model, metadata.hook_name, metadata.hook_head_index)
     if site.d_in != sae.cfg.d_in:

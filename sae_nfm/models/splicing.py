@@ -8,6 +8,7 @@ put back at its output. (SAELens's `exclude_special_tokens` is for the first kin
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -73,8 +74,13 @@ def hooked(
                     return f"what an intervention does at {name!r} was taken out"
             return None
 
-        with _guarded(model, missing):
-            yield
+        try:
+            with _guarded(model, missing):
+                yield
+        finally:  # also at points that are the model's no more
+            for _, point, handle in put:
+                handle.hook.remove()
+                point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
 
 
 @contextmanager
@@ -206,10 +212,10 @@ def _in_place(model: Any, sae: SAE[Any], hook_name: str) -> Generator[None]:
     """The SAE that SAELens has attached, on one head where it is of one, and for as long as nobody takes it off."""
     wrapper, head = get_deep_attr(model, hook_name), sae.cfg.metadata.hook_head_index
     if head is not None:
-        of_head = type(wrapper).forward
+        of_head: Callable[[Tensor], Tensor] = partial(type(wrapper).forward, wrapper)
 
         def on_one_head(value: Tensor) -> Tensor:
-            return _with_head(value, head, sae.cfg.d_in, lambda part: of_head(wrapper, part))
+            return on_head(value, head, sae.cfg.d_in, of_head)
 
         wrapper.forward = on_one_head
 
@@ -221,7 +227,7 @@ def _in_place(model: Any, sae: SAE[Any], hook_name: str) -> Generator[None]:
         yield
 
 
-def _with_head(value: Tensor, head: int, d_head: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+def on_head(value: Tensor, head: int, d_head: int, function: Callable[[Tensor], Tensor]) -> Tensor:
     """A function applied to one head of activations [rows pos heads d_head], or with heads flattened; others keep their bits."""
     heads = value.unflatten(-1, (-1, d_head)) if value.ndim == 3 else value
     changed = function(heads[:, :, head]).to(value.dtype)

@@ -23,7 +23,7 @@ from sae_lens import HookedSAETransformer
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.util import get_special_token_ids
 from torch import Tensor, nn
-from transformer_lens.utilities import get_attention_mask
+from transformer_lens.utilities.tokenize_utils import get_attention_mask
 
 from sae_nfm.models.load import LanguageModel
 
@@ -107,19 +107,23 @@ def run_rows(
     model: LanguageModel, tokens: Int[Tensor, "rows pos"], real: Bool[Tensor, "rows pos"] | None = None
 ) -> Tensor:
     """Logits of rows of tokens, padding neither attended to nor counted in positions; `real` as `real_tokens` has it."""
-    real = real_tokens(model, tokens) if real is None else real
-    mask, tokenizer = real.long(), model.tokenizer
-    own = isinstance(model, HookedSAETransformer) and tokenizer is not None and tokenizer.padding_side == "left"
-    if real.all() and not (
-        own and (tokens[:, 0] == tokenizer.pad_token_id).any()
-    ):  # TransformerLens makes a mask itself
+    inferred, tokenizer = real_tokens(model, tokens), model.tokenizer
+    real = inferred if real is None else real
+    told = torch.equal(real, inferred)
+    if isinstance(model, HookedSAETransformer) and tokenizer is not None and tokenizer.padding_side == "left":
+        told = told and tokenizer.pad_token_id not in tokens[:, 0].tolist()  # else it makes a mask of its own
+    if real.all() and told:
         return model(tokens)
+    mask: dict[str, Any] = {"attention_mask": real.long()}
     if not isinstance(model, HookedProxyLM):
-        return model(tokens, attention_mask=mask)
-    known, given = inspect.signature(model.model.forward).parameters, {"attention_mask": mask}
-    if "position_ids" in known:
-        given["position_ids"] = places_of(real)
-    return model.model(tokens, **given).logits
+        return model(tokens, **mask)
+    return model.model(tokens, **mask, **_positions(model.model, real)).logits
+
+
+def _positions(inner: Any, real: Mask) -> dict[str, Any]:
+    """Positions that a Hugging Face model does not take from the attention mask by itself."""
+    takes = "position_ids" in inspect.signature(inner.forward).parameters
+    return {"position_ids": places_of(real)} if takes else {}
 
 
 def real_batches(
@@ -153,6 +157,10 @@ class TokensRead:
     """Whether the run has a cache."""
     guards: list[Callable[[], str | None]] = field(default_factory=list[Callable[[], "str | None"]])
     """What must hold when a run begins: each says what does not."""
+    inner: nn.Module | None = None
+    """The Hugging Face model, where it is one."""
+    masking: int = 0
+    """How many contexts of `masked_padding` there are."""
     users: int = 0
     leave: ExitStack = field(default_factory=ExitStack)
     _before: Tensor | None = None
@@ -281,11 +289,28 @@ class TokensRead:
             ids = None if ids is None or ids.shape != shape else ids
             self.enter(ids, shape, offset, kwargs.get("attention_mask"), cache)
             return run(given, **kwargs)
+        given, kwargs = self._with_mask(given, kwargs)
         self._inside = kwargs
         try:
             return run(given, **kwargs)
         finally:
             self._inside = None
+
+    def _with_mask(self, given: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Arguments of a run that begins a text, with an attention mask where `masked_padding` is to give one."""
+        cache, model = kwargs.get("past_kv_cache", kwargs.get("past_key_values")), self.model()
+        ids = isinstance(given, Tensor) and given.ndim == 2 and not given.is_floating_point()
+        if (
+            model is None
+            or not self.masking
+            or not ids
+            or cache is not None
+            or kwargs.get("attention_mask") is not None
+        ):
+            return given, kwargs
+        real = real_tokens(model, given)
+        positions = {} if self.inner is None else _positions(self.inner, real)
+        return given, kwargs if real.all() else kwargs | {"attention_mask": real.long()} | positions
 
     def embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         """A HookedTransformer embeds token ids, in a run or before one."""
@@ -309,21 +334,24 @@ class TokensRead:
             mask = torch.cat([before[:, :offset].to(mask.device), mask], 1)
         self.enter(ids, (len(ids), ids.shape[1]), offset, mask, cache)
 
-    def run_hf(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def run_hf(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A run of a Hugging Face model begins."""
         self.begin()
+        if "input_ids" in kwargs or args:
+            ids, kwargs = self._with_mask(kwargs.get("input_ids", args[0] if args else None), kwargs)
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         given |= given.get("kwargs", {})
         ids, embeds, cache = (given.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
         first = ids if ids is not None else embeds
         if first is None:
-            return
+            return None
         offset = 0
         if cache is not None:
             offset = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2]
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) else None
         self.enter(ids, (len(first), first.shape[1]), offset, mask, cache)
+        return args, kwargs
 
     def after_hf(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
         """It has ended, and may have made a cache."""
@@ -381,6 +409,17 @@ def tokens_read(model: LanguageModel) -> Generator[TokensRead]:
             del _READ[model]
 
 
+@contextmanager
+def masked_padding(model: LanguageModel) -> Generator[None]:
+    """Within it, rows of token ids that are given to the model without an attention mask get one where they are padded."""
+    with tokens_read(model) as read:
+        read.masking += 1
+        try:
+            yield
+        finally:
+            read.masking -= 1
+
+
 def _install(model: LanguageModel, read: TokensRead) -> ExitStack:
     """Methods are put into the dictionary of the object, as bound methods, so that a copy of the model has its own."""
     stack, parts = ExitStack(), [model]
@@ -391,7 +430,7 @@ def _install(model: LanguageModel, read: TokensRead) -> ExitStack:
         inner: Any = model.model if isinstance(model, HookedProxyLM) else model.original_model
         stack.callback(inner.register_forward_pre_hook(read.run_hf, with_kwargs=True).remove)
         stack.callback(inner.register_forward_hook(read.after_hf).remove)
-        _READ[inner] = read
+        _READ[inner], read.inner = read, inner
         stack.callback(_READ.pop, inner, None)
         parts.append(inner)
     for part in parts:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from builders import D_MODEL, HOOK, inference_sae, rows_of_tokens, tiny_model, t
 from sae_lens import SAE
 from tiny_models import write_checkpoint
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.hook_points import HookPoint
 from transformers import DynamicCache
 
-from sae_nfm.architectures import attach_secondary
-from sae_nfm.interventions import Edit, PairEdit, SecondarySplice, Splice, Substitution
+from sae_nfm.analysis import read_activations
+from sae_nfm.evaluation.fidelity import Arm, evaluate, outcomes
+from sae_nfm.explorer.activations import firings_of
+from sae_nfm.interventions import Edit, PairEdit, SecondarySplice, Splice, path_means
 from sae_nfm.interventions.edits import editing
 from sae_nfm.interventions.steering import steering
 from sae_nfm.models import counted_tokens, load_model, real_tokens, run_rows, tokens_read
@@ -173,3 +177,227 @@ def test_generate(models, saes, tokens, kind, where):
             longer = within(sequence[:, :6], **greedy).tolist()
             assert one[0] == one[1]
             assert longer == within(sequence[:, :6], **greedy).tolist()
+
+
+@pytest.fixture
+def padded():
+    """Rows of 8, 5, 6 and 3 tokens without BOS, padded at the left with the id that is BOS, EOS and padding; and alone."""
+    rows = rows_of_tokens()[2]
+    alone = [rows[:8], rows[3:8], rows[8:14], rows[11:14]]
+    return alone, torch.stack([torch.cat([torch.zeros(8 - len(row), dtype=torch.long), row]) for row in alone])
+
+
+def counted_rows(alone):
+    return [row[None] for row in alone]
+
+
+@torch.no_grad()
+@for_kinds
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_is_the_row_alone(models, saes, padded, kind, side):
+    """Logits, edits and what is counted: inferred from the ids, and by an attention mask."""
+    model, sae, (alone, rows) = models[kind], saes[kind], padded
+    if side == "right":
+        rows = torch.stack([row.roll(len(one)) for row, one in zip(rows, alone, strict=True)])
+    real = real_tokens(model, rows)
+    assert real.sum(1).tolist() == [8, 5, 6, 3]
+    assert torch.equal(real, rows != 0)
+    assert torch.equal(counted_tokens(model, rows).sum(1), real.sum(1) - 1)
+    for where in ((0,), (1, 4), (-1,), (-2, 2), None):
+        arm = Splice(sae=sae, edits=[clamp(where)])
+        with arm.on(model) as trace:
+            found = run_rows(model, rows)
+            x_hat = trace.x_hat
+            for n, row in enumerate(alone):
+                expected = model(row[None])[0]
+                torch.testing.assert_close(found[n][real[n]], expected, **ROUNDING)
+                torch.testing.assert_close(x_hat[n][real[n]], trace.x_hat[0], **ROUNDING)
+    mask = torch.ones_like(rows)  # padding that are real tokens, by what the mask says
+    with Splice(sae=sae, edits=[clamp((1,))]).on(model) as trace:
+        run_rows(model, rows, real_tokens(model, rows, mask))
+    assert torch.equal((trace.acts[..., 1] == 6).any(0).nonzero()[:, 0], torch.tensor([1]))
+
+
+@torch.no_grad()
+@for_kinds
+def test_padded_rows_are_measured_as_rows_alone(models, saes, padded, kind):
+    model, sae, (alone, rows) = models[kind], saes[kind], padded
+    arms = [Arm(name="sae", sae=sae), Arm(name="part", sae=sae, off=("hook_nfm_linear",))]
+    found = evaluate(model, rows, arms, show_progress=False, batch_rows=3)
+    by_mask = evaluate(model, rows, arms, show_progress=False, attention_mask=rows != 0)
+    own = {arm.name: [] for arm in arms}
+    for row in alone:
+        for name, outcome in outcomes(model, row[None], {arm.name: arm.intervention for arm in arms}):
+            own[name].append(outcome)
+    for name, several in own.items():
+        kl = torch.cat([one.kl_nats for one in several])
+        ce = torch.cat([one.ce_nats[one.has_next] for one in several])
+        for fidelity in (found[name], by_mask[name]):
+            assert fidelity.tokens == len(kl) == 18
+            assert fidelity.kl_nats == pytest.approx(kl.mean().item(), rel=1e-4)
+            assert fidelity.ce_nats == pytest.approx(ce.mean().item(), rel=1e-4)
+    mean = path_means(model, sae, rows, ["hook_nfm_linear"], batch_rows=2)["hook_nfm_linear"]
+    read, _ = read_activations(model, sae, rows, batch_rows=3)
+    each = torch.cat([read_activations(model, sae, row[None])[0] for row in alone])
+    torch.testing.assert_close(read, each, **ROUNDING)
+    firings = firings_of(model, sae, rows, show_progress=False)
+    assert firings.counted.sum() == 18
+    assert mean.shape == (D_MODEL,)
+
+
+@torch.no_grad()
+@for_kinds
+def test_generating_from_padded_rows(models, saes, padded, kind):
+    """Left-padded prompts in a batch, with their attention mask, are continued as each alone."""
+    model, sae, (alone, rows) = models[kind], saes[kind], padded
+    mask, n = (rows != 0).long(), 3
+    for where in ((1,), (-1, 6), None):
+        with Splice(sae=sae, edits=[clamp(where)]).on(model):
+            if kind == "HookedTransformer":  # its generate takes no mask
+                run = Cached(model, kind, 4)
+                logits, step = [run(rows, mask)[:, -1]], rows
+                for _ in range(n):
+                    step = logits[-1].argmax(-1, keepdim=True)
+                    logits.append(run(step)[:, -1])
+                found = torch.stack(logits[:-1], 1).argmax(-1)
+            else:
+                inner = model.model if kind == "AutoModelForCausalLM" else model.original_model
+                greedy = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False}
+                found = inner.generate(rows, attention_mask=mask, **greedy)[:, -n:]
+        for row, one in zip(alone, found, strict=True):
+            absolute = where if where is None else tuple(p + len(row) if p < 0 else p for p in where)
+            sequence = row[None]
+            with Splice(sae=sae, edits=[clamp(absolute)]).on(model):
+                for _ in range(n):
+                    last = model(sequence)[:, -1]
+                    last[:, 0] = last[:, 0] if kind == "HookedTransformer" else -torch.inf
+                    sequence = torch.cat([sequence, last.argmax(-1, keepdim=True)], 1)
+            assert sequence[0, -n:].tolist() == one.tolist()
+
+
+def test_which_tokens_are_padding():
+    model = tiny_model()
+
+    def real(*rows, **kwargs):
+        return real_tokens(model, torch.tensor(rows), **kwargs).long().tolist()
+
+    assert real([0, 1, 2, 0], [1, 2, 0, 3]) == [[1] * 4] * 2  # BOS, separators: one id, and none twice at an end
+    assert real([0, 0, 0, 1], [0, 1, 2, 3]) == [[0, 0, 1, 1], [1] * 4]  # padding before BOS
+    assert real([0, 0, 0, 1], [4, 1, 2, 3], [0, 1, 2, 3]) == [[0, 0, 0, 1], [1] * 4, [0, 1, 1, 1]]  # no BOS
+    assert real([1, 2, 0, 0], [1, 2, 3, 0], [1, 0, 0, 3]) == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert real([0, 1, 2], attention_mask=torch.tensor([[0, 1, 1]])) == [[0, 1, 1]]
+    model.tokenizer.pad_token = "t9"
+    assert real([9, 0, 1, 2], [0, 1, 2, 9], [0, 1, 9, 2]) == [[0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]
+    with pytest.raises(ValueError, match=r"padding between tokens"):
+        real([1, 2, 3], attention_mask=torch.tensor([[1, 0, 1]]))
+    with pytest.raises(ValueError, match=r"\(1, 2\).*\(1, 3\)"):
+        real([1, 2, 3], attention_mask=torch.tensor([[1, 0]]))
+
+
+@torch.no_grad()
+@for_kinds
+@pytest.mark.parametrize("edit", [clamp((1,)), None])
+def test_what_was_put_in_place_and_is_gone(models, saes, tokens, kind, edit):
+    """A reset inside of a splice is an error at the next run, and nothing is left behind; hooks beside it are none."""
+    model, sae, at = models[kind], saes[kind], PLACES[kind]
+    clean, edits = model(tokens), [] if edit is None else [edit]
+    resets = [lambda: model.reset_hooks(), lambda: model.reset_hooks(including_permanent=True)]
+    if kind == "TransformerBridge":  # whose own reset_hooks fails where an SAE is attached
+        resets = [lambda: [point.remove_hooks() for point in model.hook_dict.values() if isinstance(point, HookPoint)]]
+    if kind != "AutoModelForCausalLM":
+        resets += [model.reset_saes, lambda: model.add_sae(copy.deepcopy(sae))]
+    for reset in resets:
+        for special_tokens in ("kept", "changed"):
+            with Splice(sae=sae, edits=edits, special_tokens=special_tokens).on(model):
+                spliced = model(tokens)
+                for _ in range(2):
+                    with model.hooks(fwd_hooks=[(at.replace(".0", ".1"), lambda value, hook: None)]):
+                        assert torch.equal(model(tokens), spliced)
+                    model.run_with_hooks(tokens, fwd_hooks=[(at.replace(".0", ".1"), lambda value, hook: None)])
+                    model.run_with_cache(tokens)
+                assert torch.equal(model(tokens), spliced)
+                reset()
+                for _ in range(2):
+                    with pytest.raises(ValueError, match=rf"{at}.*taken out|taken out.*reset_hooks"):
+                        model(tokens)
+            if kind != "AutoModelForCausalLM":
+                model.reset_saes()
+                model.hook_dict[at].name = at
+            assert torch.equal(model(tokens), clean)
+            assert not any(point.fwd_hooks for point in (*model.hook_dict.values(), *sae.hook_dict.values()))
+    with steering(at, torch.ones(D_MODEL), 1.0).on(model):
+        model.reset_hooks()
+        with pytest.raises(ValueError, match="taken out"):
+            model(tokens)
+    assert torch.equal(model(tokens), clean)
+
+
+def test_hooks_that_a_splice_would_silence(models, saes, tokens):
+    model, sae = models["HookedTransformer"], saes["HookedTransformer"]
+    with (
+        model.hooks(fwd_hooks=[(HOOK, lambda value, hook: 0 * value)]),
+        pytest.raises(ValueError, match=r"hook functions at 'blocks\.0\.hook_resid_post'"),
+        Splice(sae=sae).on(model),
+    ):
+        pass
+
+
+@torch.no_grad()
+@for_kinds
+def test_a_model_that_is_given_activations(models, saes, tokens, kind):
+    """Where no ids are needed it works; where special tokens are to be kept it is a sentence."""
+    model, sae, needed = models[kind], saes[kind], "no token ids.*special_tokens='changed'"
+    arms = [Splice(sae=sae, special_tokens=how, edits=[clamp((1, -1))]) for how in ("changed", "kept")]
+    steered = steering(PLACES[kind], torch.ones(D_MODEL), 1.0)
+    arms += [replace(steered, special_tokens="changed"), steered]
+    if kind == "HookedTransformer":
+        resid = model(tokens, stop_at_layer=0)
+        runs = [lambda at=at, resid=resid: model(resid, start_at_layer=at) for at in (0, -2)]
+    else:
+        embeds = (model.model if kind == "AutoModelForCausalLM" else model.original_model).get_input_embeddings()(
+            tokens
+        )
+        inner = model.model if kind == "AutoModelForCausalLM" else model
+        runs = [lambda: inner(inputs_embeds=embeds).logits] if inner is not model else [lambda: model(embeds)]
+    for run in runs:
+        for changed, kept in (arms[:2], arms[2:]):
+            with changed.on(model):
+                torch.testing.assert_close(run(), model(tokens), **ROUNDING)
+            with kept.on(model), pytest.raises(ValueError, match=needed):
+                run()
+    if kind == "HookedTransformer":
+        for arm in arms:
+            with arm.on(model):
+                found = model(resid, start_at_layer=0, tokens=tokens)
+                torch.testing.assert_close(found, model(tokens), **ROUNDING)
+                model(tokens, stop_at_layer=1)
+                with pytest.raises(ValueError, match="start_at_layer needs the residual stream"):
+                    model(tokens, start_at_layer=1)
+        text = ["t3 t4 t5", "t7"]
+        for padding_side in ("left", "right"):
+            ids = model.to_tokens(text, padding_side=padding_side)
+            mask = real_tokens(model, ids)
+            assert mask.sum(1).tolist() == [4, 2]
+            for arm in arms:
+                with arm.on(model):
+                    whole = model(text, padding_side=padding_side)
+                    torch.testing.assert_close(whole[mask], run_rows(model, ids)[mask], **ROUNDING)
+                    torch.testing.assert_close(model("t7")[0], whole[1][mask[1]], **ROUNDING)
+        with Splice(sae=sae, edits=[clamp((1,))]).on(model) as trace:
+            model("t3 t4 t5", prepend_bos=False)
+        assert (trace.acts[0, :, 1] == 6).nonzero().tolist() == [[1]]
+
+
+def test_a_copy_made_within_a_splice_and_nothing_left(models, saes, tokens):
+    """No method stays patched, a copy of the model runs by itself, and what was read is let go."""
+    model, sae = models["HookedTransformer"], saes["HookedTransformer"]
+    with Splice(sae=sae).on(model):
+        copied = copy.deepcopy(model)
+    copied.reset_saes()
+    assert torch.equal(copied(tokens), model(tokens))
+    for one in models.values():
+        assert not {"forward", "generate", "generate_stream", "hf_generate"} & set(vars(one))
+    gc.collect()
+    with tokens_read(model) as read:
+        assert read.users == 1
+        assert not read.guards

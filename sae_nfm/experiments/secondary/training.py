@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from sae_lens import SAE, HookedSAETransformer, TopKTrainingSAEConfig
+from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge, TopKTrainingSAEConfig
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
@@ -65,7 +65,7 @@ def train_secondaries(
     expansion: int,
     ks: Sequence[int],
     learning_rate: float,
-    model: HookedSAETransformer,
+    model: HookedSAETransformer | SAETransformerBridge,
     primary: SAE[Any],
     dataset: Any,
     folder: Path,
@@ -137,7 +137,9 @@ def secondary_config(k: int, d_in: int, expansion: int, device: str, known: str)
 
 
 @contextmanager
-def activations_of(model: HookedSAETransformer, primary: SAE[Any], trained_on: TrainedOn, seed: int) -> Generator[str]:
+def activations_of(
+    model: HookedSAETransformer | SAETransformerBridge, primary: SAE[Any], trained_on: TrainedOn, seed: int
+) -> Generator[str]:
     """Within it these activations pass through the hook point of the model whose name is given.
 
     The primary is spliced in meanwhile, unless it is the residual that is trained on. The seed is that of the permutation.
