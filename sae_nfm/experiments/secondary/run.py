@@ -70,17 +70,22 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
     check_device(cfg.device)
     primary = load_sae(cfg.primary, device=cfg.device).eval()
     checked, metadata, output = check_primary(primary), primary.cfg.metadata, Path(cfg.output)
+    name = cfg.model or metadata.model_name
+    if name is None or metadata.hook_name is None:
+        raise ValueError(
+            f"the metadata of {cfg.primary!r} has no model_name or no hook_name, so it is not known what it reads; give "
+            "--model, or save the SAE with a hook_name"
+        )
     model, _ = model_of(primary, cfg.device, model_name=cfg.model)
     if isinstance(model, HookedProxyLM):
         raise ValueError(
             "the primary was trained on a model of class AutoModelForCausalLM, in which an SAE's own hook points cannot be "
             "trained on; give a primary of a HookedTransformer or a TransformerBridge"
         )
-    name = str(cfg.model or metadata.model_name)
     train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, name, cfg.seed)
     stream = StreamConfig(
         model_name=name,
-        hook_name=str(metadata.hook_name),
+        hook_name=metadata.hook_name,
         dataset=cfg.dataset or demo.MODEL_NAME,
         training_tokens=cfg.training_tokens,
         context_size=min(cfg.context_size, model.cfg.n_ctx),
