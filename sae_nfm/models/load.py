@@ -92,14 +92,33 @@ def load_model(
         raise FileNotFoundError(f"model {name!r} could not be fetched from the hub; {OFFLINE}") from error
 
 
+def _only_own_tokens(model: Any) -> Any:
+    """Take back the BOS and EOS that TransformerLens gives a tokenizer that has none, where the model has no such token.
+
+    It reads text with padding, for which a tokenizer needs a token, if only one that no single text gets.
+    """
+    tokenizer, d_vocab = model.tokenizer, model.cfg.d_vocab
+    if tokenizer is None:
+        return model
+    for kind in ("bos", "eos"):
+        token = getattr(tokenizer, f"{kind}_token_id")
+        if token is None or token >= d_vocab:
+            setattr(tokenizer, f"{kind}_token", None)
+    if tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": tokenizer.eos_token or "<|endoftext|>"})
+    if tokenizer.bos_token_id is None:
+        model.cfg.default_prepend_bos = False
+    return model
+
+
 def _load_hooked(name: str, device: str, **kwargs: Any) -> HookedSAETransformer:
     if is_folder(name):
-        return hooked_from_folder(name, device, **kwargs)
+        return _only_own_tokens(hooked_from_folder(name, device, **kwargs))
     try:
         get_official_model_name(name)
     except ValueError as error:
         raise ValueError(f"TransformerLens knows no model {name!r}; {OFFLINE}") from error
-    return HookedSAETransformer.from_pretrained_no_processing(name, device=device, **kwargs)
+    return _only_own_tokens(HookedSAETransformer.from_pretrained_no_processing(name, device=device, **kwargs))
 
 
 def _load_bridge(name: str, device: str, **kwargs: Any) -> SAETransformerBridge:
@@ -108,7 +127,7 @@ def _load_bridge(name: str, device: str, **kwargs: Any) -> SAETransformerBridge:
     if isinstance(kwargs.get("dtype"), str):
         kwargs["dtype"] = str_to_dtype(kwargs["dtype"])
     with torch.random.fork_rng(devices=[]):  # it draws initial weights for the layers it splits
-        return SAETransformerBridge.boot_transformers(name, device=device, **kwargs).eval()
+        return _only_own_tokens(SAETransformerBridge.boot_transformers(name, device=device, **kwargs).eval())
 
 
 def _load_proxy(name: str, device: str, **kwargs: Any) -> HookedProxyLM:

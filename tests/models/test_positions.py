@@ -7,19 +7,23 @@ from dataclasses import replace
 import pytest
 import torch
 from builders import D_MODEL, HOOK, inference_sae, rows_of_tokens, tiny_model, training_config
-from sae_lens import SAE
-from tiny_models import write_checkpoint
+from datasets import Dataset
+from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge
+from tiny_models import new_tokenizer, write_checkpoint
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.hook_points import HookPoint
 from transformers import DynamicCache
 
 from sae_nfm.analysis import read_activations
+from sae_nfm.data import held_out_rows
 from sae_nfm.evaluation.fidelity import Arm, evaluate, outcomes
+from sae_nfm.experiments.factorial.measure import tokenized
+from sae_nfm.experiments.factorial.stimuli import Cell, Factor, StimulusSet
 from sae_nfm.explorer.activations import firings_of
 from sae_nfm.interventions import Edit, PairEdit, SecondarySplice, Splice, path_means
 from sae_nfm.interventions.edits import editing
 from sae_nfm.interventions.steering import steering
-from sae_nfm.models import counted_tokens, load_model, real_tokens, run_rows, tokens_read
+from sae_nfm.models import counted_tokens, load_model, loader_kwargs, model_of, real_tokens, run_rows, tokens_read
 
 PLACES = {
     "HookedTransformer": "blocks.0.hook_resid_post",
@@ -401,3 +405,40 @@ def test_a_copy_made_within_a_splice_and_nothing_left(models, saes, tokens):
     with tokens_read(model) as read:
         assert read.users == 1
         assert not read.guards
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_tokenizer_without_bos(tmp_path, kind):
+    """TransformerLens makes up a BOS that the model does not have; text goes in without, and prompts too."""
+    folder = write_checkpoint(tmp_path / "gpt2", "gpt2", tokenizer=False)
+    tokenizer = new_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    model = load_model(folder, model_class_name=kind)
+    assert (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id) == (None, None)
+    rows = held_out_rows(model, Dataset.from_dict({"text": ["t1 t2 t3 t4 t5 t6", "t7 t8 t9 t1 t2"]}), 5, 10)
+    assert rows.tokens.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 1]]
+    assert run_rows(model, rows.tokens).isfinite().all()
+    cells = [Cell(levels=("a", "b"), words=(f"t{n}",), sentences=("t1 t2", f"t{n} t{n}")) for n in range(10, 14)]
+    factors = tuple(Factor(name=name, levels=("a", "b")) for name in ("first", "second"))
+    changed = StimulusSet(name="invented", factors=factors, cells=tuple(cells))
+    assert tokenized(model, changed).prompts[0] == (1, 2)
+
+
+def test_the_model_is_loaded_as_the_metadata_say(tmp_path):
+    """Class, data type and revision; of another folder all but what chooses among models of one name."""
+    folder = write_checkpoint(tmp_path / "gpt2", "gpt2")
+    sae = inference_sae(training_config("joint_nfm", PLACES["TransformerBridge"]))
+    given = {"dtype": "bfloat16", "revision": "main", "fold_ln": True}
+    sae.cfg.metadata.model_name, sae.cfg.metadata.model_class_name = str(folder), "TransformerBridge"
+    sae.cfg.metadata.model_from_pretrained_kwargs = {"dtype": "bfloat16"}
+    model, _ = model_of(sae, "cpu")
+    assert isinstance(model, SAETransformerBridge)
+    assert next(model.parameters()).dtype == torch.bfloat16
+    other, _ = model_of(sae, "cpu", model_class_name="HookedTransformer")
+    assert isinstance(other, HookedSAETransformer)
+    assert other.cfg.dtype == torch.bfloat16
+    sae.cfg.metadata.model_from_pretrained_kwargs = given
+    assert loader_kwargs(sae.cfg.metadata, str(folder)) == given
+    assert loader_kwargs(sae.cfg.metadata, "elsewhere") == {"dtype": "bfloat16", "fold_ln": True}
+    assert loader_kwargs(sae.cfg.metadata, str(folder), "HookedTransformer") == {"dtype": "bfloat16"}
