@@ -19,8 +19,9 @@ first steps:
   sae-nfm report runs                        # every result, in one offline page
 
 `sae-nfm COMMAND --help` has examples and options, docs/times.md how long they
-take. Every command takes --json and --debug. Exit status: 0 done, 1 unexpected
-error, 2 a mistake in the command or its files, 130 interrupted.
+take. Every command takes --json and --debug. Exit status: 0 done, 1 the run
+failed, 2 a mistake in the command, its files or the place for its output, 130
+interrupted.
 """
 
 

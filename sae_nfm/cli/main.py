@@ -4,65 +4,152 @@ Also the job of `sae-nfm completion`, which needs the options of all commands: a
 """
 
 import io
+import os
 import shlex
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 from pydantic_core import to_json
 from sae_lens.training._interruption import InterruptedException
+from typing_extensions import override
 
+from sae_nfm.common.file_errors import FULL, FileError, about_writing, cause_of, printable, quoted, unwritable
 from sae_nfm.common.results import SavedResult, with_kind
 from sae_nfm_cli.commands import COMMANDS, Result
 
 UNEXPECTED, MISTAKE, INTERRUPTED = 1, 2, 130
-"""Exit statuses; the last is 128 and the signal's number, as a shell has it."""
+"""Exit statuses: a failure of the run; a mistake in the command, its files or the place for its output; 128 and the signal's
+number, as a shell has it. An exception may have an `exit_status` of its own; its text is then a whole sentence."""
+OUTPUTS = ("output", "output_path", "save", "graph", "folder", "path", "results", "report")
+"""Fields of configurations and results that say where a result is."""
+
+
+class Lenient(io.TextIOBase):
+    """Standard output while a command works: what cannot be written there is dropped, since it must not end the work.
+
+    Control characters in names and texts are escaped.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.lost = stream, False
+
+    @override
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(printable(text, keep="\n\t\r"))
+        except (OSError, ValueError):  # ValueError: closed meanwhile
+            self.lost = True
+        return len(text)
+
+    @override
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    @override
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    @override
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    @property
+    @override
+    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.stream.encoding
 
 
 def run(name: str, argv: Sequence[str]) -> int:
-    """Run one of `COMMANDS` with these arguments; returns the exit status. Any error is one line on stderr."""
+    """Run one of `COMMANDS` with these arguments; returns the exit status. Any error is one line on stderr.
+
+    Raises:
+        BrokenPipeError: nobody reads the output; `sae_nfm_cli.main` answers it.
+    """
     given = argv[: argv.index("--")] if "--" in argv else argv
     told = trace = ""
-    status = 0
+    status, config = 0, None
     try:
         parser = COMMANDS[name].make_parser(name, argv)
         if "-h" in given or "--help" in given:
-            print(parser.help(), end="")
-            return status
+            return _printed(parser.help().rstrip("\n"))
         config = parser.parse(argv)
         # what libraries print while it works is not the result
-        with redirect_stdout(sys.stderr) if "--json" in given else nullcontext():
+        with redirect_stdout(sys.stderr if "--json" in given else Lenient(sys.stdout)):
             result = COMMANDS[name].result(config, shlex.join(["sae-nfm", name, *argv]))
-        print(as_json(result) if "--json" in given else result.words())
+        text = as_json(result) if "--json" in given else printable(result.words(), keep="\n\t")
+        status = _printed(text, dict.fromkeys(_places(result) + _places(config)))
     except BrokenPipeError:
-        raise  # for `quiet_on_broken_pipe`
+        raise  # for `sae_nfm_cli.main`
     except (KeyboardInterrupt, InterruptedException) as stop:
         told, status = str(stop) or "interrupted; finished files are whole, others end in .partial", INTERRUPTED
         trace = traceback.format_exc()
     # the outermost place: whoever typed the command is told of any error in one line, and has --debug for the rest
     except Exception as error:
-        told, status = _in_one_line(error)
+        told, status = _in_one_line(error, _places(config))
         trace = traceback.format_exc()
     # here, where the error and its frames, with their progress bars, are gone
-    if status:
-        print(f"{trace if '--debug' in given else ''}sae-nfm: {told}", file=sys.stderr)
+    if told:
+        print(f"{trace if '--debug' in given else ''}sae-nfm: {printable(told)}", file=sys.stderr)
     return status
 
 
-def _in_one_line(error: Exception) -> tuple[str, int]:
-    """What to say of an error, and the exit status."""
+def _printed(text: str, places: Iterable[Path] = ()) -> int:
+    """Print to the end; returns the exit status. Where that is impossible (a pipe that nobody reads apart), stderr says so."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        with suppress(OSError, ValueError):  # what is left in the buffer would be an error again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        saved = ", ".join(str(place) for place in places if place.exists())
+        where = f"it is saved in {saved}" if saved else "it is saved nowhere"
+        told = f"the output could not be printed ({cause_of(error)}); {where}"
+        print(f"sae-nfm: {printable(told)}", file=sys.stderr)
+        return UNEXPECTED
+    return 0
+
+
+def _places(settings: Any) -> list[Path]:
+    """Where a command writes, by its configuration or its result."""
+    own = [getattr(settings, name, None) for name in OUTPUTS]
+    run = getattr(settings, "cfg", None)  # of `train`
+    return [Path(value) for value in (*own, getattr(run, "output_path", None)) if isinstance(value, str | Path)]
+
+
+def _in_one_line(error: Exception, places: Sequence[Path] = ()) -> tuple[str, int]:
+    """What to say of an error, and the exit status; `places` are the outputs of the command."""
     said = " ".join(str(error).split())
-    if isinstance(error, ValueError | FileNotFoundError) and said:
-        return said, MISTAKE
+    status = getattr(error, "exit_status", None)
+    if status is not None and said:
+        return said, status
+    if isinstance(error, FileError) or (isinstance(error, ValueError | FileNotFoundError) and said):
+        return _with_path(error, said), MISTAKE
+    if about_writing(error):
+        full = not isinstance(error, OSError) or error.errno in FULL
+        named = getattr(error, "filename", None)
+        if full and named is None and places:
+            return str(unwritable(places[0], error)), MISTAKE
+        if named is not None:
+            return f"{quoted(named)}: {cause_of(error)}", MISTAKE
     kind = type(error).__name__
     return f"{f'{kind}: {said}' if said else kind}; run again with --debug for the traceback", UNEXPECTED
+
+
+def _with_path(error: Exception, said: str) -> str:
+    """A system's "[Errno 2] No such file or directory: 'x'" in words; other texts as they are."""
+    named = getattr(error, "filename", None)
+    return f"there is no file {quoted(named)}" if isinstance(error, FileNotFoundError) and named is not None else said
 
 
 def as_json(result: Result) -> str:

@@ -3,6 +3,7 @@ from .load import LanguageModel as LanguageModel
 from .load import Site as Site
 from .load import check_context as check_context
 from .load import check_device as check_device
+from .load import context_limit as context_limit
 from .load import device_of as device_of
 from .load import find_site as find_site
 from .load import load_model as load_model
@@ -33,5 +34,6 @@ from .tokens_read import real_batches as real_batches
 from .tokens_read import real_tokens as real_tokens
 from .tokens_read import run_rows as run_rows
 from .tokens_read import special_token_ids as special_token_ids
+from .tokens_read import special_tokens_words as special_tokens_words
 from .tokens_read import token_text as token_text
 from .tokens_read import tokens_read as tokens_read
