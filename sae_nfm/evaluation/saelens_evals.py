@@ -27,7 +27,14 @@ from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_tokens, open_dataset
 from sae_nfm.evaluation.results import Evaluation
 from sae_nfm.loading import load_sae, quiet_saelens
-from sae_nfm.models import LanguageModel, check_context, check_device, model_of, refuse_heads_of_a_bridge
+from sae_nfm.models import (
+    LanguageModel,
+    check_context,
+    check_device,
+    masked_padding,
+    model_of,
+    refuse_heads_of_a_bridge,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,15 +185,16 @@ def _run(
     if excluded is None:
         excluded = sae.cfg.metadata.get("exclude_special_tokens", True)
     wanted = {field.name: getattr(config, field.name, None) for field in fields(EvalConfig)}
-    metrics, feature_metrics = run_evals(
-        sae=sae,
-        activation_store=store,
-        model=cast(Any, model),
-        activation_scaler=ActivationScaler(),
-        eval_config=EvalConfig(**{name: value for name, value in wanted.items() if value is not None}),
-        exclude_special_tokens=excluded,
-        verbose=True,
-    )
+    with masked_padding(model):
+        metrics, feature_metrics = run_evals(
+            sae=sae,
+            activation_store=store,
+            model=cast(Any, model),
+            activation_scaler=ActivationScaler(),
+            eval_config=EvalConfig(**{name: value for name, value in wanted.items() if value is not None}),
+            exclude_special_tokens=excluded,
+            verbose=True,
+        )
     if not config.compute_featurewise_density_statistics:  # SAELens then gives 0 / 0 for each feature
         for name in ("feature_density", "consistent_activation_heuristic"):
             feature_metrics.pop(name, None)

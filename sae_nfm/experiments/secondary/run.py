@@ -9,6 +9,8 @@ finished is not done again.
 from dataclasses import dataclass
 from pathlib import Path
 
+from sae_lens.load_model import HookedProxyLM
+
 from sae_nfm import demo
 from sae_nfm.architectures import check_primary, primary_digest
 from sae_nfm.common import check_numbers, check_positive, provenance
@@ -18,7 +20,7 @@ from sae_nfm.experiments.secondary.measure import secondary_rows
 from sae_nfm.experiments.secondary.results import SecondaryResult
 from sae_nfm.experiments.secondary.training import default_k, train_secondaries
 from sae_nfm.loading import digest, load_sae
-from sae_nfm.models import check_device, load_model
+from sae_nfm.models import check_device, loader_kwargs, model_of
 from sae_nfm.training import StreamConfig, refuse_several_processes
 
 
@@ -78,7 +80,12 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
             f"the metadata of {cfg.primary!r} has no model_name or no hook_name, so it is not known what it reads; give "
             "--model, or save the SAE with a hook_name"
         )
-    model = load_model(name, cfg.device)
+    model, _ = model_of(primary, cfg.device, model_name=cfg.model)
+    if isinstance(model, HookedProxyLM):
+        raise ValueError(
+            "the primary was trained on a model of class AutoModelForCausalLM, in which an SAE's own hook points cannot be "
+            "trained on; give a primary of a HookedTransformer or a TransformerBridge"
+        )
     train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, name, cfg.seed)
     stream = StreamConfig(
         model_name=name,
@@ -89,6 +96,8 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
         batch_size=cfg.batch_size,
         seed=cfg.seed,
         device=cfg.device,
+        model_class_name=metadata.model_class_name or "HookedTransformer",
+        model_kwargs=loader_kwargs(metadata, name),
     )
     check_data(model, train, stream.context_size, cfg.dataset)
     rows = held_out_rows(model, validation, stream.context_size, cfg.held_out_tokens)
