@@ -4,7 +4,6 @@ from .fused_adam import fuse as fuse
 from .fused_adam import layer_trainer as layer_trainer
 from .multi_arm import StreamConfig as StreamConfig
 from .multi_arm import TrainingArm as TrainingArm
-from .multi_arm import dead_feature_window as dead_feature_window
 from .multi_arm import train_arms as train_arms
 from .recorder import HeldOut as HeldOut
 from .recorder import TrainingRecord as TrainingRecord

@@ -269,7 +269,7 @@ def runner_config(
         lr_warm_up_steps=steps // 20,
         lr_decay_steps=steps // 5,
         n_batches_for_norm_estimate=min(10, steps),
-        dead_feature_window=dead_feature_window(stream),
+        dead_feature_window=max(20, steps // 4),
         # so that the last count is of half the training
         feature_sampling_window=max(stream.fewest_steps_counted, steps // 2 + 1),
         device=stream.device,
@@ -280,11 +280,6 @@ def runner_config(
         resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
         output_path=str(unfinished / "saes"),
     )
-
-
-def dead_feature_window(stream: StreamConfig) -> int:
-    """Steps after which a silent feature counts as dead: a quarter of the training, and at least 20, where none may count."""
-    return max(20, stream.steps // 4)
 
 
 STEPS_PER_SEED = 2**32
@@ -319,7 +314,11 @@ class MatchedRunner(MultiSAETrainingRunner):
                 _set_learning_rate(one, self._learning_rates[name])
             multiply_decoder_steps(one, self._decoder_rates[name])
             _draw_apart(one, self.cfg.seed)
-        return super()._run_with_interruption_handling(trainer)
+        saes = super()._run_with_interruption_handling(trainer)
+        if self.cfg.total_training_steps <= self.cfg.dead_feature_window:
+            for sae in saes.values():  # SAELens's 0 would say nothing: none can count as dead so early
+                sae.cfg.metadata.num_dead_features = None
+        return saes
 
 
 def _set_learning_rate(trainer: SAETrainer[Any, Any], learning_rate: float) -> None:

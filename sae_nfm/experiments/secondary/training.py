@@ -34,7 +34,7 @@ from torch import Tensor
 from sae_nfm.architectures import HIDDEN, PRIMARY_DIGEST, check_primary, primary_digest
 from sae_nfm.experiments.secondary.results import TrainedOn
 from sae_nfm.models import HookFunction, site_at, splice, tokens_read
-from sae_nfm.training import StreamConfig, TrainingArm, dead_feature_window, train_arms
+from sae_nfm.training import StreamConfig, TrainingArm, train_arms
 
 CODES: tuple[TrainedOn, ...] = ("hidden code", "permuted hidden code")
 HOOKS: dict[TrainedOn, str] = {
@@ -104,8 +104,6 @@ def train_secondaries(
             train_arms(at, arms, dict.fromkeys(arms, learning_rate), model, dataset, target)
         for name, arm in arms.items():
             sae = SAE.load_from_disk(target / name, device=stream.device).eval()
-            if stream.steps <= dead_feature_window(stream):  # 0 would be the length of the window, not a count
-                sae.cfg.metadata.num_dead_features = None
             trained.append(TrainedSecondary(trained_on=trained_on, k=int(getattr(arm.sae, "k", 0)), sae=sae))
     return trained
 
