@@ -21,7 +21,7 @@ from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_nfm.architectures import NFMPaths
-from sae_nfm.common import check_output, check_positive, provenance, publishing, write_parquet
+from sae_nfm.common import check_numbers, check_output, check_positive, provenance, publishing, write_parquet
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions
 from sae_nfm.experiments.factorial import clamps, measure
 from sae_nfm.experiments.factorial.results import (
@@ -80,6 +80,7 @@ class FactorialConfig(SavedSAEOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         check_positive(self, "min_stimuli", "max_pairs", "n_permutations", "batch_rows")
+        check_numbers(self)
         if not self.clamps and not self.absolute:
             raise ValueError("there is nothing to clamp at; give --clamps or --absolute")
         for name in ("clamps", "absolute"):
