@@ -17,5 +17,7 @@ from .options import check_choice as check_choice
 from .options import check_positive as check_positive
 from .results import aligned as aligned
 from .results import listed as listed
+from .results import not_held_out as not_held_out
 from .results import provenance as provenance
 from .results import remark as remark
+from .results import text_of as text_of

@@ -94,6 +94,8 @@ class Evaluation(SavedResult):
     """SAELens's metrics in SAELens's groups: nats for KL and cross-entropy, features per token for l0."""
     feature_metrics: dict[str, list[float]]
     """SAELens's metrics for each feature, [d_sae] each."""
+    special_tokens: str = ""
+    """Which special tokens were left out, in words; empty in older files."""
     provenance: dict[str, Any]
     """Configuration, the SAE's own configuration, versions, sha256 of the tokens, command."""
 
@@ -101,6 +103,7 @@ class Evaluation(SavedResult):
         """The metrics by group, aligned."""
         width = max(len(name) for group in self.metrics.values() for name in group)
         lines = [f"{self.sae}: {self.architecture} at {self.hook_name} of {self.model_name}", f"Data: {self.data}"]
+        lines += [f"{self.special_tokens[0].upper()}{self.special_tokens[1:]}."] if self.special_tokens else []
         if self.passes > 1:
             lines.append(f"The data were read {self.passes} times: there are fewer rows than asked for.")
         for group, values in self.metrics.items():

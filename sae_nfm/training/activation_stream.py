@@ -16,7 +16,8 @@ from sae_lens import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_nfm.data import check_ids, vocabulary_size
+from sae_nfm.data import SketchCollector, check_ids, vocabulary_size
+from sae_nfm.models import special_token_ids
 
 Batch = Tensor | dict[str, Tensor]
 
@@ -61,6 +62,8 @@ class ActivationStream(Iterator[Batch]):
         self._epoch, self._sequences, self._last_sequence = 0, 0, torch.zeros(0, dtype=torch.long)
         self._hook_names: list[str] | None = self._store._hook_names
         self._widths: list[int] = []
+        rows_of_their_own = getattr(store, "is_dataset_tokenized", True) or store.disable_concat_sequences
+        self.text = SketchCollector(special_token_ids(self._store.model), joined=not rows_of_their_own)
         self._count_sequences()
         self._incoming = (
             self._store._iterate_filtered_activations()
@@ -125,7 +128,9 @@ class ActivationStream(Iterator[Batch]):
     def _counted(self, sequences: Iterator[Tensor]) -> Generator[Tensor]:
         size, context_size = vocabulary_size(self._store.model), self._store.context_size
         for sequence in sequences:
-            check_ids(sequence.cpu(), self._sequences, size, context_size)  # before the model sees them
+            ids = sequence.cpu()
+            check_ids(ids, self._sequences, size, context_size)  # before the model sees them
+            self.text.add(ids.numpy())
             self._sequences, self._last_sequence = self._sequences + 1, sequence
             yield sequence
 

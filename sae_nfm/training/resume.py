@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sae_nfm.data import TextSketch
 from sae_nfm.training.activation_stream import ActivationStream, StreamState
 
 Runner = LanguageModelSAETrainingRunner | MultiSAETrainingRunner
@@ -114,6 +115,8 @@ class _ExactRun:
         state, self.steps_done, self.random_states = _read(file)
         self.resumed = file
         self.stream.restore(state)
+        if (text := TextSketch.load(folder)) is not None:  # of earlier epochs too
+            self.stream.text.add_sketch(text)
         store: Any = runner.activations_store
         # the stream stands further than at the row that SAELens would load
         store.load_from_checkpoint = lambda _path: None  # pyright: ignore[reportUnknownLambdaType]
@@ -128,6 +131,7 @@ class _ExactRun:
             return
         state = self.stream.state_after(self.last_batch) if self.prefetching else self.stream.state()
         _write(folder / STREAM_STATE_FILENAME, state, self.steps_done)
+        self.stream.text.sketch().save(folder)
 
     def fit(self, trainer: Any) -> Any:
         """SAELens's `trainer.fit`, interrupted between steps only, its checkpoints whole."""
@@ -285,10 +289,27 @@ def layer_runners(layer: Callable[[type, str, Callable[[Any], Any]], None], arch
 
         return save_with_stream
 
-    for runner, fit_name, save_name in (
-        (LanguageModelSAETrainingRunner, "run_trainer_with_interruption_handling", "save_checkpoint"),
-        (MultiSAETrainingRunner, "_run_with_interruption_handling", "_save_runner_checkpoint_files"),
+    def finish(original: Any) -> Any:
+        def save_with_text(self: Any, saved: Any, output_path: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, saved, output_path, *args, **kwargs)
+            if self not in _RUNS:
+                return
+            text, several = _RUNS[self].stream.text.sketch().shortened(), isinstance(self, MultiSAETrainingRunner)
+            for folder in [Path(self.cfg.output_path) / name for name in saved] if several else [Path(output_path)]:
+                text.save(folder)
+
+        return save_with_text
+
+    for runner, fit_name, save_name, finish_name in (
+        (LanguageModelSAETrainingRunner, "run_trainer_with_interruption_handling", "save_checkpoint", "save_final_sae"),
+        (
+            MultiSAETrainingRunner,
+            "_run_with_interruption_handling",
+            "_save_runner_checkpoint_files",
+            "_save_final_outputs",
+        ),
     ):
         layer(runner, "run", run)
         layer(runner, fit_name, fit)
         layer(runner, save_name, save)
+        layer(runner, finish_name, finish)
