@@ -181,7 +181,7 @@ def told_of_text(
         )
         return f"tokens of which cannot be told whether the SAE was trained on them ({why})"
     if share >= 0.01:
-        return f"{'training tokens' if share >= 0.5 else 'tokens that are training tokens in part'} ({found})"
+        return f"{'training tokens' if share >= 0.8 else 'tokens that are training tokens in part'} ({found})"
     return f"held-out tokens ({found})"
 
 
