@@ -61,6 +61,7 @@ TOLD = {
     "seed": "Seed of initialisation and data order, on the CPU and the GPU. (SAELens has the flag and reads it nowhere.)",
     "d_in": "Width of the hook point. It is measured; give it only as a check.",
     "d_sae": "Number of features.",
+    "dtype": "Data type of the activations on their way to the SAE; it is not that of the SAE, which --sae.dtype sets.",
     "sae.dtype": "Data type of the SAE's parameters.",
     "sae.device": "Device the SAE is made on; it is moved to --device.",
     "apply_b_dec_to_input": "Whether b_dec is subtracted before encoding.",

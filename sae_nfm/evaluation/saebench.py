@@ -31,7 +31,7 @@ from sae_lens import SAE, ActivationsStore, HookedSAETransformer, TrainingSAE
 from sae_lens.util import temporary_seed
 
 from sae_nfm import demo
-from sae_nfm.common import check_choice, check_positive, listed, whole, write_json
+from sae_nfm.common import check_choice, check_positive, check_writable, listed, whole, write_json
 from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import check_data, open_dataset
 from sae_nfm.evaluation.saelens_evals import store_as_in_training
@@ -149,6 +149,7 @@ def evaluate(saes: Mapping[str, SAE[Any]], model: HookedSAETransformer, config: 
         ValueError, FileNotFoundError: for an SAE, hook point, text or size that does not fit.
     """
     require()
+    check_writable(config.output, folder=True)
     for name, sae in saes.items():
         metadata = sae.cfg.metadata
         if metadata.hook_name is not None and (site := site_at(model, metadata.hook_name)).d_in != sae.cfg.d_in:

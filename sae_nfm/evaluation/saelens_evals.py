@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm import demo
-from sae_nfm.common import check_positive, provenance
+from sae_nfm.common import check_positive, check_writable, provenance
 from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions
 from sae_nfm.common.results import HELD_OUT
 from sae_nfm.data import SketchCollector, check_ids, held_out_tokens, open_dataset, told_of_text, vocabulary_size
@@ -110,6 +110,7 @@ class HashedStore(ActivationsStore):
 def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Evaluation:
     """Evaluate one SAE; writes `config.save` where that is given, and nothing where SAE, model or data do not work."""
     check_device(config.device)
+    check_writable(config.save)
     sae = load_sae(config.sae, config.sae_id, config.device).eval()
     metadata = sae.cfg.metadata
     model = _load_model(sae, config)

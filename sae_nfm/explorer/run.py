@@ -18,7 +18,7 @@ from jaxtyping import Int
 from sae_lens import SAE
 from torch import Tensor
 
-from sae_nfm.common import check_positive, provenance, text_of
+from sae_nfm.common import check_positive, check_writable, provenance, text_of
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_corpus, told_of_text
 from sae_nfm.explorer.activations import firings_of
@@ -134,6 +134,8 @@ def run_explore(config: ExploreConfig, *, command: str | None = None) -> Explore
     """
     del command
     check_device(config.device)
+    check_writable(config.output, folder=True)
+    check_writable(Path(config.output) / FILENAME)
     sae = load_sae(config.sae, device=config.device).eval()
     model, _ = model_of(sae, config.device, model_name=config.model)
     rows = held_out_corpus(

@@ -13,7 +13,7 @@ from statistics import median, quantiles
 import torch
 
 from sae_nfm.architectures import parameter_count
-from sae_nfm.common import check_choice, check_positive, provenance
+from sae_nfm.common import check_choice, check_positive, check_writable, provenance
 from sae_nfm.models import check_device
 from sae_nfm.profiling.arms import (
     ARMS,
@@ -75,6 +75,7 @@ class SpeedConfig(Sizes):
 def measure_speed(config: SpeedConfig) -> SpeedResult:
     """Time the arms, or scan one size; writes `config.save` where that is given."""
     check_device(config.device)
+    check_writable(config.save)
     possible = tuple(arm for arm in ARMS if arm != JOINT_TORCH or torch.device(config.device).type == "cuda")
     arms = config.arms or (SCANNED if config.scan else possible)
     with _threads(config.threads):
