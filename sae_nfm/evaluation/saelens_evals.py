@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm import demo
-from sae_nfm.common import check_positive, check_writable, provenance
+from sae_nfm.common import check_numbers, check_positive, check_writable, provenance
 from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions
 from sae_nfm.common.results import HELD_OUT
 from sae_nfm.data import SketchCollector, check_ids, held_out_tokens, open_dataset, told_of_text, vocabulary_size
@@ -32,6 +32,7 @@ from sae_nfm.models import (
     LanguageModel,
     check_context,
     check_device,
+    masked_padding,
     model_of,
     refuse_heads_of_a_bridge,
     special_token_ids,
@@ -80,6 +81,7 @@ class EvaluateConfig(SavedSAEOptions, HeldOutOptions):
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size_prompts", "n_eval_reconstruction_batches", "n_eval_sparsity_variance_batches")
+        check_numbers(self)
         if not any(getattr(self, field.name) for field in fields(self) if field.name.startswith("compute_")):
             raise ValueError("every metric is switched off; leave one of the compute_... options on")
 
@@ -202,15 +204,16 @@ def _run(
     sae: SAE[Any], store: HashedStore, model: LanguageModel, config: EvaluateConfig
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
     wanted = {field.name: getattr(config, field.name, None) for field in fields(EvalConfig)}
-    metrics, feature_metrics = run_evals(
-        sae=sae,
-        activation_store=store,
-        model=cast(Any, model),
-        activation_scaler=ActivationScaler(),
-        eval_config=EvalConfig(**{name: value for name, value in wanted.items() if value is not None}),
-        exclude_special_tokens=excluded_tokens(sae, config),
-        verbose=True,
-    )
+    with masked_padding(model):
+        metrics, feature_metrics = run_evals(
+            sae=sae,
+            activation_store=store,
+            model=cast(Any, model),
+            activation_scaler=ActivationScaler(),
+            eval_config=EvalConfig(**{name: value for name, value in wanted.items() if value is not None}),
+            exclude_special_tokens=excluded_tokens(sae, config),
+            verbose=True,
+        )
     if not config.compute_featurewise_density_statistics:  # SAELens then gives 0 / 0 for each feature
         for name in ("feature_density", "consistent_activation_heuristic"):
             feature_metrics.pop(name, None)

@@ -173,8 +173,23 @@ def first_difference(
     return next((one for one in found if not (one.name == "training_tokens" and longer)), None)
 
 
+def other_run(one: Path, other: Path) -> Difference | None:
+    """The first setting in which the runs of two checkpoints differ; None also where a checkpoint does not say its run's."""
+    files = [folder / RUNNER_CFG_FILENAME for folder in (one, other)]
+    if not all(file.is_file() for file in files):
+        return None
+    then, now = map(read_settings, files)
+    found = [
+        *_differences(then, now, {}, ""),
+        *_differences(then.get("sae", {}), now.get("sae", {}), {}, "", of_sae=True),
+    ]
+    return next((d for d in found if d.name != "training_tokens" and not _fold(d)), None)
+
+
 def _fold(difference: Difference) -> bool:
-    return difference.name.rpartition(".")[2] in FOLDED and difference.saved in ("none", False)
+    return difference.name.rpartition(".")[2] in FOLDED and any(
+        v in ("none", False) for v in (difference.saved, difference.given)
+    )
 
 
 def _origins(made: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
