@@ -95,9 +95,7 @@ class ActivationStream(Iterator[Batch]):
         self._data_digest = digest_of_data(self._store)
         self._epoch_rows: int | None = None
         self._first_row = 0  # of this epoch, among all rows that were read
-        if self._store.dataset is not None and not isinstance(self._store.dataset, Dataset):
-            self._store.dataset = PersistentRows(self._store.dataset)
-            self._store.iterable_sequences = self._store._iterate_tokenized_sequences()
+        ask_again(store)
         self._drawn: deque[tuple[Tensor, int, int]] = deque(maxlen=store.store_batch_size_prompts)
         self._count_sequences()
         self._incoming = (
@@ -331,6 +329,14 @@ def digest_of_data(store: Any) -> str | None:
         value = row.tolist() if isinstance(row, Tensor) else row
         found.update(f"{value!r}\n".encode())
     return found.hexdigest()
+
+
+def ask_again(store: ActivationsStore) -> None:
+    """Let a store that has drawn nothing yet go on where its data set, if it is streamed, breaks off."""
+    fresh: Any = store
+    if fresh.dataset is not None and not isinstance(fresh.dataset, Dataset):
+        fresh.dataset = PersistentRows(fresh.dataset)
+        fresh.iterable_sequences = fresh._iterate_tokenized_sequences()
 
 
 class PersistentRows:
