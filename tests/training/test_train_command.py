@@ -236,7 +236,7 @@ def test_checkpoints_are_named(shared, capsys):
     [
         (["--hook_name", "blocks.0.hook_resid_pst"], r"'blocks\.0\.hook_resid_pst'.*\bblocks\.0\.hook_resid_post\b"),
         (["--hook_name", "blocks.0.attn.hook_pattern"], r"shape \(1, 2, 2, 2\).*\[batch, pos, d_in\]"),
-        (["--hook_head_index", "2"], r"hook_head_index is 2\b.*\b0 to 1\b"),
+        (["--hook_head_index", "2"], r"hook_head_index is 2\b.*\bheads\b"),
         (["--model_name", "no-such-model"], "model 'no-such-model'"),
         (["--model_class_name", "GPT"], "model_class_name .*'HookedTransformer'.*'GPT'"),
         (["--dataset_path="], "embedded tokens.*--dataset"),
