@@ -9,7 +9,7 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from sae_nfm.analysis import norms_of_saes
 from sae_nfm.common import check_output
 from sae_nfm.common.file_errors import FORBIDDEN, check_writable
-from sae_nfm.common.results import REPORT_FILENAME, RESULTS_FILENAME
+from sae_nfm.common.results import REPORT_FILENAME, RESULTS_FILENAME, text_of
 from sae_nfm.comparison import DemoConfig, Prepared, compare_once, publishing_demo
 from sae_nfm.comparison.results import ArmName, CompareResult
 from sae_nfm.explorer import FILENAME, explore
@@ -70,7 +70,14 @@ def run_demo(cfg: DemoConfig, *, command: str | None = None) -> Demo:
     with publishing_demo(prepared, command) as made:
         found = compare_once(cfg, command=command, prepared=prepared, folder=made.folder)
         sae = SAE.load_from_disk(made.folder / "saes" / ArmName.JOINT, device=cfg.device).eval()
-        explored = explore(prepared.model, sae, rows.tokens[:n_rows], rows.documents[:n_rows], name=str(ArmName.JOINT))
+        explored = explore(
+            prepared.model,
+            sae,
+            rows.tokens[:n_rows],
+            rows.documents[:n_rows],
+            name=str(ArmName.JOINT),
+            text=text_of(found.provenance),
+        )
         explored.save(made.folder / FILENAME)
         write_report(ReportConfig(run=str(made.folder)))
     return Demo(comparison=found, results=output / RESULTS_FILENAME, report=output / REPORT_FILENAME)

@@ -33,5 +33,7 @@ from .outputs import publish as publish
 from .outputs import publishing as publishing
 from .results import aligned as aligned
 from .results import listed as listed
+from .results import not_held_out as not_held_out
 from .results import provenance as provenance
 from .results import remark as remark
+from .results import text_of as text_of

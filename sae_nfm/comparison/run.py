@@ -39,6 +39,7 @@ import torch
 from jaxtyping import Int
 from sae_lens import SAE, HookedSAETransformer
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -61,7 +62,7 @@ from sae_nfm.comparison.arms import ArmSizes, interpolation_weights, training_ar
 from sae_nfm.comparison.config import CompareConfig, DemoConfig
 from sae_nfm.comparison.results import CompareResult, SweepRow, answers, changes, renamed
 from sae_nfm.comparison.table import evaluated, evaluated_once, tidy
-from sae_nfm.data import TokenRows, check_data, datasets, held_out_rows
+from sae_nfm.data import TokenRows, check_data, datasets, held_out_rows, told_of_text
 from sae_nfm.evaluation import Arm, evaluate
 from sae_nfm.models import Site, find_site, load_model
 from sae_nfm.training import (
@@ -153,13 +154,15 @@ class Prepared:
         settings = {name: value for name, value in asdict(self.cfg).items() if name not in left_out}
         return json.loads(json.dumps(settings | {"held-out tokens": _sha256(self.held_out.tokens)}))
 
-    def provenance(self, command: str | None, folder: Path) -> dict[str, Any]:
-        """What a result of this configuration has to say for itself; the folder has the SAEs that it is of."""
+    def provenance(self, command: str | None, folder: Path, trained: Path) -> dict[str, Any]:
+        """What a result of this configuration has to say for itself; the folder has its SAEs, `trained` is one of them."""
+        metadata = SAEMetadata(dataset_path=self.cfg.dataset or demo.MODEL_NAME, context_size=self.cfg.context_size)
         weights = sorted(folder.rglob(SAE_WEIGHTS_FILENAME))
         return provenance(
             json.loads(json.dumps(asdict(self.cfg) | {"arms": self.cfg.chosen_arms})),
             command=command,
             saes={path.parent.relative_to(folder).as_posix(): sha256_of_file(path) for path in weights},
+            text=told_of_text(self.model, self.held_out.tokens, metadata=metadata, folder=trained),
             seeds=list(self.cfg.seeds),
             platform=f"{sys.platform} {platform.machine()}, {torch.get_num_threads()} threads",
             held_out_tokens_sha256=_sha256(self.held_out.tokens),
@@ -207,7 +210,8 @@ def _compare_once(cfg: DemoConfig, prepared: Prepared, folder: Path, command: st
         (saes / name / RECORD_FILENAME).unlink(missing_ok=True)
         seal(saes / name)
     rows = evaluated_once(prepared.model, prepared.held_out, arms, saes, k=k, seed=seed, device=cfg.device)
-    result = CompareResult(rows=tuple(rows), changes=changes(rows), provenance=prepared.provenance(command, folder))
+    origin = prepared.provenance(command, folder, saes / next(iter(arms)))
+    result = CompareResult(rows=tuple(rows), changes=changes(rows), provenance=origin)
     result.save(folder / RESULTS_FILENAME)
     return result
 
@@ -251,7 +255,9 @@ def _run_compare(prepared: Prepared, output: Path, command: str | None) -> Compa
     rows, documents = tidy(output, all_arms, cfg.seeds)
     found, missing = answers(documents, cfg.k, len(cfg.seeds))
     parts: Any = {"rows": rows, "sweep": swept, "answers": found, "missing": missing}
-    result = CompareResult(**{k: tuple(v) for k, v in parts.items()}, provenance=prepared.provenance(command, output))
+    trained = output / f"k{cfg.k[0]}" / f"seed-{cfg.seeds[0]}" / next(iter(all_arms[cfg.k[0]]))
+    origin = prepared.provenance(command, output, trained)
+    result = CompareResult(**{k: tuple(v) for k, v in parts.items()}, provenance=origin)
     write_parquet(documents, output / "documents.parquet")
     result.save_rows(output / "rows.csv")
     result.save(output / RESULTS_FILENAME)

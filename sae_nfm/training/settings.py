@@ -77,13 +77,8 @@ def check_settings(cfg: RunnerConfig, saes: Mapping[str, TrainingSAE[Any]]) -> N
 
 
 def check_schedule(cfg: RunnerConfig) -> None:
-    """Raise a ValueError for a run of no step, or a warm-up and decay that do not fit into it."""
+    """Raise a ValueError for a warm-up and decay that do not fit into a run: the rate would never be reached, or left."""
     steps = cfg.total_training_steps
-    if steps < 1:
-        raise ValueError(
-            f"training_tokens is {cfg.training_tokens}, less than one batch of {cfg.train_batch_size_tokens} tokens; raise it, "
-            "or lower train_batch_size_tokens"
-        )
     warm_up, decay = cfg.lr_warm_up_steps, cfg.lr_decay_steps
     if warm_up + decay > steps:
         raise ValueError(

@@ -21,7 +21,7 @@ from sae_nfm.analysis import figure_rows, gauge_report, read_activations
 from sae_nfm.common import check_extension, check_numbers, check_positive, publishing
 from sae_nfm.comparison import CompareConfig, SizeOptions, ablations, in_canonical_gauge, run_compare
 from sae_nfm.comparison.results import ArmName, CompareResult, Paths
-from sae_nfm.data import TokenRows, datasets, held_out_rows
+from sae_nfm.data import TokenRows, datasets, held_out_rows, told_of_text
 from sae_nfm.evaluation import measure
 from sae_nfm.experiments.factorial import FEWEST_SENTENCES
 from sae_nfm.experiments.reproduce import rows as statistics
@@ -123,7 +123,12 @@ def _reproduce(cfg: ReproduceConfig, output: Path, command: str | None) -> Repro
             *_rows_of_paths(cfg, model, saes, rows, behaviour),
             *statistics.factorial_rows(model, saes[JOINT], train, settings, output / "2x2", **options),
         ),
-        provenance={"config": asdict(cfg), "command": command, "comparison": comparison.provenance},
+        provenance={
+            "config": asdict(cfg),
+            "command": command,
+            "comparison": comparison.provenance,
+            "text": told_of_text(model, rows.tokens, metadata=saes[JOINT].cfg.metadata, folder=folder / JOINT),
+        },
     )
 
 
