@@ -18,11 +18,10 @@ from sae_nfm.common import differences, files, is_finished, read_json, read_parq
 from sae_nfm.common.results import SavedResult
 from sae_nfm.comparison import CompareConfig, DemoConfig, run_compare
 from sae_nfm.comparison.results import CompareResult
-from sae_nfm.experiments.dynamics import DynamicsConfig, run_dynamics
 from sae_nfm.experiments.dynamics.results import DynamicsResult
-from sae_nfm.experiments.factorial import FactorialConfig
+from sae_nfm.experiments.dynamics.run import DynamicsConfig, run_dynamics
 from sae_nfm.experiments.factorial.results import FactorialResult
-from sae_nfm.experiments.factorial.run import run_factorial
+from sae_nfm.experiments.factorial.run import FactorialConfig, run_factorial
 from sae_nfm.experiments.reproduce.results import ReproduceResult
 from sae_nfm.experiments.reproduce.run import ReproduceConfig, run_reproduce
 from sae_nfm.experiments.secondary.results import SecondaryResult
