@@ -42,6 +42,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sae_nfm.data import TextSketch
 from sae_nfm.training.activation_stream import ActivationStream, DataLostError, NotFiniteError, StreamState
 from sae_nfm.training.settings import ALLOWED, RunnerConfig, check_settings, first_difference, read_settings
 
@@ -243,6 +244,8 @@ class _ExactRun:
             )
         self.resumed = file
         self.stream.restore(state)
+        if (text := TextSketch.load(folder)) is not None:  # of earlier epochs too
+            self.stream.text.add_sketch(text)
         store: Any = runner.activations_store
         # the stream stands further than at the row that SAELens would load
         store.load_from_checkpoint = lambda _path: None  # pyright: ignore[reportUnknownLambdaType]
@@ -272,6 +275,7 @@ class _ExactRun:
         behind = self.prefetching or self.broken_off
         state = self.stream.state_after(self.last_batch) if behind else self.stream.state()
         _write(folder / STREAM_STATE_FILENAME, state, self.steps_done, self.model_sample)
+        self.stream.text.sketch().save(folder)
 
     def fit(self, trainer: Any) -> Any:
         """SAELens's `trainer.fit`, interrupted between steps only, its checkpoints whole, its weights finite."""
@@ -552,10 +556,30 @@ def layer_runners(layer: Callable[[type, str, Callable[[Any], Any]], None], arch
 
         return save_with_stream
 
-    for runner, fit_name, save_name in (
-        (LanguageModelSAETrainingRunner, "run_trainer_with_interruption_handling", "save_checkpoint"),
-        (MultiSAETrainingRunner, "_run_with_interruption_handling", "_save_runner_checkpoint_files"),
+    def finish(original: Any) -> Any:
+        def save_with_text(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if self not in _RUNS:
+                return
+            if isinstance(self, MultiSAETrainingRunner):
+                folders = [Path(str(self.cfg.output_path)) / name for name in args[0]]
+            else:
+                folders = [Path(kwargs["output_path"] if "output_path" in kwargs else args[1])]
+            for folder in folders:
+                _RUNS[self].stream.text.sketch().shortened().save(folder)
+
+        return save_with_text
+
+    for runner, fit_name, save_name, finish_name in (
+        (LanguageModelSAETrainingRunner, "run_trainer_with_interruption_handling", "save_checkpoint", "save_final_sae"),
+        (
+            MultiSAETrainingRunner,
+            "_run_with_interruption_handling",
+            "_save_runner_checkpoint_files",
+            "_save_final_outputs",
+        ),
     ):
         layer(runner, "run", run)
         layer(runner, fit_name, fit)
         layer(runner, save_name, save)
+        layer(runner, finish_name, finish)
