@@ -40,7 +40,7 @@ from sae_nfm.evaluation.error_controls import summarise
 from sae_nfm.evaluation.results import Fidelity
 from sae_nfm.evaluation.token_table import Activations
 from sae_nfm.interventions import Intervention, Splice, counted_tokens, digest
-from sae_nfm.models import LanguageModel
+from sae_nfm.models import LanguageModel, check_finite
 
 __all__ = [
     "Arm",
@@ -93,18 +93,26 @@ def outcomes(
     generators: Mapping[str, torch.Generator] | None = None,
     *,
     with_acts: bool = True,
+    first_row: int = 0,
+    check: bool = True,
 ) -> Iterator[tuple[str, Outcome]]:
     """What each arm does to a batch: the loop behind `evaluate`, `measure` and `held_out_sums`.
 
     KL and cross-entropy are computed in float32 from log-probabilities, a row at a time, whatever the model's type. A KL can be
     a rounding error below zero; of unchanged logits it is 0 exactly. `generators` are for arms that draw at random, by name;
     feature activations need [tokens, d_sae] numbers, and are left out without `with_acts`.
+
+    Raises:
+        ValueError: with `check`, where logits or a reconstruction are not finite; it names the arm and the token, whose row is
+            counted from `first_row`.
     """
     mask = counted_tokens(model, batch)
     following = batch.roll(-1, dims=1)
     has_next = (torch.arange(batch.shape[1], device=batch.device) < batch.shape[1] - 1).expand(batch.shape)[mask]
     original = [logits[counted].float().log_softmax(-1) for logits, counted in zip(model(batch), mask, strict=True)]
     original_ce = [_nll(p, following[row][mask[row]]) for row, p in enumerate(original)]
+    if check:
+        check_finite(torch.cat(original), mask, "the model's own logits", first_row)
     for name, arm in arms.items():
         with arm.on(model, (generators or {}).get(name)) as trace:
             logits = model(batch)
@@ -122,6 +130,9 @@ def outcomes(
             ce_nats=torch.cat(ce).masked_fill(~has_next, torch.nan),
             ce_delta_nats=(torch.cat(ce) - torch.cat(original_ce)).masked_fill(~has_next, torch.nan),
         )
+        if check:
+            check_finite(outcome.x_hat, mask, f"under {name!r} the activations put in place", first_row)
+            check_finite(outcome.kl_nats, mask, f"under {name!r} the model's logits", first_row)
         yield name, outcome
 
 
@@ -184,19 +195,22 @@ def evaluate(
     *,
     batch_rows: int = 16,
     show_progress: bool = True,
+    check: bool = True,
 ) -> dict[str, Fidelity]:
     """Fidelity of every arm on the same tokens, held-out rows that begin with BOS where the model wants one.
 
-    A ValueError for two arms of one name, or when no token is left to average over.
+    A ValueError for two arms of one name, when no token is left to average over, or for logits that are not finite; without
+    `check` the last make NaN of the arm's averages.
     """
     if len({arm.name for arm in arms}) != len(arms):
         raise ValueError(f"arm names {[arm.name for arm in arms]} repeat; give every arm a name of its own")
     interventions = {arm.name: arm.intervention for arm in arms}
     _refuse_uncounted(model, tokens)
     sums = {arm.name: _Sums() for arm in arms}
-    for batch in tqdm(tokens.split(batch_rows), desc="Evaluating", disable=not show_progress):
+    for number, batch in enumerate(tqdm(tokens.split(batch_rows), desc="Evaluating", disable=not show_progress)):
         if counted_tokens(model, batch).any():
-            for name, outcome in outcomes(model, batch, interventions):
+            first_row = number * batch_rows
+            for name, outcome in outcomes(model, batch, interventions, first_row=first_row, check=check):
                 sums[name].add(outcome)
     return {name: s.fidelity() for name, s in sums.items()}
 
@@ -277,10 +291,8 @@ class _Part:
         row, position = mask.nonzero(as_tuple=True)
         where = {"document": rows.documents[first : first + n_rows][mask], "row": row + first, "position": position}
         seen = dict[str, Tensor]()
-        found = outcomes(self._model, batch, self._arms, self._generators, with_acts=False)
+        found = outcomes(self._model, batch, self._arms, self._generators, with_acts=False, first_row=first)
         for name, outcome in found if mask.any() else ():
-            if not outcome.kl_nats.isfinite().all():
-                raise ValueError(f"under {name!r} the model's logits are not finite; leave the arm out, or correct it")
             for column, values in (where | outcome.columns()).items():
                 self._columns[name][column].append(values.cpu().numpy())
             seen.setdefault(self._arms[name].hook_name, outcome.x)
@@ -374,7 +386,8 @@ def held_out_sums(
         batch = rows.tokens[start : start + batch_rows]
         mask = counted_tokens(model, batch).cpu()
         documents = rows.documents[start : start + batch_rows][mask].numpy()
-        for number, (name, outcome) in enumerate(outcomes(model, batch, arms) if mask.any() else ()):
+        found = outcomes(model, batch, arms, first_row=start) if mask.any() else ()
+        for number, (name, outcome) in enumerate(found):
             sums[name].add(outcome, documents)
             if number == 0:
                 activations.append(Activations.of(documents, outcome.x.cpu().numpy()))

@@ -18,6 +18,7 @@ from .splicing import HookFunction as HookFunction
 from .splicing import SpecialTokens as SpecialTokens
 from .splicing import TokensRead as TokensRead
 from .splicing import check_counted as check_counted
+from .splicing import check_finite as check_finite
 from .splicing import claimed as claimed
 from .splicing import counted_tokens as counted_tokens
 from .splicing import is_special as is_special
