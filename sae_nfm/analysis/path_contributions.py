@@ -42,7 +42,7 @@ from sae_nfm.analysis.weight_norms import PathRows
 from sae_nfm.architectures import NFMDecoder, NFMPaths, Paths
 from sae_nfm.interventions import counted_tokens, splice
 from sae_nfm.kernels import SparseActs, reference, wide
-from sae_nfm.models import LanguageModel, check_counted, check_finite
+from sae_nfm.models import LanguageModel, check_counted, check_finite, real_batches, real_tokens, run_rows
 
 CELLS = 2**24
 """Numbers in the largest tensor of a chunk of tokens: 64 MiB in float32."""
@@ -79,15 +79,16 @@ def read_activations(
     Raises:
         ValueError: when the model has no such hook point, or no token is counted.
     """
-    counted, read = counted_tokens(model, tokens), list[Tensor]()
+    real, read = real_tokens(model, tokens), list[Tensor]()
+    counted = counted_tokens(model, tokens, real)
     check_counted(counted)
 
     def keep(value: Tensor, hook: Any) -> None:  # noqa: ARG001
         read.append(value.flatten(2))
 
     with splice(model, sae) as found, found.hooks({"hook_sae_input": keep}):
-        for batch in tokens.split(batch_rows):
-            model(batch)
+        for batch, part in real_batches(model, tokens, batch_rows, real):
+            run_rows(model, batch, part)
     x = torch.cat(read)[counted]
     check_finite(x, counted, f"activations at {sae.cfg.metadata.hook_name!r}")
     return x, None if documents is None else documents[counted.to(documents.device)]

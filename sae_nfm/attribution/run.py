@@ -16,7 +16,7 @@ from sae_nfm.attribution.graph import graph_layout, interaction_graph
 from sae_nfm.attribution.pair_effects import PromptRun, RankBy, attribute_token, run_prompt
 from sae_nfm.attribution.pair_table import CAPACITY, Corpus, first_reads, pair_controls, pair_sums, top_contexts
 from sae_nfm.attribution.results import DRAWN, Attribution, CorpusAttribution, TokenAttribution
-from sae_nfm.common import check_positive, provenance
+from sae_nfm.common import check_numbers, check_positive, check_writable, provenance
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_corpus
 from sae_nfm.loading import load_sae
@@ -66,6 +66,7 @@ class AttributeConfig(SavedSAEOptions, HeldOutOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is loaded."""
         check_positive(self, "top", "n_tokens", "batch_rows", "capacity", "control_tokens", "graph_pairs")
+        check_numbers(self)
         if self.n_permutations < 0:
             raise ValueError(f"n_permutations is {self.n_permutations}; give 0 or more")
         if (self.prompt is None) != self.corpus:
@@ -85,6 +86,8 @@ def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribu
         ValueError, FileNotFoundError: for an SAE, model, token or data set that does not work; nothing is written.
     """
     check_device(config.device)
+    check_writable(config.save)
+    check_writable(config.graph)
     sae = load_sae(config.sae, device=config.device).eval()
     attributable(sae)
     model, _ = model_of(sae, config.device, model_name=config.model)

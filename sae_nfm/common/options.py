@@ -83,6 +83,7 @@ RANGES = {
         ("lr_warm_up_steps", "lr_decay_steps", "l1_warm_up_steps", "l0_warm_up_steps", "warm_up"), "[0, 1e9]"
     ),
     **dict.fromkeys(("n_checkpoints", "dead_feature_window", "hook_head_index", "prefetch_llm_batches"), "[0, 1e9]"),
+    **dict.fromkeys(("n_permutations", "sentences"), "[0, 1e9]"),
     **dict.fromkeys(("evaluate_every", "before", "after", "control_tokens", "quantile_contexts"), "[0, 1e9]"),
     **dict.fromkeys(("pairs", "partners", "pair_contexts", "pair_logits", "contexts", "logits"), "[0, 1e9]"),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "nfm_dropout"), "[0, 1)"),
@@ -113,10 +114,17 @@ def check_number(name: str, value: Any) -> None:
         ).groups()  # pyright: ignore[reportOptionalMemberAccess]
         if not isfinite(one):
             raise ValueError(f"{name} must be a finite number, got {one}")
-        if not (one > float(low) or (left == "[" and one == float(low))):
-            raise ValueError(f"{name} must be {'>=' if left == '[' else '>'} {low}, got {one}")
-        if not (one < float(high) or (right == "]" and one == float(high))):
-            raise ValueError(f"{name} must be {'<=' if right == ']' else '<'} {float(high):,.10g}, got {one}")
+        too_low = not (one > float(low) or (left == "[" and one == float(low)))
+        too_high = not (one < float(high) or (right == "]" and one == float(high)))
+        allowed = (
+            f"{'>=' if left == '[' else '>'} {low}"
+            if too_low
+            else f"{'<=' if right == ']' else '<'} {float(high):,.10g}"
+        )
+        if 0 < float(high) <= 1:
+            allowed = f"in {left}{low}, {high}{right}"
+        if too_low or too_high:
+            raise ValueError(f"{name} must be {allowed}, got {one}")
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

@@ -25,7 +25,16 @@ from tqdm.auto import tqdm
 from sae_nfm.analysis import PathSums, present_paths
 from sae_nfm.attribution import HIDDEN, OUTPUT, RECONS, SCALE, unit_written
 from sae_nfm.explorer.results import FULL, Contexts, Floats, Ints, starts_of
-from sae_nfm.models import LanguageModel, check_counted, check_finite, counted_tokens, keeping, splice
+from sae_nfm.models import (
+    LanguageModel,
+    check_counted,
+    check_finite,
+    counted_tokens,
+    keeping,
+    real_tokens,
+    run_rows,
+    splice,
+)
 
 Window = tuple[int, int]
 
@@ -115,14 +124,14 @@ def firings_of(
     """
     if isinstance(sae, TrainingSAE):
         raise ValueError("this SAE is in training; save it for inference (save_inference_model) and load that")
-    counted, found = counted_tokens(model, tokens), _Found(sae)
+    real, found = real_tokens(model, tokens), _Found(sae)
+    counted = counted_tokens(model, tokens, real)
     check_counted(counted)
     with tqdm(total=len(tokens), desc="Features", unit="row", disable=not show_progress) as progress:
         for first in range(0, len(tokens), batch_rows):
             rows = slice(first, first + batch_rows)
-            seen = _seen(model, sae, tokens[rows])
-            if counted[rows].any():
-                check_finite(seen[OUTPUT].flatten(2)[counted[rows]], counted[rows], "what the SAE writes", first)
+            seen = _seen(model, sae, tokens[rows], real[rows])
+            check_finite(seen[OUTPUT].flatten(2)[counted[rows]], counted[rows], "what the SAE writes", first)
             found.add(seen, counted[rows], first * tokens.shape[1])
             progress.update(len(tokens[rows]))
     acts = found.by_feature((tokens.numel(), sae.cfg.d_sae))
@@ -138,14 +147,14 @@ def firings_of(
     )
 
 
-def _seen(model: LanguageModel, sae: SAE[Any], rows: Tensor) -> dict[str, Tensor]:
+def _seen(model: LanguageModel, sae: SAE[Any], rows: Tensor, real: Tensor) -> dict[str, Tensor]:
     """What passes in a forward pass: features, reconstruction, hidden code, scale of the final normalisation."""
     seen = dict[str, Tensor]()
     names = [ACTS, RECONS, OUTPUT, *([HIDDEN] if "interaction" in present_paths(sae) else [])]
     scale: list[Any] = [(SCALE, keeping(seen, SCALE))] if SCALE in model.hook_dict else []
     hooks = {name: keeping(seen, name) for name in names}
     with splice(model, sae) as found, found.hooks(hooks), model.hooks(fwd_hooks=scale):
-        model(rows)
+        run_rows(model, rows, real)
     return seen
 
 

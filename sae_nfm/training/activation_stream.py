@@ -168,18 +168,14 @@ class ActivationStream(Iterator[Batch]):
             raise NotFiniteError(
                 f"{what} in row {row} (counted from 0) of {store.cached_activations_path}; remove that row"
             )
-        tokens = torch.stack([sequence for sequence, _, _ in self._drawn]).cpu()
-        positions = torch.arange(tokens.shape[1])[slice(*store.seqpos_slice)]
-        read = tokens[:, positions]
+        tokens = torch.stack([sequence for sequence, _, _ in self._drawn]).cpu()[:, slice(*store.seqpos_slice)]
         excluded = store.exclude_special_tokens
-        kept = torch.ones_like(read, dtype=torch.bool) if excluded is None else ~torch.isin(read, excluded.cpu())
-        prompt, place = kept.nonzero()[index].tolist()
-        sequence, first, last = self._drawn[prompt]
+        kept = torch.ones_like(tokens, dtype=torch.bool) if excluded is None else ~torch.isin(tokens, excluded.cpu())
+        _, first, last = self._drawn[int(kept.nonzero()[index, 0])]
         rows = f"row {last}" if first == last else f"rows {first} to {last}"
-        position = int(positions[place])
         raise NotFiniteError(
-            f"{what}, in {rows} of the data set (counted from 0{self._before_shuffling(last)}), at position {position} of "
-            f"{tokens.shape[1]} (token id {int(sequence[position])}); remove what is there, or load the language model in float32"
+            f"{what}, in a sequence of {store.context_size} tokens from {rows} of the data set (counted from 0"
+            f"{self._before_shuffling(last)}); remove what is there, or load the language model in float32"
         )
 
     def _before_shuffling(self, row: int) -> str:

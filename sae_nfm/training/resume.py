@@ -30,7 +30,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -79,6 +79,8 @@ class DivergedError(FloatingPointError):
     """A training that cannot go on: a loss, a gradient or a weight is not finite."""
 
     exit_status = 1
+    saes: Mapping[str, str] = MappingProxyType({})
+    """Why, for each SAE that diverged, where others went on and are finished."""
 
 
 def checkpoint_folder(path: str | Path) -> Path:

@@ -34,7 +34,8 @@ from torch import Tensor
 
 from sae_nfm.analysis import FeatureEnergies, feature_energies, gauge, token_paths, varies
 from sae_nfm.architectures import UNFOLDED
-from sae_nfm.convert import damage_explained, fold_normalisation, read_json
+from sae_nfm.common import reading
+from sae_nfm.convert import FETCH_ANEW, fold_normalisation, read_json
 from sae_nfm.experiments.dynamics.results import (
     CANONICAL,
     QUANTITIES,
@@ -100,7 +101,7 @@ def load_checkpoint(checkpoint: Checkpoint, architecture: str = RUN, device: str
     found = read_json(folder / SAE_CFG_FILENAME).get("architecture")
     if found != architecture:
         raise ValueError(f"{str(folder)!r} is a checkpoint of a {found} SAE; give those of a {architecture} one")
-    with damage_explained(folder):
+    with reading(folder, "a checkpoint that loads", remedy=FETCH_ANEW):
         sae = SAE.load_from_disk(folder, device=device).eval()
     if sae.cfg.normalize_activations in UNFOLDED:
         fold_normalisation(sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
