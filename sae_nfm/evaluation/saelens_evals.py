@@ -237,12 +237,17 @@ def _in_float32(sae: SAE[Any], model: LanguageModel) -> Generator[None]:
         output, cache = with_cache(*args, **kwargs)
         return output, {name: wide(value) for name, value in cache.items()}
 
+    def wide_encode(x: Tensor) -> Tensor:
+        return wide(encode(x).to_dense())
+
+    def wide_decode(acts: Tensor) -> Tensor:
+        return wide(decode(acts.to(sae.dtype)))  # features as they were
+
     changes: list[tuple[Any, str, Any]] = [(host, "forward", wide_forward)]
     if next(host.parameters()).dtype in HALF:
         changes.append((host, "run_with_cache", wide_cache))
     if sae.dtype in HALF:
-        changes.append((sae, "encode", lambda x: wide(encode(x).to_dense())))  # features as they are, and back again
-        changes.append((sae, "decode", lambda acts: wide(decode(acts.to(sae.dtype)))))
+        changes += [(sae, "encode", wide_encode), (sae, "decode", wide_decode)]
     before = [(owner, name, owner.__dict__.get(name)) for owner, name, _ in changes]
     for owner, name, function in changes:
         owner.__dict__[name] = function
