@@ -20,5 +20,7 @@ from .options import check_numbers as check_numbers
 from .options import check_positive as check_positive
 from .results import aligned as aligned
 from .results import listed as listed
+from .results import not_held_out as not_held_out
 from .results import provenance as provenance
 from .results import remark as remark
+from .results import text_of as text_of

@@ -116,6 +116,8 @@ class Evaluation(SavedResult):
     """SAELens's metrics for each feature, [d_sae] each."""
     notes: tuple[str, ...] = ()
     """What has to be known to read a score: of what it is a small part, or why it is not defined."""
+    special_tokens: str = ""
+    """Which special tokens were left out, in words; empty in older files."""
     provenance: dict[str, Any]
     """Configuration, the SAE's own configuration, versions, sha256 of the tokens, command."""
 
@@ -124,6 +126,7 @@ class Evaluation(SavedResult):
         width = max(len(name) for group in self.metrics.values() for name in group)
         about = f"{self.sae}: {self.architecture} at {self.hook_name} of {self.model_name}"
         lines = [printable(about), printable(f"Data: {self.data}")]  # an SAE's metadata says them
+        lines += [f"{self.special_tokens[0].upper()}{self.special_tokens[1:]}."] if self.special_tokens else []
         if self.passes > 1:
             lines.append(f"The data were read {self.passes} times: there are fewer rows than asked for.")
         for group, values in self.metrics.items():
