@@ -28,7 +28,7 @@ from sae_nfm.architectures.nfm_paths import Paths, TrainedPaths, is_hooked
 from sae_nfm.kernels import Acts, Kernel, SparseActs, dispatch, reference, sees_numbers
 from sae_nfm.kernels.device import autocast_as_now, autocast_off
 from sae_nfm.kernels.topk import hidden_pre
-from sae_nfm.loading import write_note
+from sae_nfm.loading import refuse_not_finite, write_note
 
 Encoder = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """Input [*batch, d_in], W_enc, b_enc, and the decoder norms that scale the pre-activations, if any."""
@@ -269,6 +269,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         """
         if folded:
             self._refuse_inexact_fold()
+        refuse_not_finite(self.state_dict(), "the SAE to save")
         saved = super().save_inference_model(path)
         write_note(path)
         return JointNFMSAE.load_from_disk(path).folded().save_model(path) if folded else saved

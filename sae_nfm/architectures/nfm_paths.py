@@ -32,7 +32,7 @@ from typing_extensions import override
 
 from sae_nfm.common import ShortRepr, short_repr
 from sae_nfm.kernels import POOLS, SparseActs, dispatch, reference, wide
-from sae_nfm.loading import check_state_dict, write_note
+from sae_nfm.loading import check_state_dict, refuse_not_finite, write_note
 
 FEW_FEATURES = 1024
 """With fewer, either form of a step is mostly overhead, and the dense one is SAELens's own."""
@@ -201,7 +201,8 @@ class NFMPaths(_Host):
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
-        """Save as SAELens does, with a README.md that says what loads it."""
+        """Save as SAELens does, with a README.md that says what loads it; a ValueError for weights that are not finite."""
+        refuse_not_finite(self.state_dict(), "the SAE to save")
         saved = super().save_model(path)
         write_note(path)
         return saved

@@ -147,6 +147,20 @@ def remark(text: str) -> None:
     print(f"sae-nfm: {text}", file=sys.stderr)
 
 
+HELD_OUT = "held-out tokens"
+
+
+def text_of(provenance: Mapping[str, Any]) -> str:
+    """What a result says of its text: whether the SAE was trained on it (`data.told_of_text`); older files do not say."""
+    return str(provenance.get("text", HELD_OUT))
+
+
+def not_held_out(provenance: Mapping[str, Any]) -> list[str]:
+    """A sentence where the text of a result is not held out, or that cannot be told."""
+    text = text_of(provenance)
+    return [] if text.startswith(HELD_OUT) else [f"The text is not known to be held out: {text}."]
+
+
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """A table for the terminal: header, ruler, rows; the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

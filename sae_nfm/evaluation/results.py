@@ -114,6 +114,8 @@ class Evaluation(SavedResult):
     """SAELens's metrics in SAELens's groups: nats for KL and cross-entropy, features per token for l0 (None: over nothing)."""
     feature_metrics: Mapping[str, Sequence[float | None]]
     """SAELens's metrics for each feature, [d_sae] each."""
+    special_tokens: str = ""
+    """Which special tokens were left out, in words; empty in older files."""
     provenance: dict[str, Any]
     """Configuration, the SAE's own configuration, versions, sha256 of the tokens, command."""
 
@@ -122,6 +124,7 @@ class Evaluation(SavedResult):
         width = max(len(name) for group in self.metrics.values() for name in group)
         about = f"{self.sae}: {self.architecture} at {self.hook_name} of {self.model_name}"
         lines = [printable(about), printable(f"Data: {self.data}")]  # an SAE's metadata says them
+        lines += [f"{self.special_tokens[0].upper()}{self.special_tokens[1:]}."] if self.special_tokens else []
         if self.passes > 1:
             lines.append(f"The data were read {self.passes} times: there are fewer rows than asked for.")
         for group, values in self.metrics.items():

@@ -22,9 +22,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm import demo
-from sae_nfm.common import check_positive, check_writable, provenance
+from sae_nfm.common import check_numbers, check_positive, check_writable, provenance
 from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions
-from sae_nfm.data import held_out_tokens, open_dataset
+from sae_nfm.common.results import HELD_OUT
+from sae_nfm.data import SketchCollector, check_ids, held_out_tokens, open_dataset, told_of_text, vocabulary_size
 from sae_nfm.evaluation.results import Evaluation
 from sae_nfm.loading import load_sae, quiet_saelens
 from sae_nfm.models import (
@@ -34,6 +35,8 @@ from sae_nfm.models import (
     masked_padding,
     model_of,
     refuse_heads_of_a_bridge,
+    special_token_ids,
+    special_tokens_words,
 )
 
 
@@ -78,6 +81,7 @@ class EvaluateConfig(SavedSAEOptions, HeldOutOptions):
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size_prompts", "n_eval_reconstruction_batches", "n_eval_sparsity_variance_batches")
+        check_numbers(self)
         if not any(getattr(self, field.name) for field in fields(self) if field.name.startswith("compute_")):
             raise ValueError("every metric is switched off; leave one of the compute_... options on")
 
@@ -88,11 +92,15 @@ class HashedStore(ActivationsStore):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.sha256, self.passes = hashlib.sha256(), 0
         super().__init__(*args, **kwargs)
+        self.text = SketchCollector(special_token_ids(cast(Any, self.model)))
 
     @override
     def get_batch_tokens(self, *args: Any, **kwargs: Any) -> Tensor:
         tokens = super().get_batch_tokens(*args, **kwargs)
         self.sha256.update(tokens.cpu().numpy().tobytes())
+        for row in tokens.cpu():
+            check_ids(row, self.n_dataset_processed, vocabulary_size(cast(Any, self.model)), self.context_size)
+            self.text.add(row.numpy())
         return tokens
 
     @override
@@ -119,12 +127,14 @@ def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Eva
             sae, model, dataset, context_size, batch_size_prompts=config.batch_size_prompts, device=config.device
         )
         metrics, feature_metrics = _run(sae, store, model, config)
+    named: dict[str, Any] = {"folder": config.sae, "source": config.held_out}
     result = Evaluation(
         sae=config.sae if config.sae_id is None else f"{config.sae}:{config.sae_id}",
         architecture=sae.cfg.architecture(),
         model_name=config.model or metadata.model_name,
         hook_name=metadata.hook_name,
-        data=data,
+        data=_label(data, config, told_of_text(model, store.text.sketch(), metadata=metadata, **named)),
+        special_tokens=special_tokens_words(model, excluded_tokens(sae, config), "counted"),
         context_size=context_size,
         passes=store.passes,
         metrics=metrics,
@@ -176,13 +186,23 @@ def store_as_in_training(
     return cast(HashedStore, store)
 
 
+def excluded_tokens(sae: SAE[Any], config: EvaluateConfig) -> Any:
+    """True, or the ids, of the special tokens that are left out: as asked, else as in the training."""
+    asked = config.exclude_special_tokens
+    return sae.cfg.metadata.get("exclude_special_tokens", True) if asked is None else asked
+
+
+def _label(data: str, config: EvaluateConfig, told: str) -> str:
+    """The name of the text, and whether it is held out."""
+    if config.held_out is not None:
+        return f"{data}: {told}"
+    return data if "not held out" in data or told.startswith(HELD_OUT) else f"{data}: {told}"
+
+
 @torch.no_grad()
 def _run(
     sae: SAE[Any], store: HashedStore, model: LanguageModel, config: EvaluateConfig
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
-    excluded = config.exclude_special_tokens
-    if excluded is None:
-        excluded = sae.cfg.metadata.get("exclude_special_tokens", True)
     wanted = {field.name: getattr(config, field.name, None) for field in fields(EvalConfig)}
     with masked_padding(model):
         metrics, feature_metrics = run_evals(
@@ -191,7 +211,7 @@ def _run(
             model=cast(Any, model),
             activation_scaler=ActivationScaler(),
             eval_config=EvalConfig(**{name: value for name, value in wanted.items() if value is not None}),
-            exclude_special_tokens=excluded,
+            exclude_special_tokens=excluded_tokens(sae, config),
             verbose=True,
         )
     if not config.compute_featurewise_density_statistics:  # SAELens then gives 0 / 0 for each feature

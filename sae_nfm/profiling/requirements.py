@@ -55,7 +55,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from typing_extensions import override
 
 from sae_nfm.architectures import FEW_FEATURES, JointNFMTrainingSAEConfig
-from sae_nfm.common import reading
+from sae_nfm.common import check_numbers, reading
 from sae_nfm.comparison import training_flops
 from sae_nfm.kernels import TOKENS_AT_ONCE, dispatch
 from sae_nfm.models import LanguageModel, check_context, check_device, config_fields, is_folder, site_at
@@ -474,6 +474,10 @@ class DryRunConfig:
     """Memory of the device in GiB, in place of the file's."""
     measure_rates: bool = False
     """Measure the rates on the run's device, in place of the file's."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be."""
+        check_numbers(self)
 
 
 def check(config: DryRunConfig) -> DryRun:

@@ -98,19 +98,15 @@ def train_arms(
     model: HookedSAETransformer | SAETransformerBridge,
     dataset: Any,
     folder: Path,
-    *,
-    may_diverge: bool = False,
-) -> Mapping[str, str]:
+) -> None:
     """Train those of the arms that are not finished, all at once, each into `folder/<name>`, at Adam's learning rates by name.
 
     Where an interrupted run left a checkpoint in `folder.partial`, its arms go on from there before the others begin. The data
     set has a `text` or a `tokens` column, in the order of this seed.
 
-    Returns: why, for each arm that diverged; the others are finished.
-
     Raises:
         ValueError: when an arm was trained, or begun, otherwise.
-        DivergedError: when an arm diverged, unless `may_diverge`; the others are finished first.
+        DivergedError: when arms diverged, which it names (`saes`); the others are finished first.
     """
     refuse_several_processes()
     failed: dict[str, str] = {}
@@ -122,10 +118,11 @@ def train_arms(
         shutil.rmtree(unfinished)
     if _unfinished(folder).is_dir() and not any(_unfinished(folder).iterdir()):
         _unfinished(folder).rmdir()
-    if failed and not may_diverge:
+    if failed:
         others = "; the others are finished" if len(failed) < len(arms) else ""
-        raise DivergedError(f"{'; '.join(failed.values())}{others}")
-    return failed
+        error = DivergedError(f"{'; '.join(failed.values())}{others}")
+        error.saes = failed
+        raise error
 
 
 def pending(
@@ -317,7 +314,11 @@ class MatchedRunner(MultiSAETrainingRunner):
                 _set_learning_rate(one, self._learning_rates[name])
             multiply_decoder_steps(one, self._decoder_rates[name])
             _draw_apart(one, self.cfg.seed)
-        return super()._run_with_interruption_handling(trainer)
+        saes = super()._run_with_interruption_handling(trainer)
+        if self.cfg.total_training_steps <= self.cfg.dead_feature_window:
+            for sae in saes.values():  # SAELens's 0 would say nothing: none can count as dead so early
+                sae.cfg.metadata.num_dead_features = None
+        return saes
 
 
 def _set_learning_rate(trainer: SAETrainer[Any, Any], learning_rate: float) -> None:

@@ -30,7 +30,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,6 +42,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sae_nfm.data import TextSketch
 from sae_nfm.training.activation_stream import ActivationStream, DataLostError, NotFiniteError, StreamState
 from sae_nfm.training.settings import ALLOWED, RunnerConfig, check_settings, first_difference, read_settings
 
@@ -79,6 +80,8 @@ class DivergedError(FloatingPointError):
     """A training that cannot go on: a loss, a gradient or a weight is not finite."""
 
     exit_status = 1
+    saes: Mapping[str, str] = MappingProxyType({})
+    """Why, for each SAE that diverged, where others went on and are finished."""
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -203,7 +206,7 @@ class _ExactRun:
         self.steps_done = 0
         self.last_batch: Tensor | None = None
         self.last_batches: dict[str, Tensor] = {}
-        self.within_step = False
+        self.within_step = self.in_step = False
         self.resumed: Path | None = None
         self.random_states: dict[str, Tensor] = {}
         store: Any = runner.activations_store
@@ -241,6 +244,8 @@ class _ExactRun:
             )
         self.resumed = file
         self.stream.restore(state)
+        if (text := TextSketch.load(folder)) is not None:  # of earlier epochs too
+            self.stream.text.add_sketch(text)
         store: Any = runner.activations_store
         # the stream stands further than at the row that SAELens would load
         store.load_from_checkpoint = lambda _path: None  # pyright: ignore[reportUnknownLambdaType]
@@ -270,6 +275,7 @@ class _ExactRun:
         behind = self.prefetching or self.broken_off
         state = self.stream.state_after(self.last_batch) if behind else self.stream.state()
         _write(folder / STREAM_STATE_FILENAME, state, self.steps_done, self.model_sample)
+        self.stream.text.sketch().save(folder)
 
     def fit(self, trainer: Any) -> Any:
         """SAELens's `trainer.fit`, interrupted between steps only, its checkpoints whole, its weights finite."""
@@ -298,7 +304,7 @@ class _ExactRun:
                 raise
             except DataLostError as lost:
                 self.broken_off = True
-                if self.last_batch is not None:
+                if self.last_batch is not None and not self.in_step:
                     self._save_now(trainer)
                 raise DataLostError(f"{lost}; {self._told_saved()}") from lost
             except NotFiniteError as found:
@@ -335,6 +341,7 @@ class _ExactRun:
         refuse_not_finite_steps(trainer, lambda what: self._diverges(name, trainer, what))
 
         def watched_step(batch: Tensor) -> Any:
+            self.in_step = True
             if name in self.diverged:  # it stands still, and the count goes on, which the trainer of several reads
                 trainer.n_training_samples += len(batch)
                 output: Any = SimpleNamespace(loss=torch.tensor(torch.nan))
@@ -348,6 +355,7 @@ class _ExactRun:
             self.steps_done = (
                 trainer.n_training_steps + 1
             )  # SAELens counts the step after it has written its checkpoint
+            self.in_step = False
             return output
 
         trainer.step = watched_step  # pyright: ignore[reportAttributeAccessIssue]
@@ -449,6 +457,8 @@ def _model_sample(model: torch.nn.Module) -> Tensor:
     """Some of each of the weights of a language model, [values]: by what it is known again, on any device."""
     parts: list[Tensor] = []
     for parameter in model.parameters():
+        if parameter.device.type == "meta":  # it is kept elsewhere until it is needed
+            continue
         flat = parameter.detach().reshape(-1)
         at = torch.linspace(0, len(flat) - 1, min(len(flat), SAMPLED), dtype=torch.float64).long()
         parts.append(flat[at.to(flat.device)].float().cpu())
@@ -546,10 +556,30 @@ def layer_runners(layer: Callable[[type, str, Callable[[Any], Any]], None], arch
 
         return save_with_stream
 
-    for runner, fit_name, save_name in (
-        (LanguageModelSAETrainingRunner, "run_trainer_with_interruption_handling", "save_checkpoint"),
-        (MultiSAETrainingRunner, "_run_with_interruption_handling", "_save_runner_checkpoint_files"),
+    def finish(original: Any) -> Any:
+        def save_with_text(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if self not in _RUNS:
+                return
+            if isinstance(self, MultiSAETrainingRunner):
+                folders = [Path(str(self.cfg.output_path)) / name for name in args[0]]
+            else:
+                folders = [Path(kwargs["output_path"] if "output_path" in kwargs else args[1])]
+            for folder in folders:
+                _RUNS[self].stream.text.sketch().shortened().save(folder)
+
+        return save_with_text
+
+    for runner, fit_name, save_name, finish_name in (
+        (LanguageModelSAETrainingRunner, "run_trainer_with_interruption_handling", "save_checkpoint", "save_final_sae"),
+        (
+            MultiSAETrainingRunner,
+            "_run_with_interruption_handling",
+            "_save_runner_checkpoint_files",
+            "_save_final_outputs",
+        ),
     ):
         layer(runner, "run", run)
         layer(runner, fit_name, fit)
         layer(runner, save_name, save)
+        layer(runner, finish_name, finish)

@@ -142,7 +142,8 @@ def test_what_it_was_measured_on_is_written_down(shared, tmp_path):
     assert list(tmp_path.rglob("*.partial")) == []
     assert "model_behavior_preservation" not in written["metrics"]
     assert written["feature_metrics"] == {}  # SAELens gives 0 / 0 for each feature where they are not asked for
-    assert (written["data"], written["passes"], written["architecture"]) == (data, 1, "joint_nfm")
+    assert written["data"].startswith(f"{data}: training tokens (the SAE's metadata name")
+    assert (written["passes"], written["architecture"]) == (1, "joint_nfm")
     rows = torch.tensor(local_dataset(data)["tokens"])  # all 12, in order: 3 + 3 batches of 2
     provenance = written["provenance"]
     assert provenance["tokens_sha256"] == hashlib.sha256(rows.numpy().tobytes()).hexdigest()
