@@ -43,7 +43,7 @@ from sae_nfm.architectures import NFMDecoder, NFMPaths, Paths
 from sae_nfm.common import ShortRepr
 from sae_nfm.interventions import counted_tokens, splice
 from sae_nfm.kernels import SparseActs, reference, wide
-from sae_nfm.models import LanguageModel, check_counted, real_batches, real_tokens, run_rows
+from sae_nfm.models import LanguageModel, check_counted, check_finite, real_batches, real_tokens, run_rows
 
 CELLS = 2**24
 """Numbers in the largest tensor of a chunk of tokens: 64 MiB in float32."""
@@ -90,7 +90,9 @@ def read_activations(
     with splice(model, sae) as found, found.hooks({"hook_sae_input": keep}):
         for batch, part in real_batches(model, tokens, batch_rows, real):
             run_rows(model, batch, part)
-    return torch.cat(read)[counted], None if documents is None else documents[counted.to(documents.device)]
+    x = torch.cat(read)[counted]
+    check_finite(x, counted, f"activations at {sae.cfg.metadata.hook_name!r}")
+    return x, None if documents is None else documents[counted.to(documents.device)]
 
 
 @torch.no_grad()
@@ -148,7 +150,7 @@ def _run(sae: SAE[Any], x: Tensor) -> TokenPaths:
     n = getattr(sae.cfg, "nfm_top_k", None)
     read = sparse if n is None else reference.top_n(sparse, n)
     sparse, read = (SparseActs(acts.indices, wide(acts.values)) for acts in (sparse, read))
-    paths = Paths(*(None if path is None else wide(path) for path in paths))
+    paths = paths._replace(**{name: wide(path) for name, path in paths.present().items()})
     return TokenPaths(x=wide(normalised), acts=sparse, read=read, gates=gates[0] if gates else None, paths=paths)
 
 

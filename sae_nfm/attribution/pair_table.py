@@ -50,7 +50,7 @@ from sae_nfm.attribution.pairs import TokenPairs, TokenReads, along, norms, read
 from sae_nfm.attribution.results import Context, Correlation, PairControls
 from sae_nfm.common import ShortRepr
 from sae_nfm.kernels import bi_interaction, hidden_pre
-from sae_nfm.models import LanguageModel, check_counted, counted_tokens, real_tokens, run_rows, token_text
+from sae_nfm.models import LanguageModel, check_counted, check_finite, counted_tokens, real_tokens, run_rows, token_text
 
 PAIRS_AT_ONCE = 2**19
 """Pairs of a batch at most, times tokens: some 100 MB in all tensors and tables of them."""
@@ -148,6 +148,7 @@ class Corpus:
             run_rows(self._model, rows, self._real[first : first + len(rows)])
         row, position = counted.nonzero(as_tuple=True)
         reads = reads_of(seen).of(counted.flatten())
+        check_finite(reads.interaction, counted, "what the interaction path writes", first)
         directions = self._target[None] if isinstance(self._target, Tensor) else None
         if isinstance(self._target, Target):
             assert self._direct is not None

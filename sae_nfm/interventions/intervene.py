@@ -32,6 +32,7 @@ from sae_nfm.models import (
     LanguageModel,
     SpecialTokens,
     TokensRead,
+    check_finite,
     claimed,
     counted_tokens,
     hooked,
@@ -301,6 +302,8 @@ def path_means(
         with splice(model, sae) as found, found.hooks({name: keeping(seen, name) for name in names}):
             run_rows(model, batch, real)
         n += int(mask.sum())
+        for name in names:
+            check_finite(seen[name][mask], mask, f"what passes {name!r}")
         sums = {name: sums[name] + seen[name][mask].flatten(1).sum(0, dtype=torch.float64).cpu() for name in names}
     if n == 0:
         raise ValueError(f"no token to average over: {tokens.numel()} tokens, all special or in position 0; give more")

@@ -71,9 +71,10 @@ def sparse_acts_from_dense(feature_acts: Float[Tensor, "*batch d_sae"], k: int) 
 
 
 def top_n(acts: Acts, n: int) -> SparseActs:
-    """The n largest entries of each token's activations; among equal entries any choice is valid."""
+    """The n largest entries of each token's activations, all where there are fewer; among equal entries any choice is valid."""
     sparse = isinstance(acts, SparseActs)
-    values, position = (acts.values if sparse else acts).topk(n, dim=-1, sorted=False)
+    given = acts.values if sparse else acts
+    values, position = given.topk(min(n, given.shape[-1]), dim=-1, sorted=False)
     return SparseActs(acts.indices.gather(-1, position) if sparse else position, values)
 
 
