@@ -13,7 +13,7 @@ import networkx
 import pandas as pd
 from pydantic import TypeAdapter
 
-from sae_nfm.common import reading, whole, write_json
+from sae_nfm.common import reading, text_of, whole, write_json
 from sae_nfm.common.results import SavedResult, with_kind, without_kind
 
 Point = tuple[float, float]
@@ -350,5 +350,5 @@ class Attribution(SavedResult):
         """For the terminal."""
         head = f"{self.sae} at {self.hook_name}"
         if self.corpus is not None:
-            return f"{head}\n\n{self.corpus.words()}"
+            return f"{head}\nText: {text_of(self.provenance)}\n\n{self.corpus.words()}"
         return "\n\n".join([head, *(token.words() for token in self.tokens), LEGEND])

@@ -18,7 +18,7 @@ import pandas as pd
 from typing_extensions import override
 
 from sae_nfm.common import aligned, whole
-from sae_nfm.common.results import SavedResult
+from sae_nfm.common.results import SavedResult, not_held_out
 from sae_nfm.stats import Verdict, corrected_verdicts, paired_t, verdict_from_rows
 
 
@@ -393,7 +393,7 @@ class CompareResult(SavedResult):
             told.append(f"One learning rate ({rates[0]:g}) for all SAEs; none was tuned by itself.")
         if config["dataset"] is None:
             told.append("The tokens were sampled from the embedded model itself: no evidence about real text.")
-        return [*told, *([PUBLISHED] if self.changes else [])]
+        return [*told, *not_held_out(self.provenance), *([PUBLISHED] if self.changes else [])]
 
 
 def _changes_in_words(found: Sequence[Change]) -> list[str]:

@@ -18,5 +18,5 @@ from .resume import DivergedError as DivergedError
 from .resume import layer_runners as layer_runners
 from .run import TrainArguments as TrainArguments
 from .run import train_arguments as train_arguments
-from .settings import first_difference as first_difference
+from .settings import other_run as other_run
 from .settings import refuse_several_processes as refuse_several_processes

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import pandas as pd
 
-from sae_nfm.common.results import SavedResult
+from sae_nfm.common.results import SavedResult, not_held_out
 from sae_nfm.stats import Estimate
 
 TrainedOn = Literal["hidden code", "permuted hidden code", "linear path", "residual"]
@@ -135,6 +135,7 @@ class SecondaryResult(SavedResult):
         )
         if config["dataset"] is None:
             yield "The tokens were sampled from the embedded model itself: no evidence about real text."
+        yield from not_held_out(self.provenance)
 
 
 def _effect_of_mean(mean: SecondaryRow) -> str:
