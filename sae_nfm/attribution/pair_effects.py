@@ -39,14 +39,15 @@ from sae_nfm.attribution.pairs import (
     written,
 )
 from sae_nfm.attribution.results import PairEffect, TokenAttribution, Written
+from sae_nfm.common import ShortRepr
 from sae_nfm.kernels import wide
 from sae_nfm.models import HookFunction, LanguageModel, check_finite, keeping, special_token_ids, splice, token_text
 
 POOLED, RECONS, OUTPUT = "hook_nfm_pooled", "hook_sae_recons", "hook_sae_output"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptRun:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PromptRun(ShortRepr):
     """A prompt through the model with the SAE in place."""
 
     tokens: Int[Tensor, " pos"]
@@ -71,8 +72,8 @@ class Removal:
     target: Target
 
 
-@dataclass(frozen=True, kw_only=True)
-class Removed:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Removed(ShortRepr):
     """What happened when a pair was removed."""
 
     frozen: float

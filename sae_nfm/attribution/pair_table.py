@@ -48,6 +48,7 @@ from sae_nfm.attribution.direct_logits import SCALE, DirectPath, Target
 from sae_nfm.attribution.pair_effects import observed, unit_written
 from sae_nfm.attribution.pairs import TokenPairs, TokenReads, along, norms, reads_of
 from sae_nfm.attribution.results import Context, Correlation, PairControls
+from sae_nfm.common import ShortRepr
 from sae_nfm.kernels import bi_interaction, hidden_pre
 from sae_nfm.models import LanguageModel, check_counted, check_finite, counted_tokens, real_tokens, run_rows, token_text
 
@@ -57,8 +58,8 @@ REMEMBERED = 2**28
 """Bytes of what the paths read and wrote that a corpus remembers between two passes: here 100,000 tokens at d_in 256."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenBatch:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TokenBatch(ShortRepr):
     """Counted tokens of some rows."""
 
     reads: TokenReads
@@ -181,8 +182,8 @@ SUMS = ("tokens", "norm", "energy", "product", "effect")
 COLUMNS = (*SUMS, "norm_max", "weight")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairSums:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PairSums(ShortRepr):
     """Sums over tokens, for each pair."""
 
     table: pd.DataFrame

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from sae_nfm.common import ShortRepr
 from sae_nfm.data import TokenRows
 from sae_nfm.evaluation import token_table
 from sae_nfm.evaluation.error_controls import summarise
@@ -55,8 +56,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Outcome(ShortRepr):
     """What an intervention did at the counted tokens of a batch, in order: x became x_hat."""
 
     x: Float[Tensor, "tokens d"]

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from sae_nfm.analysis import PathSums, present_paths
 from sae_nfm.attribution import HIDDEN, OUTPUT, RECONS, SCALE, unit_written
+from sae_nfm.common import ShortRepr
 from sae_nfm.explorer.results import FULL, Contexts, Floats, Ints, starts_of
 from sae_nfm.models import (
     LanguageModel,
@@ -43,8 +44,8 @@ MOST = 2**28
 """Firings kept at most: about 6 GB."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Firings:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Firings(ShortRepr):
     """Where features have positive activations on the counted tokens of some rows."""
 
     starts: NDArray[np.int64]

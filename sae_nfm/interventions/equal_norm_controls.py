@@ -37,6 +37,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_nfm.common import ShortRepr
 from sae_nfm.interventions.intervene import Intervention, Splice, Substitution, TokenContext, counted_tokens, digest
 from sae_nfm.interventions.results import UNDER_TEST, ArmRole, Role
 from sae_nfm.models import LanguageModel, check_finite, real_batches, run_rows
@@ -45,8 +46,8 @@ FLIPPED = -1.0
 SCALES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Activations:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Activations(ShortRepr):
     """Mean and covariance, float64, of the activations at a hook point, over the counted tokens of some text."""
 
     hook_name: str

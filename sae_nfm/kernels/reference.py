@@ -26,11 +26,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from typing_extensions import override
 
+from sae_nfm.common import short_repr
 from sae_nfm.kernels.device import autocast_off, is_transformed, product_dtype
 
 
 class SparseActs(NamedTuple):
     """Active features of each token: which, and how strongly. The indices of one token are distinct."""
+
+    __repr__ = short_repr
 
     indices: Int[Tensor, "*batch k"]
     values: Float[Tensor, "*batch k"]
@@ -249,6 +252,8 @@ def square_output(acts: Acts, U: Float[Tensor, "d_sae d_in"], scale: float) -> F
 
 class Routing(NamedTuple):
     """The active entries ordered by feature, for sums over the tokens of a feature; made by `route`."""
+
+    __repr__ = short_repr
 
     entries: Int[Tensor, " n_entries"]
     """Positions in the flattened [n_tokens, k] activations; those of one feature are adjacent, in the order of tokens."""

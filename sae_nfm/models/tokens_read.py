@@ -25,6 +25,7 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor, nn
 from transformer_lens.utilities.tokenize_utils import get_attention_mask
 
+from sae_nfm.common import ShortRepr
 from sae_nfm.models.load import LanguageModel
 
 Mask = Bool[Tensor, "rows pos"]
@@ -164,8 +165,8 @@ def token_text(model: LanguageModel, *tokens: int) -> str:
     return " ".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(list(tokens))
 
 
-@dataclass(eq=False)
-class TokensRead:
+@dataclass(eq=False, repr=False)
+class TokensRead(ShortRepr):
     """What went into a model in its last run; shared by all contexts of `tokens_read` on one model."""
 
     model: "ref[LanguageModel]"

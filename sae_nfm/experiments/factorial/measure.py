@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sae_nfm.architectures import NFMPaths, PathWeights, attach_secondary
 from sae_nfm.attribution import TokenPairs, norms, reading, reads_of
+from sae_nfm.common import ShortRepr
 from sae_nfm.experiments.factorial.results import Kind
 from sae_nfm.experiments.factorial.stimuli import StimulusSet
 from sae_nfm.interventions import Intervention, counted_tokens
@@ -50,8 +51,8 @@ class TokenizedStimuli:
     """Token ids of each target word, as it follows a space."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scores:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Scores(ShortRepr):
     """Scores of every word after every stimulus, [items, words] each."""
 
     log_prob: Floats
@@ -150,8 +151,8 @@ def _entries(words: Sequence[Ids], leaves: list[Ids]) -> list[tuple[Tensor, Tens
     return [(torch.from_numpy(depth.copy()), torch.from_numpy(token.copy()), word) for depth, token, word in columns]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Candidates:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Candidates(ShortRepr):
     """Features, or pairs of them, on stimuli."""
 
     kind: Kind
