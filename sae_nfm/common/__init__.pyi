@@ -31,9 +31,11 @@ from .outputs import partial_folder as partial_folder
 from .outputs import present_path as present_path
 from .outputs import publish as publish
 from .outputs import publishing as publishing
+from .results import ShortRepr as ShortRepr
 from .results import aligned as aligned
 from .results import listed as listed
 from .results import not_held_out as not_held_out
 from .results import provenance as provenance
 from .results import remark as remark
+from .results import short_repr as short_repr
 from .results import text_of as text_of
