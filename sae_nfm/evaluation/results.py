@@ -114,6 +114,8 @@ class Evaluation(SavedResult):
     """SAELens's metrics in SAELens's groups: nats for KL and cross-entropy, features per token for l0 (None: over nothing)."""
     feature_metrics: Mapping[str, Sequence[float | None]]
     """SAELens's metrics for each feature, [d_sae] each."""
+    notes: tuple[str, ...] = ()
+    """What has to be known to read a score: of what it is a small part, or why it is not defined."""
     special_tokens: str = ""
     """Which special tokens were left out, in words; empty in older files."""
     provenance: dict[str, Any]
@@ -130,7 +132,7 @@ class Evaluation(SavedResult):
         for group, values in self.metrics.items():
             lines += ["", group.replace("_", " ")]
             lines += listed({name: math.nan if value is None else value for name, value in values.items()}, width)
-        return "\n".join(lines)
+        return "\n".join([*lines, *([""] if self.notes else []), *(f"* {note}." for note in self.notes)])
 
     @override
     def content(self) -> dict[str, Any]:

@@ -7,11 +7,17 @@ The figures are those of `sae_lens.evals.run_evals`, under its names. What one h
   harder ablation than the SAE's arm is spared.
 * Position 0 and the metadata's `seqpos_slice` are not looked at: all positions count.
 * Sparsity and variance are measured on the batches that follow those of KL and cross-entropy.
+* A model or an SAE in 16 bits works in them; logits, activations and features are widened to float32 before SAELens's metrics.
+* Logits that are not finite are an error that names the condition. A score that divides by next to nothing, or lies outside
+  of 0 to 1, and a metric that is not defined have a note.
 """
 
 import hashlib
-from collections.abc import Generator
+import math
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import cycle
 from typing import Any, cast
 
 import torch
@@ -27,11 +33,13 @@ from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions
 from sae_nfm.common.results import HELD_OUT
 from sae_nfm.data import SketchCollector, check_ids, held_out_tokens, open_dataset, told_of_text, vocabulary_size
 from sae_nfm.evaluation.results import Evaluation
+from sae_nfm.kernels import wide
 from sae_nfm.loading import load_sae, quiet_saelens
 from sae_nfm.models import (
     LanguageModel,
     check_context,
     check_device,
+    check_finite,
     masked_padding,
     model_of,
     refuse_heads_of_a_bridge,
@@ -139,6 +147,7 @@ def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Eva
         passes=store.passes,
         metrics=metrics,
         feature_metrics=feature_metrics,
+        notes=notes_on(metrics),
         provenance=provenance(
             config, command=command, sae_config=sae.cfg.to_dict(), tokens_sha256=store.sha256.hexdigest()
         ),
@@ -204,7 +213,7 @@ def _run(
     sae: SAE[Any], store: HashedStore, model: LanguageModel, config: EvaluateConfig
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
     wanted = {field.name: getattr(config, field.name, None) for field in fields(EvalConfig)}
-    with masked_padding(model):
+    with masked_padding(model), _in_float32(sae, model):
         metrics, feature_metrics = run_evals(
             sae=sae,
             activation_store=store,
@@ -218,3 +227,88 @@ def _run(
         for name in ("feature_density", "consistent_activation_heuristic"):
             feature_metrics.pop(name, None)
     return metrics, feature_metrics
+
+
+CONDITIONS = ("without the SAE", "with the SAE in place", "with the hook point ablated (zero)")
+"""What SAELens runs the model under for each batch, in this order."""
+
+
+@contextmanager
+def _in_float32(sae: SAE[Any], model: LanguageModel) -> Generator[None]:
+    """Within it, what SAELens measures of a model or an SAE in 16 bits is float32; logits have to be finite."""
+    host: Any = model
+    forward, with_cache, encode, decode = host.forward, host.run_with_cache, sae.encode, sae.decode
+    conditions = cycle(CONDITIONS)
+
+    def wide_forward(tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = forward(tokens, *args, **kwargs)
+        if kwargs.get("return_type") != "both":
+            return found
+        logits, loss = found
+        condition = next(conditions)
+        check_finite(logits.flatten(0, 1), torch.ones_like(tokens, dtype=torch.bool), f"{condition} the model's logits")
+        if logits.dtype in HALF:
+            logits = logits.float()
+            loss = -logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None].to(logits.device))[..., 0]
+        return logits, loss
+
+    def wide_cache(*args: Any, **kwargs: Any) -> Any:
+        output, cache = with_cache(*args, **kwargs)
+        return output, {name: wide(value) for name, value in cache.items()}
+
+    def wide_encode(x: Tensor) -> Tensor:
+        return wide(encode(x).to_dense())
+
+    def wide_decode(acts: Tensor) -> Tensor:
+        return wide(decode(acts.to(sae.dtype)))  # features as they were
+
+    changes: list[tuple[Any, str, Any]] = [(host, "forward", wide_forward)]
+    if next(host.parameters()).dtype in HALF:
+        changes.append((host, "run_with_cache", wide_cache))
+    if sae.dtype in HALF:
+        changes += [(sae, "encode", wide_encode), (sae, "decode", wide_decode)]
+    before = [(owner, name, owner.__dict__.get(name)) for owner, name, _ in changes]
+    for owner, name, function in changes:
+        owner.__dict__[name] = function
+    try:
+        yield
+    finally:
+        for owner, name, own in before:
+            if own is None:
+                del owner.__dict__[name]
+            else:
+                owner.__dict__[name] = own
+
+
+HALF = (torch.float16, torch.bfloat16)
+SMALL_NATS = 0.01
+"""A difference between model and ablated model that is no scale to divide by."""
+
+
+def notes_on(metrics: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
+    """Sentences on scores that cannot be read as "1: nothing is lost, 0: as bad as ablated", and on what is not defined."""
+    found, values = list[str](), {name: value for group in metrics.values() for name, value in group.items()}
+    spans = {
+        "ce_loss_score": ("cross-entropy", "ce_loss_with_ablation", "ce_loss_without_sae", "ce_loss_with_sae"),
+        "kl_div_score": ("KL", "kl_div_with_ablation", None, "kl_div_with_sae"),
+    }
+    for score, (what, ablated, original, spliced) in spans.items():
+        if score not in values:
+            continue
+        span = values[ablated] - (0.0 if original is None else values[original])
+        if not span > SMALL_NATS:
+            found.append(
+                f"{score} divides by what ablation costs in {what}, here {span:.2g} nats: ablating this hook point hardly "
+                f"hurts the model on this text, or helps it, so the score says nothing; read {spliced}"
+            )
+        elif values[score] > 1:
+            found.append(f"{score} is above 1: by {what} the model is better with the SAE than without it on this text")
+        elif values[score] < 0:
+            found.append(f"{score} is below 0: by {what} the SAE is worse than an ablated hook point on this text")
+    undefined = sorted(name for name, value in values.items() if not math.isfinite(value))
+    if undefined:
+        found.append(
+            f"{', '.join(undefined)}: not defined; a token, or all tokens together, gave a number that is not finite (no "
+            "variance or norm to divide by, or activations beyond the range of their data type)"
+        )
+    return tuple(found)

@@ -107,12 +107,12 @@ def checkpoint_of(
         ValueError: when the checkpoint has other settings, or those in the folder, or several runs in it have these.
     """
     path, found = Path(path), _checkpoints(Path(path))
-    differences = {one: first_difference(one, cfg, saes, some=some) for one in found}
-    if found == [path] and (other := differences[path]) is not None:
+    if found == [path] and (other := first_difference(path, cfg, saes, some=some)) is not None:
         raise ValueError(
             f"{other.name} is {other.given!r}, and {other.saved!r} in the checkpoint {path}; {ALLOWED}. Give it as it "
             "was, or begin anew without resume_from_checkpoint"
         )
+    differences = {one: _difference_or_damage(one, cfg, saes, some) for one in found}
     fits = [one for one in found if differences[one] is None]
     runs = {one.parent: max((other for other in found if other.parent == one.parent), key=_age) for one in found}
     if not fits:
@@ -128,6 +128,16 @@ def checkpoint_of(
             f"{str(path)!r} has checkpoints of {len(several)} runs with these settings: {_listed(told)}; name one of them"
         )
     return max(fits, key=_age)
+
+
+def _difference_or_damage(
+    checkpoint: Path, cfg: RunnerConfig, saes: Mapping[str, TrainingSAE[Any]], some: bool
+) -> object | None:
+    """`first_difference`, or what is wrong with a checkpoint among others, which is no obstacle to resuming those."""
+    try:
+        return first_difference(checkpoint, cfg, saes, some=some)
+    except ValueError as error:
+        return f"a file that cannot be read: {error}"
 
 
 def _unrelated(checkpoints: Iterable[Path]) -> list[Path]:
@@ -152,6 +162,8 @@ def _told(checkpoint: Path) -> str:
 
 def _checkpoints(path: Path) -> list[Path]:
     """Those in a folder, named by token counts; or the folder itself, whatever its name."""
+    if path.name.endswith(".partial") and not any(path.glob(f"*/**/{RUNNER_CFG_FILENAME}")):
+        raise ValueError(f"the checkpoint {path} was not written to its end; resume from another one")
     if (path / RUNNER_CFG_FILENAME).is_file():
         return [path]
     found = [p.parent for p in sorted(path.glob(f"**/{RUNNER_CFG_FILENAME}")) if _tokens(p.parent) is not None]

@@ -554,6 +554,21 @@ def test_no_run_and_several_runs_with_these_settings_are_listed(several, tmp_pat
     resume(other, tmp_path / "copied", tmp_path)
 
 
+def test_a_damaged_or_unfinished_checkpoint_among_others(several, tmp_path):
+    folder, (cfg, other) = several
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    damaged = copied / Path(other.checkpoint_path).name / "704"
+    (damaged / "runner_cfg.json").write_text('{"lr": 1')
+    resume(cfg, copied, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"none of the 2 .*704 .* has a file that cannot be read: .*runner_cfg.json is damaged"
+    ):
+        resume(other, copied, tmp_path)
+    unfinished = damaged.rename(damaged.with_name("705.partial"))
+    with pytest.raises(ValueError, match=r"705\.partial was not written to its end"):
+        resume(other, unfinished, tmp_path)
+
+
 def test_a_run_that_was_interrupted_twice_is_one_run(tmp_path):
     """Each process has a folder of checkpoints of its own; the second one's say what they went on from."""
     settings = {"checkpoint_path": str(tmp_path / "checkpoints"), "steps": STEPS}

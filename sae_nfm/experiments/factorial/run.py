@@ -143,11 +143,11 @@ def factorial(
     selected, units = _select(pools, cells, half, roles, cfg)
     held_out = [prompt for prompt, chosen in zip(tokens.prompts, half, strict=True) if not chosen]
     scorer = measure.WordScorer(model, held_out, tokens.words, cfg.batch_rows)
-    baseline = scorer.scores(clamps.spliced(sae, secondary))
+    baseline = scorer.scores(clamps.spliced(sae, secondary), "the SAE in place, nothing clamped")
     results, frames = list[ArmResult](), list[pd.DataFrame]()
     planned = clamps.arms(sae, units, cfg.clamps, cfg.absolute, roles)
     for number, arm in enumerate(tqdm(planned, desc="Clamping", unit="arm")):
-        changes = scorer.scores(clamps.spliced(sae, secondary, arm.edits)).less(baseline)
+        changes = scorer.scores(clamps.spliced(sae, secondary, arm.edits), arm.name).less(baseline)
         rng = np.random.default_rng([cfg.seed, 1, number])
         tests = clamps.clamp_tests({**changes}, word_cells, cells[~half], rng, cfg.n_permutations)
         pattern = word_pattern(by_bucket(changes[PRIMARY_SCALE], word_cells))
