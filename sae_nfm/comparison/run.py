@@ -198,7 +198,11 @@ def run_compare(cfg: CompareConfig, *, command: str | None = None) -> CompareRes
             progress.update(rounds * len(arms))
             for seed in cfg.seeds:
                 folder, stream = output / f"k{k}" / f"seed-{seed}", prepared.stream(seed, cfg.training_tokens)
-                train_arms(stream, arms, rates, prepared.model, prepared.data(seed), folder)
+                try:
+                    train_arms(stream, arms, rates, prepared.model, prepared.data(seed), folder)
+                except DivergedError as error:
+                    remedy = "leave it out with --arms, or give lower --learning-rates and another output folder"
+                    raise DivergedError(f"{error}. In {folder}: {remedy}") from None
                 evaluated(prepared.model, prepared.held_out, tuple(arms), folder, cfg.device)
                 progress.update(len(arms))
     rows, documents = tidy(output, all_arms, cfg.seeds)
