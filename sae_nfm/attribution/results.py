@@ -312,6 +312,19 @@ class TokenAttribution:
             lines += [f"  linear path, strongest {len(rows)} features", _table(rows)]
         return "\n".join(lines)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Every line of these tables as numbers; of a term that is no pair the measured effects are None."""
+        terms = [("path", one) for one in (self.all_pairs, *self.biases)]
+        terms += [("pair", pair.written) for pair in self.pairs] + [("feature", one) for one in self.features]
+        measured = {id(pair.written): pair for pair in self.pairs}
+        return [
+            {"position": self.position, "token": self.token, "target": self.target, "kind": kind, "term": one.name}
+            | {name: getattr(one, name) for name in ("norm", "direct", "gradient")}
+            | {name: getattr(measured.get(id(one)), name, None) for name in ("frozen", "free", "flipped")}
+            | {name: getattr(one, name) for name in ("promotes", "suppresses")}
+            for kind, one in terms
+        ]
+
 
 def _table(rows: list[dict[str, str]]) -> str:
     if not rows:

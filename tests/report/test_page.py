@@ -217,7 +217,7 @@ def test_what_cannot_be_drawn_is_left_out_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(fidelity, "section", section)
     written = write_run_report(ReportConfig(run=str(run)))
     assert fidelity.TITLE in written.sections
-    assert written.left_out == (("odd/results.json", "no rows"),)
+    assert written.left_out == (("odd/results.json", "cannot be drawn (ZeroDivisionError: no rows)"),)
 
 
 def test_names_in_files_do_not_become_ids(tmp_path):
