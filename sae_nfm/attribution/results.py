@@ -13,7 +13,7 @@ import networkx
 import pandas as pd
 from pydantic import TypeAdapter
 
-from sae_nfm.common import reading, text_of, whole, write_json
+from sae_nfm.common import checked, reading, text_of, whole, write_json
 from sae_nfm.common.results import SavedResult, with_kind, without_kind
 
 Point = tuple[float, float]
@@ -93,6 +93,7 @@ class InteractionGraph:
             ValueError: for another suffix, or a file of another kind.
         """
         _check_suffix(path)
+        checked(path)
         with reading(path, "an interaction graph", remedy="write one with `sae-nfm attribute`"):
             if Path(path).suffix == ".json":
                 content = without_kind(GRAPH_KIND, json.loads(Path(path).read_text(encoding="utf-8")))

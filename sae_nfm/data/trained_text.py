@@ -24,7 +24,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from sae_nfm import demo
-from sae_nfm.common import whole
+from sae_nfm.common import checked, whole
 from sae_nfm.common.file_errors import reading
 from sae_nfm.data.datasets import TOKEN_COLUMNS, data_column, first_rows, local_dataset
 from sae_nfm.models import LanguageModel, special_token_ids
@@ -83,7 +83,7 @@ class TextSketch:
             return None
         from safetensors.numpy import load_file
 
-        with reading(path, "the sketch of a training text"):
+        with reading(checked(path), "the sketch of a training text"):
             tensors = load_file(path)
             return cls(hashes=tensors["hashes"], largest=int(tensors["largest"][0]))
 

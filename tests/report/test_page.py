@@ -236,7 +236,7 @@ def test_the_page_of_a_run_has_its_verdicts_its_command_and_what_is_missing(tmp_
     assert len(titles) == len(set(titles)) == len(ORDER)
     assert set(written.sections) | {title for title, _ in written.missing} == set(titles)
     assert written.size == len(html.encode())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "page.html.sha256", "run"]
     anchors = re.findall(r'<li><a href="#([^"]+)">', html)
     assert set(anchors) <= set(Page(html).ids)
     assert anchors[0] == "summary"
