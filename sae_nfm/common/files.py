@@ -26,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sae_nfm.common.file_errors import DamagedFileError, quoted, reading
+from sae_nfm.common.file_errors import DamagedFileError, FileError, quoted, reading, writing
 
 SAE_CONFIG = "cfg.json"
 """What SAELens calls the config in the folder of a saved SAE."""
@@ -46,9 +46,18 @@ _begun: dict[Path, dict[str, Any]] = {}
 def whole(path: str | Path) -> Generator[Path]:
     """A temporary name beside `path` to write to; it becomes `path`, with its digest, when the block ends well.
 
-    Missing folders are made. After an exception nothing is left.
+    Missing folders are made. After an exception nothing is left. A FileError where the path cannot be written, or is that of a
+    device, which would be replaced.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FileError(f"{quoted(path)} is no regular file, and would be replaced by one; give another path")
+    with writing(path), _whole(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _whole(path: Path) -> Generator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     begun = [folder for folder in _begun if path.absolute().is_relative_to(folder)]
     if begun and not _sidecar(path).exists():

@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 from sae_lens import ActivationsStore
 from sae_lens.saes.sae import SAEMetadata
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from sae_nfm import demo
@@ -64,6 +63,8 @@ class TextSketch:
 
     def save(self, folder: str | Path) -> None:
         """Write it into a folder."""
+        from safetensors.numpy import save_file  # importing the package stays cheap
+
         with whole(Path(folder) / FILENAME) as partial:
             save_file({"hashes": self.hashes, "largest": np.array([self.largest], np.uint64)}, partial)
 
@@ -80,6 +81,8 @@ class TextSketch:
         path = Path(folder) / FILENAME
         if not path.is_file():
             return None
+        from safetensors.numpy import load_file
+
         with reading(checked(path), "the sketch of a training text"):
             tensors = load_file(path)
             return cls(hashes=tensors["hashes"], largest=int(tensors["largest"][0]))

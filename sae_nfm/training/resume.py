@@ -44,8 +44,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sae_nfm import data
 from sae_nfm.common import DamagedFileError, check_digests, locked, seal
-from sae_nfm.data import TextSketch
 from sae_nfm.training.activation_stream import ActivationStream, DataLostError, NotFiniteError, StreamState
 from sae_nfm.training.settings import ALLOWED, RunnerConfig, check_settings, first_difference, read_settings
 
@@ -264,7 +264,7 @@ class _ExactRun:
             )
         self.resumed = file
         self.stream.restore(state)
-        if (text := TextSketch.load(folder)) is not None:  # of earlier epochs too
+        if (text := data.TextSketch.load(folder)) is not None:  # of earlier epochs too
             self.stream.text.add_sketch(text)
         store: Any = runner.activations_store
         # the stream stands further than at the row that SAELens would load
