@@ -6,6 +6,8 @@ from typing import Any
 
 EMBEDDED_MODEL = "sae-nfm-demo"
 """Name of the language model that the package has inside."""
+FETCHED_MODEL = "smollm2"
+"""Name of the language model that `sae-nfm models fetch smollm2` fetches."""
 PACKAGED_SAE = f"{EMBEDDED_MODEL}:blocks.2.hook_resid_post"
 """The SAE that the package has inside, as release:sae_id."""
 
