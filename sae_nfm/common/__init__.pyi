@@ -18,3 +18,4 @@ from .options import check_positive as check_positive
 from .results import aligned as aligned
 from .results import listed as listed
 from .results import provenance as provenance
+from .results import remark as remark

@@ -39,9 +39,11 @@ class TextOptions:
     """The text, for commands that train."""
 
     dataset: str | None = None
-    """Training text: a parquet, jsonl or txt file, or a hub data set; by default tokens sampled from the embedded model."""
+    """Training text or tokens: a .parquet, .arrow, .jsonl, .json, .csv or .txt file (also .gz, .zst), a folder, a data set saved
+    by `datasets`, or one on the hub as name or name:config; by default tokens sampled from the embedded model."""
     held_out: str | None = None
-    """Held-out text, likewise; by default a hub data set's validation split, or the embedded tokens."""
+    """Held-out text, likewise; by default the validation or test split of the data set, one document in ten where it has a
+    training split only, or the embedded tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,8 @@ class HeldOutOptions:
     """The text, for commands that take a trained SAE."""
 
     held_out: str | None = None
-    """Held-out text or tokens: a .parquet, .jsonl or .txt file, a folder, a data set on disk or on the hub; by default the
-    embedded model's held-out tokens."""
+    """Held-out text or tokens: a .parquet, .arrow, .jsonl, .json, .csv or .txt file (also .gz, .zst), a folder, a data set on
+    disk or on the hub (name or name:config); by default the embedded model's held-out tokens."""
     split: str = "validation"
     """Split of the held-out text, where it has several."""
     context_size: int | None = None

@@ -16,6 +16,8 @@ from sae_lens import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_nfm.data import check_ids, vocabulary_size
+
 Batch = Tensor | dict[str, Tensor]
 
 
@@ -121,7 +123,9 @@ class ActivationStream(Iterator[Batch]):
         self._store.iterable_sequences = self._counted(self._store.iterable_sequences)
 
     def _counted(self, sequences: Iterator[Tensor]) -> Generator[Tensor]:
+        size, context_size = vocabulary_size(self._store.model), self._store.context_size
         for sequence in sequences:
+            check_ids(sequence.cpu(), self._sequences, size, context_size)  # before the model sees them
             self._sequences, self._last_sequence = self._sequences + 1, sequence
             yield sequence
 

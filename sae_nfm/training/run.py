@@ -43,11 +43,20 @@ from sae_nfm.architectures import (
     primary_digest,
 )
 from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.common import check_output, check_positive, discard_unstarted, partial_folder, publish
+from sae_nfm.common import check_output, check_positive, discard_unstarted, partial_folder, publish, remark
 from sae_nfm.convert import topk_by_name, warm_started, write_adapter
-from sae_nfm.data import explained_hub, held_out_tokens, local_dataset, open_dataset, refuse_without_tokenizer
+from sae_nfm.data import check_data, held_out_tokens, open_dataset, training_data
 from sae_nfm.loading import load_sae, quiet_saelens
-from sae_nfm.models import LanguageModel, check_context, check_device, load_model, refuse_heads_of_a_bridge, site_at
+from sae_nfm.models import (
+    LanguageModel,
+    check_context,
+    check_device,
+    context_limit,
+    load_model,
+    refuse_heads_of_a_bridge,
+    site_at,
+    special_tokens_words,
+)
 from sae_nfm.training.recorder import HeldOut, record_training
 from sae_nfm.training.results import RECORD_FILENAME
 from sae_nfm.training.resume import checkpoint_folder, exact_resume
@@ -239,8 +248,11 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
     if widths in names[sae_class] and not built[sae_class].get(widths):
         built[sae_class][widths] = sorted({max(1, values["d_sae"] // part) for part in (8, 4, 2, 1)})
     sae, logger = sae_class(**built[sae_class]), LoggingConfig(**built[LoggingConfig])
+    cfg = LanguageModelSAERunnerConfig(sae=sae, logger=logger, **built[LanguageModelSAERunnerConfig])
+    if "n_batches_in_buffer" not in given:
+        fill_buffer(cfg)
     return TrainArguments(
-        cfg=LanguageModelSAERunnerConfig(sae=sae, logger=logger, **built[LanguageModelSAERunnerConfig]),
+        cfg=cfg,
         record=RecordConfig(**built[RecordConfig]),
         others=OtherSAEs(**built[OtherSAEs]),
         given=frozenset(given),
@@ -256,6 +268,18 @@ def _checked(option: str, hint: Any, value: Any) -> Any:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         raise ValueError(f"{option} is {value!r}: {error.errors()[0]['msg']}") from error
+
+
+def _positions(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
+    """Positions of a row that are trained on."""
+    return len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+
+
+def fill_buffer(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Let the activation buffer hold a batch, where a default is too small for one."""
+    positions = max(1, _positions(cfg))
+    if cfg.n_batches_in_buffer * positions < cfg.train_batch_size_tokens:
+        cfg.n_batches_in_buffer = 4 * -(-cfg.train_batch_size_tokens // positions)
 
 
 POSITIVE = (
@@ -314,9 +338,8 @@ def train(arguments: TrainArguments) -> Trained:
     model = fit_to_model(arguments, others)
     dataset, held_out = _data(arguments)
     with temporary_seed(cfg.seed), quiet_saelens(), _expected_overrides():
-        with explained_hub(cfg.dataset_path) if dataset is None else nullcontext():
-            sae = others.starting_sae(cfg, arguments.given)
-            runner = WholeRunner(cfg, override_dataset=dataset, override_model=cast(Any, model), override_sae=sae)
+        sae = others.starting_sae(cfg, arguments.given)
+        runner = WholeRunner(cfg, override_dataset=dataset, override_model=cast(Any, model), override_sae=sae)
         runner.saves_adapter = arguments.others.adapter
         others.sign(runner.sae.cfg.metadata)
         _check_runner(runner, held_out)
@@ -378,7 +401,18 @@ def fit_to_model(arguments: TrainArguments, others: LoadedSAEs) -> LanguageModel
     if "d_in" in arguments.given and cfg.sae.d_in != site.d_in:
         raise ValueError(f"d_in is {cfg.sae.d_in}, but {cfg.hook_name!r} has width {site.d_in}; leave d_in out")
     cfg.sae = replace(cfg.sae, **{name: value for name, value in measured.items() if name not in arguments.given})
+    limit = context_limit(model)
+    if limit is not None and "context_size" not in arguments.given and limit < cfg.context_size:
+        remark(f"context_size is {limit}, as the model reads no more")
+        cfg.context_size = limit
+        if "n_batches_in_buffer" not in arguments.given:
+            fill_buffer(cfg)
     check_context(model, cfg.context_size)
+    remark(
+        special_tokens_words(
+            model, cfg.exclude_special_tokens, "trained on (--exclude_special_tokens true leaves them out)"
+        )
+    )
     return model
 
 
@@ -386,6 +420,12 @@ def _check_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     for device in {cfg.device, cfg.llm_device, cfg.act_store_device}:
         check_device(str(device))
     check_positive(cfg, *POSITIVE)
+    held = cfg.n_batches_in_buffer * _positions(cfg)
+    if held < cfg.train_batch_size_tokens:
+        raise ValueError(
+            f"the buffer holds n_batches_in_buffer x context = {held} tokens, fewer than a batch of "
+            f"{cfg.train_batch_size_tokens}; raise n_batches_in_buffer or lower train_batch_size_tokens"
+        )
     pretrained = cfg.from_pretrained_path
     if pretrained is not None and not (Path(pretrained) / SAE_CFG_FILENAME).is_file():
         raise FileNotFoundError(f"from_pretrained_path is {pretrained!r}, no saved SAE; give the folder of one")
@@ -413,7 +453,7 @@ def _check_runner(runner: WholeRunner, held_out: Any) -> None:
         held_out_tokens(model, held_out, cfg.context_size, 1)  # says so where the text fills no row
     if store.dataset is None:  # cached activations
         return
-    refuse_without_tokenizer(model, store.dataset)
+    check_data(model, store.dataset, cfg.context_size, cfg.dataset_path)
     if next(store._iterate_tokenized_sequences(), None) is None:  # pyright: ignore[reportPrivateUsage]
         raise ValueError(
             f"the text in {cfg.dataset_path!r} does not fill one row of {cfg.context_size} tokens; give more text or lower "
@@ -423,14 +463,15 @@ def _check_runner(runner: WholeRunner, held_out: Any) -> None:
 
 
 def _data(arguments: TrainArguments) -> tuple[Any, Any]:
-    """The data sets for training (None: SAELens loads it from the hub) and for evaluation (None: there is none)."""
+    """The data sets for training and for evaluation (None: there is none)."""
     cfg, held_out = arguments.cfg, arguments.record.held_out
     embedded = cfg.dataset_path in ("", demo.MODEL_NAME)
     if embedded and cfg.model_name != demo.MODEL_NAME:
         raise ValueError(f"the embedded tokens suit the embedded model only; give --dataset for {cfg.model_name!r}")
     if embedded:
         cfg.dataset_path = demo.MODEL_NAME
-    dataset = demo.load_tokens("train") if embedded else local_dataset(cfg.dataset_path, seed=cfg.seed)
+    streaming: dict[str, Any] = {"seed": cfg.seed, "streaming": cfg.streaming}
+    dataset = demo.load_tokens("train") if embedded else training_data(cfg.dataset_path, held_out, **streaming)
     if arguments.record.evaluate_every == 0 or (held_out is None and not embedded):
         return dataset, None
     return dataset, demo.load_tokens("validation") if held_out is None else open_dataset(held_out, split="validation")
