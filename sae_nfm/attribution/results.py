@@ -15,6 +15,7 @@ import pandas as pd
 from pydantic import TypeAdapter
 
 from sae_nfm.common import whole, write_json
+from sae_nfm.common.options import sampled_text
 from sae_nfm.common.results import SavedResult, with_kind, without_kind
 
 Point = tuple[float, float]
@@ -355,5 +356,6 @@ class Attribution(SavedResult):
         """For the terminal."""
         head = f"{self.sae} at {self.hook_name}"
         if self.corpus is not None:
-            return f"{head}\n\n{self.corpus.words()}"
+            sampled = sampled_text(self.provenance.get("model_name"), self.provenance["config"].get("held_out"))
+            return "\n\n".join([head, self.corpus.words(), *([f"* {sampled}"] if sampled else [])])
         return "\n\n".join([head, *(token.words() for token in self.tokens), LEGEND])

@@ -95,7 +95,10 @@ def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribu
         tokens=() if config.corpus else _prompt(model, sae, tokens[0], config),
         corpus=_corpus(model, sae, tokens, config) if config.corpus else None,
         provenance=provenance(
-            config, command=command, tokens_sha256=hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
+            config,
+            command=command,
+            model_name=config.model or sae.cfg.metadata.model_name,
+            tokens_sha256=hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
         ),
     )
     if config.graph is not None and found.corpus is not None:

@@ -18,6 +18,7 @@ import pandas as pd
 from typing_extensions import override
 
 from sae_nfm.common import aligned, whole
+from sae_nfm.common.options import EMBEDDED_MODEL, sampled_text
 from sae_nfm.common.results import SavedResult
 from sae_nfm.stats import Verdict, corrected_verdicts, paired_t, verdict_from_rows
 
@@ -389,9 +390,8 @@ class CompareResult(SavedResult):
             told += [f"At an edge of the sweep, so perhaps not at their best: {', '.join(at_edge)}."] if at_edge else []
         else:
             told.append(f"One learning rate ({rates[0]:g}) for all SAEs; none was tuned by itself.")
-        if config["dataset"] is None:
-            told.append("The tokens were sampled from the embedded model itself: no evidence about real text.")
-        return [*told, *([PUBLISHED] if self.changes else [])]
+        sampled = sampled_text(config.get("model", EMBEDDED_MODEL), config["dataset"])
+        return [*told, *([sampled] if sampled else []), *([PUBLISHED] if self.changes else [])]
 
 
 def _changes_in_words(found: Sequence[Change]) -> list[str]:

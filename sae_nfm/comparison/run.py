@@ -39,7 +39,6 @@ from sae_lens import SAE, HookedSAETransformer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_nfm import demo
 from sae_nfm.common import provenance, whole, write_json
 from sae_nfm.common.results import RESULTS_FILENAME, with_kind, without_kind
 from sae_nfm.comparison.arms import ArmSizes, interpolation_weights, training_arms
@@ -78,6 +77,7 @@ class Prepared:
             ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work.
         """
         model = load_model(cfg.model, cfg.device)
+        assert cfg.hook is not None  # its config has put the model's default there
         site = find_site(model, cfg.hook)
         seed = 0 if cfg.shuffle else cfg.seeds[0]
         train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, cfg.model, seed)
@@ -111,7 +111,7 @@ class Prepared:
         return StreamConfig(
             model_name=cfg.model,
             hook_name=self.site.hook_name,
-            dataset=cfg.dataset or demo.MODEL_NAME,
+            dataset=cfg.dataset or cfg.model,
             training_tokens=tokens,
             context_size=self.held_out.tokens.shape[1],
             seed=seed,

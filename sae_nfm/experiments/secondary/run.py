@@ -9,7 +9,6 @@ finished is not done again.
 from dataclasses import dataclass
 from pathlib import Path
 
-from sae_nfm import demo
 from sae_nfm.architectures import check_primary, primary_digest
 from sae_nfm.common import check_positive, provenance
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions, TextOptions
@@ -79,7 +78,7 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
     stream = StreamConfig(
         model_name=name,
         hook_name=metadata.hook_name,
-        dataset=cfg.dataset or demo.MODEL_NAME,
+        dataset=cfg.dataset or name,
         training_tokens=cfg.training_tokens,
         context_size=min(cfg.context_size, model.cfg.n_ctx),
         batch_size=cfg.batch_size,
@@ -95,7 +94,9 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
     described |= {"d_sae": primary.cfg.d_sae, "nfm_dim": primary.cfg.nfm_dim}
     result = SecondaryResult(
         rows=secondary_rows(model, primary, trained, rows, fitted, output / "rows", seed=cfg.seed),
-        provenance=provenance(cfg, command=command, primary=described, held_out_tokens=digest({"tokens": rows.tokens})),
+        provenance=provenance(
+            cfg, command=command, model_name=name, primary=described, held_out_tokens=digest({"tokens": rows.tokens})
+        ),
     )
     result.save(output / "results.json")
     return result
