@@ -2,6 +2,7 @@ from .file_errors import DamagedFileError as DamagedFileError
 from .file_errors import FileError as FileError
 from .file_errors import check_writable as check_writable
 from .file_errors import printable as printable
+from .file_errors import python_string as python_string
 from .file_errors import quoted as quoted
 from .file_errors import reading as reading
 from .file_errors import writing as writing
@@ -14,6 +15,8 @@ from .files import write_json as write_json
 from .hub_errors import LOG_IN as LOG_IN
 from .hub_errors import explained as explained
 from .options import check_choice as check_choice
+from .options import check_number as check_number
+from .options import check_numbers as check_numbers
 from .options import check_positive as check_positive
 from .results import aligned as aligned
 from .results import listed as listed

@@ -7,6 +7,7 @@ with writing(path):
 """
 
 import errno
+import json
 import os
 import re
 import tempfile
@@ -62,6 +63,11 @@ def printable(text: object, keep: str = "") -> str:
 def quoted(path: object) -> str:
     """A path or name as a message or Python code has it."""
     return printable(repr(str(path)))
+
+
+def python_string(text: object) -> str:
+    """The text as a string of Python code, in double quotes, on one line, whatever is in it."""
+    return printable(json.dumps(str(text), ensure_ascii=False))
 
 
 def cause_of(error: BaseException) -> str:

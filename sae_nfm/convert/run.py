@@ -19,6 +19,7 @@ from sae_lens.constants import SAE_WEIGHTS_FILENAME, SPARSIFY_WEIGHTS_FILENAME
 
 from sae_nfm.architectures.joint_config import ARCHITECTURE
 from sae_nfm.common import check_output, partial_folder, publish
+from sae_nfm.common.file_errors import python_string
 from sae_nfm.convert import dictionary_learning, paper_author
 from sae_nfm.convert.dictionary_learning import dictionary_learning_loader
 from sae_nfm.convert.paper_author import NFM_TOP_K, K, author_sae
@@ -98,7 +99,7 @@ class Converted:
             lines.append(
                 f"Not in the files, and needed to use it in a language model: {flags}; convert again with them"
             )
-        load = ["import sae_nfm", "from sae_lens import SAE", f'sae = SAE.load_from_disk("{self.folder}")']
+        load = ["import sae_nfm", "from sae_lens import SAE", f"sae = SAE.load_from_disk({python_string(self.folder)})"]
         return "\n".join([*lines, "In Python:", *(f"    {line}" for line in load)])
 
 

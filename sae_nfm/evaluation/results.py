@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from typing_extensions import override
 
-from sae_nfm.common import listed
+from sae_nfm.common import listed, printable
 from sae_nfm.common.results import SavedResult
 from sae_nfm.interventions.results import EQUAL_DISTANCE, UNDER_TEST, Role
 from sae_nfm.stats import Estimate
@@ -120,7 +120,8 @@ class Evaluation(SavedResult):
     def words(self) -> str:
         """The metrics by group, aligned."""
         width = max(len(name) for group in self.metrics.values() for name in group)
-        lines = [f"{self.sae}: {self.architecture} at {self.hook_name} of {self.model_name}", f"Data: {self.data}"]
+        about = f"{self.sae}: {self.architecture} at {self.hook_name} of {self.model_name}"
+        lines = [printable(about), printable(f"Data: {self.data}")]  # an SAE's metadata says them
         if self.passes > 1:
             lines.append(f"The data were read {self.passes} times: there are fewer rows than asked for.")
         for group, values in self.metrics.items():

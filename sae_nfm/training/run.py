@@ -43,11 +43,12 @@ from sae_nfm.architectures import (
     primary_digest,
 )
 from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.common import check_output, check_positive, discard_unstarted, partial_folder, publish, remark
+from sae_nfm.common import check_number, check_output, discard_unstarted, partial_folder, publish, remark
+from sae_nfm.common.file_errors import python_string
 from sae_nfm.common.options import DEFAULT_HOOKS, FETCHED_MODEL
 from sae_nfm.convert import topk_by_name, warm_started, write_adapter
 from sae_nfm.data import check_data, held_out_tokens, open_dataset, own_text, training_data
-from sae_nfm.loading import load_sae, quiet_saelens
+from sae_nfm.loading import load_sae, quiet_saelens, refuse_not_finite
 from sae_nfm.models import (
     LanguageModel,
     check_context,
@@ -58,9 +59,11 @@ from sae_nfm.models import (
     site_at,
     special_tokens_words,
 )
+from sae_nfm.training.activation_stream import DataLostError
 from sae_nfm.training.recorder import HeldOut, record_training
 from sae_nfm.training.results import RECORD_FILENAME
-from sae_nfm.training.resume import checkpoint_folder, exact_resume
+from sae_nfm.training.resume import exact_resume, last_checkpoint
+from sae_nfm.training.settings import check_schedule, refuse_several_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,9 +274,12 @@ def _checked(option: str, hint: Any, value: Any) -> Any:
     if hint is SAEMetadata:
         return SAEMetadata(**value)
     try:
-        return TypeAdapter(hint).validate_python(value)
+        checked = TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         raise ValueError(f"{option} is {value!r}: {error.errors()[0]['msg']}") from error
+    if not (option in ("d_in", "d_sae") and checked == 0):  # those of the base
+        check_number(option.removeprefix("sae."), checked)
+    return checked
 
 
 def _positions(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
@@ -286,13 +292,6 @@ def fill_buffer(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     positions = max(1, _positions(cfg))
     if cfg.n_batches_in_buffer * positions < cfg.train_batch_size_tokens:
         cfg.n_batches_in_buffer = 4 * -(-cfg.train_batch_size_tokens // positions)
-
-
-POSITIVE = (
-    *("context_size", "train_batch_size_tokens", "store_batch_size_prompts", "n_batches_in_buffer", "n_eval_batches"),
-    *("n_batches_for_norm_estimate", "feature_sampling_window"),
-)
-"""Sizes that SAELens does not check and fails with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +311,7 @@ class Trained:
         lines = [f"SAE:    {self.folder}", f"Record: {self.folder / RECORD_FILENAME}"]
         lines += [f"The SAE that was there before: {self.kept}"] if self.kept else []
         lines += [f"Checkpoints: {self.checkpoints}"] if self.checkpoints else []
-        load = ["import sae_nfm", "from sae_lens import SAE", f'sae = SAE.load_from_disk("{self.folder}")']
+        load = ["import sae_nfm", "from sae_lens import SAE", f"sae = SAE.load_from_disk({python_string(self.folder)})"]
         return "\n".join([*lines, "In Python:", *(f"    {line}" for line in load)])
 
 
@@ -326,6 +325,7 @@ class WholeRunner(LanguageModelSAETrainingRunner):
     def save_final_sae(
         self, sae: TrainingSAE[Any], output_path: str, log_feature_sparsity: torch.Tensor | None = None
     ) -> None:
+        refuse_not_finite(sae.state_dict(), "the trained SAE")
         super().save_final_sae(sae, str(partial_folder(output_path)), log_feature_sparsity)
         if self.saves_adapter:
             write_adapter(cast(SequentialNFM, sae), partial_folder(output_path))
@@ -337,7 +337,10 @@ def train(arguments: TrainArguments) -> Trained:
     Raises:
         ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work; nothing is written.
         InterruptedException: after SIGINT or SIGTERM; it says how to go on.
+        DataLostError: where a streamed data set breaks off; it says how to go on.
+        DivergedError, NotFiniteError: where a loss, a gradient or an activation is not finite; nothing is published.
     """
+    refuse_several_processes()
     cfg = arguments.cfg
     check_output(cfg.output_path)
     others = load_others(arguments.others, cfg)
@@ -353,7 +356,9 @@ def train(arguments: TrainArguments) -> Trained:
         try:
             _run(runner, arguments, held_out)
         except (KeyboardInterrupt, InterruptedException):
-            raise InterruptedException(how_to_go_on(arguments)) from None
+            raise InterruptedException(how_to_go_on(arguments, last_checkpoint(runner))) from None
+        except DataLostError as lost:
+            raise DataLostError(how_to_go_on(arguments, last_checkpoint(runner), why=str(lost))) from lost
     checkpoints = Path(cfg.checkpoint_path) if cfg.checkpoint_path else None
     return Trained(
         folder=None if cfg.output_path is None else Path(cfg.output_path),
@@ -376,8 +381,12 @@ def _run(runner: WholeRunner, arguments: TrainArguments, held_out: Any) -> None:
     try:
         with recorded:
             runner.run()
-    finally:
+    except FloatingPointError:  # what is not finite is no result, and nothing goes on from it
         if cfg.output_path is not None:
+            shutil.rmtree(partial_folder(cfg.output_path))
+        raise
+    finally:
+        if cfg.output_path is not None and partial_folder(cfg.output_path).is_dir():
             discard_unstarted(cfg.output_path)
 
 
@@ -425,7 +434,6 @@ def fit_to_model(arguments: TrainArguments, others: LoadedSAEs) -> LanguageModel
 def _check_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     for device in {cfg.device, cfg.llm_device, cfg.act_store_device}:
         check_device(str(device))
-    check_positive(cfg, *POSITIVE)
     held = cfg.n_batches_in_buffer * _positions(cfg)
     if held < cfg.train_batch_size_tokens:
         raise ValueError(
@@ -438,11 +446,7 @@ def _check_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     k = getattr(cfg.sae, "k", None)
     if k is not None and not 0 < k <= cfg.sae.d_sae:
         raise ValueError(f"k is {k}; give a number from 1 to the d_sae = {cfg.sae.d_sae} features there are")
-    if cfg.training_tokens < cfg.train_batch_size_tokens:
-        raise ValueError(
-            f"training_tokens is {cfg.training_tokens}, less than one batch of {cfg.train_batch_size_tokens} tokens; raise it, "
-            "or lower train_batch_size_tokens"
-        )
+    check_schedule(cfg)
 
 
 def _check_runner(runner: WholeRunner, held_out: Any) -> None:
@@ -503,17 +507,15 @@ def _expected_overrides() -> Generator[None]:
         logger.removeFilter(expected)
 
 
-def how_to_go_on(arguments: TrainArguments) -> str:
-    """What to type after an interruption: the command that resumes, where there is a checkpoint."""
+def how_to_go_on(arguments: TrainArguments, saved: Path | None = None, why: str = "interrupted") -> str:
+    """What to type after an interruption: the command that resumes, where there is a checkpoint (`saved`, or the one given)."""
     cfg = arguments.cfg
-    checkpoint = cfg.resume_from_checkpoint
-    if cfg.checkpoint_path is not None and Path(cfg.checkpoint_path).is_dir():
-        checkpoint = str(checkpoint_folder(cfg.checkpoint_path))
+    checkpoint = cfg.resume_from_checkpoint if saved is None else str(saved)
     if checkpoint is None:
-        why = ", as checkpoint_path is None" if cfg.checkpoint_path is None else ""
-        return f"interrupted before a checkpoint was saved{why}"
+        because = ", as checkpoint_path is None" if cfg.checkpoint_path is None else ""
+        return f"{why} before a checkpoint was saved{because}" if why == "interrupted" else f"{why}{because}"
     command = ["sae-nfm", "train", *_without_resume(arguments.argv), "--resume_from_checkpoint", checkpoint]
-    return f"interrupted; to go on: {shlex.join(command)}"
+    return f"{why}; to go on: {shlex.join(command)}"
 
 
 def _without_resume(argv: Sequence[str]) -> list[str]:

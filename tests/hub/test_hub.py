@@ -1,5 +1,6 @@
 """Push and pull through the real hub client, against a hub on a loopback socket: what arrives is what was sent, or an error."""
 
+import ast
 import hashlib
 import json
 import re
@@ -19,11 +20,12 @@ from invented_comparison import compared_once
 from sae_lens import SAE, TopKSAEConfig
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes.sae import SAEMetadata
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sae_nfm import JointNFMSAE
+from sae_nfm.common import FileError
 from sae_nfm.hub import release as releases
-from sae_nfm.hub.push_pull import PullConfig, PushConfig, pull, push
+from sae_nfm.hub.push_pull import PullConfig, PushConfig, Pushed, pull, push
 from sae_nfm.hub.release import HubSource, register_release, register_releases
 
 REPO, ID = "user/saes", "blocks.0.hook_resid_post"
@@ -302,6 +304,89 @@ def test_a_release_may_not_write_outside_its_folder(hub, saved, tmp_path):
     files["pretrained.yaml"] = files["pretrained.yaml"].replace(f"path: {ID}".encode(), b"path: ../elsewhere")
     with pytest.raises(ValueError, match=r"\bpath\b.*'\.\./elsewhere'"):
         pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
+
+
+def altered_release(hub, saved, old: bytes, new: bytes) -> None:
+    """A repository whose list of SAEs somebody has edited."""
+    push(PushConfig(source=saved, repo_id=REPO))
+    files = hub.repositories[REPO].commits[hub.repositories[REPO].head]
+    assert old in files["pretrained.yaml"]
+    files["pretrained.yaml"] = files["pretrained.yaml"].replace(old, new)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc", "a/../../b", "..", ".", "a\\\\..\\\\b", "C:/x", '"a\\nb"', '"a\\e[2Jb"', '"a\\u202Eb"', "[a]", "1", "''"],
+)
+def test_paths_that_no_release_has(hub, saved, tmp_path, path):
+    altered_release(hub, saved, f"path: {ID}".encode(), f"path: {path}".encode())
+    with pytest.raises(ValueError, match=r"pretrained\.yaml.*\bpath\b.*; ") as caught:
+        pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
+    assert str(caught.value).isprintable()
+    assert not list(tmp_path.glob("*pulled*"))
+
+
+def test_an_id_is_a_string_in_the_code_that_is_printed(hub, saved, tmp_path, capsys):
+    altered_release(hub, saved, f"id: {ID}".encode(), b"""id: 'x"); import os; os.system("rm'""")
+    pulled = pull(PullConfig(repo_id=REPO, output=tmp_path / 'a"b'))
+    call = ast.parse(pulled.words().splitlines()[-1].strip()).body[0].value
+    assert (call.func.attr, call.args[0].value) == ("load_from_disk", f'{tmp_path}/a"b/{ID}')
+    names = replace(pulled.release, source=HubSource(repo_id=REPO))
+    call = ast.parse(Pushed(url="", release=names).words().splitlines()[-1].strip()).body[0].value
+    assert [one.value for one in call.args] == [REPO, 'x"); import os; os.system("rm']
+
+
+def test_a_pull_removes_nothing_and_follows_no_link(hub, saved, tmp_path):
+    push(PushConfig(source=saved, repo_id=REPO))
+    mine = tmp_path / "pulled.partial"
+    mine.mkdir()
+    (mine / "mine.txt").write_text("mine")
+    pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
+    assert (mine / "mine.txt").read_text() == "mine"
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"link'.*exists"):
+        pull(PullConfig(repo_id=REPO, output=tmp_path / "link"))
+    with pytest.raises(FileError, match=r"mine\.txt/x' cannot be written: not a directory"):
+        pull(PullConfig(repo_id=REPO, output=mine / "mine.txt" / "x"))
+    assert (tmp_path / "pulled").stat().st_mode & 0o777 == mine.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("name", ["sparsity.safetensors", "runner_cfg.json", "cfg.json", "sae_weights.safetensors"])
+def test_a_damaged_or_linked_file_is_not_published(hub, saved, tmp_path, name):
+    save_file({"sparsity": torch.zeros(32)}, saved / "sparsity.safetensors")
+    path, elsewhere = saved / name, tmp_path / "elsewhere" / name
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(str(saved))):
+            push(PushConfig(source=saved, repo_id=REPO))
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(whole)
+    path.unlink()
+    path.symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=rf"{name}' is a link to '{re.escape(str(elsewhere))}'.*nothing was published"):
+        push(PushConfig(source=saved, repo_id=REPO))
+    assert not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
+
+
+def test_sparsity_of_another_sae_is_not_published(hub, saved):
+    for wrong in (torch.zeros(31), torch.full((32,), torch.nan)):
+        save_file({"sparsity": wrong}, saved / "sparsity.safetensors")
+        with pytest.raises(ValueError, match=r"sparsity\.safetensors' is damaged \(.*(32,|NaN)"):
+            push(PushConfig(source=saved, repo_id=REPO))
+
+
+def test_what_is_not_finished_is_not_published(hub, demo_output, tmp_path):
+    (demo_output / "saes" / "joint").rename(demo_output / "saes" / "joint.partial")
+    with pytest.raises(ValueError, match=r"no SAE joint\.partial; it has topk$"):
+        push(PushConfig(source=demo_output, repo_id=REPO, saes=("joint.partial",)))
+    demo_output.rename(tmp_path / "x.partial")
+    with pytest.raises(ValueError, match=r"x\.partial' is unfinished"):
+        push(PushConfig(source=tmp_path / "x.partial", repo_id=REPO))
+    (tmp_path / "x.partial").rename(demo_output)
+    (demo_output / "report.html").write_text("<!doctype html><html><body>")
+    with pytest.raises(ValueError, match=r"report\.html' ends early"):
+        push(PushConfig(source=demo_output, repo_id=REPO, saes=("topk",)))
 
 
 def test_sources_that_are_nothing_to_push(hub, saved, demo_output, tmp_path):
