@@ -4,24 +4,28 @@ SAELens filters a config down to the fields it knows before any class of ours se
 weight file before our class exists. Two class methods of `SAE` therefore get a thin layer, for our architectures only:
 `get_sae_config_class_for_architecture` returns our config class, whose `from_dict` refuses unknown keys, and
 `load_from_disk` says what is wrong with an incomplete or truncated folder. Its two runners get one too, for exact
-checkpoints where they train an architecture of ours (`resume`), its trainer for a fused Adam (`fused_adam`), and its
-directory of releases has ours (`pretrained`).
+checkpoints where they train an architecture of ours (`resume`), its trainer for a fused Adam (`fused_adam`) and for sparse
+statistics (`JointNFMTrainingSAE.counted`), and its directory of releases has ours (`pretrained`). One function of its TopK
+gets a layer for all: a decoder row of norm 0 contributes 0, where SAELens makes NaN of every token.
 Everything else of SAELens is untouched.
 """
 
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import sae_lens
 from packaging.version import Version
-from sae_lens import SAE, registry
+from sae_lens import SAE, SAETrainer, registry
 from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.saes import abstopk_sae, matryoshka_batchtopk_sae, topk_sae
 from sae_lens.saes.sae import SAEConfig
 from safetensors import SafetensorError
+from torch import Tensor
 
 from sae_nfm.architectures import (
     INFERENCE_CONFIGS,
@@ -36,6 +40,7 @@ from sae_nfm.architectures import (
     refuse_missing_keys,
 )
 from sae_nfm.hub import register_packaged_releases
+from sae_nfm.kernels import reference
 from sae_nfm.loading import SAVE_AGAIN, check_folder
 from sae_nfm.training import layer_runners, layer_trainer
 
@@ -64,6 +69,9 @@ def register() -> None:
     _layer(SAE, "load_from_disk", _explained_load)
     layer_runners(_layer, frozenset(INFERENCE_CONFIGS))
     layer_trainer(_layer, frozenset(INFERENCE_CONFIGS))
+    _layer(SAETrainer, "_train_step", _counted_sparsely)
+    for module in (topk_sae, abstopk_sae, matryoshka_batchtopk_sae):  # each has the function under its own name
+        _layer(module, "act_times_W_dec", _dead_rows_contribute_nothing)
     register_packaged_releases()
 
 
@@ -78,8 +86,8 @@ def _enter(table: dict[str, Any], entry: tuple[type[SAE[Any]], type[SAEConfig]])
     table[name] = entry
 
 
-def _layer(host: type, name: str, make: Callable[[Any], Any]) -> None:
-    """Replace a method or class method of SAELens by `make(original)`; done anew, it replaces the earlier layer."""
+def _layer(host: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Replace a function, method or class method of SAELens by `make(original)`; done anew, it replaces the earlier layer."""
     present = host.__dict__[name]
     current = present.__func__ if isinstance(present, classmethod) else present
     original = getattr(current, _OURS, current)
@@ -93,6 +101,23 @@ def _strict_config_class(original: Any) -> Any:
         return INFERENCE_CONFIGS.get(architecture) or original(cls, architecture)
 
     return get_sae_config_class_for_architecture
+
+
+def _counted_sparsely(original: Any) -> Any:
+    def _train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.sae.counted() if isinstance(self.sae, JointNFMTrainingSAE) else nullcontext():
+            return original(self, *args, **kwargs)
+
+    return _train_step
+
+
+def _dead_rows_contribute_nothing(original: Any) -> Any:
+    def act_times_W_dec(feature_acts: Tensor, W_dec: Tensor, rescale_acts_by_decoder_norm: bool) -> Tensor:
+        if rescale_acts_by_decoder_norm:
+            feature_acts = reference.per_norm(feature_acts, W_dec)
+        return original(feature_acts, W_dec, False)
+
+    return act_times_W_dec
 
 
 def _explained_load(original: Any) -> Any:

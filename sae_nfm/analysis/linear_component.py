@@ -95,6 +95,7 @@ class LinearPart:
         state = digest(dict(sae.state_dict()) | {"linear part weight": self.weight, "linear part bias": self.bias})
         return Substitution(
             at=str(sae.cfg.metadata.hook_name),
+            head=sae.cfg.metadata.hook_head_index,
             function=lambda x, context: function(x),  # noqa: ARG005
             description=f"SAE with the {kept} part of its interaction path, {state}",
         )

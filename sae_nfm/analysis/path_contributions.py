@@ -35,15 +35,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from sae_lens import SAE
-from sae_lens.saes.topk_sae import act_times_W_dec
 from torch import Tensor
 
 from sae_nfm.analysis.gauge import as_read, canonical, has_canonical
 from sae_nfm.analysis.weight_norms import PathRows
 from sae_nfm.architectures import NFMDecoder, NFMPaths, Paths
 from sae_nfm.interventions import counted_tokens, splice
-from sae_nfm.kernels import SparseActs, reference
-from sae_nfm.models import LanguageModel, check_counted
+from sae_nfm.kernels import SparseActs, reference, wide
+from sae_nfm.models import LanguageModel, check_counted, real_batches, real_tokens, run_rows
 
 CELLS = 2**24
 """Numbers in the largest tensor of a chunk of tokens: 64 MiB in float32."""
@@ -51,7 +50,7 @@ CELLS = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPaths:
-    """Features and path outputs on some tokens, in the SAE's normalised space."""
+    """Features and path outputs on some tokens, in the SAE's normalised space and at least float32."""
 
     x: Float[Tensor, "tokens d_in"]
     """What is reconstructed."""
@@ -80,15 +79,16 @@ def read_activations(
     Raises:
         ValueError: when the model has no such hook point, or no token is counted.
     """
-    counted, read = counted_tokens(model, tokens), list[Tensor]()
+    real, read = real_tokens(model, tokens), list[Tensor]()
+    counted = counted_tokens(model, tokens, real)
     check_counted(counted)
 
     def keep(value: Tensor, hook: Any) -> None:  # noqa: ARG001
         read.append(value.flatten(2))
 
     with splice(model, sae) as found, found.hooks({"hook_sae_input": keep}):
-        for batch in tokens.split(batch_rows):
-            model(batch)
+        for batch, part in real_batches(model, tokens, batch_rows, real):
+            run_rows(model, batch, part)
     return torch.cat(read)[counted], None if documents is None else documents[counted.to(documents.device)]
 
 
@@ -139,13 +139,16 @@ def _run(sae: SAE[Any], x: Tensor) -> TokenPaths:
             paths = sae.decode_paths(acts)
     else:
         rescales = bool(getattr(sae.cfg, "rescale_acts_by_decoder_norm", False))
-        paths = Paths(act_times_W_dec(acts, sae.W_dec, rescales) + sae.b_dec, None, None, None)
+        unscaled = reference.per_norm(acts, sae.W_dec) if rescales else acts
+        paths = Paths(unscaled @ sae.W_dec + sae.b_dec, None, None, None)
     sae.run_time_activation_norm_fn_out(paths.direct)  # forgets what the normalisation remembers of this input
     sparse = reference.sparse_acts_from_dense(acts, sae.cfg.k)
     assert sparse is not None, "a TopK encoder gave a negative feature, or more than k"
     n = getattr(sae.cfg, "nfm_top_k", None)
     read = sparse if n is None else reference.top_n(sparse, n)
-    return TokenPaths(x=normalised, acts=sparse, read=read, gates=gates[0] if gates else None, paths=paths)
+    sparse, read = (SparseActs(acts.indices, wide(acts.values)) for acts in (sparse, read))
+    paths = Paths(*(None if path is None else wide(path) for path in paths))
+    return TokenPaths(x=wide(normalised), acts=sparse, read=read, gates=gates[0] if gates else None, paths=paths)
 
 
 def pair_contributions(
@@ -163,10 +166,10 @@ def pair_contributions(
     """
     if head not in ("fm", "mlp"):
         raise ValueError(f"what one feature writes through the head {head!r} is not known; give head 'fm' or 'mlp'")
-    rows = read.values[..., None] * V[read.indices]
+    rows = wide(read.values)[..., None] * wide(V)[read.indices]
     if head == "fm":
         rows = 0.5 * rows * (rows.sum(1, keepdim=True) - rows)
-    return ((rows @ W_1) * gates[:, None]) @ W_2
+    return ((rows @ wide(W_1)) * gates[:, None]) @ wide(W_2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,6 +375,7 @@ def centred(vectors: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
 
 def projection(added: Float[Tensor, "tokens d"], onto: Float[Tensor, "tokens d"]) -> Projection:
     """Project what is added onto what is there, token by token."""
+    added, onto = wide(added), wide(onto)
     inner, tiny = (added * onto).sum(-1), torch.finfo(onto.dtype).tiny
     return Projection(
         coefficient=inner / onto.square().sum(-1).clamp_min(tiny),
@@ -431,10 +435,11 @@ def pair_projections(
         read: features that the interaction path reads; pairs with a value of 0 are left out.
         directions: decoder rows, as read or in the canonical gauge.
     """
-    n, units = read.indices.shape[-1], directions / directions.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    n, units = read.indices.shape[-1], wide(directions) / wide(directions).norm(dim=-1, keepdim=True).clamp_min(1e-30)
     size = max(1, CELLS // (n * max(n, *W_2.shape)))
-    chunks = zip(*(part.split(size) for part in (*read, gates)), strict=True)
-    parts = [_pair_sums(SparseActs(*acts), gate, units, directions, V, W_1, W_2) for *acts, gate in chunks]
+    chunks = zip(*(part.split(size) for part in (read.indices, wide(read.values), gates)), strict=True)
+    weights = (units, *map(wide, (directions, V, W_1, W_2)))
+    parts = [_pair_sums(SparseActs(*acts), gate, *weights) for *acts, gate in chunks]
     return PairProjections(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 

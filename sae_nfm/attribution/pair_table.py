@@ -49,7 +49,7 @@ from sae_nfm.attribution.pair_effects import observed, unit_written
 from sae_nfm.attribution.pairs import TokenPairs, TokenReads, along, norms, reads_of
 from sae_nfm.attribution.results import Context, Correlation, PairControls
 from sae_nfm.kernels import bi_interaction, hidden_pre
-from sae_nfm.models import LanguageModel, check_counted, counted_tokens, token_text
+from sae_nfm.models import LanguageModel, check_counted, counted_tokens, real_tokens, run_rows, token_text
 
 PAIRS_AT_ONCE = 2**19
 """Pairs of a batch at most, times tokens: some 100 MB in all tensors and tables of them."""
@@ -113,7 +113,8 @@ class Corpus:
         self._batch_rows, self._show_progress = batch_rows, show_progress
         self._remembered, self._left = dict[int, TokenBatch](), REMEMBERED
         self._direct = DirectPath(model, sae) if isinstance(target, Target) else None
-        check_counted(counted_tokens(model, tokens))
+        self._real = real_tokens(model, tokens)
+        check_counted(counted_tokens(model, tokens, self._real))
 
     @property
     def directed(self) -> bool:
@@ -125,7 +126,7 @@ class Corpus:
         with tqdm(total=len(self.tokens), desc=what, unit="row", disable=not self._show_progress) as progress:
             for first in range(0, len(self.tokens), self._batch_rows):
                 rows = self.tokens[first : first + self._batch_rows]
-                counted = counted_tokens(self._model, rows)
+                counted = counted_tokens(self._model, rows, self._real[first : first + self._batch_rows])
                 if counted.any():
                     yield from self._batch(rows, counted, first).split(PAIRS_AT_ONCE)
                 progress.update(len(rows))
@@ -143,7 +144,7 @@ class Corpus:
     def _read(self, rows: Tensor, counted: Tensor, first: int) -> TokenBatch:
         seen = dict[str, Any]()
         with observed(self._model, self.sae, seen):
-            self._model(rows)
+            run_rows(self._model, rows, self._real[first : first + len(rows)])
         row, position = counted.nonzero(as_tuple=True)
         reads = reads_of(seen).of(counted.flatten())
         directions = self._target[None] if isinstance(self._target, Tensor) else None

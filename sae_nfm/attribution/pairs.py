@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from sae_nfm.analysis import CELLS
 from sae_nfm.architectures import PathWeights, attributable
-from sae_nfm.kernels import SparseActs
+from sae_nfm.kernels import SparseActs, wide
 from sae_nfm.models import HookFunction, keeping, reconstruction
 
 READ, INTERACTION, LINEAR, HIDDEN = (
@@ -34,7 +34,7 @@ READ, INTERACTION, LINEAR, HIDDEN = (
 
 @dataclass(frozen=True, kw_only=True)
 class TokenReads:
-    """What the paths read and wrote on some tokens."""
+    """What the paths read and wrote on some tokens, in at least float32."""
 
     read: SparseActs
     """Features as the interaction path reads them, [tokens, n], in the order of their numbers; value 0: not active."""
@@ -78,8 +78,8 @@ def reading(sae: SAE[Any], seen: dict[str, Any]) -> dict[str, HookFunction]:
 
 def reads_of(seen: dict[str, Any]) -> TokenReads:
     """What `reading` has seen, all tokens in one dimension."""
-    flat = {name: seen[name].flatten(0, -2) for name in (HIDDEN, INTERACTION, LINEAR) if name in seen}
-    read, linear = _in_order(seen[READ].flatten(0, -2)), flat.get(LINEAR)
+    flat = {name: wide(seen[name].flatten(0, -2)) for name in (HIDDEN, INTERACTION, LINEAR) if name in seen}
+    read, linear = _in_order(wide(seen[READ].flatten(0, -2))), flat.get(LINEAR)
     return TokenReads(read=read, gates=flat[HIDDEN] > 0, interaction=flat[INTERACTION], linear=linear)
 
 

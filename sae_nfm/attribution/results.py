@@ -8,13 +8,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-from xml.etree import ElementTree
 
 import networkx
 import pandas as pd
 from pydantic import TypeAdapter
 
-from sae_nfm.common import whole, write_json
+from sae_nfm.common import reading, whole, write_json
 from sae_nfm.common.options import sampled_text
 from sae_nfm.common.results import SavedResult, with_kind, without_kind
 
@@ -95,9 +94,9 @@ class InteractionGraph:
             ValueError: for another suffix, or a file of another kind.
         """
         _check_suffix(path)
-        try:
+        with reading(path, "an interaction graph", remedy="write one with `sae-nfm attribute`"):
             if Path(path).suffix == ".json":
-                content = without_kind(GRAPH_KIND, json.loads(Path(path).read_text()))
+                content = without_kind(GRAPH_KIND, json.loads(Path(path).read_text(encoding="utf-8")))
                 nodes, edges = content["nodes"], content["edges"]
             else:
                 graph: Any = networkx.read_graphml(path)
@@ -105,10 +104,6 @@ class InteractionGraph:
                 edges: list[dict[str, Any]] = [{"effect_mean": None} | data for *_, data in graph.edges(data=True)]
                 edges.sort(key=lambda edge: (-edge["energy_share"], edge["first"], edge["second"]))
             return TypeAdapter(cls).validate_python({"nodes": nodes, "edges": edges})
-        except (ValueError, KeyError, TypeError, networkx.NetworkXError, ElementTree.ParseError) as error:
-            raise ValueError(
-                f"{path} is not an interaction graph ({str(error).splitlines()[0]}); write one with `sae-nfm attribute`"
-            ) from error
 
 
 def _check_suffix(path: str | Path) -> None:

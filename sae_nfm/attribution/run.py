@@ -16,7 +16,7 @@ from sae_nfm.attribution.graph import graph_layout, interaction_graph
 from sae_nfm.attribution.pair_effects import PromptRun, RankBy, attribute_token, run_prompt
 from sae_nfm.attribution.pair_table import CAPACITY, Corpus, first_reads, pair_controls, pair_sums, top_contexts
 from sae_nfm.attribution.results import DRAWN, Attribution, CorpusAttribution, TokenAttribution
-from sae_nfm.common import check_positive, provenance
+from sae_nfm.common import check_numbers, check_positive, check_writable, provenance
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_corpus
 from sae_nfm.loading import load_sae
@@ -66,6 +66,7 @@ class AttributeConfig(SavedSAEOptions, HeldOutOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is loaded."""
         check_positive(self, "top", "n_tokens", "batch_rows", "capacity", "control_tokens", "graph_pairs")
+        check_numbers(self)
         if self.n_permutations < 0:
             raise ValueError(f"n_permutations is {self.n_permutations}; give 0 or more")
         if (self.prompt is None) != self.corpus:
@@ -85,6 +86,8 @@ def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribu
         ValueError, FileNotFoundError: for an SAE, model, token or data set that does not work; nothing is written.
     """
     check_device(config.device)
+    check_writable(config.save)
+    check_writable(config.graph)
     sae = load_sae(config.sae, device=config.device).eval()
     attributable(sae)
     model, _ = model_of(sae, config.device, model_name=config.model)
@@ -169,7 +172,7 @@ def _positions(model: LanguageModel, run: PromptRun, wanted: Sequence[str]) -> l
 
 def _single(model: LanguageModel, text: str) -> int:
     """The id of a text that is one token."""
-    ids = _tokenizer(model).encode(text, add_special_tokens=False)
+    ids = _tokenizer(model).encode(_decoded(text), add_special_tokens=False)
     if len(ids) != 1:
         parts = ", ".join(repr(token_text(model, one)) for one in ids)
         raise ValueError(f"{text!r} is {len(ids)} tokens ({parts}); give a text that is one, mind the space before it")
@@ -179,12 +182,17 @@ def _single(model: LanguageModel, text: str) -> int:
 def _prompt_tokens(model: LanguageModel, prompt: str) -> torch.Tensor:
     """[1, pos], with BOS where the tokenizer has one."""
     tokenizer = _tokenizer(model)
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    ids = tokenizer.encode(_decoded(prompt), add_special_tokens=False)
     if not ids:
         raise ValueError("the prompt is empty; give a text")
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     check_context(model, len(bos) + len(ids))
     return torch.tensor([bos + ids], device=device_of(model))
+
+
+def _decoded(typed: str) -> str:
+    """Text of a command line, which Python cannot read where the locale is ASCII, as UTF-8."""
+    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _corpus_tokens(model: LanguageModel, sae: SAE[Any], config: AttributeConfig) -> torch.Tensor:

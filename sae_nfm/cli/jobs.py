@@ -7,7 +7,7 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_nfm.analysis import norms_of_saes
-from sae_nfm.common.file_errors import FORBIDDEN
+from sae_nfm.common.file_errors import FORBIDDEN, check_writable
 from sae_nfm.common.results import RESULTS_FILENAME
 from sae_nfm.comparison import DemoConfig, Prepared, compare_once
 from sae_nfm.comparison.results import ArmName, CompareResult
@@ -27,6 +27,7 @@ def write_report(cfg: ReportConfig) -> WrittenReport:
         FileNotFoundError, ValueError: as of `write_run_report`.
     """
     folder = Path(cfg.run)
+    check_writable(cfg.save)
     saes = [path.parent for path in sorted(folder.rglob(SAE_CFG_FILENAME)) if is_saved_sae(path.parent, folder)]
     damaged: dict[Path, str] = {}
     found = norms_of_saes(saes, folder, damaged=damaged)

@@ -4,6 +4,7 @@ Also the job of `sae-nfm completion`, which needs the options of all commands: a
 """
 
 import io
+import json
 import os
 import shlex
 import sys
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
-from pydantic_core import to_json
+from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
 from sae_lens.training._interruption import InterruptedException
 from typing_extensions import override
 
@@ -155,7 +156,10 @@ def _with_path(error: Exception, said: str) -> str:
 def as_json(result: Result) -> str:
     """A result as its `save` writes it: its fields; null for what is no number, paths as text."""
     content = with_kind(result.kind, result.content()) if isinstance(result, SavedResult) else result
-    return to_json(content, indent=1, inf_nan_mode="null", fallback=_plain).decode()
+    try:
+        return to_json(content, indent=1, inf_nan_mode="null", fallback=_plain).decode()
+    except PydanticSerializationError:  # a path or text of bytes that are not UTF-8
+        return json.dumps(to_jsonable_python(content, inf_nan_mode="null", fallback=_plain), indent=1)
 
 
 def _plain(value: Any) -> Any:

@@ -87,7 +87,8 @@ def reading(path: str | os.PathLike[str], what: str = "", *, remedy: str = RESTO
     Raises:
         FileNotFoundError: there is no such file.
         FileError: the system does not let it be read.
-        DamagedFileError: it is not `what` it should be (damaged, unless given), whatever its decoder raised.
+        DamagedFileError: it is not `what` it should be (damaged, unless given), whatever its decoder raised; a ValueError that
+            names the file stays as it is.
     """
     try:
         yield
@@ -98,6 +99,8 @@ def reading(path: str | os.PathLike[str], what: str = "", *, remedy: str = RESTO
             raise
         raise FileNotFoundError(f"there is no file {quoted(error.filename or path)}; {remedy}") from None
     except Exception as error:  # of a dozen decoders, each with errors of its own
+        if type(error) is ValueError and str(path) in str(error):  # a sentence already, and of no decoder
+            raise
         if isinstance(error, OSError) and error.errno is not None:
             raise FileError(f"{quoted(path)} cannot be read: {cause_of(error)}", error.errno, str(path)) from error
         state = f"not {what}" if what else "damaged"

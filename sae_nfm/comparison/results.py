@@ -388,6 +388,8 @@ class CompareResult(SavedResult):
             at_edge = sorted({row.family for row in self.rows if row.learning_rate in (min(rates), max(rates))})
             told.append(f"Learning rates by a sweep of {', '.join(f'{rate:g}' for rate in rates)} for every arm.")
             told += [f"At an edge of the sweep, so perhaps not at their best: {', '.join(at_edge)}."] if at_edge else []
+            failed = sorted({f"{row.arm} at {row.learning_rate:g}" for row in self.sweep if not isfinite(row.fvu)})
+            told += [f"Diverged in the sweep, and scored with an infinite FVU: {', '.join(failed)}."] if failed else []
         else:
             told.append(f"One learning rate ({rates[0]:g}) for all SAEs; none was tuned by itself.")
         sampled = sampled_text(config.get("model", EMBEDDED_MODEL), config["dataset"])

@@ -7,8 +7,8 @@
     then:            table over seeds, verdicts over seeds and documents
 
 The learning rate of an arm: it is trained at every candidate, for fewer tokens, on a seed that is not among the compared, and
-takes the rate with the lowest FVU on text that nothing is reported on. Where a coefficient sets the L0, FVUs are comparable at
-one L0 only: they are interpolated at k.
+takes the rate with the lowest FVU on text that nothing is reported on; one at which its training diverges has FVU inf. Where a
+coefficient sets the L0, FVUs are comparable at one L0 only: they are interpolated at k.
 
 Every step leaves finished files and is not done again: an interrupted comparison goes on, one with more arms, seeds or values of
 k trains what is new. In the output folder:
@@ -48,7 +48,15 @@ from sae_nfm.comparison.table import evaluated, evaluated_once, tidy
 from sae_nfm.data import TokenRows, check_data, datasets, held_out_rows
 from sae_nfm.evaluation import Arm, evaluate
 from sae_nfm.models import Site, find_site, load_model
-from sae_nfm.training import StreamConfig, TrainingArm, read_training_record, record_line, train_arms
+from sae_nfm.training import (
+    DivergedError,
+    StreamConfig,
+    TrainingArm,
+    read_training_record,
+    record_line,
+    refuse_several_processes,
+    train_arms,
+)
 
 ADDED_LATER = ("arms", "k", "seeds", "standard_l1", "gated_l1", "jumprelu_l0", "n_checkpoints", "output")
 """What may change in a comparison that has been begun: there can be more of it."""
@@ -76,6 +84,7 @@ class Prepared:
         Raises:
             ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work.
         """
+        refuse_several_processes()
         model = load_model(cfg.model, cfg.device)
         assert cfg.hook is not None  # its config has put the model's default there
         site = find_site(model, cfg.hook)
@@ -218,14 +227,36 @@ def sweep(
         if not left:
             continue
         trained = folder / f"sweep {rate:g}"
-        train_arms(stream, left, dict.fromkeys(left, rate), model, dataset, trained)
-        saes = [Arm(name=name, sae=SAE.load_from_disk(trained / name, device=stream.device).eval()) for name in left]
-        for name, fidelity in evaluate(model, held_out, saes).items():
-            family, l0, fvu = arms[name].family, fidelity.l0, fidelity.fvu
-            rows.append(SweepRow(k=k, arm=name, family=family, learning_rate=rate, l0=l0, fvu=fvu))
+        diverged: Mapping[str, str] = {}
+        try:
+            train_arms(stream, left, dict.fromkeys(left, rate), model, dataset, trained)
+        except DivergedError as error:
+            diverged = error.saes
+            if not diverged:
+                raise
+        measured = _measured(model, held_out, trained, [name for name in left if name not in diverged], stream.device)
+        for name in left:
+            l0, fvu = measured.get(name, (0.0, inf))
+            rows.append(SweepRow(k=k, arm=name, family=arms[name].family, learning_rate=rate, l0=l0, fvu=fvu))
         write_json(path, with_kind(SWEEP_KIND, {"rows": [asdict(row) for row in rows]}))
-        shutil.rmtree(trained)
+        if trained.exists():  # else all diverged
+            shutil.rmtree(trained)
     return [row for row in rows if row.arm in arms]
+
+
+def _measured(
+    model: HookedSAETransformer, held_out: Int[Tensor, "rows pos"], folder: Path, names: Sequence[str], device: str
+) -> dict[str, tuple[float, float]]:
+    """L0 and FVU by name. Left out is an SAE that is finite, and what it writes, or the model makes of that, is not."""
+    saes = [Arm(name=name, sae=SAE.load_from_disk(folder / name, device=device).eval()) for name in names]
+    try:
+        found = evaluate(model, held_out, saes)
+    except (FloatingPointError, ValueError) as error:
+        if "not finite" not in str(error):
+            raise
+        others = [name for name in names if len(names) > 1]
+        return {one: row for name in others for one, row in _measured(model, held_out, folder, [name], device).items()}
+    return {name: (own.l0, own.fvu) for name, own in found.items() if isfinite(own.fvu) and isfinite(own.kl_nats)}
 
 
 def read_sweep(path: Path) -> list[SweepRow]:

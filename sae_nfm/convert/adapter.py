@@ -23,7 +23,7 @@ from sae_nfm.architectures import (
     load_base,
 )
 from sae_nfm.common import check_output, partial_folder, publish
-from sae_nfm.loading import check_folder, sha256_of, write_note
+from sae_nfm.loading import check_folder, refuse_not_finite, sha256_of, write_note
 
 
 def save_adapter(sae: SequentialNFM, path: str | Path, *, base: str | None = None) -> Path:
@@ -51,6 +51,7 @@ def write_adapter(sae: SequentialNFM, folder: Path, base: str | None = None) -> 
     sha256 = sha256_of(sae.base.state_dict())
     check_base(found.state_dict(), sha256, source)
     state_dict: dict[str, Any] = dict(sae.state_dict())
+    refuse_not_finite(state_dict, "the SAE to save")
     config = sae.cfg.to_dict()
     if isinstance(sae, SequentialNFMTrainingSAE):
         sae.process_state_dict_for_saving_inference(state_dict)

@@ -18,7 +18,7 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_WEIGHTS_FILENAME, SPARSIFY_WEIGHTS_FILENAME
 
 from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.common import check_output, partial_folder, publish
+from sae_nfm.common import check_numbers, check_output, partial_folder, publish
 from sae_nfm.common.file_errors import python_string
 from sae_nfm.convert import dictionary_learning, paper_author
 from sae_nfm.convert.dictionary_learning import dictionary_learning_loader
@@ -70,6 +70,10 @@ class ConvertConfig:
     """Tokens in a row, for the metadata; what the source says unless given."""
     prepend_bos: bool | None = None
     """Whether rows begin with BOS, for the metadata; what the source says unless given, and true where it is silent."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be."""
+        check_numbers(self)
 
 
 @dataclass(frozen=True, kw_only=True)

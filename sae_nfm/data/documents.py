@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from sae_lens import SAE, ActivationsStore
 from torch import Tensor
 from typing_extensions import override
@@ -28,6 +28,8 @@ class TokenRows:
     """Token ids, on the model's device."""
     documents: Int[Tensor, "rows pos"]
     """Number of the document in its data set, from 0; -1 at special tokens (BOS, separators, EOS, padding). On the CPU."""
+    attention_mask: Bool[Tensor, "rows pos"] | None = None
+    """False at padding; None where there is none, or where it is to be inferred from the ids (`models.real_tokens`)."""
 
     def __post_init__(self) -> None:
         """Refuse rows of which it cannot be said whose tokens they are."""

@@ -22,12 +22,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm import demo
-from sae_nfm.common import check_positive, provenance
+from sae_nfm.common import check_numbers, check_positive, check_writable, provenance
 from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions, sampled_text
 from sae_nfm.data import held_out_tokens, open_dataset, own_text
 from sae_nfm.evaluation.results import Evaluation
 from sae_nfm.loading import load_sae, quiet_saelens
-from sae_nfm.models import LanguageModel, check_context, check_device, model_of, refuse_heads_of_a_bridge
+from sae_nfm.models import (
+    LanguageModel,
+    check_context,
+    check_device,
+    masked_padding,
+    model_of,
+    refuse_heads_of_a_bridge,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +78,7 @@ class EvaluateConfig(SavedSAEOptions, HeldOutOptions):
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size_prompts", "n_eval_reconstruction_batches", "n_eval_sparsity_variance_batches")
+        check_numbers(self)
         if not any(getattr(self, field.name) for field in fields(self) if field.name.startswith("compute_")):
             raise ValueError("every metric is switched off; leave one of the compute_... options on")
 
@@ -97,6 +105,7 @@ class HashedStore(ActivationsStore):
 def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Evaluation:
     """Evaluate one SAE; writes `config.save` where that is given, and nothing where SAE, model or data do not work."""
     check_device(config.device)
+    check_writable(config.save)
     sae = load_sae(config.sae, config.sae_id, config.device).eval()
     metadata = sae.cfg.metadata
     model = _load_model(sae, config)
@@ -181,15 +190,16 @@ def _run(
     if excluded is None:
         excluded = sae.cfg.metadata.get("exclude_special_tokens", True)
     wanted = {field.name: getattr(config, field.name, None) for field in fields(EvalConfig)}
-    metrics, feature_metrics = run_evals(
-        sae=sae,
-        activation_store=store,
-        model=cast(Any, model),
-        activation_scaler=ActivationScaler(),
-        eval_config=EvalConfig(**{name: value for name, value in wanted.items() if value is not None}),
-        exclude_special_tokens=excluded,
-        verbose=True,
-    )
+    with masked_padding(model):
+        metrics, feature_metrics = run_evals(
+            sae=sae,
+            activation_store=store,
+            model=cast(Any, model),
+            activation_scaler=ActivationScaler(),
+            eval_config=EvalConfig(**{name: value for name, value in wanted.items() if value is not None}),
+            exclude_special_tokens=excluded,
+            verbose=True,
+        )
     if not config.compute_featurewise_density_statistics:  # SAELens then gives 0 / 0 for each feature
         for name in ("feature_density", "consistent_activation_heuristic"):
             feature_metrics.pop(name, None)

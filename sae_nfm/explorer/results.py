@@ -10,7 +10,6 @@ Beside the fields below it has `bins` (of every histogram), `paths` and `gauges`
 
 import gzip
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_nfm.common import whole
+from sae_nfm.common import reading, whole
 from sae_nfm.common.results import without_kind
 
 FULL = 255
 """Strength of a mark at the feature's largest activation."""
 KIND, FILENAME = "explore/1", "explorer.json.gz"
+LARGEST = 512 * 2**20
+"""Bytes of an unpacked explorer file that is read."""
 REMEDY = "regenerate it with `sae-nfm explore`"
 PLAIN = ("sae", "architecture", "model_name", "hook_name", "d_in", "d_sae", "k", "tokens", "documents")
 """Fields that are written as they are, first of all."""
@@ -179,14 +180,11 @@ class Explorer:
         path = Path(path) / FILENAME if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}; give an {FILENAME}, or make one with `sae-nfm explore`")
-        try:
-            content = without_kind(KIND, json.loads(gzip.decompress(path.read_bytes())))
-        except (OSError, EOFError, zlib.error, ValueError) as error:
-            raise ValueError(f"{path} is damaged, or no {FILENAME} ({error}); {REMEDY}") from error
-        try:
-            return _explorer(content)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from error
+        with reading(path, f"an undamaged {FILENAME}", remedy=REMEDY), gzip.open(path) as packed:
+            text = packed.read(LARGEST + 1)
+            if len(text) > LARGEST:
+                raise ValueError(f"unpacked it has more than {LARGEST:,} bytes")
+            return _explorer(without_kind(KIND, json.loads(text)))
 
 
 def _content(explorer: Explorer) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from sae_lens import SAE
 from torch import Tensor
 
-from sae_nfm.common import check_positive, provenance
+from sae_nfm.common import check_numbers, check_positive, check_writable, provenance
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_corpus
 from sae_nfm.explorer.activations import firings_of
@@ -48,6 +48,7 @@ class ExploreConfig(ExplorerSizes, Explored):
         """Refuse what cannot work, before anything is loaded."""
         super().__post_init__()
         check_positive(self, "n_tokens")
+        check_numbers(self)
         if self.context_size is not None and self.context_size < 2:
             raise ValueError(f"context_size is {self.context_size}; give at least 2: position 0 is left out")
 
@@ -130,6 +131,8 @@ def run_explore(config: ExploreConfig, *, command: str | None = None) -> Explore
     """
     del command
     check_device(config.device)
+    check_writable(config.output, folder=True)
+    check_writable(Path(config.output) / FILENAME)
     sae = load_sae(config.sae, device=config.device).eval()
     model, _ = model_of(sae, config.device, model_name=config.model)
     rows = held_out_corpus(

@@ -92,9 +92,7 @@ class ActivationStream(Iterator[Batch]):
         self._data_digest = digest_of_data(self._store)
         self._epoch_rows: int | None = None
         self._first_row = 0  # of this epoch, among all rows that were read
-        if self._store.dataset is not None and not isinstance(self._store.dataset, Dataset):
-            self._store.dataset = PersistentRows(self._store.dataset)
-            self._store.iterable_sequences = self._store._iterate_tokenized_sequences()
+        ask_again(store)
         self._drawn: deque[tuple[Tensor, int, int]] = deque(maxlen=store.store_batch_size_prompts)
         self._count_sequences()
         self._incoming = (
@@ -168,18 +166,14 @@ class ActivationStream(Iterator[Batch]):
             raise NotFiniteError(
                 f"{what} in row {row} (counted from 0) of {store.cached_activations_path}; remove that row"
             )
-        tokens = torch.stack([sequence for sequence, _, _ in self._drawn]).cpu()
-        positions = torch.arange(tokens.shape[1])[slice(*store.seqpos_slice)]
-        read = tokens[:, positions]
+        tokens = torch.stack([sequence for sequence, _, _ in self._drawn]).cpu()[:, slice(*store.seqpos_slice)]
         excluded = store.exclude_special_tokens
-        kept = torch.ones_like(read, dtype=torch.bool) if excluded is None else ~torch.isin(read, excluded.cpu())
-        prompt, place = kept.nonzero()[index].tolist()
-        sequence, first, last = self._drawn[prompt]
+        kept = torch.ones_like(tokens, dtype=torch.bool) if excluded is None else ~torch.isin(tokens, excluded.cpu())
+        _, first, last = self._drawn[int(kept.nonzero()[index, 0])]
         rows = f"row {last}" if first == last else f"rows {first} to {last}"
-        position = int(positions[place])
         raise NotFiniteError(
-            f"{what}, in {rows} of the data set (counted from 0{self._before_shuffling(last)}), at position {position} of "
-            f"{tokens.shape[1]} (token id {int(sequence[position])}); remove what is there, or load the language model in float32"
+            f"{what}, in a sequence of {store.context_size} tokens from {rows} of the data set (counted from 0"
+            f"{self._before_shuffling(last)}); remove what is there, or load the language model in float32"
         )
 
     def _before_shuffling(self, row: int) -> str:
@@ -330,6 +324,14 @@ def digest_of_data(store: Any) -> str | None:
         value = row.tolist() if isinstance(row, Tensor) else row
         found.update(f"{value!r}\n".encode())
     return found.hexdigest()
+
+
+def ask_again(store: ActivationsStore) -> None:
+    """Let a store that has drawn nothing yet go on where its data set, if it is streamed, breaks off."""
+    fresh: Any = store
+    if fresh.dataset is not None and not isinstance(fresh.dataset, Dataset):
+        fresh.dataset = PersistentRows(fresh.dataset)
+        fresh.iterable_sequences = fresh._iterate_tokenized_sequences()
 
 
 class PersistentRows:

@@ -11,7 +11,7 @@ An arm that diverges stands still, the others go on, and nothing of it is writte
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sae_lens import (
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
     SAETrainer,
+    SAETransformerBridge,
     TrainingSAE,
     TrainingSAEConfig,
 )
@@ -80,6 +81,9 @@ class StreamConfig:
     fewest_steps_counted: int = 0
     """Last steps, at least, over which active features are counted for `sparsity.safetensors`; else the last half."""
     device: str = "cpu"
+    model_class_name: str = "HookedTransformer"
+    """How the language model was loaded, for the SAEs' metadata: its class, and what its loader was given."""
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def steps(self) -> int:
@@ -91,22 +95,18 @@ def train_arms(
     stream: StreamConfig,
     arms: Mapping[str, TrainingArm],
     learning_rates: Mapping[str, float],
-    model: HookedSAETransformer,
+    model: HookedSAETransformer | SAETransformerBridge,
     dataset: Any,
     folder: Path,
-    *,
-    may_diverge: bool = False,
-) -> Mapping[str, str]:
+) -> None:
     """Train those of the arms that are not finished, all at once, each into `folder/<name>`, at Adam's learning rates by name.
 
     Where an interrupted run left a checkpoint in `folder.partial`, its arms go on from there before the others begin. The data
     set has a `text` or a `tokens` column, in the order of this seed.
 
-    Returns: why, for each arm that diverged; the others are finished.
-
     Raises:
         ValueError: when an arm was trained, or begun, otherwise.
-        DivergedError: when an arm diverged, unless `may_diverge`; the others are finished first.
+        DivergedError: when arms diverged, which it names (`saes`); the others are finished first.
     """
     refuse_several_processes()
     failed: dict[str, str] = {}
@@ -118,10 +118,11 @@ def train_arms(
         shutil.rmtree(unfinished)
     if _unfinished(folder).is_dir() and not any(_unfinished(folder).iterdir()):
         _unfinished(folder).rmdir()
-    if failed and not may_diverge:
+    if failed:
         others = "; the others are finished" if len(failed) < len(arms) else ""
-        raise DivergedError(f"{'; '.join(failed.values())}{others}")
-    return failed
+        error = DivergedError(f"{'; '.join(failed.values())}{others}")
+        error.saes = failed
+        raise error
 
 
 def pending(
@@ -136,10 +137,10 @@ def pending(
 
 
 def _refuse_others(name: str, settings: Mapping[str, Any], was: Mapping[str, Any], when: str) -> None:
-    for field, value in settings.items():
-        if was.get(field) != value:
+    for key, value in settings.items():
+        if was.get(key) != value:
             raise ValueError(
-                f"{field} of {name!r} is {value!r}, and was {was.get(field)!r} when {when}; give it as it was, or another output "
+                f"{key} of {name!r} is {value!r}, and was {was.get(key)!r} when {when}; give it as it was, or another output "
                 "folder"
             )
 
@@ -157,7 +158,9 @@ def _settings(stream: StreamConfig, arm: TrainingArm, learning_rate: float) -> d
     """All that the outcome depends on, as JSON has it."""
     own = {"learning_rate": learning_rate, "decoder_rate": arm.decoder_rate}
     everything = arm.sae.to_dict() | asdict(stream) | own
-    ignored = ("metadata", "n_checkpoints", "fewest_steps_counted")
+    ignored = ["metadata", "n_checkpoints", "fewest_steps_counted"]
+    ordinary = {"model_class_name": "HookedTransformer", "model_kwargs": {}}
+    ignored += [key for key, value in ordinary.items() if everything[key] == value]  # as before there were others
     kept = {key: value for key, value in everything.items() if key not in ignored}
     return json.loads(json.dumps(kept))
 
@@ -194,7 +197,7 @@ def _train_round(
     stream: StreamConfig,
     arms: Mapping[str, TrainingArm],
     learning_rates: Mapping[str, float],
-    model: HookedSAETransformer,
+    model: HookedSAETransformer | SAETransformerBridge,
     dataset: Any,
     folder: Path,
     unfinished: Path,
@@ -252,7 +255,8 @@ def runner_config(
         saes={name: arm.sae for name, arm in arms.items()},
         hook_names=stream.hook_name,
         model_name=stream.model_name,
-        model_from_pretrained_kwargs={},
+        model_class_name=stream.model_class_name,
+        model_from_pretrained_kwargs=dict(stream.model_kwargs),
         dataset_path=stream.dataset,
         context_size=stream.context_size,
         seqpos_slice=(1, None),
@@ -310,7 +314,11 @@ class MatchedRunner(MultiSAETrainingRunner):
                 _set_learning_rate(one, self._learning_rates[name])
             multiply_decoder_steps(one, self._decoder_rates[name])
             _draw_apart(one, self.cfg.seed)
-        return super()._run_with_interruption_handling(trainer)
+        saes = super()._run_with_interruption_handling(trainer)
+        if self.cfg.total_training_steps <= self.cfg.dead_feature_window:
+            for sae in saes.values():  # SAELens's 0 would say nothing: none can count as dead so early
+                sae.cfg.metadata.num_dead_features = None
+        return saes
 
 
 def _set_learning_rate(trainer: SAETrainer[Any, Any], learning_rate: float) -> None:

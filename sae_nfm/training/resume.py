@@ -30,7 +30,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -79,6 +79,8 @@ class DivergedError(FloatingPointError):
     """A training that cannot go on: a loss, a gradient or a weight is not finite."""
 
     exit_status = 1
+    saes: Mapping[str, str] = MappingProxyType({})
+    """Why, for each SAE that diverged, where others went on and are finished."""
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -203,7 +205,7 @@ class _ExactRun:
         self.steps_done = 0
         self.last_batch: Tensor | None = None
         self.last_batches: dict[str, Tensor] = {}
-        self.within_step = False
+        self.within_step = self.in_step = False
         self.resumed: Path | None = None
         self.random_states: dict[str, Tensor] = {}
         store: Any = runner.activations_store
@@ -298,7 +300,7 @@ class _ExactRun:
                 raise
             except DataLostError as lost:
                 self.broken_off = True
-                if self.last_batch is not None:
+                if self.last_batch is not None and not self.in_step:
                     self._save_now(trainer)
                 raise DataLostError(f"{lost}; {self._told_saved()}") from lost
             except NotFiniteError as found:
@@ -335,6 +337,7 @@ class _ExactRun:
         refuse_not_finite_steps(trainer, lambda what: self._diverges(name, trainer, what))
 
         def watched_step(batch: Tensor) -> Any:
+            self.in_step = True
             if name in self.diverged:  # it stands still, and the count goes on, which the trainer of several reads
                 trainer.n_training_samples += len(batch)
                 output: Any = SimpleNamespace(loss=torch.tensor(torch.nan))
@@ -348,6 +351,7 @@ class _ExactRun:
             self.steps_done = (
                 trainer.n_training_steps + 1
             )  # SAELens counts the step after it has written its checkpoint
+            self.in_step = False
             return output
 
         trainer.step = watched_step  # pyright: ignore[reportAttributeAccessIssue]
@@ -449,6 +453,8 @@ def _model_sample(model: torch.nn.Module) -> Tensor:
     """Some of each of the weights of a language model, [values]: by what it is known again, on any device."""
     parts: list[Tensor] = []
     for parameter in model.parameters():
+        if parameter.device.type == "meta":  # it is kept elsewhere until it is needed
+            continue
         flat = parameter.detach().reshape(-1)
         at = torch.linspace(0, len(flat) - 1, min(len(flat), SAMPLED), dtype=torch.float64).long()
         parts.append(flat[at.to(flat.device)].float().cpu())

@@ -252,7 +252,8 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
     for config, options in names.items():
         hints = get_type_hints(config)
         found = {option: name for option, name in options.items() if option in values}
-        built[config] = {name: _checked(option, hints[name], values[option]) for option, name in found.items()}
+        ours = config.__module__.startswith(("sae_nfm.", "sae_lens."))
+        built[config] = {name: _checked(option, hints[name], values[option], ours) for option, name in found.items()}
     widths = "matryoshka_widths"  # SAELens has no default
     if widths in names[sae_class] and not built[sae_class].get(widths):
         built[sae_class][widths] = sorted({max(1, values["d_sae"] // part) for part in (8, 4, 2, 1)})
@@ -269,8 +270,8 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
     )
 
 
-def _checked(option: str, hint: Any, value: Any) -> Any:
-    """A value of the type that it should have."""
+def _checked(option: str, hint: Any, value: Any, known: bool) -> Any:
+    """A value of the type that it should have, in its range where the config is no other package's."""
     if hint is SAEMetadata:
         return SAEMetadata(**value)
     try:
@@ -278,7 +279,7 @@ def _checked(option: str, hint: Any, value: Any) -> Any:
     except ValidationError as error:
         raise ValueError(f"{option} is {value!r}: {error.errors()[0]['msg']}") from error
     if not (option in ("d_in", "d_sae") and checked == 0):  # those of the base
-        check_number(option.removeprefix("sae."), checked)
+        check_number(option.removeprefix("sae."), checked, known=known)
     return checked
 
 
@@ -446,6 +447,11 @@ def _check_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     k = getattr(cfg.sae, "k", None)
     if k is not None and not 0 < k <= cfg.sae.d_sae:
         raise ValueError(f"k is {k}; give a number from 1 to the d_sae = {cfg.sae.d_sae} features there are")
+    if cfg.training_tokens < cfg.train_batch_size_tokens:
+        raise ValueError(
+            f"training_tokens is {cfg.training_tokens}, less than one batch of {cfg.train_batch_size_tokens} tokens; raise it, "
+            "or lower train_batch_size_tokens"
+        )
     check_schedule(cfg)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import random_activations
 from sae_lens.saes.sae import TrainStepInput
+from step_forms import of_sparse_step
 
 from sae_nfm.architectures.joint_config import parameter_count
 from sae_nfm.architectures.joint_training import JointNFMTrainingSAE
@@ -95,7 +96,8 @@ def test_arms_take_the_form_they_are_named_for():
         step_input = TrainStepInput(
             sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
         )
-        return ARMS[arm](sizes).training_forward_pass(step_input).feature_acts.is_sparse
+        output = ARMS[arm](sizes).training_forward_pass(step_input)
+        return of_sparse_step(output) or output.feature_acts.is_sparse
 
     joint = ("dense", "sparse", "auto")
     assert [ARMS[f"joint_nfm {kernel}"](sizes).cfg.kernel for kernel in joint] == list(joint)

@@ -19,12 +19,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_nfm.analysis import gauge, read_activations
-from sae_nfm.common import check_positive, provenance, whole
+from sae_nfm.common import check_numbers, check_positive, provenance, whole
 from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import held_out_rows, open_dataset, own_text
 from sae_nfm.experiments.dynamics import measure
 from sae_nfm.experiments.dynamics.results import DynamicsResult
-from sae_nfm.models import check_context, check_device, load_model
+from sae_nfm.models import check_context, check_device, model_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class DynamicsConfig(SavedSAEOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         check_positive(self, "held_out_tokens", "n_permutations")
+        check_numbers(self)
         if self.context_size is not None and self.context_size < 2:
             raise ValueError(f"context_size is {self.context_size}; give at least 2: position 0 is left out")
 
@@ -107,7 +108,7 @@ def _activations(cfg: DynamicsConfig, sae: SAE[Any]) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"the metadata in {cfg.checkpoints!r} have no model_name or no hook_name; give --model, or checkpoints with both"
         )
-    model = load_model(name, cfg.device, model_class_name=metadata.model_class_name or "HookedTransformer")
+    model, _ = model_of(sae, cfg.device, model_name=cfg.model)
     context_size = cfg.context_size or metadata.context_size or 256
     check_context(model, context_size)
     text = own_text(name, "validation") if cfg.held_out is None else open_dataset(cfg.held_out, split="validation")

@@ -79,7 +79,7 @@ def tokenized(model: LanguageModel, stimuli: StimulusSet, *, prepend_bos: bool =
     def ids(text: str) -> Ids:
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    start = (tokenizer.bos_token_id,) if prepend_bos else ()
+    start = (tokenizer.bos_token_id,) if prepend_bos and tokenizer.bos_token_id is not None else ()
     prompts, words = tuple(start + ids(sentence) for sentence in stimuli.sentences), list[Ids]()
     before = ids(stimuli.sentences[0])
     for word in stimuli.words:

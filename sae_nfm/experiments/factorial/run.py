@@ -22,7 +22,7 @@ from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_nfm.architectures import NFMPaths
-from sae_nfm.common import check_positive, provenance, whole
+from sae_nfm.common import check_numbers, check_positive, provenance, whole
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions
 from sae_nfm.experiments.factorial import clamps, measure
 from sae_nfm.experiments.factorial.results import (
@@ -81,6 +81,7 @@ class FactorialConfig(SavedSAEOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         check_positive(self, "min_stimuli", "max_pairs", "n_permutations", "batch_rows")
+        check_numbers(self)
         if not self.clamps and not self.absolute:
             raise ValueError("there is nothing to clamp at; give --clamps or --absolute")
         for name in ("clamps", "absolute"):

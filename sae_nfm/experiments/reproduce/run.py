@@ -18,7 +18,7 @@ from typing import Any
 from sae_lens import SAE, HookedSAETransformer
 
 from sae_nfm.analysis import figure_rows, gauge_report, read_activations
-from sae_nfm.common import check_positive
+from sae_nfm.common import check_numbers, check_positive
 from sae_nfm.comparison import CompareConfig, SizeOptions, ablations, in_canonical_gauge, run_compare
 from sae_nfm.comparison.results import ArmName, CompareResult, Paths
 from sae_nfm.data import TokenRows, datasets, held_out_rows
@@ -29,7 +29,7 @@ from sae_nfm.experiments.reproduce.results import ReproducedRow, ReproduceResult
 from sae_nfm.interventions import UNDER_TEST, Intervention, Splice, control_arms, fit_activations
 from sae_nfm.models import LanguageModel, load_model
 from sae_nfm.stats import Bootstrap
-from sae_nfm.training import Trained
+from sae_nfm.training import Trained, refuse_several_processes
 
 BESIDE = tuple(map(str, (ArmName.MATCHED, ArmName.TOPK, ArmName.MATCHED_FOLDED, ArmName.WITHOUT_NONLINEAR)))
 """Arms that the joint one is compared with."""
@@ -62,6 +62,7 @@ class ReproduceConfig(SizeOptions):
         """Refuse what cannot work."""
         super().__post_init__()
         check_positive(self, "fit_tokens", "n_permutations")
+        check_numbers(self)
         if self.sentences and self.sentences < FEWEST_SENTENCES:
             raise ValueError(
                 f"sentences must be at least {FEWEST_SENTENCES}, for two halves with a spread, or 0 to leave the 2x2 experiment "
@@ -88,6 +89,7 @@ def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> Reprod
         ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work, for a folder that is no
             finished comparison or has no such seed or arm.
     """
+    refuse_several_processes()
     output = Path(cfg.output)
     if cfg.compare is None:
         comparison = run_compare(cfg.comparison())

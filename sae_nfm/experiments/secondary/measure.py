@@ -53,6 +53,7 @@ def replaced(primary: SAE[Any], at: str, by: SAE[Any]) -> tuple[Substitution, Ca
     state = digest(dict(primary.state_dict()) | {f"by.{k}": v for k, v in by.state_dict().items()})
     in_model = Substitution(
         at=str(primary.cfg.metadata.hook_name),
+        head=primary.cfg.metadata.hook_head_index,
         function=lambda x, context: reconstruct(x),  # noqa: ARG005
         description=f"SAE whose {at} another reconstructs, {state}",
     )

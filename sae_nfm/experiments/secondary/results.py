@@ -46,7 +46,8 @@ class Reconstruction:
     l0: float
     """Active features per token, on the activations that are replaced."""
     dead: int | None
-    """Features that no token of about the last quarter of the training activated, as its metadata has it."""
+    """Features that no token of about the last quarter of the training activated, as its metadata has it; None where the
+    training was too short for any to count."""
     explained: Estimate
     """Fraction of variance explained of what it was trained on; the interval of a permuted code's is over tokens."""
     explained_true: Estimate | None

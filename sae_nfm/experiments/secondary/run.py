@@ -9,16 +9,18 @@ finished is not done again.
 from dataclasses import dataclass
 from pathlib import Path
 
+from sae_lens.load_model import HookedProxyLM
+
 from sae_nfm.architectures import check_primary, primary_digest
-from sae_nfm.common import check_positive, provenance
+from sae_nfm.common import check_numbers, check_positive, provenance
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions, TextOptions
 from sae_nfm.data import check_data, datasets, held_out_rows
 from sae_nfm.experiments.secondary.measure import secondary_rows
 from sae_nfm.experiments.secondary.results import SecondaryResult
 from sae_nfm.experiments.secondary.training import default_k, train_secondaries
 from sae_nfm.loading import digest, load_sae
-from sae_nfm.models import check_device, load_model
-from sae_nfm.training import StreamConfig
+from sae_nfm.models import check_device, loader_kwargs, model_of
+from sae_nfm.training import StreamConfig, refuse_several_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +54,13 @@ class SecondaryConfig(SavedSAEOptions, TextOptions):
     def __post_init__(self) -> None:
         """Refuse sizes that cannot work."""
         check_positive(self, "expansion", "training_tokens", "held_out_tokens", "fit_tokens", "batch_size")
+        check_numbers(self)
         if self.training_tokens < self.batch_size:
             raise ValueError(
                 f"training_tokens is {self.training_tokens}, less than one batch of {self.batch_size}; raise it"
             )
+        if self.context_size < 2:
+            raise ValueError(f"context_size must be at least 2, got {self.context_size}: position 0 is left out")
 
 
 def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> SecondaryResult:
@@ -64,6 +69,7 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
     Raises:
         ValueError, FileNotFoundError: for a primary, model, data set or size that does not work, or a folder of another run.
     """
+    refuse_several_processes()
     check_device(cfg.device)
     primary = load_sae(cfg.primary, device=cfg.device).eval()
     checked, metadata, output = check_primary(primary), primary.cfg.metadata, Path(cfg.output)
@@ -73,7 +79,12 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
             f"the metadata of {cfg.primary!r} has no model_name or no hook_name, so it is not known what it reads; give "
             "--model, or save the SAE with a hook_name"
         )
-    model = load_model(name, cfg.device)
+    model, _ = model_of(primary, cfg.device, model_name=cfg.model)
+    if isinstance(model, HookedProxyLM):
+        raise ValueError(
+            "the primary was trained on a model of class AutoModelForCausalLM, in which an SAE's own hook points cannot be "
+            "trained on; give a primary of a HookedTransformer or a TransformerBridge"
+        )
     train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, name, cfg.seed)
     stream = StreamConfig(
         model_name=name,
@@ -84,6 +95,8 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
         batch_size=cfg.batch_size,
         seed=cfg.seed,
         device=cfg.device,
+        model_class_name=metadata.model_class_name or "HookedTransformer",
+        model_kwargs=loader_kwargs(metadata, name),
     )
     check_data(model, train, stream.context_size, cfg.dataset)
     rows = held_out_rows(model, validation, stream.context_size, cfg.held_out_tokens)
