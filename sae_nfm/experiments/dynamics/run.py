@@ -108,10 +108,10 @@ def _activations(cfg: DynamicsConfig, sae: SAE[Any]) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"the metadata in {cfg.checkpoints!r} have no model_name or no hook_name; give --model, or checkpoints with both"
         )
+    text = own_text(name, "validation") if cfg.held_out is None else open_dataset(cfg.held_out, split="validation")
     model, _ = model_of(sae, cfg.device, model_name=cfg.model)
     context_size = cfg.context_size or metadata.context_size or 256
     check_context(model, context_size)
-    text = own_text(name, "validation") if cfg.held_out is None else open_dataset(cfg.held_out, split="validation")
     rows = held_out_rows(model, text, context_size, cfg.held_out_tokens)
     x, documents = read_activations(model, sae, rows.tokens, rows.documents)
     assert documents is not None
