@@ -29,11 +29,12 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_nfm.architectures import NFMDecoder, NFMPaths
+from sae_nfm.common import ShortRepr
 from sae_nfm.kernels import reference, wide
 
 
-@dataclass(frozen=True, kw_only=True)
-class PathRows:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PathRows(ShortRepr):
     """The rows of every feature in each path, in one unit."""
 
     direct: Float[Tensor, "d_sae d_in"]
@@ -62,8 +63,8 @@ class PathRows:
         return PathRows(direct=self.direct[chosen], linear=linear, nonlinear=nonlinear)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PathShares:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PathShares(ShortRepr):
     """Part of a feature's weight norm in each path: a fraction of ||w_i|| + ||l_i|| + ||v_i||."""
 
     integration: Float[Tensor, "*d_sae"]
@@ -81,8 +82,8 @@ class PathShares:
         return PathShares(**{name: share[chosen].mean() for name, share in self.named().items()})
 
 
-@dataclass(frozen=True, kw_only=True)
-class PathNorms:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PathNorms(ShortRepr):
     """Norms ||w_i||, ||l_i|| and ||v_i|| of a feature's rows."""
 
     direct: Float[Tensor, " d_sae"]

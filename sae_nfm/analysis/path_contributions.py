@@ -40,16 +40,17 @@ from torch import Tensor
 from sae_nfm.analysis.gauge import as_read, canonical, has_canonical
 from sae_nfm.analysis.weight_norms import PathRows
 from sae_nfm.architectures import NFMDecoder, NFMPaths, Paths
+from sae_nfm.common import ShortRepr
 from sae_nfm.interventions import counted_tokens, splice
 from sae_nfm.kernels import SparseActs, reference, wide
-from sae_nfm.models import LanguageModel, check_counted, real_batches, real_tokens, run_rows
+from sae_nfm.models import LanguageModel, check_counted, check_finite, real_batches, real_tokens, run_rows
 
 CELLS = 2**24
 """Numbers in the largest tensor of a chunk of tokens: 64 MiB in float32."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenPaths:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TokenPaths(ShortRepr):
     """Features and path outputs on some tokens, in the SAE's normalised space and at least float32."""
 
     x: Float[Tensor, "tokens d_in"]
@@ -89,7 +90,9 @@ def read_activations(
     with splice(model, sae) as found, found.hooks({"hook_sae_input": keep}):
         for batch, part in real_batches(model, tokens, batch_rows, real):
             run_rows(model, batch, part)
-    return torch.cat(read)[counted], None if documents is None else documents[counted.to(documents.device)]
+    x = torch.cat(read)[counted]
+    check_finite(x, counted, f"activations at {sae.cfg.metadata.hook_name!r}")
+    return x, None if documents is None else documents[counted.to(documents.device)]
 
 
 @torch.no_grad()
@@ -147,7 +150,7 @@ def _run(sae: SAE[Any], x: Tensor) -> TokenPaths:
     n = getattr(sae.cfg, "nfm_top_k", None)
     read = sparse if n is None else reference.top_n(sparse, n)
     sparse, read = (SparseActs(acts.indices, wide(acts.values)) for acts in (sparse, read))
-    paths = Paths(*(None if path is None else wide(path) for path in paths))
+    paths = paths._replace(**{name: wide(path) for name, path in paths.present().items()})
     return TokenPaths(x=wide(normalised), acts=sparse, read=read, gates=gates[0] if gates else None, paths=paths)
 
 
@@ -172,8 +175,8 @@ def pair_contributions(
     return ((rows @ wide(W_1)) * gates[:, None]) @ wide(W_2)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FeatureEnergies:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FeatureEnergies(ShortRepr):
     """What a feature adds to each path when it is active: mean squared norm of its contribution, [d_sae] each.
 
     Means are over the tokens where the feature is active (where n < k it need not be read there); nan where it never is.
@@ -242,8 +245,8 @@ def interaction_energies(sae: SAE[Any], read: SparseActs, gates: Tensor | None) 
     return torch.cat(energies)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PathSizes:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PathSizes(ShortRepr):
     """How much each path writes, by path, [tokens] each: `statistics` makes shares with intervals of them."""
 
     magnitude: Mapping[str, Float[Tensor, " tokens"]]
@@ -343,8 +346,8 @@ class PathSums:
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Projection:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Projection(ShortRepr):
     """One vector of each token along another."""
 
     coefficient: Float[Tensor, " tokens"]
@@ -389,8 +392,8 @@ def integration(paths: Paths) -> Float[Tensor, "tokens d_in"] | None:
     return torch.stack(parts).sum(0) if parts else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairProjections:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PairProjections(ShortRepr):
     """Pair outputs along the directions of both features, added up within each token, [tokens] each.
 
     Each pair has two projections. Ratios of sums, such as `negative / projections`, are the figures; sums by token are what
@@ -463,8 +466,8 @@ def _pair_sums(
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gains:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Gains(ShortRepr):
     """How much less error (or KL) each token has with a path than with the direct path alone, [tokens] each."""
 
     base: NDArray[np.float64]

@@ -49,7 +49,7 @@ from sae_nfm.analysis.results import (
 )
 from sae_nfm.architectures import random_initialisation, training_config
 from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.common import DamagedFileError, reading
+from sae_nfm.common import DamagedFileError, ShortRepr, reading
 from sae_nfm.common.file_errors import cause_of
 from sae_nfm.loading import load_sae
 from sae_nfm.stats import DipTest, MixtureComparison, PermutedCorrelation, compare_mixtures, dip_test, permuted_spearman
@@ -73,8 +73,8 @@ class Split:
     """Their mean shares; None when there is no such feature."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightFigures:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class WeightFigures(ShortRepr):
     """The published statistics of a feature's weights, in one gauge and one unit."""
 
     squared_norm: Float[Tensor, " d_sae"]

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
+from sae_nfm.common import ShortRepr, short_repr
 from sae_nfm.kernels import POOLS, SparseActs, dispatch, reference, wide
 from sae_nfm.loading import check_state_dict, refuse_not_finite, write_note
 
@@ -44,6 +45,8 @@ start, so that a model with the SAE in it knows them before anything is attached
 
 class Paths(NamedTuple):
     """What each path writes, [*batch, d_in] before the run-time normalisation is undone; None where it is switched off."""
+
+    __repr__ = short_repr
 
     direct: Tensor
     linear: Tensor | None
@@ -288,8 +291,8 @@ def attributable(sae: SAE[Any]) -> NFMPaths:
     return sae
 
 
-@dataclass(frozen=True, kw_only=True)
-class PathWeights:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PathWeights(ShortRepr):
     """Weights of the interaction and the linear path in at least float32, for what reaches the SAE's output (before its
     normalisation is undone).
     """

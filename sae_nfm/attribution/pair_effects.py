@@ -39,14 +39,15 @@ from sae_nfm.attribution.pairs import (
     written,
 )
 from sae_nfm.attribution.results import PairEffect, TokenAttribution, Written
+from sae_nfm.common import ShortRepr
 from sae_nfm.kernels import wide
-from sae_nfm.models import HookFunction, LanguageModel, keeping, special_token_ids, splice, token_text
+from sae_nfm.models import HookFunction, LanguageModel, check_finite, keeping, special_token_ids, splice, token_text
 
 POOLED, RECONS, OUTPUT = "hook_nfm_pooled", "hook_sae_recons", "hook_sae_output"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptRun:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PromptRun(ShortRepr):
     """A prompt through the model with the SAE in place."""
 
     tokens: Int[Tensor, " pos"]
@@ -71,8 +72,8 @@ class Removal:
     target: Target
 
 
-@dataclass(frozen=True, kw_only=True)
-class Removed:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Removed(ShortRepr):
     """What happened when a pair was removed."""
 
     frozen: float
@@ -92,6 +93,7 @@ def run_prompt(model: LanguageModel, sae: SAE[Any], tokens: Int[Tensor, " pos"])
     seen = dict[str, Any]()
     with observed(model, sae, seen):
         logits = wide(model(tokens[None])[0])
+    check_finite(logits, torch.ones_like(tokens[None], dtype=torch.bool), "with the SAE in place the model's logits")
     special = torch.tensor(special_token_ids(model), dtype=tokens.dtype, device=tokens.device)
     scale = seen.get(SCALE)
     return PromptRun(
@@ -170,6 +172,12 @@ def _removed(
     for hooks in (free | {INTERACTION: hold_gates}, free):
         with splice(model, sae) as spliced, spliced.hooks(hooks), spliced.hooks({INTERACTION: keeping(seen, "inter")}):
             outcomes.append((wide(model(run.tokens.expand(len(removals), -1))[at]), wide(seen["inter"][at])))
+    for removal, (frozen, freed) in zip(removals, zip(outcomes[0][0], outcomes[1][0], strict=True), strict=True):
+        if not (frozen.isfinite().all() and freed.isfinite().all()):
+            raise ValueError(
+                f"with the pair {removal.first} x {removal.second} removed the model's logits are not finite at position "
+                f"{removal.position}; load the model in a data type of wider range (bfloat16 or float32)"
+            )
     flipped = ((seen[HIDDEN][at] > 0) != gates).double().mean(-1)
     (frozen, inter_frozen), (freed, inter_free) = outcomes
     before = run.reads.interaction[at[1]]

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from sae_nfm.analysis import CELLS
 from sae_nfm.architectures import PathWeights, attributable
+from sae_nfm.common import ShortRepr
 from sae_nfm.kernels import SparseActs, wide
 from sae_nfm.models import HookFunction, keeping, reconstruction
 
@@ -32,8 +33,8 @@ READ, INTERACTION, LINEAR, HIDDEN = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenReads:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TokenReads(ShortRepr):
     """What the paths read and wrote on some tokens, in at least float32."""
 
     read: SparseActs
@@ -99,8 +100,8 @@ def _in_order(read: Float[Tensor, "tokens d_sae"]) -> SparseActs:
     return SparseActs(indices, read.gather(-1, indices))
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenPairs:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TokenPairs(ShortRepr):
     """The pairs of the features that each token reads."""
 
     first: Int[Tensor, "tokens pairs"]

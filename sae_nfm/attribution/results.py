@@ -13,7 +13,7 @@ import networkx
 import pandas as pd
 from pydantic import TypeAdapter
 
-from sae_nfm.common import reading, whole, write_json
+from sae_nfm.common import reading, text_of, whole, write_json
 from sae_nfm.common.options import sampled_text
 from sae_nfm.common.results import SavedResult, with_kind, without_kind
 
@@ -352,5 +352,6 @@ class Attribution(SavedResult):
         head = f"{self.sae} at {self.hook_name}"
         if self.corpus is not None:
             sampled = sampled_text(self.provenance.get("model_name"), self.provenance["config"].get("held_out"))
-            return "\n\n".join([head, self.corpus.words(), *([f"* {sampled}"] if sampled else [])])
+            told = [f"{head}\nText: {text_of(self.provenance)}", self.corpus.words()]
+            return "\n\n".join([*told, *([f"* {sampled}"] if sampled else [])])
         return "\n\n".join([head, *(token.words() for token in self.tokens), LEGEND])

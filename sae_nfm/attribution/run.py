@@ -18,7 +18,7 @@ from sae_nfm.attribution.pair_table import CAPACITY, Corpus, first_reads, pair_c
 from sae_nfm.attribution.results import DRAWN, Attribution, CorpusAttribution, TokenAttribution
 from sae_nfm.common import check_numbers, check_positive, check_writable, provenance
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
-from sae_nfm.data import held_out_corpus
+from sae_nfm.data import held_out_corpus, told_of_text
 from sae_nfm.loading import load_sae
 from sae_nfm.models import LanguageModel, check_context, check_device, device_of, model_of, token_text
 
@@ -102,6 +102,7 @@ def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribu
             command=command,
             model_name=config.model or sae.cfg.metadata.model_name,
             tokens_sha256=hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
+            text=told_of_text(model, tokens, metadata=sae.cfg.metadata, folder=config.sae, source=config.held_out),
         ),
     )
     if config.graph is not None and found.corpus is not None:

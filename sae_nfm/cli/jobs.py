@@ -8,7 +8,7 @@ from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_nfm.analysis import norms_of_saes
 from sae_nfm.common.file_errors import FORBIDDEN, check_writable
-from sae_nfm.common.results import RESULTS_FILENAME
+from sae_nfm.common.results import RESULTS_FILENAME, text_of
 from sae_nfm.comparison import DemoConfig, Prepared, compare_once
 from sae_nfm.comparison.results import ArmName, CompareResult
 from sae_nfm.explorer import FILENAME, explore
@@ -67,7 +67,14 @@ def run_demo(cfg: DemoConfig, *, command: str | None = None) -> Demo:
     rows = prepared.held_out
     n_rows = max(1, min(EXPLORED_TOKENS, cfg.held_out_tokens) // rows.tokens.shape[1])
     sae = SAE.load_from_disk(output / "saes" / ArmName.JOINT, device=cfg.device).eval()
-    explored = explore(prepared.model, sae, rows.tokens[:n_rows], rows.documents[:n_rows], name=str(ArmName.JOINT))
+    explored = explore(
+        prepared.model,
+        sae,
+        rows.tokens[:n_rows],
+        rows.documents[:n_rows],
+        name=str(ArmName.JOINT),
+        text=text_of(found.provenance),
+    )
     explored.save(output / FILENAME)
     report = write_report(ReportConfig(run=cfg.output)).path
     return Demo(comparison=found, results=output / RESULTS_FILENAME, report=report)

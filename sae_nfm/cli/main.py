@@ -23,7 +23,16 @@ from pydantic_core import PydanticSerializationError, to_json, to_jsonable_pytho
 from sae_lens.training._interruption import InterruptedException
 from typing_extensions import override
 
-from sae_nfm.common.file_errors import FULL, FileError, about_writing, cause_of, printable, quoted, unwritable
+from sae_nfm.common.file_errors import (
+    FULL,
+    FileError,
+    about_writing,
+    cause_of,
+    check_writable,
+    printable,
+    quoted,
+    unwritable,
+)
 from sae_nfm.common.results import SavedResult, with_kind
 from sae_nfm_cli.commands import COMMANDS, Result
 
@@ -84,6 +93,8 @@ def run(name: str, argv: Sequence[str]) -> int:
         if "-h" in given or "--help" in given:
             return _printed(parser.help().rstrip("\n"))
         config = parser.parse(argv)
+        for place in _places(config):  # before anything is loaded or computed
+            check_writable(place, folder=not place.is_file())
         # what libraries print while it works is not the result
         with redirect_stdout(sys.stderr if "--json" in given else Lenient(sys.stdout)):
             result = COMMANDS[name].result(config, shlex.join(["sae-nfm", name, *argv]))
@@ -122,7 +133,7 @@ def _printed(text: str, places: Iterable[Path] = ()) -> int:
 
 
 def _places(settings: Any) -> list[Path]:
-    """Where a command writes, by its configuration or its result."""
+    """Where a command writes, by its configuration, or where its result is."""
     own = [getattr(settings, name, None) for name in OUTPUTS]
     run = getattr(settings, "cfg", None)  # of `train`
     return [Path(value) for value in (*own, getattr(run, "output_path", None)) if isinstance(value, str | Path)]

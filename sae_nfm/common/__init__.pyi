@@ -18,7 +18,11 @@ from .options import check_choice as check_choice
 from .options import check_number as check_number
 from .options import check_numbers as check_numbers
 from .options import check_positive as check_positive
+from .results import ShortRepr as ShortRepr
 from .results import aligned as aligned
 from .results import listed as listed
+from .results import not_held_out as not_held_out
 from .results import provenance as provenance
 from .results import remark as remark
+from .results import short_repr as short_repr
+from .results import text_of as text_of

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from sae_nfm.common import aligned, whole
 from sae_nfm.common.options import EMBEDDED_MODEL, sampled_text
-from sae_nfm.common.results import SavedResult
+from sae_nfm.common.results import SavedResult, not_held_out
 from sae_nfm.stats import Verdict, corrected_verdicts, paired_t, verdict_from_rows
 
 
@@ -393,7 +393,12 @@ class CompareResult(SavedResult):
         else:
             told.append(f"One learning rate ({rates[0]:g}) for all SAEs; none was tuned by itself.")
         sampled = sampled_text(config.get("model", EMBEDDED_MODEL), config["dataset"])
-        return [*told, *([sampled] if sampled else []), *([PUBLISHED] if self.changes else [])]
+        return [
+            *told,
+            *([sampled] if sampled else []),
+            *not_held_out(self.provenance),
+            *([PUBLISHED] if self.changes else []),
+        ]
 
 
 def _changes_in_words(found: Sequence[Change]) -> list[str]:

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from sae_lens import SAE, HookedSAETransformer
+from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -45,7 +46,7 @@ from sae_nfm.comparison.arms import ArmSizes, interpolation_weights, training_ar
 from sae_nfm.comparison.config import CompareConfig, DemoConfig
 from sae_nfm.comparison.results import CompareResult, SweepRow, answers, changes, renamed
 from sae_nfm.comparison.table import evaluated, evaluated_once, tidy
-from sae_nfm.data import TokenRows, check_data, datasets, held_out_rows
+from sae_nfm.data import TokenRows, check_data, datasets, held_out_rows, told_of_text
 from sae_nfm.evaluation import Arm, evaluate
 from sae_nfm.models import Site, find_site, load_model
 from sae_nfm.training import (
@@ -131,11 +132,13 @@ class Prepared:
         """The training data in the order of a seed."""
         return self.train.shuffle(seed=seed) if self.cfg.shuffle else self.train
 
-    def provenance(self, command: str | None) -> dict[str, Any]:
-        """What a result of this configuration has to say for itself."""
+    def provenance(self, command: str | None, trained: Path) -> dict[str, Any]:
+        """What a result of this configuration has to say for itself; `trained`: an SAE of it."""
+        metadata = SAEMetadata(dataset_path=self.cfg.dataset or demo.MODEL_NAME, context_size=self.cfg.context_size)
         return provenance(
             json.loads(json.dumps(asdict(self.cfg) | {"arms": self.cfg.chosen_arms})),
             command=command,
+            text=told_of_text(self.model, self.held_out.tokens, metadata=metadata, folder=trained),
             seeds=list(self.cfg.seeds),
             platform=f"{sys.platform} {platform.machine()}, {torch.get_num_threads()} threads",
             held_out_tokens_sha256=_sha256(self.held_out.tokens),
@@ -168,7 +171,8 @@ def compare_once(cfg: DemoConfig, *, command: str | None = None, prepared: Prepa
     shutil.rmtree(saes, ignore_errors=True)
     unfinished.rename(saes)
     rows = evaluated_once(prepared.model, prepared.held_out, arms, saes, k=k, seed=seed, device=cfg.device)
-    result = CompareResult(rows=tuple(rows), changes=changes(rows), provenance=prepared.provenance(command))
+    origin = prepared.provenance(command, saes / next(iter(arms)))
+    result = CompareResult(rows=tuple(rows), changes=changes(rows), provenance=origin)
     result.save(output / RESULTS_FILENAME)
     return result
 
@@ -194,13 +198,18 @@ def run_compare(cfg: CompareConfig, *, command: str | None = None) -> CompareRes
             progress.update(rounds * len(arms))
             for seed in cfg.seeds:
                 folder, stream = output / f"k{k}" / f"seed-{seed}", prepared.stream(seed, cfg.training_tokens)
-                train_arms(stream, arms, rates, prepared.model, prepared.data(seed), folder)
+                try:
+                    train_arms(stream, arms, rates, prepared.model, prepared.data(seed), folder)
+                except DivergedError as error:
+                    remedy = "leave it out with --arms, or give lower --learning-rates and another output folder"
+                    raise DivergedError(f"{error}. In {folder}: {remedy}") from None
                 evaluated(prepared.model, prepared.held_out, tuple(arms), folder, cfg.device)
                 progress.update(len(arms))
     rows, documents = tidy(output, all_arms, cfg.seeds)
     found, missing = answers(documents, cfg.k, len(cfg.seeds))
     parts: Any = {"rows": rows, "sweep": swept, "answers": found, "missing": missing}
-    result = CompareResult(**{k: tuple(v) for k, v in parts.items()}, provenance=prepared.provenance(command))
+    trained = output / f"k{cfg.k[0]}" / f"seed-{cfg.seeds[0]}" / next(iter(all_arms[cfg.k[0]]))
+    result = CompareResult(**{k: tuple(v) for k, v in parts.items()}, provenance=prepared.provenance(command, trained))
     with whole(output / "documents.parquet") as partial:
         documents.to_parquet(partial, index=False)
     result.save_rows(output / "rows.csv")

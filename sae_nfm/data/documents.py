@@ -14,14 +14,15 @@ from sae_lens import SAE, ActivationsStore
 from torch import Tensor
 from typing_extensions import override
 
+from sae_nfm.common import ShortRepr
 from sae_nfm.data.datasets import check_data, first_rows, open_dataset, own_text
 from sae_nfm.models import LanguageModel, check_context, device_of, special_token_ids
 
 NO_DOCUMENT = -1
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenRows:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TokenRows(ShortRepr):
     """Rows of tokens and the document that each token is from. Raises a ValueError when the two differ in shape."""
 
     tokens: Int[Tensor, "rows pos"]

@@ -34,13 +34,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from sae_nfm.common import ShortRepr
 from sae_nfm.data import TokenRows
 from sae_nfm.evaluation import token_table
 from sae_nfm.evaluation.error_controls import summarise
 from sae_nfm.evaluation.results import Fidelity
 from sae_nfm.evaluation.token_table import Activations
 from sae_nfm.interventions import Intervention, Splice, counted_tokens, digest
-from sae_nfm.models import LanguageModel, places_of, real_batches, real_tokens, run_rows
+from sae_nfm.models import LanguageModel, check_finite, places_of, real_batches, real_tokens, run_rows
 
 __all__ = [
     "Arm",
@@ -55,8 +56,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Outcome(ShortRepr):
     """What an intervention did at the counted tokens of a batch, in order: x became x_hat."""
 
     x: Float[Tensor, "tokens d"]
@@ -94,6 +95,7 @@ def outcomes(
     *,
     with_acts: bool = True,
     attention_mask: Bool[Tensor, "rows pos"] | None = None,
+    first_row: int = 0,
 ) -> Iterator[tuple[str, Outcome]]:
     """What each arm does to a batch: the loop behind `evaluate`, `measure` and `held_out_sums`.
 
@@ -101,6 +103,10 @@ def outcomes(
     a rounding error below zero; of unchanged logits it is 0 exactly. `generators` are for arms that draw at random, by name;
     feature activations need [tokens, d_sae] numbers, and are left out without `with_acts`. Padding (of an attention mask, else
     inferred from the ids) is neither attended to nor counted.
+
+    Raises:
+        ValueError: where logits or a reconstruction are not finite; it names the arm and the token, whose row is counted from
+            `first_row`.
     """
     real = real_tokens(model, batch, attention_mask)
     mask = counted_tokens(model, batch, real)
@@ -109,6 +115,7 @@ def outcomes(
     has_next, clean = next_is_real[mask], run_rows(model, batch, real)
     original = [logits[counted].float().log_softmax(-1) for logits, counted in zip(clean, mask, strict=True)]
     original_ce = [_nll(p, following[row][mask[row]]) for row, p in enumerate(original)]
+    check_finite(torch.cat(original), mask, "the model's own logits", first_row)
     for name, arm in arms.items():
         with arm.on(model, (generators or {}).get(name)) as trace:
             logits = run_rows(model, batch, real)
@@ -126,6 +133,8 @@ def outcomes(
             ce_nats=torch.cat(ce).masked_fill(~has_next, torch.nan),
             ce_delta_nats=(torch.cat(ce) - torch.cat(original_ce)).masked_fill(~has_next, torch.nan),
         )
+        check_finite(outcome.x_hat, mask, f"under {name!r} the activations put in place", first_row)
+        check_finite(outcome.kl_nats, mask, f"under {name!r} the model's logits", first_row)
         yield name, outcome
 
 
@@ -193,7 +202,7 @@ def evaluate(
     """Fidelity of every arm on the same tokens, held-out rows that begin with BOS where the model wants one.
 
     Rows may be padded at either end; without an attention mask, padding is inferred from the ids (`models.real_tokens`).
-    A ValueError for two arms of one name, or when no token is left to average over.
+    A ValueError for two arms of one name, when no token is left to average over, or where logits are not finite.
     """
     if len({arm.name for arm in arms}) != len(arms):
         raise ValueError(f"arm names {[arm.name for arm in arms]} repeat; give every arm a name of its own")
@@ -201,9 +210,10 @@ def evaluate(
     real = real_tokens(model, tokens, attention_mask)
     _refuse_uncounted(model, tokens, real)
     sums, batches = {arm.name: _Sums() for arm in arms}, list(real_batches(model, tokens, batch_rows, real))
-    for batch, part in tqdm(batches, desc="Evaluating", disable=not show_progress):
+    for number, (batch, part) in enumerate(tqdm(batches, desc="Evaluating", disable=not show_progress)):
         if counted_tokens(model, batch, part).any():
-            for name, outcome in outcomes(model, batch, interventions, attention_mask=part):
+            settings: Any = {"attention_mask": part, "first_row": number * batch_rows}
+            for name, outcome in outcomes(model, batch, interventions, **settings):
                 sums[name].add(outcome)
     return {name: s.fidelity() for name, s in sums.items()}
 
@@ -289,11 +299,9 @@ class _Part:
         row = mask.nonzero(as_tuple=True)[0] + first
         document, position = rows.documents[first : first + n_rows][mask], places_of(real).cpu()[mask]
         where, seen = {"document": document, "row": row, "position": position}, dict[str, Tensor]()
-        settings: Any = {"with_acts": False, "attention_mask": real}
+        settings: Any = {"with_acts": False, "attention_mask": real, "first_row": first}
         found = outcomes(self._model, batch, self._arms, self._generators, **settings)
         for name, outcome in found if mask.any() else ():
-            if not outcome.kl_nats.isfinite().all():
-                raise ValueError(f"under {name!r} the model's logits are not finite; leave the arm out, or correct it")
             for column, values in (where | outcome.columns()).items():
                 self._columns[name][column].append(values.cpu().numpy())
             seen.setdefault(self._arms[name].hook_name, outcome.x)
@@ -389,7 +397,7 @@ def held_out_sums(
         batch, part = rows.tokens[here], real[here]
         mask = counted_tokens(model, batch, part).cpu()
         documents = rows.documents[here][mask].numpy()
-        found = outcomes(model, batch, arms, attention_mask=part) if mask.any() else ()
+        found = outcomes(model, batch, arms, attention_mask=part, first_row=start) if mask.any() else ()
         for number, (name, outcome) in enumerate(found):
             sums[name].add(outcome, documents)
             if number == 0:

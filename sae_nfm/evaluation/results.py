@@ -114,6 +114,10 @@ class Evaluation(SavedResult):
     """SAELens's metrics in SAELens's groups: nats for KL and cross-entropy, features per token for l0 (None: over nothing)."""
     feature_metrics: Mapping[str, Sequence[float | None]]
     """SAELens's metrics for each feature, [d_sae] each."""
+    notes: tuple[str, ...] = ()
+    """What has to be known to read a score: of what it is a small part, or why it is not defined."""
+    special_tokens: str = ""
+    """Which special tokens were left out, in words; empty in older files."""
     provenance: dict[str, Any]
     """Configuration, the SAE's own configuration, versions, sha256 of the tokens, command."""
 
@@ -122,12 +126,13 @@ class Evaluation(SavedResult):
         width = max(len(name) for group in self.metrics.values() for name in group)
         about = f"{self.sae}: {self.architecture} at {self.hook_name} of {self.model_name}"
         lines = [printable(about), printable(f"Data: {self.data}")]  # an SAE's metadata says them
+        lines += [f"{self.special_tokens[0].upper()}{self.special_tokens[1:]}."] if self.special_tokens else []
         if self.passes > 1:
             lines.append(f"The data were read {self.passes} times: there are fewer rows than asked for.")
         for group, values in self.metrics.items():
             lines += ["", group.replace("_", " ")]
             lines += listed({name: math.nan if value is None else value for name, value in values.items()}, width)
-        return "\n".join(lines)
+        return "\n".join([*lines, *([""] if self.notes else []), *(f"* {note}." for note in self.notes)])
 
     @override
     def content(self) -> dict[str, Any]:

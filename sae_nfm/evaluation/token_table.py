@@ -25,7 +25,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
-from sae_nfm.common import write_json
+from sae_nfm.common import ShortRepr, write_json
 from sae_nfm.common.results import with_kind, without_kind
 
 MANIFEST_KIND = "measurement/1"
@@ -77,8 +77,8 @@ class Manifest:
         return changed
 
 
-@dataclass(frozen=True, kw_only=True)
-class Activations:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Activations(ShortRepr):
     """Sums over counted tokens of one document each, at one hook point; a document may have several entries."""
 
     documents: np.ndarray

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_nfm.common import reading, whole
+from sae_nfm.common import ShortRepr, reading, whole
 from sae_nfm.common.results import without_kind
 
 FULL = 255
@@ -35,8 +35,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TokenTable:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TokenTable(ShortRepr):
     """The pieces of the held-out rows in which some context lies."""
 
     row_starts: Ints
@@ -44,8 +44,8 @@ class TokenTable:
     ids: Ints
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Contexts:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Contexts(ShortRepr):
     """Tokens on which each feature fires, and where else in their windows it does."""
 
     starts: Ints
@@ -69,8 +69,8 @@ class Contexts:
         yield from zip(self.offset[here].tolist(), self.strength[here].tolist(), strict=True)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FeatureFigures:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class FeatureFigures(ShortRepr):
     """Statistics of every feature, [d_sae]; 0 for one that never fired."""
 
     tokens: Ints
@@ -84,8 +84,8 @@ class FeatureFigures:
     """By gauge and path: the path's part of the sum of the feature's root-mean-square contributions (`path_sums`)."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TokenEffects:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TokenEffects(ShortRepr):
     """Logits that move most, for each feature or pair: as many up, descending, as then down, ascending."""
 
     starts: Ints
@@ -95,8 +95,8 @@ class TokenEffects:
     """What its logit gains, less the mean over all tokens."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PairFigures:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PairFigures(ShortRepr):
     """Pairs of features, descending by energy."""
 
     first: Ints
@@ -121,7 +121,7 @@ class PairFigures:
     """Pairs that fired, summed over tokens."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Explorer:
     """Everything about one SAE on held-out text."""
 

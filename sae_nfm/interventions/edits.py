@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths, secondary_of
-from sae_nfm.common import check_choice
+from sae_nfm.common import ShortRepr, check_choice
 from sae_nfm.kernels import POOLS, reference
 from sae_nfm.loading import digest
 from sae_nfm.models import Attached, HookFunction, LanguageModel, SpecialTokens, TokensRead, places_of, tokens_read
@@ -114,7 +114,7 @@ Where = tuple[int, ...] | Tensor | None
 """Tokens by position (or positions), negative ones counted from the end of the prompt; by a mask of the prompt; or all."""
 
 
-def check_where(where: Where) -> None:
+def check_where(where: Any) -> None:
     """Raise a ValueError for tokens that cannot be told."""
     if isinstance(where, Tensor):
         if where.dtype != torch.bool or where.ndim != 2:
@@ -122,7 +122,9 @@ def check_where(where: Where) -> None:
                 f"where is a tensor {tuple(where.shape)} of {where.dtype}; give a mask of bool, [rows, pos], True where the "
                 "edit is to act"
             )
-    elif where is not None and (not where or not all(type(position) is int for position in where)):
+    elif where is not None and (
+        not isinstance(where, tuple) or not where or not all(type(position) is int for position in where)
+    ):
         raise ValueError(f"where is {where!r}; give positions such as (3, -1), a mask [rows, pos], or None for all")
 
 
@@ -194,11 +196,16 @@ def _as_tuple(given: Any) -> Any:
     return given
 
 
-def check_index(index: Index, value: float | Tensor) -> None:
+def check_index(index: Any, value: float | Tensor) -> None:
     """Raise a ValueError for entries that cannot be told apart, or a vector that is not one number for each."""
     if index is None:
         return
-    if not index or not all(type(entry) is int and entry >= 0 for entry in index) or len(set(index)) < len(index):
+    if (
+        not isinstance(index, tuple)
+        or not index
+        or not all(type(entry) is int and entry >= 0 for entry in index)
+        or len(set(index)) < len(index)
+    ):
         raise ValueError(f"index is {index!r}; give different entries from 0 up, such as (3, 17), or None for all")
     if isinstance(value, Tensor) and value.ndim and len(value) != len(index):
         raise ValueError(f"value has {len(value)} numbers, index has {len(index)} entries; give one number for each")
@@ -260,8 +267,8 @@ def _entries(index: Index) -> str:
 Mode = Literal["clamp", "scale", "add"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SAEEdit(ABC):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SAEEdit(ShortRepr, ABC):
     """A change inside an SAE; what the kinds have in common."""
 
     mode: Mode
@@ -330,9 +337,20 @@ class SAEEdit(ABC):
         return f"{self.mode} {value} {of}, {tokens}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Edit(SAEEdit):
-    """A change of what passes one hook point of an SAE. At `hook_sae_acts_post` it reaches every path."""
+    """A change of what passes one hook point of an SAE. At `hook_sae_acts_post` it reaches every path.
+
+        Edit(at="hook_sae_acts_post", index=7, mode="clamp", value=10.0)             # feature 7 at 10, at all tokens
+        Edit(at="hook_nfm_interaction", mode="scale", value=0.0, where=(1, -1))      # no interaction, at two tokens
+
+    Args:
+        at: hook point, by its name on the SAE.
+        index: entries of the last dimension, one or several; None for all.
+        mode: "clamp", "scale" or "add".
+        value: a number, or a vector with one for each entry.
+        where: positions, padding left out and negative ones from the end of the prompt; a mask [rows, pos]; None for all.
+    """
 
     at: str
     """The hook point, by its name on the SAE, such as "hook_sae_acts_post" or "hook_nfm_hidden_pre"."""
@@ -368,11 +386,13 @@ class Edit(SAEEdit):
         return torch.where(chosen[..., None], with_entries(value, self.index, self._applied), value)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PairEdit(SAEEdit):
     """A change of c = f_i f_j, the coefficient of v_i*v_j in the pooled vector; nothing else about the two features changes.
 
         scale    z + (m - 1) c v_i*v_j        clamp    z + (m - c) v_i*v_j        add    z + m v_i*v_j
+
+        PairEdit(pair=(3, 17), mode="scale", value=0.0)      # the pair taken out
 
     f as the interaction path reads it, zero outside its strongest n (`nfm_top_k`): there c is 0, which scaling leaves at 0.
     """
@@ -414,7 +434,7 @@ class PairEdit(SAEEdit):
         return "interaction"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ReadEdit(SAEEdit):
     """A change of the features as one path reads them; what the other paths read stays.
 
@@ -422,6 +442,8 @@ class ReadEdit(SAEEdit):
         square        adds ((f'^2 - f^2) / c) U          at hook_nfm_square
         interaction   adds z(f'_n) - z(f_n)              at hook_nfm_pooled
         direct        adds what f' - f writes            at hook_sae_recons
+
+        ReadEdit(path="linear", index=7, mode="clamp", value=10.0)
 
     What was read before is what passed `hook_nfm_linear_in` and so on, where an `Edit` of what a path reads acts itself; here
     the difference is added where the path writes, so that tokens which are not chosen keep their bits.

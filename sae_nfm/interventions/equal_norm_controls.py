@@ -37,16 +37,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_nfm.common import ShortRepr
 from sae_nfm.interventions.intervene import Intervention, Splice, Substitution, TokenContext, counted_tokens, digest
 from sae_nfm.interventions.results import UNDER_TEST, ArmRole, Role
-from sae_nfm.models import LanguageModel, real_batches, run_rows
+from sae_nfm.models import LanguageModel, check_finite, real_batches, run_rows
 
 FLIPPED = -1.0
 SCALES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Activations:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Activations(ShortRepr):
     """Mean and covariance, float64, of the activations at a hook point, over the counted tokens of some text."""
 
     hook_name: str
@@ -89,7 +90,9 @@ def fit_activations(
     for batch, real in real_batches(model, tokens, batch_rows):
         with nothing.on(model) as trace:
             run_rows(model, batch, real)
-        x = trace.x[counted_tokens(model, batch, real)].double()
+        counted = counted_tokens(model, batch, real)
+        x = trace.x[counted].double()
+        check_finite(x, counted, f"activations at {hook_name!r}")
         total, products, n = total + x.sum(0).cpu(), products + (x.T @ x).cpu(), n + len(x)
     if n < 2:
         raise ValueError(f"a covariance needs two tokens, and {n} of {tokens.numel()} are counted; give more text")

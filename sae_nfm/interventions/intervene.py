@@ -22,6 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths, Secondary, check_secondary, place_secondary, secondary_of
+from sae_nfm.common import ShortRepr
 from sae_nfm.interventions.edits import SAEEdit, TokensInTurn, at_work, hook_functions
 from sae_nfm.interventions.results import NO_ROLE, ArmRole
 from sae_nfm.loading import describe, digest
@@ -31,6 +32,7 @@ from sae_nfm.models import (
     LanguageModel,
     SpecialTokens,
     TokensRead,
+    check_finite,
     claimed,
     counted_tokens,
     hooked,
@@ -61,8 +63,8 @@ class Trace:
     """Feature activations, where an SAE was at work."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Intervention(ABC):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Intervention(ShortRepr, ABC):
     """A change to what a language model computes at one hook point.
 
         with intervention.on(model, generator) as trace:
@@ -100,9 +102,23 @@ class Intervention(ABC):
         """
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Splice(Intervention):
-    """An SAE in place of the hook point that its metadata names.
+    """An SAE in place of the hook point that its metadata names, or of one head there (hook_head_index).
+
+        with Splice(sae=sae, edits=[Edit(at="hook_sae_acts_post", index=7, mode="clamp", value=10.0)]).on(model) as trace:
+            logits = model(tokens)
+        trace.x, trace.x_hat, trace.acts       # what came in, what went on, features
+
+    Unlike SAELens's `with model.saes(sae)` it keeps special tokens as they are, works on every kind of model and in `generate`,
+    and refuses to run where its hooks were taken away (docs/splicing.md).
+
+    Args:
+        sae: the SAE; it is used as it is, not copied.
+        ablated: paths that are written as zero (None) or as a vector.
+        use_error_term: add what the SAE does not reconstruct.
+        edits: changes of features, pairs and paths.
+        special_tokens: "kept" or "changed".
 
     A ValueError for a hook point the SAE does not have, a mean that is no vector, or an SAE that reads one and writes another.
     """
@@ -187,8 +203,8 @@ class Splice(Intervention):
         return {name: writing(name, value) for name, value in self.ablated.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenContext:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TokenContext(ShortRepr):
     """Where the activations stand that a substitution is given; the generator, where one was given, is on the CPU."""
 
     counted: Bool[Tensor, "rows pos"]
@@ -196,9 +212,13 @@ class TokenContext:
     generator: torch.Generator | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Substitution(Intervention):
     """A function in place of a hook point.
+
+        half = Substitution(at="blocks.2.hook_resid_post", function=lambda x, context: x / 2, description="half")
+        with half.on(model):
+            logits = model(tokens)
 
     The function is given every position, position 0 and special tokens among them; what it returns at special tokens is then
     replaced by what was there, unless they are to be changed.
@@ -282,15 +302,21 @@ def path_means(
         with splice(model, sae) as found, found.hooks({name: keeping(seen, name) for name in names}):
             run_rows(model, batch, real)
         n += int(mask.sum())
+        for name in names:
+            check_finite(seen[name][mask], mask, f"what passes {name!r}")
         sums = {name: sums[name] + seen[name][mask].flatten(1).sum(0, dtype=torch.float64).cpu() for name in names}
     if n == 0:
         raise ValueError(f"no token to average over: {tokens.numel()} tokens, all special or in position 0; give more")
     return {name: (total / n).float() for name, total in sums.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SecondarySplice(Splice):
-    """An SAE in place of its hook point, a secondary SAE in place of its hidden code (see `attach_secondary`)."""
+    """An SAE in place of its hook point, a secondary SAE in place of its hidden code (see `attach_secondary`).
+
+    with SecondarySplice(sae=sae, secondary=secondary, error_term=True).on(model):
+        logits = model(tokens)
+    """
 
     secondary: SAE[Any]
     error_term: bool = False

@@ -27,7 +27,7 @@ from sae_nfm.interventions.edits import READ_AT, PairEdit
 from sae_nfm.interventions.intervene import Substitution, TokenContext, counted_tokens, splice
 from sae_nfm.interventions.results import Steered, SteeringComparison
 from sae_nfm.loading import digest
-from sae_nfm.models import LanguageModel, keeping, real_batches, real_tokens, run_rows
+from sae_nfm.models import LanguageModel, check_finite, keeping, real_batches, real_tokens, run_rows
 
 READ, HIDDEN = READ_AT["interaction"], "hook_nfm_hidden_pre"
 SteeringArm = Literal["pair", "sum", "first", "second"]
@@ -175,6 +175,7 @@ def _measured(
     mask, norms, found = counted_tokens(model, batch, real), torch.zeros(0), list[Steered]()
     clean = run_rows(model, batch, real)
     original = [logits[counted].float().log_softmax(-1) for logits, counted in zip(clean, mask, strict=True)]
+    check_finite(torch.cat(original), mask, "the model's own logits", first)
     for (arm, draw, alpha), intervention in arms.items():
         with intervention.on(model) as trace:
             logits = run_rows(model, batch, real)
@@ -183,6 +184,7 @@ def _measured(
             if not len(p):
                 continue
             q = logits[row][mask[row]].float().log_softmax(-1)
+            check_finite(q, mask[row][None], f"steered by {alpha:g} along {arm!r} the model's logits", first + row)
             kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean().item()
             change = None if target is None else (q[:, target] - p[:, target]).mean().item()
             where: dict[str, Any] = {"arm": arm, "draw": draw, "alpha": alpha, "row": first + row, "tokens": len(p)}

@@ -26,11 +26,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from typing_extensions import override
 
+from sae_nfm.common import short_repr
 from sae_nfm.kernels.device import autocast_off, is_transformed, product_dtype
 
 
 class SparseActs(NamedTuple):
     """Active features of each token: which, and how strongly. The indices of one token are distinct."""
+
+    __repr__ = short_repr
 
     indices: Int[Tensor, "*batch k"]
     values: Float[Tensor, "*batch k"]
@@ -68,9 +71,10 @@ def sparse_acts_from_dense(feature_acts: Float[Tensor, "*batch d_sae"], k: int) 
 
 
 def top_n(acts: Acts, n: int) -> SparseActs:
-    """The n largest entries of each token's activations; among equal entries any choice is valid."""
+    """The n largest entries of each token's activations, all where there are fewer; among equal entries any choice is valid."""
     sparse = isinstance(acts, SparseActs)
-    values, position = (acts.values if sparse else acts).topk(n, dim=-1, sorted=False)
+    given = acts.values if sparse else acts
+    values, position = given.topk(min(n, given.shape[-1]), dim=-1, sorted=False)
     return SparseActs(acts.indices.gather(-1, position) if sparse else position, values)
 
 
@@ -248,6 +252,8 @@ def square_output(acts: Acts, U: Float[Tensor, "d_sae d_in"], scale: float) -> F
 
 class Routing(NamedTuple):
     """The active entries ordered by feature, for sums over the tokens of a feature; made by `route`."""
+
+    __repr__ = short_repr
 
     entries: Int[Tensor, " n_entries"]
     """Positions in the flattened [n_tokens, k] activations; those of one feature are adjacent, in the order of tokens."""

@@ -29,6 +29,7 @@ from .splicing import splice as splice
 from .splicing import writing as writing
 from .tokens_read import TokensRead as TokensRead
 from .tokens_read import check_counted as check_counted
+from .tokens_read import check_finite as check_finite
 from .tokens_read import counted_tokens as counted_tokens
 from .tokens_read import is_special as is_special
 from .tokens_read import masked_padding as masked_padding

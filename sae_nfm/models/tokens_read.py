@@ -18,13 +18,14 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from sae_lens import HookedSAETransformer
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.util import get_special_token_ids
 from torch import Tensor, nn
 from transformer_lens.utilities.tokenize_utils import get_attention_mask
 
+from sae_nfm.common import ShortRepr
 from sae_nfm.models.load import LanguageModel
 
 Mask = Bool[Tensor, "rows pos"]
@@ -113,6 +114,20 @@ def check_counted(counted: Bool[Tensor, "rows pos"]) -> None:
         raise ValueError(f"no tokens to read: all {counted.numel()} are special or at position 0; provide more text")
 
 
+def check_finite(
+    values: Float[Tensor, "tokens *width"], counted: Bool[Tensor, "rows pos"], what: str, first_row: int = 0
+) -> None:
+    """Raise a ValueError that says at which counted token the values, one of each, are not finite, and of what."""
+    bad = ~values.isfinite().flatten(1).all(-1) if values.ndim > 1 else ~values.isfinite()
+    if bad.any():
+        row, position = counted.nonzero()[bad.nonzero()[0, 0].to(counted.device)].tolist()
+        raise ValueError(
+            f"{what} are not finite (first at row {first_row + row}, position {position}; {int(bad.sum())} of {len(bad)} tokens)"
+            ", so no average over tokens is defined; edit by less, leave it out, or load the model in a type of wider range "
+            "(bfloat16, float32)"
+        )
+
+
 def run_rows(
     model: LanguageModel, tokens: Int[Tensor, "rows pos"], real: Bool[Tensor, "rows pos"] | None = None
 ) -> Tensor:
@@ -150,8 +165,8 @@ def token_text(model: LanguageModel, *tokens: int) -> str:
     return " ".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(list(tokens))
 
 
-@dataclass(eq=False)
-class TokensRead:
+@dataclass(eq=False, repr=False)
+class TokensRead(ShortRepr):
     """What went into a model in its last run; shared by all contexts of `tokens_read` on one model."""
 
     model: "ref[LanguageModel]"

@@ -19,7 +19,8 @@ from sae_lens import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_nfm.data import check_ids, vocabulary_size
+from sae_nfm.data import SketchCollector, check_ids, vocabulary_size
+from sae_nfm.models import special_token_ids
 
 Batch = Tensor | dict[str, Tensor]
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -88,6 +89,8 @@ class ActivationStream(Iterator[Batch]):
         self._epoch, self._sequences, self._last_sequence = 0, 0, torch.zeros(0, dtype=torch.long)
         self._hook_names: list[str] | None = self._store._hook_names
         self._widths: list[int] = []
+        rows_of_their_own = getattr(store, "is_dataset_tokenized", True) or store.disable_concat_sequences
+        self.text = SketchCollector(special_token_ids(self._store.model), joined=not rows_of_their_own)
         self._sequences_digest: Tensor | int = 0
         self._data_digest = digest_of_data(self._store)
         self._epoch_rows: int | None = None
@@ -221,9 +224,11 @@ class ActivationStream(Iterator[Batch]):
         store, first = self._store, 0
         multipliers: Tensor | None = None
         for sequence in sequences:
+            ids = sequence.cpu()
+            check_ids(ids, self._sequences, size, context_size)  # before the model sees them
+            self.text.add(ids.numpy())
             if multipliers is None:
                 multipliers = (2 * torch.arange(len(sequence), device=sequence.device) + 1) * MIX
-            check_ids(sequence.cpu(), self._sequences, size, context_size)  # before the model sees them
             self._sequences, self._last_sequence = self._sequences + 1, sequence
             # on its device, so that nothing waits: a polynomial in MIX, modulo 2^64
             self._sequences_digest = self._sequences_digest * MIX + (sequence * multipliers).sum()

@@ -42,6 +42,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sae_nfm.data import TextSketch
 from sae_nfm.training.activation_stream import ActivationStream, DataLostError, NotFiniteError, StreamState
 from sae_nfm.training.settings import ALLOWED, RunnerConfig, check_settings, first_difference, read_settings
 
@@ -106,12 +107,12 @@ def checkpoint_of(
         ValueError: when the checkpoint has other settings, or those in the folder, or several runs in it have these.
     """
     path, found = Path(path), _checkpoints(Path(path))
-    differences = {one: first_difference(one, cfg, saes, some=some) for one in found}
-    if found == [path] and (other := differences[path]) is not None:
+    if found == [path] and (other := first_difference(path, cfg, saes, some=some)) is not None:
         raise ValueError(
             f"{other.name} is {other.given!r}, and {other.saved!r} in the checkpoint {path}; {ALLOWED}. Give it as it "
             "was, or begin anew without resume_from_checkpoint"
         )
+    differences = {one: _difference_or_damage(one, cfg, saes, some) for one in found}
     fits = [one for one in found if differences[one] is None]
     runs = {one.parent: max((other for other in found if other.parent == one.parent), key=_age) for one in found}
     if not fits:
@@ -127,6 +128,16 @@ def checkpoint_of(
             f"{str(path)!r} has checkpoints of {len(several)} runs with these settings: {_listed(told)}; name one of them"
         )
     return max(fits, key=_age)
+
+
+def _difference_or_damage(
+    checkpoint: Path, cfg: RunnerConfig, saes: Mapping[str, TrainingSAE[Any]], some: bool
+) -> object | None:
+    """`first_difference`, or what is wrong with a checkpoint among others, which is no obstacle to resuming those."""
+    try:
+        return first_difference(checkpoint, cfg, saes, some=some)
+    except ValueError as error:
+        return f"a file that cannot be read: {error}"
 
 
 def _unrelated(checkpoints: Iterable[Path]) -> list[Path]:
@@ -151,6 +162,8 @@ def _told(checkpoint: Path) -> str:
 
 def _checkpoints(path: Path) -> list[Path]:
     """Those in a folder, named by token counts; or the folder itself, whatever its name."""
+    if path.name.endswith(".partial") and not any(path.glob(f"*/**/{RUNNER_CFG_FILENAME}")):
+        raise ValueError(f"the checkpoint {path} was not written to its end; resume from another one")
     if (path / RUNNER_CFG_FILENAME).is_file():
         return [path]
     found = [p.parent for p in sorted(path.glob(f"**/{RUNNER_CFG_FILENAME}")) if _tokens(p.parent) is not None]
@@ -243,6 +256,8 @@ class _ExactRun:
             )
         self.resumed = file
         self.stream.restore(state)
+        if (text := TextSketch.load(folder)) is not None:  # of earlier epochs too
+            self.stream.text.add_sketch(text)
         store: Any = runner.activations_store
         # the stream stands further than at the row that SAELens would load
         store.load_from_checkpoint = lambda _path: None  # pyright: ignore[reportUnknownLambdaType]
@@ -272,6 +287,7 @@ class _ExactRun:
         behind = self.prefetching or self.broken_off
         state = self.stream.state_after(self.last_batch) if behind else self.stream.state()
         _write(folder / STREAM_STATE_FILENAME, state, self.steps_done, self.model_sample)
+        self.stream.text.sketch().save(folder)
 
     def fit(self, trainer: Any) -> Any:
         """SAELens's `trainer.fit`, interrupted between steps only, its checkpoints whole, its weights finite."""
@@ -552,10 +568,30 @@ def layer_runners(layer: Callable[[type, str, Callable[[Any], Any]], None], arch
 
         return save_with_stream
 
-    for runner, fit_name, save_name in (
-        (LanguageModelSAETrainingRunner, "run_trainer_with_interruption_handling", "save_checkpoint"),
-        (MultiSAETrainingRunner, "_run_with_interruption_handling", "_save_runner_checkpoint_files"),
+    def finish(original: Any) -> Any:
+        def save_with_text(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if self not in _RUNS:
+                return
+            if isinstance(self, MultiSAETrainingRunner):
+                folders = [Path(str(self.cfg.output_path)) / name for name in args[0]]
+            else:
+                folders = [Path(kwargs["output_path"] if "output_path" in kwargs else args[1])]
+            for folder in folders:
+                _RUNS[self].stream.text.sketch().shortened().save(folder)
+
+        return save_with_text
+
+    for runner, fit_name, save_name, finish_name in (
+        (LanguageModelSAETrainingRunner, "run_trainer_with_interruption_handling", "save_checkpoint", "save_final_sae"),
+        (
+            MultiSAETrainingRunner,
+            "_run_with_interruption_handling",
+            "_save_runner_checkpoint_files",
+            "_save_final_outputs",
+        ),
     ):
         layer(runner, "run", run)
         layer(runner, fit_name, fit)
         layer(runner, save_name, save)
+        layer(runner, finish_name, finish)

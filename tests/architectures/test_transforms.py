@@ -14,7 +14,13 @@ SPARSE = {"kernel": "sparse", "dtype": "float64"}
 
 
 @pytest.fixture(
-    params=[(name, top, training) for name in ARCHITECTURES for top in (None, 3) for training in (True, False)]
+    params=[
+        ("joint_nfm", None, True),
+        ("joint_nfm", 3, False),
+        ("sequential_nfm", None, False),
+        ("sequential_nfm", 3, True),
+    ],
+    ids=["joint, in training", "joint, the strongest", "sequential", "sequential, in training, the strongest"],
 )
 def sae(request):
     """One whose kernel is "sparse", as "auto" makes it from 1,024 features on."""

@@ -131,3 +131,17 @@ def test_text_that_is_no_text_is_json():
 
     content = json.loads(as_json(Odd("na\udcc3", Path("\udcff"), float("nan"))))
     assert content == {"name": "na\udcc3", "path": "\udcff", "nothing": None}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["attribute x --save", "report . --save", "train --output_path", "compare --output", "convert a", "export a"],
+)
+def test_a_place_that_cannot_be_written_is_told_at_once(line, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sae_nfm_cli.commands.Command.result", lambda *args: pytest.fail("it began"))
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "x.jsonl"
+    assert main([*line.split(), str(place)]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"sae-nfm: '{place}' cannot be written: not a directory; a part of the path"
+    )

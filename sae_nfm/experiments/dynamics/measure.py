@@ -34,7 +34,7 @@ from torch import Tensor
 
 from sae_nfm.analysis import FeatureEnergies, feature_energies, gauge, token_paths, varies
 from sae_nfm.architectures import UNFOLDED
-from sae_nfm.common import reading
+from sae_nfm.common import ShortRepr, reading
 from sae_nfm.convert import FETCH_ANEW, fold_normalisation, read_json
 from sae_nfm.experiments.dynamics.results import (
     CANONICAL,
@@ -155,8 +155,8 @@ def _counted(observed: int, drawn: NDArray[Any]) -> Counted:
     return Counted(observed=observed, expected=float(drawn.mean()), low=low, high=high, p_value=p_value)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GroupedTokens:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GroupedTokens(ShortRepr):
     """Activations and the group of documents that each is from."""
 
     x: Float[Tensor, "tokens d_in"]
@@ -172,8 +172,8 @@ class GroupedTokens:
         return cls(x=x, groups=number % GROUPS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GroupedEnergies:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GroupedEnergies(ShortRepr):
     """Sums of energies by group of documents."""
 
     tokens: Int[Tensor, " groups"]
@@ -205,8 +205,8 @@ class GroupedEnergies:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeanShares:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MeanShares(ShortRepr):
     """A mean over features on all tokens and without each group of documents."""
 
     whole: float
@@ -260,8 +260,8 @@ def grouped_energies(sae: SAE[Any], tokens: GroupedTokens) -> GroupedEnergies:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Measured(ShortRepr):
     """One checkpoint, feature by feature; [d_sae] each."""
 
     run: str

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from sae_nfm.analysis import gauge, read_activations
 from sae_nfm.common import check_numbers, check_positive, provenance, whole
 from sae_nfm.common.options import SavedSAEOptions
-from sae_nfm.data import held_out_rows, open_dataset, own_text
+from sae_nfm.data import held_out_rows, open_dataset, own_text, told_of_text
 from sae_nfm.experiments.dynamics import measure
 from sae_nfm.experiments.dynamics.results import DynamicsResult
 from sae_nfm.models import check_context, check_device, model_of
@@ -69,7 +69,7 @@ def run_dynamics(cfg: DynamicsConfig, *, command: str | None = None) -> Dynamics
     if cfg.reference is not None:
         runs[measure.REFERENCE] = measure.checkpoints_of_run(cfg.reference)
     first = measure.load_checkpoint(runs[measure.RUN][0], measure.RUN, cfg.device)
-    x, documents = _activations(cfg, first)
+    x, documents, told = _activations(cfg, first, runs[measure.RUN][-1].folder)
     tokens, every = measure.GroupedTokens.of(x, documents), [(name, one) for name, own in runs.items() for one in own]
     progress = tqdm(every, desc="Measuring checkpoints", unit="checkpoint")
     found = [measure.measured(name, checkpoint, first, tokens, cfg.device) for name, checkpoint in progress]
@@ -92,6 +92,7 @@ def run_dynamics(cfg: DynamicsConfig, *, command: str | None = None) -> Dynamics
             cfg,
             command=command,
             model_name=cfg.model or first.cfg.metadata.model_name,
+            text=told,
             sae_config=first.cfg.to_dict(),
         ),
     )
@@ -101,7 +102,8 @@ def run_dynamics(cfg: DynamicsConfig, *, command: str | None = None) -> Dynamics
     return result
 
 
-def _activations(cfg: DynamicsConfig, sae: SAE[Any]) -> tuple[Tensor, Tensor]:
+def _activations(cfg: DynamicsConfig, sae: SAE[Any], last: Path) -> tuple[Tensor, Tensor, str]:
+    """Activations, their documents, and whether the last checkpoint was trained on them."""
     metadata = sae.cfg.metadata
     name = cfg.model or metadata.model_name
     if name is None or metadata.hook_name is None:
@@ -115,4 +117,4 @@ def _activations(cfg: DynamicsConfig, sae: SAE[Any]) -> tuple[Tensor, Tensor]:
     rows = held_out_rows(model, text, context_size, cfg.held_out_tokens)
     x, documents = read_activations(model, sae, rows.tokens, rows.documents)
     assert documents is not None
-    return x, documents
+    return x, documents, told_of_text(model, rows.tokens, metadata=metadata, folder=last, source=cfg.held_out)

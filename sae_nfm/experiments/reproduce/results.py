@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from sae_nfm.analysis.results import Figure, Statistic
 from sae_nfm.common.options import EMBEDDED_MODEL, sampled_text
-from sae_nfm.common.results import SavedResult
+from sae_nfm.common.results import SavedResult, not_held_out
 from sae_nfm.comparison.results import renamed
 from sae_nfm.stats import Estimate
 
@@ -282,7 +282,7 @@ class ReproduceResult(SavedResult):
             "50,000 and 5M, on OpenLLaMA-3B, and reads the strongest half of its features where this one reads all.",
         ]
         sampled = sampled_text(config.get("model", EMBEDDED_MODEL), config["dataset"])
-        return [*told, *([sampled] if sampled else [])]
+        return [*told, *([sampled] if sampled else []), *not_held_out(self.provenance)]
 
     @override
     @classmethod

@@ -36,7 +36,7 @@ from sae_nfm.comparison.results import Answer, ArmName, ClaimKind, Paths
 from sae_nfm.data import TokenRows
 from sae_nfm.evaluation import error_ratios, read_rows
 from sae_nfm.experiments.factorial import PRIMARY_SCALE, FactorialConfig, factorial, load_stimuli
-from sae_nfm.experiments.factorial.results import ArmResult, FactorialResult
+from sae_nfm.experiments.factorial.results import ArmResult, FactorialResult, p_text
 from sae_nfm.experiments.reproduce import results as published
 from sae_nfm.experiments.reproduce.results import NoVerdict, ReproducedRow, Section, Unit, of_part, reproduced_row
 from sae_nfm.experiments.secondary import activations_of, default_k, secondary_config
@@ -433,7 +433,7 @@ def _rows(result: FactorialResult) -> Iterator[ReproducedRow]:
         clamped.tests.published_f,
         selected.test.held_out.f,
         f"its own activation, selected on {result.items[0]} stimuli, F on the other {result.items[1]}; p = "
-        f"{selected.null.p_value:.3f} against select and test on shuffled cells",
+        f"{p_text(selected.null.p_value)} against select and test on shuffled cells",
     )
     for arm in stage.values():
         if arm.control:
@@ -443,9 +443,9 @@ def _rows(result: FactorialResult) -> Iterator[ReproducedRow]:
 def _of_arm(name: str, arm: ArmResult, result: FactorialResult) -> Iterator[ReproducedRow]:
     """The author's statistic beside tests with other units."""
     tests, main = arm.tests, arm.tests.items[PRIMARY_SCALE]
-    clamp = f"{result.design}; {arm.role}, {arm.units[0].name} at {arm.clamp}, author's p = {tests.published_p:.3f}"
-    of_stimuli = f"{clamp}: interaction F, stimuli as units, p = {main.p_value:.3f}"
+    clamp = f"{result.design}; {arm.role}, {arm.units[0].name} at {arm.clamp}, author's p = {p_text(tests.published_p)}"
+    of_stimuli = f"{clamp}: interaction F, stimuli as units, p = {p_text(main.p_value)}"
     yield _factorial(name, tests.published_f, main.f, of_stimuli)
     if not arm.control:
-        of_words = f"the same, words as units, averaged over stimuli, p = {tests.words.p_value:.3f}"
+        of_words = f"the same, words as units, averaged over stimuli, p = {p_text(tests.words.p_value)}"
         yield _factorial(name, tests.published_f, tests.words.f, of_words)

@@ -21,7 +21,7 @@ from sae_nfm.analysis import figure_rows, gauge_report, read_activations
 from sae_nfm.common import check_numbers, check_positive
 from sae_nfm.comparison import CompareConfig, SizeOptions, ablations, in_canonical_gauge, run_compare
 from sae_nfm.comparison.results import ArmName, CompareResult, Paths
-from sae_nfm.data import TokenRows, datasets, held_out_rows
+from sae_nfm.data import TokenRows, datasets, held_out_rows, told_of_text
 from sae_nfm.evaluation import measure
 from sae_nfm.experiments.factorial import FEWEST_SENTENCES
 from sae_nfm.experiments.reproduce import rows as statistics
@@ -114,7 +114,12 @@ def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> Reprod
             *_rows_of_paths(cfg, model, saes, rows, behaviour),
             *statistics.factorial_rows(model, saes[JOINT], train, settings, output / "2x2", **options),
         ),
-        provenance={"config": asdict(cfg), "command": command, "comparison": comparison.provenance},
+        provenance={
+            "config": asdict(cfg),
+            "command": command,
+            "comparison": comparison.provenance,
+            "text": told_of_text(model, rows.tokens, metadata=saes[JOINT].cfg.metadata, folder=folder / JOINT),
+        },
     )
     result.save(output / "results.json")
     return result

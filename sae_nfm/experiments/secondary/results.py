@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import pandas as pd
 
 from sae_nfm.common.options import EMBEDDED_MODEL, sampled_text
-from sae_nfm.common.results import SavedResult
+from sae_nfm.common.results import SavedResult, not_held_out
 from sae_nfm.stats import Estimate
 
 TrainedOn = Literal["hidden code", "permuted hidden code", "linear path", "residual"]
@@ -137,6 +137,7 @@ class SecondaryResult(SavedResult):
         sampled = sampled_text(self.provenance.get("model_name", EMBEDDED_MODEL), config["dataset"])
         if sampled:
             yield sampled
+        yield from not_held_out(self.provenance)
 
 
 def _effect_of_mean(mean: SecondaryRow) -> str:

@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sae_lens.load_model import HookedProxyLM
+from sae_lens.saes.sae import SAEMetadata
+from torch import Tensor
 
 from sae_nfm.architectures import check_primary, primary_digest
 from sae_nfm.common import check_numbers, check_positive, provenance
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions, TextOptions
-from sae_nfm.data import check_data, datasets, held_out_rows
+from sae_nfm.common.results import HELD_OUT
+from sae_nfm.data import check_data, datasets, held_out_rows, told_of_text
 from sae_nfm.experiments.secondary.measure import secondary_rows
 from sae_nfm.experiments.secondary.results import SecondaryResult
 from sae_nfm.experiments.secondary.training import default_k, train_secondaries
 from sae_nfm.loading import digest, load_sae
-from sae_nfm.models import check_device, loader_kwargs, model_of
+from sae_nfm.models import LanguageModel, check_device, loader_kwargs, model_of
 from sae_nfm.training import StreamConfig, refuse_several_processes
 
 
@@ -108,8 +111,21 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
     result = SecondaryResult(
         rows=secondary_rows(model, primary, trained, rows, fitted, output / "rows", seed=cfg.seed),
         provenance=provenance(
-            cfg, command=command, model_name=name, primary=described, held_out_tokens=digest({"tokens": rows.tokens})
+            cfg,
+            command=command,
+            model_name=name,
+            primary=described,
+            held_out_tokens=digest({"tokens": rows.tokens}),
+            text=_told(model, rows.tokens, cfg, metadata, output / "saes" / "hidden-code" / f"k{ks[0]}"),
         ),
     )
     result.save(output / "results.json")
     return result
+
+
+def _told(model: LanguageModel, tokens: Tensor, cfg: SecondaryConfig, metadata: SAEMetadata, secondary: Path) -> str:
+    """Whether the primary, or a secondary SAE, was trained on the tokens."""
+    own = SAEMetadata(dataset_path=cfg.dataset or demo.MODEL_NAME, context_size=cfg.context_size)
+    told = told_of_text(model, tokens, metadata=metadata, folder=cfg.primary, source=cfg.held_out)
+    of_secondary = told_of_text(model, tokens, metadata=own, folder=secondary)
+    return of_secondary if told.startswith(HELD_OUT) else f"{told}, for the primary"
