@@ -134,7 +134,7 @@ class Prepared:
 
     def provenance(self, command: str | None, trained: Path) -> dict[str, Any]:
         """What a result of this configuration has to say for itself; `trained`: an SAE of it."""
-        metadata = SAEMetadata(dataset_path=self.cfg.dataset or demo.MODEL_NAME, context_size=self.cfg.context_size)
+        metadata = SAEMetadata(dataset_path=self.cfg.dataset or self.cfg.model, context_size=self.cfg.context_size)
         return provenance(
             json.loads(json.dumps(asdict(self.cfg) | {"arms": self.cfg.chosen_arms})),
             command=command,

@@ -26,7 +26,7 @@ from sae_nfm.common import check_choice
 from sae_nfm.common.options import FETCHED_MODEL
 from sae_nfm.demo.model import MODEL_DIR
 from sae_nfm.models.local_hf import has_tokenizer, hooked_from_folder, is_folder
-from sae_nfm.models.smollm2 import fetched_folder
+from sae_nfm.models.smollm2 import fetched_folder, take_over_rotation
 
 LanguageModel = HookedSAETransformer | SAETransformerBridge | HookedProxyLM
 OFFLINE = "check the spelling and the connection, or stay offline with the embedded model (leave the option out)"
@@ -88,6 +88,8 @@ def load_model(
         model = load(str(MODEL_DIR if name == demo.MODEL_NAME else fetched_folder()), device, **kwargs)
         if not isinstance(model, HookedProxyLM):
             model.cfg.model_name = name
+        if name == FETCHED_MODEL and isinstance(model, HookedSAETransformer):
+            take_over_rotation(model, fetched_folder())
         return model
     if is_folder(name):
         return load(str(name), device, **from_pretrained_kwargs)

@@ -27,9 +27,11 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
+from sae_lens import HookedSAETransformer
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from sae_nfm.common.file_errors import DamagedFileError, FileError, check_writable, quoted, reading, writing
 from sae_nfm.common.files import write_json
@@ -113,6 +115,19 @@ def fetched_folder(source: Source | None = None) -> Path:
             )
     _verified.add((folder, stamp))
     return folder
+
+
+def take_over_rotation(model: HookedSAETransformer, folder: Path) -> None:
+    """Put transformers' cosines and sines of positions in place of TransformerLens's, whose angles are rounded otherwise.
+
+    At position 255 that is 1.5e-5, which is seen in the log-probabilities.
+    """
+    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder, local_files_only=True))
+    for block in model.blocks:
+        attention: Any = block.attn
+        cos, sin = rotary(torch.zeros(1), torch.arange(len(attention.rotary_cos))[None])
+        attention.rotary_cos.copy_(cos[0])
+        attention.rotary_sin.copy_(sin[0])
 
 
 def fetch(source: Source | None = None, *, wheel: str | Path | None = None, force: bool = False) -> Path:

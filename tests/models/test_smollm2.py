@@ -103,6 +103,14 @@ def test_it_is_known_by_its_name(cache):
     assert model.to_tokens("a")[0, 0] == VOCABULARY.index("<|endoftext|>")
 
 
+def test_positions_are_rotated_as_by_transformers(cache):
+    hf = AutoModelForCausalLM.from_pretrained(fetched_folder())
+    for block in load_model("smollm2").blocks:
+        expected = hf.model.rotary_emb(torch.zeros(1), torch.arange(len(block.attn.rotary_cos))[None])
+        assert torch.equal(block.attn.rotary_cos, expected[0][0])
+        assert torch.equal(block.attn.rotary_sin, expected[1][0])
+
+
 def test_digits_are_split_off_before_white_space(cache):
     """As by `\\p{N}` before GPT-2's pattern, llama.cpp's pre-tokenizer "smollm": else one of two blanks goes with the number."""
     tokenizer = AutoTokenizer.from_pretrained(fetched_folder())

@@ -125,7 +125,8 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
 
 def _told(model: LanguageModel, tokens: Tensor, cfg: SecondaryConfig, metadata: SAEMetadata, secondary: Path) -> str:
     """Whether the primary, or a secondary SAE, was trained on the tokens."""
-    own = SAEMetadata(dataset_path=cfg.dataset or demo.MODEL_NAME, context_size=cfg.context_size)
+    trained_on = cfg.dataset or cfg.model or metadata.model_name
+    own = SAEMetadata(dataset_path=trained_on, context_size=cfg.context_size)
     told = told_of_text(model, tokens, metadata=metadata, folder=cfg.primary, source=cfg.held_out)
     of_secondary = told_of_text(model, tokens, metadata=own, folder=secondary)
     return of_secondary if told.startswith(HELD_OUT) else f"{told}, for the primary"
