@@ -30,7 +30,7 @@ from platformdirs import user_cache_path
 from sae_lens import HookedSAETransformer
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from sae_nfm.common.file_errors import DamagedFileError, FileError, check_writable, quoted, reading, writing
@@ -122,7 +122,7 @@ def take_over_rotation(model: HookedSAETransformer, folder: Path) -> None:
 
     At position 255 that is 1.5e-5, which is seen in the log-probabilities.
     """
-    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder, local_files_only=True))
+    rotary = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(folder, local_files_only=True))
     for block in model.blocks:
         attention: Any = block.attn
         cos, sin = rotary(torch.zeros(1), torch.arange(len(attention.rotary_cos))[None])
