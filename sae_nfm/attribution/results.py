@@ -13,7 +13,7 @@ import networkx
 import pandas as pd
 from pydantic import TypeAdapter
 
-from sae_nfm.common import reading, text_of, whole, write_json
+from sae_nfm.common import checked, reading, text_of, whole, write_json
 from sae_nfm.common.options import sampled_text
 from sae_nfm.common.results import SavedResult, with_kind, without_kind
 
@@ -94,6 +94,7 @@ class InteractionGraph:
             ValueError: for another suffix, or a file of another kind.
         """
         _check_suffix(path)
+        checked(path)
         with reading(path, "an interaction graph", remedy="write one with `sae-nfm attribute`"):
             if Path(path).suffix == ".json":
                 content = without_kind(GRAPH_KIND, json.loads(Path(path).read_text(encoding="utf-8")))
@@ -311,6 +312,19 @@ class TokenAttribution:
             rows = [_row(feature) for feature in self.features]
             lines += [f"  linear path, strongest {len(rows)} features", _table(rows)]
         return "\n".join(lines)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every line of these tables as numbers; of a term that is no pair the measured effects are None."""
+        terms = [("path", one) for one in (self.all_pairs, *self.biases)]
+        terms += [("pair", pair.written) for pair in self.pairs] + [("feature", one) for one in self.features]
+        measured = {id(pair.written): pair for pair in self.pairs}
+        return [
+            {"position": self.position, "token": self.token, "target": self.target, "kind": kind, "term": one.name}
+            | {name: getattr(one, name) for name in ("norm", "direct", "gradient")}
+            | {name: getattr(measured.get(id(one)), name, None) for name in ("frozen", "free", "flipped")}
+            | {name: getattr(one, name) for name in ("promotes", "suppresses")}
+            for kind, one in terms
+        ]
 
 
 def _table(rows: list[dict[str, str]]) -> str:

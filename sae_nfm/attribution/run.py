@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from sae_lens import SAE
 from tqdm.auto import tqdm
@@ -110,6 +111,37 @@ def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribu
     if config.save is not None:
         found.save(config.save)
     return found
+
+
+def attribution_table(
+    sae: SAE[Any],
+    model: LanguageModel,
+    text: str,
+    *,
+    token: str | Sequence[str] = "-1",
+    logit: str | None = None,
+    against: str | None = None,
+    rank_by: RankBy = "norm",
+    top: int = 8,
+) -> pd.DataFrame:
+    """What `sae-nfm attribute` prints of a text, as a data frame: a row for each term of each token. Also `sae_nfm.attribute`.
+
+    Columns:
+        position, token, target: which token, and what effects are on
+        kind, term: "path" (all pairs, biases), "pair" or "feature" (of the linear path), and which
+        norm, direct, gradient, frozen, free, flipped: as in the table; frozen, free and flipped of pairs only
+        promotes, suppresses: tokens, strongest first
+
+    Args:
+        token: positions (BOS is 0, the last one -1) or texts, or "all". The others are the command's options.
+
+    Raises a ValueError as the command.
+    """
+    attributable(sae)
+    tokens = (token,) if isinstance(token, str) else tuple(token)
+    config = AttributeConfig(prompt=text, token=tokens, logit=logit, against=against, rank_by=rank_by, top=top)
+    found = _prompt(model, sae, _prompt_tokens(model, text)[0], config)
+    return pd.DataFrame([row for one in found for row in one.rows()])
 
 
 def _prompt(

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from sae_nfm.common.files import write_json
+from sae_nfm.common.files import checked, write_json
 
 KIND = "kind"
 RESULTS_FILENAME, REPORT_FILENAME = "results.json", "report.html"
@@ -57,8 +57,9 @@ class SavedResult:
             FileNotFoundError: when there is no such file.
             ValueError: when the file is of another kind, or damaged.
         """
+        checked(path)
         try:
-            return as_result(cls, json.loads(Path(path).read_text()))
+            return as_result(cls, json.loads(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:  # JSON's and pydantic's are of this kind
             raise ValueError(
                 f"{path} is not a valid result of `{cls.command()}` ({error}); rerun the command to regenerate it"

@@ -22,7 +22,7 @@ from sae_nfm.architectures import (
     check_base,
     load_base,
 )
-from sae_nfm.common import check_output, partial_folder, publish
+from sae_nfm.common import check_output, publishing
 from sae_nfm.loading import check_folder, refuse_not_finite, sha256_of, write_note
 
 
@@ -34,11 +34,9 @@ def save_adapter(sae: SequentialNFM, path: str | Path, *, base: str | None = Non
     Raises:
         ValueError: when the base has no such name, or what is found there has other weights; nothing is written.
     """
-    check_output(str(path))
-    partial = partial_folder(str(path))
-    partial.mkdir(parents=True, exist_ok=True)
-    write_adapter(sae, partial, base)
-    publish(str(path))
+    check_output(path, "path", only_sae=True)
+    with publishing(path, "adapter") as made:
+        write_adapter(sae, made.folder, base)
     return Path(path)
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_nfm.common import reading
+from sae_nfm.common.files import checked as undamaged
 from sae_nfm.loading import check_state_dict
 
 FETCH_ANEW = "fetch it anew"
@@ -43,6 +44,7 @@ def check_file(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; a ValueError or FileNotFoundError when it is something else, or not there."""
     check_file(path)
+    undamaged(path)
     with reading(path, "JSON", remedy=FETCH_ANEW):
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
@@ -55,6 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; a ValueError or FileNotFoundError when it is damaged, or not there."""
     check_file(path)
+    undamaged(path)
     with reading(path, remedy=FETCH_ANEW):
         return load_file(path)
 

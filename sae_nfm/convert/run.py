@@ -9,7 +9,6 @@
 Each format has a module of its own, which says what the format computes. Nothing is written unless all of it was read.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_WEIGHTS_FILENAME, SPARSIFY_WEIGHTS_FILENAME
 
 from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.common import check_numbers, check_output, partial_folder, publish
+from sae_nfm.common import check_numbers, check_output, publishing
 from sae_nfm.common.file_errors import python_string
 from sae_nfm.convert import dictionary_learning, paper_author
 from sae_nfm.convert.dictionary_learning import dictionary_learning_loader
@@ -114,17 +113,16 @@ def convert(config: ConvertConfig) -> Converted:
         ValueError, FileNotFoundError: for a source that is damaged, mismatched, of an unknown kind or not there, an option that
             is missing or means nothing for it, an output that is something else. Nothing is written.
     """
-    check_output(str(config.output))
+    check_output(config.output, only_sae=True)
     form = detected(config.source) if config.format == "auto" else config.format
     _refuse_idle_options(config, form)
     sae = _read(config, form)
     _describe(sae, config, form)
-    partial = partial_folder(str(config.output))
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was interrupted
-    sae.save_model(partial)
+    with publishing(config.output, "convert") as made:
+        sae.save_model(made.folder)
     names = ("d_in", "d_sae", "k", "nfm_dim", "nfm_top_k")
     return Converted(
-        kept=publish(str(config.output)),
+        kept=made.kept,
         folder=config.output,
         format=form,
         architecture=sae.cfg.architecture(),

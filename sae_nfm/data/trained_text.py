@@ -21,11 +21,10 @@ import torch
 from numpy.typing import NDArray
 from sae_lens import ActivationsStore
 from sae_lens.saes.sae import SAEMetadata
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from sae_nfm import demo
-from sae_nfm.common import whole
+from sae_nfm.common import checked, whole
 from sae_nfm.common.file_errors import reading
 from sae_nfm.common.options import FETCHED_MODEL
 from sae_nfm.data.datasets import SMOLLM2_TEXT, TOKEN_COLUMNS, data_column, first_rows, local_dataset
@@ -65,6 +64,8 @@ class TextSketch:
 
     def save(self, folder: str | Path) -> None:
         """Write it into a folder."""
+        from safetensors.numpy import save_file  # importing the package stays cheap
+
         with whole(Path(folder) / FILENAME) as partial:
             save_file({"hashes": self.hashes, "largest": np.array([self.largest], np.uint64)}, partial)
 
@@ -81,7 +82,9 @@ class TextSketch:
         path = Path(folder) / FILENAME
         if not path.is_file():
             return None
-        with reading(path, "the sketch of a training text"):
+        from safetensors.numpy import load_file
+
+        with reading(checked(path), "the sketch of a training text"):
             tensors = load_file(path)
             return cls(hashes=tensors["hashes"], largest=int(tensors["largest"][0]))
 

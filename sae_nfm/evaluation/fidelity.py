@@ -35,13 +35,14 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from sae_nfm.common import ShortRepr
-from sae_nfm.data import TokenRows
+from sae_nfm.data import TokenRows, held_out_corpus, told_of_text
 from sae_nfm.evaluation import token_table
 from sae_nfm.evaluation.error_controls import summarise
 from sae_nfm.evaluation.results import Fidelity
 from sae_nfm.evaluation.token_table import Activations
 from sae_nfm.interventions import Intervention, Splice, counted_tokens, digest
-from sae_nfm.models import LanguageModel, check_finite, places_of, real_batches, real_tokens, run_rows
+from sae_nfm.loading import load_sae
+from sae_nfm.models import LanguageModel, check_finite, model_of, places_of, real_batches, real_tokens, run_rows
 
 __all__ = [
     "Arm",
@@ -49,6 +50,7 @@ __all__ = [
     "Outcome",
     "counted_tokens",
     "evaluate",
+    "evaluation_table",
     "held_out_sums",
     "measure",
     "outcomes",
@@ -216,6 +218,47 @@ def evaluate(
             for name, outcome in outcomes(model, batch, interventions, **settings):
                 sums[name].add(outcome)
     return {name: s.fidelity() for name, s in sums.items()}
+
+
+def evaluation_table(
+    saes: Sequence[str | Path],
+    *,
+    held_out: str | None = None,
+    split: str = "validation",
+    model: str | None = None,
+    n_tokens: int = 20_000,
+    context_size: int | None = None,
+    device: str = "cpu",
+) -> pd.DataFrame:
+    """Several saved SAEs spliced into one language model, on the same held-out tokens: a row each, by name.
+
+    Columns are architecture, hook_name, d_sae, those of `Fidelity`, and `text`: whether that SAE was trained on it.
+
+    Args:
+        saes: folders, or release:sae_id, each once; of any architectures and hook points of one model.
+        held_out, split, model, context_size: as the options of `sae-nfm evaluate`.
+        n_tokens: held-out tokens, at most.
+
+    Raises a ValueError or FileNotFoundError for an SAE, model or text that does not work, or SAEs of several models.
+    """
+    loaded = {str(name): load_sae(str(name), device=device).eval() for name in saes}
+    if not loaded or len(loaded) < len(saes):
+        raise ValueError(f"the SAEs are {list(map(str, saes))}; give at least one, each once")
+    first = next(iter(loaded.values()))
+    names = {str(sae.cfg.metadata.model_name) for sae in loaded.values()}
+    if model is None and len(names) > 1:
+        raise ValueError(f"the SAEs are of the models {', '.join(sorted(names))}; give those of one, or --model")
+    language_model, _ = model_of(first, device, model_name=model)
+    where: dict[str, Any] = {"model_name": model, "dataset_path": held_out, "split": split, "n_tokens": n_tokens}
+    rows = held_out_corpus(language_model, first, context_size=context_size, **where)
+    found = evaluate(language_model, rows.tokens, [Arm(name=name, sae=sae) for name, sae in loaded.items()])
+    lines = [
+        {"architecture": sae.cfg.architecture(), "hook_name": sae.cfg.metadata.hook_name, "d_sae": sae.cfg.d_sae}
+        | vars(found[name])
+        | {"text": told_of_text(language_model, rows.tokens, metadata=sae.cfg.metadata, folder=name, source=held_out)}
+        for name, sae in loaded.items()
+    ]
+    return pd.DataFrame(lines, index=pd.Index(loaded, name="sae"))
 
 
 @torch.no_grad()

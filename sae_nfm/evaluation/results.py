@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from typing_extensions import override
 
-from sae_nfm.common import listed, printable
+from sae_nfm.common import listed, printable, read_json
 from sae_nfm.common.results import SavedResult
 from sae_nfm.interventions.results import EQUAL_DISTANCE, UNDER_TEST, Role
 from sae_nfm.stats import Estimate
@@ -88,7 +88,7 @@ class MeasuredKL(SavedResult):
 
 def lacks_summary(folder: Path) -> bool:
     """Whether the measurement in a folder is one of an SAE beside its controls and `summary.json` is missing."""
-    arms = json.loads((folder / MANIFEST_FILENAME).read_text()).get("arms", {})
+    arms = read_json(folder / MANIFEST_FILENAME).get("arms", {})
     return {UNDER_TEST, EQUAL_DISTANCE[0]} <= set(arms) and not (folder / SUMMARY_FILENAME).is_file()
 
 

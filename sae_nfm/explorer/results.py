@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_nfm.common import ShortRepr, reading, whole
+from sae_nfm.common import ShortRepr, checked, reading, whole
 from sae_nfm.common.results import without_kind
 
 FULL = 255
@@ -180,6 +180,7 @@ class Explorer:
         path = Path(path) / FILENAME if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}; give an {FILENAME}, or make one with `sae-nfm explore`")
+        checked(path)
         with reading(path, f"an undamaged {FILENAME}", remedy=REMEDY), gzip.open(path) as packed:
             text = packed.read(LARGEST + 1)
             if len(text) > LARGEST:

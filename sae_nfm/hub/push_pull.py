@@ -11,18 +11,28 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token, snapshot_download
 from huggingface_hub.hf_api import RepoFile
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from sae_nfm.common import LOG_IN, check_writable, explained, python_string, quoted, reading, writing
+from sae_nfm.common import (
+    LOG_IN,
+    check_writable,
+    checked,
+    differences,
+    explained,
+    publishing,
+    python_string,
+    quoted,
+    reading,
+    seal,
+    writing,
+)
 from sae_nfm.common.results import REPORT_FILENAME, RESULTS_FILENAME
 from sae_nfm.comparison.results import CompareResult, RowKind
 from sae_nfm.hub.card import CardSAE, model_card, without_folders
@@ -113,7 +123,9 @@ def saved_saes(source: str | Path, *, sae_id: str | None = None, names: Sequence
 
 def _of_a_demo(source: Path, names: Sequence[str]) -> SavedSAEs:
     results, report = source / RESULTS_FILENAME, source / REPORT_FILENAME
-    rows = [row for row in CompareResult.load(results).rows if row.kind is RowKind.TRAINED]
+    result = CompareResult.load(results)
+    refuse_mixed(source, result, names)
+    rows = [row for row in result.rows if row.kind is RowKind.TRAINED]
     explained = {row.arm: 1 - row.fvu for row in rows if row.fvu is not None}
     shared = source / "saes" / RUNNER_CFG_FILENAME  # of 0.1.0: one file for all
     saes = tuple(
@@ -127,9 +139,24 @@ def _of_a_demo(source: Path, names: Sequence[str]) -> SavedSAEs:
     return SavedSAEs(saes=saes, results=results, report=report if report.is_file() else None)
 
 
+def refuse_mixed(source: Path, result: CompareResult, names: Sequence[str]) -> None:
+    """Raise a ValueError where files in a run's folder, or the SAEs beside its results, are of another run."""
+    parts = {RESULTS_FILENAME, REPORT_FILENAME, *(f"saes/{name}" for name in names)}
+    told = [f"{what}: {said}" for what, said in differences(source) if "/".join(what.split("/")[:2]) in parts]
+    weights: dict[str, str] = result.provenance.get("saes", {})
+    for name in names if weights else ():
+        if weights.get(f"saes/{name}") != sha256(source / "saes" / name / SAE_WEIGHTS_FILENAME):
+            told.append(f"{RESULTS_FILENAME} is not of the SAE in saes/{name}")
+    if told:
+        raise ValueError(
+            f"what is in {str(source)!r} does not belong together: {'; '.join(told[:4])}. Restore it or run the command again; "
+            f"an edit that is meant is accepted by `sae-nfm manifest {source}`, as long as the weights are those of the results"
+        )
+
+
 def _json_object(path: Path) -> dict[str, Any]:
     """A JSON object; a ValueError that names the file where it is something else."""
-    with reading(path, "a JSON object"):
+    with reading(checked(path), "a JSON object"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
@@ -290,7 +317,8 @@ def pull(config: PullConfig) -> Pulled:
             allow_patterns=[*BESIDE, *(f"{glob.escape(sae.path)}/*" for sae in release.saes)],
             force_download=config.force_download,
         )
-    with writing(output), _new_folder(output) as partial:
+    with writing(output), publishing(output, "pull") as made:
+        partial = made.folder
         _copy(Path(snapshot), partial, BESIDE)
         for sae in release.saes:
             _copy(Path(snapshot), partial, [f"{sae.path}/{name}" for name in (*sae.sha256, RUNNER_CFG_FILENAME)])
@@ -301,23 +329,8 @@ def pull(config: PullConfig) -> Pulled:
                         f"{what} is missing, though {RELEASE_FILENAME} lists it; ask who published it"
                     )
                 check_sha256(file, digest, what)
+            seal(partial / sae.path)
     return Pulled(folder=output, commit=commit, release=release)
-
-
-@contextmanager
-def _new_folder(output: Path) -> Generator[Path]:
-    """A folder of a name of its own beside the output, renamed to it in the end; removed after an exception."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    try:
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
-        yield partial
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _to_commit(config: PushConfig, saved: SavedSAEs, info: ModelInfo) -> tuple[Release, Contents]:

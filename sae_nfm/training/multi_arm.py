@@ -33,7 +33,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm.architectures import random_initialisation
-from sae_nfm.common import write_json
+from sae_nfm.common import final_path, read_json, seal, write_json
+from sae_nfm.common.files import begin
 from sae_nfm.loading import quiet_saelens
 from sae_nfm.training.recorder import record_training
 from sae_nfm.training.results import RECORD_FILENAME, TRAINED_FILENAME, Trained, read_training_record, record_line
@@ -148,7 +149,7 @@ def _refuse_others(name: str, settings: Mapping[str, Any], was: Mapping[str, Any
 def _claim_round(unfinished: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Write down the settings of arms that begin, or compare them with those that they began with."""
     file = unfinished / BEGUN_FILENAME
-    was = json.loads(file.read_text()) if file.is_file() else {}
+    was = read_json(file) if file.is_file() else {}
     for name, own in settings.items():
         _refuse_others(name, own, was.get(name, own), f"its training in {unfinished} was begun")
     write_json(file, was | dict(settings))
@@ -180,6 +181,8 @@ def _rounds(names: Sequence[str], unfinished: Path) -> list[tuple[list[str], Pat
         elif members := [name for name in left if (checkpoint / name).is_dir()]:
             rounds.append((members, begun))
             left = [name for name in left if name not in members]
+        else:  # all of them are finished
+            shutil.rmtree(begun)
     if left:
         taken = [int(path.name) for path in unfinished.iterdir()] if unfinished.is_dir() else []
         rounds.append((left, unfinished / str(max(taken, default=0) + 1)))
@@ -204,7 +207,7 @@ def _train_round(
 ) -> Mapping[str, str]:
     """Train arms to their end; returns why, for those that diverged."""
     file = unfinished / DIVERGED_FILENAME
-    failed: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    failed: dict[str, str] = read_json(file) if file.is_file() else {}
     arms = {name: arm for name, arm in arms.items() if name not in failed}
     if not arms:
         return failed
@@ -232,15 +235,18 @@ def _train_round(
         made = unfinished / "saes" / name
         # SAELens's file of settings is of all SAEs that it trained together
         cfg = json.loads((made.parent / RUNNER_CFG_FILENAME).read_text())
-        rates = {"lr": learning_rates[name], "lr_end": learning_rates[name] / 10}
-        (made / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg | {"saes": {name: cfg["saes"][name]}} | rates))
+        own = {"lr": learning_rates[name], "lr_end": learning_rates[name] / 10, "saes": {name: cfg["saes"][name]}}
+        own |= {"output_path": str(final_path(folder / name)), "checkpoint_path": None, "resume_from_checkpoint": None}
+        (made / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg | own))
         (made / RECORD_FILENAME).write_text("".join(record_line(line) for line in lines if line["sae"] == name))
+        begin(made, {}, mark=False)
         Trained(
             arm=name,
             parameters=parameters[name],
             tokens_per_second=record.tokens_per_second(name),
             settings=_settings(stream, arm, learning_rates[name]),
         ).save(made / TRAINED_FILENAME)
+        seal(made)
         folder.mkdir(parents=True, exist_ok=True)
         made.rename(folder / name)
     return failed

@@ -106,11 +106,10 @@ def record_training(
         recorder = _Recorder(runner, file, every, held_out)
 
         def listen(trainer: Any) -> Any:
-            earlier: list[dict[str, Any]] = []
-            if left is not None:
-                # another run may have left that file; the checkpoint has the lines of its own, one of 0.1.0 has not
-                own = Path(str(runner.cfg.resume_from_checkpoint)) / CHECKPOINT_RECORD
-                earlier = read_training_record(own if own.is_file() else left, unfinished=True)
+            # the checkpoint has the lines of its own run, one of 0.1.0 has not; another run may have left that file
+            own = Path(str(runner.cfg.resume_from_checkpoint)) / CHECKPOINT_RECORD
+            source = own if own.is_file() else left
+            earlier = [] if source is None else read_training_record(source, unfinished=True)
             recorder.attach(trainer, earlier)
             return run_trainer(trainer)
 

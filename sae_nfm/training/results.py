@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from typing_extensions import override
 
+from sae_nfm.common import checked
 from sae_nfm.common.results import SavedResult, with_kind, without_kind
 
 RUNNER_CFG_FILENAME = "runner_cfg.json"
@@ -53,7 +54,8 @@ def record_line(line: Mapping[str, Any]) -> str:
 
 def read_training_record(path: str | Path, *, unfinished: bool = False) -> list[dict[str, Any]]:
     """The lines written by `record_training`; with `unfinished`, a last line that was cut is left out."""
-    lines = Path(path).read_text().splitlines(keepends=True)
+    text = Path(path).read_text(encoding="utf-8") if unfinished else checked(path).read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
     return [without_kind(RECORD_KIND, json.loads(line)) for line in lines if line.endswith("\n") or not unfinished]
 
 

@@ -21,12 +21,14 @@ takes out of the training stream is then not repeated exactly (`record_training(
 
 import json
 import os
+import shlex
 import shutil
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
@@ -42,7 +44,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_nfm.data import TextSketch
+from sae_nfm import data
+from sae_nfm.common import DamagedFileError, check_digests, locked, seal
 from sae_nfm.training.activation_stream import ActivationStream, DataLostError, NotFiniteError, StreamState
 from sae_nfm.training.settings import ALLOWED, RunnerConfig, check_settings, first_difference, read_settings
 
@@ -236,6 +239,11 @@ class _ExactRun:
     def _resume(self, runner: Runner, folder: Path) -> None:
         """Before SAELens begins: with prefetching, its thread starts to draw before it reads the checkpoint."""
         runner.cfg.resume_from_checkpoint, self.saved = str(folder), folder
+        try:
+            for inside in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
+                check_digests(inside)
+        except DamagedFileError as error:
+            raise ValueError(f"{error}; or resume from another checkpoint") from error
         for name, sae in self.saes.items():
             _keep_folded(sae.cfg, folder / name / SAE_CFG_FILENAME)
         file = folder / STREAM_STATE_FILENAME
@@ -256,7 +264,7 @@ class _ExactRun:
             )
         self.resumed = file
         self.stream.restore(state)
-        if (text := TextSketch.load(folder)) is not None:  # of earlier epochs too
+        if (text := data.TextSketch.load(folder)) is not None:  # of earlier epochs too
             self.stream.text.add_sketch(text)
         store: Any = runner.activations_store
         # the stream stands further than at the row that SAELens would load
@@ -414,10 +422,17 @@ class _ExactRun:
                 save(checkpoint_name, **where, **kwargs)
                 return
             unfinished, finished = Path(base) / f"{checkpoint_name}.partial", Path(base) / checkpoint_name
+            if unfinished.is_symlink():  # whoever made it, nothing is written where it leads
+                unfinished.unlink()
             shutil.rmtree(unfinished, ignore_errors=True)
             save(unfinished.name, **where, **kwargs)
-            shutil.rmtree(finished, ignore_errors=True)
+            seal(unfinished)
+            older = Path(base) / f".{checkpoint_name}.older.partial"
+            if finished.is_dir():
+                shutil.rmtree(older, ignore_errors=True)
+                finished.rename(older)
             os.replace(unfinished, finished)
+            shutil.rmtree(older, ignore_errors=True)
             self.saved = finished
 
         trainer.save_checkpoint = save_whole
@@ -550,7 +565,9 @@ def layer_runners(layer: Callable[[type, str, Callable[[Any], Any]], None], arch
             saes = self.saes.values() if isinstance(self, MultiSAETrainingRunner) else [self.sae]
             if any(sae.cfg.architecture() in architectures for sae in saes):
                 exact_resume(self)
-            return original(self, *args, **kwargs)
+            path = self.cfg.checkpoint_path if self in _RUNS else None
+            with nullcontext() if path is None else locked(Path(path), shlex.join(sys.argv)):
+                return original(self, *args, **kwargs)
 
         return exact_run
 

@@ -43,7 +43,7 @@ from sae_nfm.architectures import (
     primary_digest,
 )
 from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.common import check_number, check_output, discard_unstarted, partial_folder, publish, remark
+from sae_nfm.common import check_number, check_output, partial_folder, publishing, remark
 from sae_nfm.common.file_errors import python_string
 from sae_nfm.common.options import DEFAULT_HOOKS, FETCHED_MODEL
 from sae_nfm.convert import topk_by_name, warm_started, write_adapter
@@ -343,7 +343,7 @@ def train(arguments: TrainArguments) -> Trained:
     """
     refuse_several_processes()
     cfg = arguments.cfg
-    check_output(cfg.output_path)
+    check_output(cfg.output_path, "output_path", only_sae=True)
     others = load_others(arguments.others, cfg)
     model = fit_to_model(arguments, others)
     dataset, held_out = _data(arguments)
@@ -354,8 +354,16 @@ def train(arguments: TrainArguments) -> Trained:
         others.sign(runner.sae.cfg.metadata)
         _check_runner(runner, held_out)
         exact_resume(runner)
+        command = shlex.join(["sae-nfm", "train", *arguments.argv])
+        resumed = cfg.resume_from_checkpoint is not None
+        output = (
+            nullcontext()
+            if cfg.output_path is None
+            else publishing(cfg.output_path, "train", command=command, keep=resumed, leave=True)
+        )
         try:
-            _run(runner, arguments, held_out)
+            with output as made:
+                _run(runner, arguments, held_out, None if made is None else made.folder)
         except (KeyboardInterrupt, InterruptedException):
             raise InterruptedException(how_to_go_on(arguments, last_checkpoint(runner))) from None
         except DataLostError as lost:
@@ -363,32 +371,26 @@ def train(arguments: TrainArguments) -> Trained:
     checkpoints = Path(cfg.checkpoint_path) if cfg.checkpoint_path else None
     return Trained(
         folder=None if cfg.output_path is None else Path(cfg.output_path),
-        kept=None if cfg.output_path is None else publish(cfg.output_path),
+        kept=None if made is None else made.kept,
         checkpoints=checkpoints if checkpoints and checkpoints.is_dir() else None,
     )
 
 
-def _run(runner: WholeRunner, arguments: TrainArguments, held_out: Any) -> None:
+def _run(runner: WholeRunner, arguments: TrainArguments, held_out: Any, folder: Path | None) -> None:
     cfg, record = arguments.cfg, arguments.record
     recorded = nullcontext()
-    if cfg.output_path is not None:
-        partial = partial_folder(cfg.output_path)
-        if cfg.resume_from_checkpoint is None:  # else the record of the interrupted run goes on
-            shutil.rmtree(partial, ignore_errors=True)
+    if folder is not None:
         evaluated = None
         if held_out is not None:
             evaluated = HeldOut(dataset=held_out, every=record.evaluate_every, n_batches=cfg.n_eval_batches)
-        recorded = record_training(runner, partial / RECORD_FILENAME, every=record.record_every, held_out=evaluated)
+        recorded = record_training(runner, folder / RECORD_FILENAME, every=record.record_every, held_out=evaluated)
     try:
         with recorded:
             runner.run()
     except FloatingPointError:  # what is not finite is no result, and nothing goes on from it
-        if cfg.output_path is not None:
-            shutil.rmtree(partial_folder(cfg.output_path))
+        for left in [] if folder is None else folder.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         raise
-    finally:
-        if cfg.output_path is not None and partial_folder(cfg.output_path).is_dir():
-            discard_unstarted(cfg.output_path)
 
 
 def fit_to_model(arguments: TrainArguments, others: LoadedSAEs) -> LanguageModel | None:

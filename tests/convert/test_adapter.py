@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_nfm.architectures.sequential_config import SequentialNFMTrainingSAEConfig
 from sae_nfm.architectures.sequential_training import SequentialNFMTrainingSAE
+from sae_nfm.common.manifest import ManifestConfig, accept
 from sae_nfm.convert.adapter import load_adapter, save_adapter
 from sae_nfm.hub.release import FolderSource, register_release, release_entry
 
@@ -34,6 +35,7 @@ def other_weights(folder: Path, change) -> None:
     weights = load_file(folder / SAE_WEIGHTS_FILENAME)
     change(weights)
     save_file(weights, folder / SAE_WEIGHTS_FILENAME)
+    accept(ManifestConfig(path=str(folder / SAE_WEIGHTS_FILENAME)))  # what the SAE itself notices
 
 
 def test_an_adapter_is_the_nfm_alone_and_loads_as_the_same_function(sae, tmp_path):

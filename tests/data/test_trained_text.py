@@ -7,7 +7,7 @@ from builders import tiny_model, token_dataset
 from sae_lens.saes.sae import SAEMetadata
 
 from sae_nfm.common import not_held_out
-from sae_nfm.data.trained_text import FEWEST, LENGTH, MOST, SketchCollector, TextSketch, told_of_text
+from sae_nfm.data.trained_text import FEWEST, FILENAME, LENGTH, MOST, SketchCollector, TextSketch, told_of_text
 
 BOS = 0
 
@@ -72,7 +72,7 @@ def test_a_long_text_leaves_a_sample(tmp_path):
 
 def test_a_damaged_sketch_is_an_error_of_its_file(tmp_path):
     TextSketch.of([np.arange(1, 31)], []).save(tmp_path)
-    (path,) = tmp_path.iterdir()
+    path = tmp_path / FILENAME
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"training_text\.safetensors"):
         TextSketch.load(tmp_path)

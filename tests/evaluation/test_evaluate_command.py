@@ -15,10 +15,12 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.training.activation_scaler import ActivationScaler
 from tiny_models import write_checkpoint
 
+import sae_nfm
 from sae_nfm.data.datasets import local_dataset
+from sae_nfm.evaluation.fidelity import Arm, evaluate
 from sae_nfm.evaluation.results import Evaluation
 from sae_nfm.evaluation.saelens_evals import EvaluateConfig, evaluate_saved, notes_on
-from sae_nfm.loading.saelens import quiet_saelens
+from sae_nfm.loading.saelens import load_sae, quiet_saelens
 from sae_nfm.models.load import load_model
 from sae_nfm_cli import main
 
@@ -278,6 +280,26 @@ def test_metadata_that_says_too_little(shared, tmp_path):
         folder = saved(shared, tmp_path / field, inference_sae(bare), **{field: None})
         with pytest.raises(ValueError, match=message):
             evaluate_saved(EvaluateConfig(sae=folder))
+
+
+def test_several_saved_saes_in_one_table(shared, tmp_path):
+    """Each as `evaluate` has it alone, on the same tokens."""
+    made = {"joint_nfm": inference_sae(training_config("joint_nfm"), seed=1), "standard": other_sae(StandardSAEConfig)}
+    folders = [saved(shared, tmp_path / name, sae) for name, sae in made.items()]
+    data = str(shared / "tokens.parquet")
+    table = sae_nfm.evaluation_table(folders, held_out=data)
+    assert list(table.index) == folders
+    assert list(table["architecture"]) == ["joint_nfm", "standard"]
+    model, rows = load_model(shared / "model"), torch.tensor(local_dataset(data)["tokens"])
+    for folder in folders:
+        alone = evaluate(model, rows, [Arm(name="x", sae=load_sae(folder).eval())], show_progress=False)["x"]
+        assert {name: table.loc[folder, name] for name in vars(alone)} == pytest.approx(vars(alone), rel=1e-6)
+    assert table["text"].str.startswith("training tokens").all()
+    with pytest.raises(ValueError, match="each once"):
+        sae_nfm.evaluation_table([folders[0], folders[0]])
+    saved(shared, tmp_path / "standard", made["standard"], model_name="other")
+    with pytest.raises(ValueError, match=r"models .*other"):
+        sae_nfm.evaluation_table(folders, held_out=data)
 
 
 def evaluated(folder: str, capsys, *more: str) -> tuple[dict[str, float], str]:

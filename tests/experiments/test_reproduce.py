@@ -184,7 +184,7 @@ def test_a_finished_comparison_is_read(config, result, tmp_path):
             assert one == replace(before, controlled=None, control=f"{before.control}: there is none here")
         else:
             assert one == before
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.json", "rows"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["digests.json", "results.json", "rows"]
 
 
 @pytest.mark.parametrize(

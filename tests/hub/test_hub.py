@@ -23,10 +23,11 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file, save_file
 
 from sae_nfm import JointNFMSAE
-from sae_nfm.common import FileError
+from sae_nfm.common import FileError, seal
+from sae_nfm.common.manifest import ManifestConfig, accept
 from sae_nfm.hub import release as releases
 from sae_nfm.hub.push_pull import PullConfig, PushConfig, Pushed, pull, push
-from sae_nfm.hub.release import HubSource, register_release, register_releases
+from sae_nfm.hub.release import HubSource, register_release, register_releases, sha256
 
 REPO, ID = "user/saes", "blocks.0.hook_resid_post"
 
@@ -108,7 +109,13 @@ def test_what_is_pulled_loads_from_disk_bit_by_bit(hub, saved, tmp_path):
     pulled = pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
     files = {str(path.relative_to(pulled.folder)) for path in pulled.folder.rglob("*") if path.is_file()}
     names = ("cfg.json", "sae_weights.safetensors", "runner_cfg.json")
-    assert files == {"README.md", "pretrained.yaml", *(f"mine/{name}" for name in names)}
+    assert files == {
+        "README.md",
+        "pretrained.yaml",
+        "digests.json",
+        "mine/digests.json",
+        *(f"mine/{name}" for name in names),
+    }
     assert all((pulled.folder / "mine" / name).read_bytes() == (saved / name).read_bytes() for name in names)
     sae = SAE.load_from_disk(pulled.folder / "mine")
     assert same_weights(sae, saved)
@@ -123,7 +130,7 @@ def test_demo_output_goes_with_its_table_and_report(hub, demo_output, tmp_path):
     push(PushConfig(source=demo_output, repo_id=REPO))
     folder = pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled")).folder
     assert {path.name for path in folder.iterdir()} == {
-        "joint", "topk", "README.md", "pretrained.yaml", "results.json", "report.html",
+        "joint", "topk", "README.md", "pretrained.yaml", "results.json", "report.html", "digests.json",
     }  # fmt: skip
     assert (folder / "report.html").read_text() == "<p>report</p>"
     listed = yaml.safe_load((folder / "pretrained.yaml").read_text())[REPO]["saes"]
@@ -138,6 +145,29 @@ def test_demo_output_goes_with_its_table_and_report(hub, demo_output, tmp_path):
     only = pull(PullConfig(repo_id=REPO, output=tmp_path / "only", saes=("topk",))).folder
     assert not (only / "joint").exists()
     assert (only / "topk" / "cfg.json").is_file()
+
+
+def test_files_of_two_runs_are_not_published_together(hub, demo_output):
+    """As where one SAE is another's: told apart by the digests of the run, and by the weights that its results name."""
+    other = inference_sae(training_config("joint_nfm"), seed=5)
+    seal(demo_output / "saes" / "joint")
+    seal(demo_output)
+    other.save_model(demo_output / "saes" / "joint")  # whole in itself
+    with pytest.raises(ValueError, match=r"does not belong together: saes/joint: it is not the one that the run wrote"):
+        push(PushConfig(source=demo_output, repo_id=REPO))
+    weights = {
+        f"saes/{name}": sha256(demo_output / "saes" / name / "sae_weights.safetensors") for name in ("joint", "topk")
+    }
+    result = compared_once()
+    replace(result, provenance=result.provenance | {"saes": weights | {"saes/joint": "0"}}).save(
+        demo_output / "results.json"
+    )
+    accept(ManifestConfig(path=str(demo_output)))
+    with pytest.raises(ValueError, match=r"results\.json is not of the SAE in saes/joint"):
+        push(PushConfig(source=demo_output, repo_id=REPO))
+    assert not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
+    replace(result, provenance=result.provenance | {"saes": weights}).save(demo_output / "results.json")
+    push(PushConfig(source=demo_output, repo_id=REPO))
 
 
 def test_a_second_push_keeps_what_is_there(hub, demo_output, saved):
@@ -342,6 +372,7 @@ def test_a_pull_removes_nothing_and_follows_no_link(hub, saved, tmp_path):
     mine.mkdir()
     (mine / "mine.txt").write_text("mine")
     pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
+    mine = tmp_path / "pulled.1.partial"  # out of the way
     assert (mine / "mine.txt").read_text() == "mine"
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"link'.*exists"):
@@ -402,7 +433,7 @@ def test_sources_that_are_nothing_to_push(hub, saved, demo_output, tmp_path):
         PushConfig(source=saved, repo_id="saes")
     weights = saved / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(saved))}'.*damaged"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(saved))}.*damaged"):
         push(PushConfig(source=saved, repo_id=REPO))
     assert not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
 

@@ -238,7 +238,7 @@ def test_entry_has_the_digests_of_the_files(saved):
     assert release_entry(saved, path="a/b").path == "a/b"
     assert dict(entry.sha256) == {name: hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in FILES}
     (saved / "sae_weights.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(saved))}'.*damaged"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(saved))}.*damaged"):
         release_entry(saved)
     with pytest.raises(FileNotFoundError, match=re.escape(str(saved / "none"))):
         release_entry(saved / "none")

@@ -23,7 +23,16 @@ from sae_nfm.explorer.activations import firings_of
 from sae_nfm.interventions import Edit, PairEdit, SecondarySplice, Splice, path_means
 from sae_nfm.interventions.edits import editing
 from sae_nfm.interventions.steering import steering
-from sae_nfm.models import counted_tokens, load_model, loader_kwargs, model_of, real_tokens, run_rows, tokens_read
+from sae_nfm.models import (
+    counted_tokens,
+    load_model,
+    loader_kwargs,
+    masked_padding,
+    model_of,
+    real_tokens,
+    run_rows,
+    tokens_read,
+)
 
 PLACES = {
     "HookedTransformer": "blocks.0.hook_resid_post",
@@ -444,3 +453,18 @@ def test_the_model_is_loaded_as_the_metadata_say(tmp_path):
     assert loader_kwargs(sae.cfg.metadata, str(folder)) == given
     assert loader_kwargs(sae.cfg.metadata, "elsewhere") == {"dtype": "bfloat16", "fold_ln": True}
     assert loader_kwargs(sae.cfg.metadata, str(folder), "HookedTransformer") == {"dtype": "bfloat16"}
+
+
+@torch.no_grad()
+@for_kinds
+def test_padding_is_masked_for_saelens(models, saes, padded, kind):
+    """What SAELens's evaluation gives to a model without a mask, and an error term, which leaves the model as it is."""
+    model, (alone, rows) = models[kind], padded
+    with masked_padding(model):
+        found = model(rows)
+        for n, row in enumerate(alone):
+            torch.testing.assert_close(found[n, -len(row) :], model(row[None])[0], **ROUNDING)
+    assert not torch.equal(model(rows)[1], found[1])
+    with Splice(sae=saes[kind], use_error_term=True).on(model) as trace:
+        model(alone[0][None])
+        torch.testing.assert_close(trace.x_hat, trace.x, **ROUNDING)

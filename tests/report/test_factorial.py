@@ -8,7 +8,9 @@ from report_inputs import CELLS, LEVELS, RUN, factorial_experiment, figures_by_n
 from report_runs import run_of
 from scipy import stats
 
+from sae_nfm.experiments.factorial.clamps import arms as planned_arms
 from sae_nfm.experiments.factorial.clamps import cell_estimates, contrast_estimate
+from sae_nfm.experiments.factorial.results import Unit, few_stimuli
 from sae_nfm.report.blocks import Table
 from sae_nfm.report.chapters import factorial as factorial_chapter
 from sae_nfm.report.page import section_html
@@ -61,6 +63,27 @@ def test_what_old_files_have_for_an_f_near_0_is_not_defined():
     old_result = replace(result, selected=(old,))
     assert "0.000 [not defined]" in old_result.words()
     assert "0.000 [not defined]" in section_html(factorial_chapter.section(run_of(RUN, old_result)))
+
+
+def test_a_feature_selected_for_both_factors_is_told_of_and_clamped_once():
+    unit = Unit(kind="feature", index=(5,), role="a (main effect)", control=False, typical=2.0, frequency=0.5)
+    units = [unit, replace(unit, role="b (main effect)")]
+    planned = planned_arms(None, units, [1.0, 4.0], [2.0], ("a (main effect)", "b (main effect)"))
+    assert [arm.edits[0].value for arm in planned] == [2.0, 8.0]  # 2 is 1 x typical
+    result = factorial_experiment()
+    chosen = tuple(replace(result.selected[0], unit=one) for one in units)
+    told = "Feature 5 was selected for a and b alike"
+    assert told in replace(result, selected=chosen).words()
+    assert told in section_html(factorial_chapter.section(run_of(RUN, replace(result, selected=chosen))))
+    assert told not in result.words()
+
+
+def test_few_stimuli_deserve_a_warning():
+    result = factorial_experiment()
+    cells = [{"sentences": ["x"] * n} for n in (20, 5, 20, 20)]
+    few = {**result.provenance, "stimuli": {**result.provenance["stimuli"], "cells": cells}}
+    assert "A cell has 3 stimuli to test on, fewer than 8" in replace(result, provenance=few).words()
+    assert few_stimuli(8) == ""
 
 
 def test_lines_of_a_panel_are_the_cells(run):

@@ -360,7 +360,7 @@ def test_no_checkpoint_there(finished, tmp_path):
 def test_damaged_state(finished, checkpoint, tmp_path):
     path = checkpoint / STREAM_STATE_FILENAME
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is damaged .*another checkpoint"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.? is damaged "):
         resume(finished, checkpoint, tmp_path)
 
 

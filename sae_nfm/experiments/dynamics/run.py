@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_nfm.analysis import gauge, read_activations
-from sae_nfm.common import check_numbers, check_positive, provenance, whole
+from sae_nfm.common import check_numbers, check_output, check_positive, provenance, publishing, write_parquet
 from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import held_out_rows, open_dataset, own_text, told_of_text
 from sae_nfm.experiments.dynamics import measure
@@ -64,6 +65,16 @@ def run_dynamics(cfg: DynamicsConfig, *, command: str | None = None) -> Dynamics
         ValueError, FileNotFoundError: for folders without checkpoints, of another architecture or hook point, a model or text
             that does not work; nothing is written.
     """
+    check_output(cfg.output)
+    with publishing(cfg.output, "dynamics", command=command) as made:
+        result, features = _dynamics(cfg, command)
+        write_parquet(features, made.folder / "features.parquet")
+        result.save(made.folder / "results.json")
+    return result
+
+
+def _dynamics(cfg: DynamicsConfig, command: str | None) -> tuple[DynamicsResult, pd.DataFrame]:
+    """The result, and a row for each run, checkpoint and feature."""
     check_device(cfg.device)
     runs = {measure.RUN: measure.checkpoints_of_run(cfg.checkpoints)}
     if cfg.reference is not None:
@@ -96,10 +107,7 @@ def run_dynamics(cfg: DynamicsConfig, *, command: str | None = None) -> Dynamics
             sae_config=first.cfg.to_dict(),
         ),
     )
-    with whole(Path(cfg.output) / "features.parquet") as partial:
-        measure.trajectories(found).to_parquet(partial, index=False)
-    result.save(Path(cfg.output) / "results.json")
-    return result
+    return result, measure.trajectories(found)
 
 
 def _activations(cfg: DynamicsConfig, sae: SAE[Any], last: Path) -> tuple[Tensor, Tensor, str]:

@@ -13,7 +13,6 @@ Source: arXiv 2507.00269 (2x2 experiment), with the tests done over.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_nfm.architectures import NFMPaths
-from sae_nfm.common import check_numbers, check_positive, provenance, remark, whole
+from sae_nfm.common import check_numbers, check_output, check_positive, provenance, publishing, remark, write_parquet
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions
 from sae_nfm.data import told_of_text
 from sae_nfm.experiments.factorial import clamps, measure
@@ -98,15 +97,16 @@ def run_factorial(cfg: FactorialConfig, *, command: str | None = None) -> Factor
     Raises:
         ValueError, FileNotFoundError: for stimuli, an SAE or a model that do not work or do not go together.
     """
+    check_output(cfg.output)
     check_device(cfg.device)
     stimuli = load_stimuli(cfg.stimuli)
     sae = load_sae(cfg.sae, device=cfg.device).eval()
     secondary = None if cfg.secondary is None else load_sae(cfg.secondary, device=cfg.device).eval()
     model, _ = model_of(sae, cfg.device, model_name=cfg.model)
-    result, rows = factorial(model, sae, stimuli, cfg, secondary=secondary, command=command)
-    with whole(Path(cfg.output) / "changes.parquet") as partial:
-        rows.to_parquet(partial)
-    result.save(Path(cfg.output) / "results.json")
+    with publishing(cfg.output, "factorial", command=command) as made:
+        result, rows = factorial(model, sae, stimuli, cfg, secondary=secondary, command=command)
+        write_parquet(rows, made.folder / "changes.parquet")
+        result.save(made.folder / "results.json")
     return result
 
 

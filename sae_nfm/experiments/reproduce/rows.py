@@ -31,6 +31,7 @@ from torch import Tensor
 from sae_nfm import demo
 from sae_nfm.analysis import FigureRow, gains_of_arms, linear_part
 from sae_nfm.architectures import SequentialNFMTrainingSAEConfig, check_primary, primary_digest
+from sae_nfm.common import final_path
 from sae_nfm.comparison import ablations
 from sae_nfm.comparison.results import Answer, ArmName, ClaimKind, Paths
 from sae_nfm.data import TokenRows
@@ -191,7 +192,7 @@ def train_sequential(
     base, joint = (Trained.load(folder / name).settings for name in (BASE, ArmName.JOINT))
     stream = _stream(base)
     nfm: dict[str, Any] = {name: joint[name] for name in ("nfm_dim", "nfm_top_k", "nfm_dropout")}
-    nfm |= {"base": str((folder / BASE).resolve()), "device": device}
+    nfm |= {"base": str(final_path(folder / BASE).resolve()), "device": device}
     saes = {
         SEQUENTIAL: SequentialNFMTrainingSAEConfig(**nfm),
         ADAPTER: SequentialNFMTrainingSAEConfig(**nfm, head="none"),
@@ -388,10 +389,15 @@ def factorial_rows(
     whole = load_stimuli("sentiment-register" if stream.model_name == demo.MODEL_NAME else "formality-emotion")
     stimuli = replace(whole, cells=tuple(replace(cell, sentences=cell.sentences[:sentences]) for cell in whole.cells))
     secondary = _trained(model, joint, dataset, stream, settings["learning_rate"], output)
-    names: Any = {"sae": str(ArmName.JOINT), "model": stream.model_name, "stimuli": whole.name, "output": str(output)}
+    names: Any = {
+        "sae": str(ArmName.JOINT),
+        "model": stream.model_name,
+        "stimuli": whole.name,
+        "output": str(final_path(output)),
+    }
     cfg = FactorialConfig(
         **names,
-        secondary=str(output / SECONDARY),
+        secondary=str(final_path(output / SECONDARY)),
         clamps=(CLAMP,),
         absolute=(),
         min_stimuli=min(FactorialConfig.min_stimuli, sentences),

@@ -14,7 +14,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from sae_nfm.architectures import check_primary, primary_digest
-from sae_nfm.common import check_numbers, check_positive, provenance
+from sae_nfm.common import check_extension, check_numbers, check_positive, provenance, publishing
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions, TextOptions
 from sae_nfm.common.results import HELD_OUT
 from sae_nfm.data import check_data, datasets, held_out_rows, told_of_text
@@ -24,6 +24,9 @@ from sae_nfm.experiments.secondary.training import default_k, train_secondaries
 from sae_nfm.loading import digest, load_sae
 from sae_nfm.models import LanguageModel, check_device, loader_kwargs, model_of
 from sae_nfm.training import StreamConfig, refuse_several_processes
+
+PARTS = ("saes", "rows")
+"""What lies in the output folder beside the results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +76,10 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
         ValueError, FileNotFoundError: for a primary, model, data set or size that does not work, or a folder of another run.
     """
     refuse_several_processes()
+    check_extension(cfg.output, "secondary", PARTS)
     check_device(cfg.device)
     primary = load_sae(cfg.primary, device=cfg.device).eval()
-    checked, metadata, output = check_primary(primary), primary.cfg.metadata, Path(cfg.output)
+    checked, metadata = check_primary(primary), primary.cfg.metadata
     name = cfg.model or metadata.model_name
     if name is None or metadata.hook_name is None:
         raise ValueError(
@@ -105,21 +109,23 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
     rows = held_out_rows(model, validation, stream.context_size, cfg.held_out_tokens)
     fitted = held_out_rows(model, validation, stream.context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     ks = tuple(sorted(set(cfg.k or default_k(checked.cfg.nfm_dim))))
-    trained = train_secondaries(stream, cfg.expansion, ks, cfg.lr, model, primary, train, output / "saes")
     described = {"architecture": primary.cfg.architecture(), "digest": primary_digest(primary)}
     described |= {"d_sae": primary.cfg.d_sae, "nfm_dim": primary.cfg.nfm_dim}
-    result = SecondaryResult(
-        rows=secondary_rows(model, primary, trained, rows, fitted, output / "rows", seed=cfg.seed),
-        provenance=provenance(
-            cfg,
-            command=command,
-            model_name=name,
-            primary=described,
-            held_out_tokens=digest({"tokens": rows.tokens}),
-            text=_told(model, rows.tokens, cfg, metadata, output / "saes" / "hidden-code" / f"k{ks[0]}"),
-        ),
-    )
-    result.save(output / "results.json")
+    with publishing(cfg.output, "secondary", command=command, extend=PARTS) as made:
+        output = made.folder
+        trained = train_secondaries(stream, cfg.expansion, ks, cfg.lr, model, primary, train, output / "saes")
+        result = SecondaryResult(
+            rows=secondary_rows(model, primary, trained, rows, fitted, output / "rows", seed=cfg.seed),
+            provenance=provenance(
+                cfg,
+                command=command,
+                model_name=name,
+                primary=described,
+                held_out_tokens=digest({"tokens": rows.tokens}),
+                text=_told(model, rows.tokens, cfg, metadata, output / "saes" / "hidden-code" / f"k{ks[0]}"),
+            ),
+        )
+        result.save(output / "results.json")
     return result
 
 

@@ -15,7 +15,6 @@ An arm ends in `<folder>/<source>/k<k>`, written whole by `matched_training`: in
 Source: arXiv 2507.00269, secondary SAE; the permuted control is this package's own.
 """
 
-import json
 import zlib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from sae_nfm.architectures import HIDDEN, PRIMARY_DIGEST, check_primary, primary_digest
+from sae_nfm.common import read_json
 from sae_nfm.experiments.secondary.results import TrainedOn
 from sae_nfm.models import HookFunction, site_at, splice, tokens_read
 from sae_nfm.training import StreamConfig, TrainingArm, train_arms
@@ -111,7 +111,7 @@ def train_secondaries(
 def refuse_other_primary(folder: Path, known: str) -> None:
     """Raise a ValueError where a folder has SAEs that were trained on another primary than the one of this digest."""
     for path in sorted(folder.glob(f"*/*/{SAE_CFG_FILENAME}")):
-        found = json.loads(path.read_text())["metadata"].get(PRIMARY_DIGEST)
+        found = read_json(path)["metadata"].get(PRIMARY_DIGEST)
         if found != known:
             raise ValueError(
                 f"{str(path.parent)!r} was trained on another primary ({PRIMARY_DIGEST} {found}, this one's is {known}); give "

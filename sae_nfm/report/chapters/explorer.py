@@ -5,7 +5,7 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
-from sae_nfm.common import text_of
+from sae_nfm.common import checked, text_of
 from sae_nfm.common.options import sampled_text
 from sae_nfm.explorer.results import Explorer
 from sae_nfm.report.blocks import Block, Embedded, Prose, Section
@@ -65,7 +65,7 @@ def verdicts(explorer: Explorer) -> list[str]:
 
 
 def _embedded(run: Run, path: Path) -> Block:
-    data = path.read_bytes()
+    data = checked(path).read_bytes()
     size = len(get_plotlyjs()) + REST + 4 * -(-len(data) // 3)
     if size <= LARGEST_PAGE:
         return Embedded(id="explorer", data=data, fallback=FALLBACK)
