@@ -73,7 +73,7 @@ class Source:
 
 SMOLLM2 = Source()
 _verified: set[tuple[Path, int]] = set()
-"""Folders whose files this process has read, by the time of their manifest."""
+"""Folders whose files this process has read, by the time of their digests."""
 
 
 def cache_folder() -> Path:
@@ -82,7 +82,7 @@ def cache_folder() -> Path:
 
 
 def fetched_folder(source: Source | None = None) -> Path:
-    """The Hugging Face folder of a fetched model (SmolLM2), every file compared with the manifest once in a process.
+    """The Hugging Face folder of a fetched model (SmolLM2), every file compared with its digest once in a process.
 
     Raises:
         FileNotFoundError: it was never fetched.
