@@ -38,9 +38,9 @@ TINY = {
 }  # fmt: skip
 """Commands that are run, and the options that make them small."""
 FOREIGN = re.compile(
-    r"layers\.10|author|folded|--measure-rates|mine\.yaml|--primary|secondary|formality|--adapter|trainer_0|_model\.pt|scope|\.\.\."
+    r"smollm2|layers\.10|author|folded|--measure-rates|mine\.yaml|--primary|secondary|formality|--adapter|trainer_0|_model\.pt|scope|\.\.\."
 )
-"""What is not there: checkpoints of other packages, files that a reader would write."""
+"""What is not there: a fetched model, checkpoints of other packages, files that a reader would write."""
 WHERE = {"model": "model", "model_name": "model", "hook": HOOK, "hook_name": HOOK, "device": "cpu"}
 BOUND = {"nfm_top_k": "2"}
 """What has to fit to the tiny sizes."""
