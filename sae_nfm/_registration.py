@@ -163,6 +163,6 @@ def _our_config(path: str | Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(cfg_path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{cfg_path} is not JSON ({error}); {SAVE_AGAIN}") from error
     return config if isinstance(config, dict) and config.get("architecture") in INFERENCE_CONFIGS else None

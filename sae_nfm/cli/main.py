@@ -145,6 +145,8 @@ def _in_one_line(error: Exception, places: Sequence[Path] = ()) -> tuple[str, in
     status = getattr(error, "exit_status", None)
     if status is not None and said:
         return said, status
+    if isinstance(error, FileError) and places and ".partial" in error.path:
+        return str(unwritable(places[0], error)), MISTAKE
     if isinstance(error, FileError) or (isinstance(error, ValueError | FileNotFoundError) and said):
         return _with_path(error, said), MISTAKE
     if about_writing(error):

@@ -21,7 +21,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from sae_nfm.common.file_errors import check_writable
+from sae_nfm.common.file_errors import FileError, check_writable, unwritable
 from sae_nfm.common.files import (
     DIGESTS_FILENAME,
     LOCK,
@@ -211,8 +211,9 @@ def publishing(
         _places[folder] = Path(output)
         made = Publication(folder=folder)
         try:
-            yield made
-            seal(folder, run)
+            with _named_by(output):
+                yield made
+                seal(folder, run)
         except BaseException:
             give_up(folder)
             if not in_place:
@@ -222,6 +223,17 @@ def publishing(
             del _places[folder]
         if not in_place:
             made.kept = publish(output)
+
+
+@contextmanager
+def _named_by(output: str | Path) -> Generator[None]:
+    """What cannot be written of a run in the making is told by its output."""
+    try:
+        yield
+    except FileError as error:
+        if PARTIAL not in error.path:
+            raise
+        raise unwritable(output, error) from error
 
 
 def complete_publication(output: str | Path) -> bool:

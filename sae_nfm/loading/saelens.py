@@ -1,6 +1,5 @@
 """SAEs by the names that users give them: a folder, or release:sae_id."""
 
-import json
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
-from sae_nfm.common import explained, reading
+from sae_nfm.common import explained, read_json, reading
 from sae_nfm.loading.strict import SAVE_AGAIN
 
 
@@ -30,7 +29,7 @@ def load_sae(sae: str, sae_id: str | None = None, device: str = "cpu", dtype: st
             remedy = f"give one of {', '.join(inside[:4])}" if inside else "give the folder of a saved SAE"
             raise FileNotFoundError(f"{sae!r} has no {SAE_CFG_FILENAME}, so no SAE is saved there; {remedy}")
         with reading(folder, "a saved SAE that loads", remedy=SAVE_AGAIN):
-            architecture = json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8")).get("architecture")
+            architecture = read_json(folder / SAE_CFG_FILENAME).get("architecture")
             if architecture not in (None, *SAE_CLASS_REGISTRY):
                 known = ", ".join(SAE_CLASS_REGISTRY)
                 raise ValueError(

@@ -23,6 +23,7 @@ from sae_lens.util import temporary_seed
 from safetensors.torch import load_file, save_file
 
 from sae_nfm import JointNFMSAE, JointNFMTrainingSAE
+from sae_nfm.common.files import DIGESTS_FILENAME
 from sae_nfm.loading import load_sae
 
 for_every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -31,8 +32,9 @@ DOORS = pytest.mark.parametrize("door", [SAE, JointNFMSAE], ids=["SAE", "JointNF
 
 @pytest.fixture
 def saved(tmp_path):
-    """The folder of a sound SAE."""
+    """The folder of a sound SAE, without the digests that would show any change before it is read."""
     inference_sae(training_config("joint_nfm")).save_model(tmp_path)
+    (tmp_path / DIGESTS_FILENAME).unlink()
     return tmp_path
 
 

@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, said once a process
+
 SPARSE = {"kernel": "sparse", "dtype": "float64"}
 
 

@@ -57,6 +57,7 @@ def test_one_call_gives_the_numbers_that_the_command_prints(loaded, found):
 
 def test_the_old_module_of_that_name_is_no_obstacle(loaded):
     model, sae = loaded
+    sys.modules.pop("sae_nfm.attribute", None)  # of a test before this one
     with pytest.warns(FutureWarning, match=r"attribute is sae_nfm\.attribution"):
         old = importlib.import_module("sae_nfm.attribute")
     assert old.AttributeConfig is AttributeConfig

@@ -211,7 +211,7 @@ def test_refused_before_anything_is_done():
         ReproduceConfig(fit_tokens=0)
     with pytest.raises(ValueError, match=r"\bsentences\b.*\b4\b.*\b0\b.*\b3\b"):
         ReproduceConfig(sentences=3)
-    with pytest.raises(ValueError, match=r"\blearning_rates\b.*-1\.0"):
+    with pytest.raises(ValueError, match=r"\blr\b.*-1\.0"):
         ReproduceConfig(lr=-1.0)
 
 

@@ -237,7 +237,7 @@ def test_the_file(tmp_path):
     path = tmp_path / "new" / "speed.json"
     result = measure_speed(SpeedConfig(**TINY, arms=("topk", PUBLISHED), save=str(path)))
     assert SpeedResult.load(path) == result
-    assert [file.name for file in path.parent.iterdir()] == ["speed.json"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["speed.json", "speed.json.sha256"]
     provenance = json.loads(path.read_text())["provenance"]
     assert provenance["config"]["d_sae"] == 64
     assert provenance["versions"]["torch"] == torch.__version__
@@ -256,7 +256,7 @@ def test_what_reason_against_says_so():
     assert reason_against(PUBLISHED, sizes, 15.9) == "does not fit: 16.0 GiB"
     assert reason_against(PUBLISHED, sizes, 16.0) is None
     assert reason_against("topk", sizes, 0.0) is None
-    result = measure_speed(SpeedConfig(**TINY, memory_limit_gib=0.0, arms=(PUBLISHED, "topk")))
+    result = measure_speed(SpeedConfig(**TINY, memory_limit_gib=1e-6, arms=(PUBLISHED, "topk")))
     published, topk = result.rows
     assert published.reason == "does not fit: 0.0 GiB"
     assert published.step_seconds is published.step_over_topk is None

@@ -250,7 +250,7 @@ def test_a_rate_that_diverges_is_a_result_of_the_sweep(tmp_path):
     ]
     assert chosen_rates(rows, (1e-2, 1e30)) == {"a": 1e-2, "b": 1e-2}
     assert swept((1e-2, 1e30, 1e20))[:4] == rows
-    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.json", "sweep.json.sha256"]
 
 
 def test_an_sae_that_breaks_the_model_is_one_that_diverged(tmp_path, monkeypatch):
