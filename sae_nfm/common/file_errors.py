@@ -119,7 +119,7 @@ def writing(path: str | os.PathLike[str]) -> Generator[None]:
         if not error.path or error.path == str(path):
             raise
         raise unwritable(path, error) from error
-    except Exception as error:
+    except Exception as error:  # libraries that write say it in ways of their own; others are raised again
         if not about_writing(error):
             raise
         raise unwritable(path, error) from error

@@ -258,8 +258,8 @@ def locked(path: Path, command: str | None = None, *, wait: float = 0) -> Genera
     try:
         lock.acquire()
     except (Timeout, RuntimeError, OSError) as error:
-        missing_lock = isinstance(error, NotImplementedError) or getattr(error, "errno", 0) in NO_LOCKS
-        if missing_lock:
+        # older versions of filelock raise a NotImplementedError where the file system has no flock
+        if isinstance(error, NotImplementedError) or getattr(error, "errno", 0) in NO_LOCKS:
             raise ValueError(
                 f"the file system of {str(path.parent)!r} has no locks; give an output on another one"
             ) from error

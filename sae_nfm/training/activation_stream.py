@@ -227,10 +227,10 @@ class ActivationStream(Iterator[Batch]):
             data.check_ids(ids, self._sequences, size, context_size)  # before the model sees them
             self.text.add(ids.numpy())
             if multipliers is None:
-                multipliers = (2 * torch.arange(len(sequence), device=sequence.device) + 1) * MIX
+                multipliers = (2 * torch.arange(len(ids)) + 1) * MIX
             self._sequences, self._last_sequence = self._sequences + 1, sequence
-            # on its device, so that nothing waits: a polynomial in MIX, modulo 2^64
-            self._sequences_digest = self._sequences_digest * MIX + (sequence * multipliers).sum()
+            # a polynomial in MIX, modulo 2^64
+            self._sequences_digest = self._sequences_digest * MIX + (ids * multipliers).sum()
             last = store.n_dataset_processed - self._first_row
             self._drawn.append((sequence, last if store.is_dataset_tokenized else first, last))
             first = last
@@ -358,7 +358,7 @@ class PersistentRows:
                     given, pauses = given + 1, list(PAUSES)
                     yield row
                 break
-            except Exception as error:
+            except Exception as error:  # each library that fetches has its own; others are raised again
                 if not _of_a_connection(error):
                     raise
                 if not pauses:

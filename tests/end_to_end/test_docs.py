@@ -156,6 +156,7 @@ def test_the_site_builds_without_warnings(tmp_path):
     assert "JointNFMTrainingSAEConfig" in (tmp_path / "api" / "training.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_table_of_splicing_is_what_its_code_prints(capsys):
     """Each way of splicing does what the page says, to the printed digits: the packaged SAE, on the CPU."""
     page = (DOCS / "splicing.md").read_text()

@@ -332,6 +332,7 @@ def test_a_token_id_beyond_the_vocabulary_of_a_stream(tmp_path):
         runner.run()
 
 
+@pytest.mark.slow
 def test_the_text_of_a_training_is_known_again(shared, tmp_path, capsys):
     """Under another name, in another kind of file, as a part of a larger one; other text is not."""
     lines = (shared / "text.jsonl").read_text().splitlines(keepends=True)
@@ -360,6 +361,7 @@ def test_the_text_of_a_training_is_known_again(shared, tmp_path, capsys):
     assert "text: training tokens (" in explored.words()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_leaves_the_sketch_of_an_uninterrupted_one(shared):
     """Text of several epochs, resumed in a later one."""
     argv = flags(shared, "--training_tokens", "8192", "--n_checkpoints", "2", "--wandb_id", "x")

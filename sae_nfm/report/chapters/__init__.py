@@ -62,11 +62,11 @@ def _drawn(chapter: Chapter, run: Run) -> tuple[Section | None, Run]:
         for path in run.paths():
             try:
                 chapter.section(run.alone(path))
-            except Exception as error:
+            except Exception as error:  # the page names this file, with the reason
                 run = run.without(path, _reason(error))
     try:
         return chapter.section(run), run
-    except Exception as error:
+    except Exception as error:  # likewise of the chapter, where no single file is at fault
         return None, replace(run, left_out=(*run.left_out, (chapter.TITLE, _reason(error))))
 
 
