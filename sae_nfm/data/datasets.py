@@ -330,10 +330,8 @@ def own_text(model_name: str | None, split: str, *, seed: int = 0) -> Any:
     if model_name == demo.MODEL_NAME:
         return demo.load_tokens(split)
     if model_name != FETCHED_MODEL:
-        raise ValueError(
-            "the embedded tokens suit the embedded model only; give --dataset and --held-out, or --held-out alone for a trained "
-            f"SAE, for {model_name!r}"
-        )
+        wanted = "held-out text with --held-out" if split == "validation" else "--dataset and --held-out"
+        raise ValueError(f"the embedded tokens suit the embedded model only; give {wanted} for {model_name!r}")
     if split == "train":
         remark(f"training text: {SAMPLED[FETCHED_MODEL]}")
     return open_dataset(str(SMOLLM2_TEXT), split=split, seed=seed)
