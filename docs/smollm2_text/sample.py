@@ -37,51 +37,14 @@ FORMS = (
     "Tell a funny anecdote about {}.",
     "What do scientists know about {}?",
 )
-TOPICS = (
-    *(
-        "a lighthouse",
-        "the tides",
-        "bread",
-        "railways",
-        "a flood",
-        "beekeeping",
-        "the moon",
-        "a village school",
-        "a long winter",
-    ),
-    *(
-        "football",
-        "a hospital",
-        "elections",
-        "the price of food",
-        "volcanoes",
-        "a family dinner",
-        "music lessons",
-        "forests",
-    ),
-    *(
-        "a lost dog",
-        "computers",
-        "an old bridge",
-        "the stock market",
-        "whales",
-        "a wedding",
-        "gardening",
-        "ancient Rome",
-    ),
-    *("a court case", "bicycles", "sleep", "a theatre", "coffee", "mountains", "vaccines", "a haunted house", "clocks"),
-    *(
-        "electricity",
-        "a strike at a factory",
-        "birds",
-        "a public library",
-        "money",
-        "friendship",
-        "painting",
-        "the weather",
-    ),
-    *("a thief", "cooking for many guests", "rivers", "chess", "a journey by ship", "the human heart"),
-)
+TOPICS = """
+a lighthouse, the tides, bread, railways, a flood, beekeeping, the moon, a village school, a long winter, football, a
+hospital, elections, the price of food, volcanoes, a family dinner, music lessons, forests, a lost dog, computers, an
+old bridge, the stock market, whales, a wedding, gardening, ancient Rome, a court case, bicycles, sleep, a theatre,
+coffee, mountains, vaccines, a haunted house, clocks, electricity, a strike at a factory, birds, a public library,
+money, friendship, painting, the weather, a thief, cooking for many guests, rivers, chess, a journey by ship, the
+human heart
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +76,7 @@ def main(config: SampleConfig) -> None:
     """Sample what is missing, then write both splits."""
     tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype).eval()
-    prompts = [form.format(topic) for form, topic in product(FORMS, TOPICS)]
+    prompts = [form.format(topic) for form, topic in product(FORMS, " ".join(TOPICS.split()).split(", "))]
     order = np.random.default_rng(config.seed).permutation(len(prompts))[: config.n_train + config.n_validation]
     answers = config.output / "answers.jsonl"
     config.output.mkdir(parents=True, exist_ok=True)

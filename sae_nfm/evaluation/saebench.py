@@ -191,7 +191,7 @@ def _core(name: str, sae: SAE[Any], model: HookedSAETransformer, config: SAEBenc
         batch_size_prompts=config.batch_size_prompts,
         n_eval_reconstruction_batches=config.batches,
         n_eval_sparsity_variance_batches=config.batches,
-        dataset=config.held_out or sae.cfg.metadata.model_name,
+        dataset=config.held_out or config.model or sae.cfg.metadata.model_name,
         context_size=config.context_size or sae.cfg.metadata.context_size,
         exclude_special_tokens_from_reconstruction=excluded,
         **dict.fromkeys(computed, True),

