@@ -1,6 +1,6 @@
 """sae_nfm: sparse autoencoders trained jointly with a Neural Factorization Machine, as a SAELens plugin.
 
-Importing the package registers the architectures `joint_nfm` and `sequential_nfm` with SAELens.
+Importing the package registers the architectures `joint_nfm`, `sequential_nfm` and `staged_topk` with SAELens.
 """
 
 from importlib import import_module
@@ -17,6 +17,10 @@ from sae_nfm.architectures import (
     SequentialNFMSAEConfig,
     SequentialNFMTrainingSAE,
     SequentialNFMTrainingSAEConfig,
+    StagedTopKSAE,
+    StagedTopKSAEConfig,
+    StagedTopKTrainingSAE,
+    StagedTopKTrainingSAEConfig,
 )
 from sae_nfm.training import HeldOut, read_training_record, record_training
 
@@ -35,6 +39,10 @@ __all__ = [
     "SequentialNFMSAEConfig",
     "SequentialNFMTrainingSAE",
     "SequentialNFMTrainingSAEConfig",
+    "StagedTopKSAE",
+    "StagedTopKSAEConfig",
+    "StagedTopKTrainingSAE",
+    "StagedTopKTrainingSAEConfig",
     "__version__",
     "attribute",
     "evaluation_table",

@@ -1,4 +1,4 @@
-"""Registers `joint_nfm` and `sequential_nfm` with SAELens, and makes SAELens's own doors strict and exact for them.
+"""Registers `joint_nfm`, `sequential_nfm` and `staged_topk` with SAELens, and makes SAELens's own doors strict and exact for them.
 
 SAELens filters a config down to the fields it knows before any class of ours sees it (`SAEConfig.from_dict`), and reads the
 weight file before our class exists. Two class methods of `SAE` therefore get a thin layer, for our architectures only:
@@ -38,6 +38,10 @@ from sae_nfm.architectures import (
     SequentialNFMSAEConfig,
     SequentialNFMTrainingSAE,
     SequentialNFMTrainingSAEConfig,
+    StagedTopKSAE,
+    StagedTopKSAEConfig,
+    StagedTopKTrainingSAE,
+    StagedTopKTrainingSAEConfig,
     refuse_missing_keys,
 )
 from sae_nfm.common import check_digests
@@ -68,6 +72,8 @@ def register() -> None:
     _enter(registry.SAE_CLASS_REGISTRY, (SequentialNFMSAE, SequentialNFMSAEConfig))
     _enter(registry.SAE_TRAINING_CLASS_REGISTRY, (JointNFMTrainingSAE, JointNFMTrainingSAEConfig))
     _enter(registry.SAE_TRAINING_CLASS_REGISTRY, (SequentialNFMTrainingSAE, SequentialNFMTrainingSAEConfig))
+    _enter(registry.SAE_CLASS_REGISTRY, (StagedTopKSAE, StagedTopKSAEConfig))
+    _enter(registry.SAE_TRAINING_CLASS_REGISTRY, (StagedTopKTrainingSAE, StagedTopKTrainingSAEConfig))
     _layer(SAE, "get_sae_config_class_for_architecture", _strict_config_class)
     _layer(SAE, "load_from_disk", _explained_load)
     _layer(SAE, "save_model", _noted_save)

@@ -1,10 +1,14 @@
 from .joint_config import JointNFMSAEConfig as JointNFMSAEConfig
 from .joint_config import JointNFMTrainingSAEConfig as JointNFMTrainingSAEConfig
+from .joint_config import StagedTopKSAEConfig as StagedTopKSAEConfig
+from .joint_config import StagedTopKTrainingSAEConfig as StagedTopKTrainingSAEConfig
 from .joint_config import parameter_count as parameter_count
 from .joint_sae import FEW_FEATURES as FEW_FEATURES
 from .joint_sae import JointNFMSAE as JointNFMSAE
 from .joint_sae import NFMDecoder as NFMDecoder
+from .joint_sae import StagedTopKSAE as StagedTopKSAE
 from .joint_training import JointNFMTrainingSAE as JointNFMTrainingSAE
+from .joint_training import StagedTopKTrainingSAE as StagedTopKTrainingSAE
 from .nfm_config import Kernel as Kernel
 from .nfm_config import NFMFields as NFMFields
 from .nfm_config import NFMTrainingFields as NFMTrainingFields

@@ -1,24 +1,36 @@
-"""Configurations of the `joint_nfm` architecture: `JointNFMSAEConfig` (inference), `JointNFMTrainingSAEConfig` (training).
+"""Configurations of the architectures `joint_nfm` and `staged_topk`, which is the same without NFM: its inference alone.
 
 Everything decoding needs is a field of the inference config; what only training needs (dropout, initial scales) is not.
-Both refuse unknown keys: SAELens would drop a misspelt one in silence and decode with the default instead.
+All refuse unknown keys: SAELens would drop a misspelt one in silence and decode with the default instead.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from sae_lens import TopKSAEConfig, TopKTrainingSAEConfig
 from typing_extensions import override
 
-from sae_nfm.architectures.nfm_config import NFMFields, NFMTrainingFields, refuse_unknown_keys, with_requirement
-from sae_nfm.common import check_positive
+from sae_nfm.architectures.nfm_config import (
+    InferenceFields,
+    Kernel,
+    NFMFields,
+    NFMTrainingFields,
+    TrainingInferenceFields,
+    as_saved,
+    check_inference,
+    refuse_unknown_keys,
+    with_requirement,
+)
+from sae_nfm.common import check_choice, check_positive
 
-ARCHITECTURE = "joint_nfm"
+ARCHITECTURE, STAGED = "joint_nfm", "staged_topk"
 
 
 @dataclass
-class JointNFMSAEConfig(NFMFields, TopKSAEConfig):
-    """Configuration of an inference-only joint NFM-SAE; the fields of the NFM: `NFMFields`, the others: `TopKSAEConfig`.
+class JointNFMSAEConfig(InferenceFields, NFMFields, TopKSAEConfig):
+    """Configuration of an inference-only joint NFM-SAE.
+
+    The fields of the NFM: `NFMFields`, of inference: `InferenceFields`, the others: `TopKSAEConfig`.
 
     Args:
         rescale_acts_by_decoder_norm (bool): Whether feature activations are multiplied by their decoder norm before the
@@ -42,14 +54,14 @@ class JointNFMSAEConfig(NFMFields, TopKSAEConfig):
     def from_dict(cls, config_dict: dict[str, Any]) -> "JointNFMSAEConfig":
         # the config of a training checkpoint is welcome: what only training reads is left out
         refuse_unknown_keys(cls, config_dict, JointNFMTrainingSAEConfig)
-        return super().from_dict(config_dict)
+        return super().from_dict(as_saved(config_dict))
 
 
 @dataclass(kw_only=True)
-class JointNFMTrainingSAEConfig(NFMTrainingFields, TopKTrainingSAEConfig):
+class JointNFMTrainingSAEConfig(TrainingInferenceFields, NFMTrainingFields, TopKTrainingSAEConfig):
     """Configuration for training a joint NFM-SAE: encoder, decoder and NFM together, on one reconstruction loss.
 
-    The fields of the NFM: `NFMTrainingFields`, the others: `TopKTrainingSAEConfig`.
+    The fields of the NFM: `NFMTrainingFields`, of inference: `TrainingInferenceFields`, the others: `TopKTrainingSAEConfig`.
 
     The defaults `rescale_acts_by_decoder_norm=True` and `nfm_top_k=None` were chosen by measurement: embedded model,
     blocks.2.hook_resid_post, real text, 400,000 tokens, d_sae 2,048, k 32, nfm_dim 64, one seed (a second one at learning
@@ -124,11 +136,87 @@ class JointNFMTrainingSAEConfig(NFMTrainingFields, TopKTrainingSAEConfig):
         return cls(**(published | overrides))
 
 
-JointNFMConfig = JointNFMSAEConfig | JointNFMTrainingSAEConfig
+class WithoutNFM:
+    """What the fields of an NFM say where there is none."""
+
+    nfm_dim = 0
+    nfm_top_k = None
+    head = "none"
+    use_linear_path = False
+    use_square_path = False
+    square_scale = 1.0
+
+
+@dataclass
+class StagedTopKSAEConfig(InferenceFields, WithoutNFM, TopKSAEConfig):
+    """Configuration of an inference-only TopK SAE whose features are chosen in stages and refined.
+
+    The control of a joint_nfm SAE with the same inference. The fields of inference: `InferenceFields`, the others:
+    `TopKSAEConfig`.
+
+    Args:
+        kernel (Literal["auto", "dense", "sparse"]): As in `NFMFields`.
+    """
+
+    kernel: Kernel = "auto"
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return STAGED
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self)
+        check_choice("kernel", self.kernel, get_args(Kernel))
+        self.metadata = with_requirement(self.metadata)
+
+    @override
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> "StagedTopKSAEConfig":
+        refuse_unknown_keys(cls, config_dict, StagedTopKTrainingSAEConfig)
+        return super().from_dict(as_saved(config_dict))
+
+
+@dataclass(kw_only=True)
+class StagedTopKTrainingSAEConfig(TrainingInferenceFields, WithoutNFM, TopKTrainingSAEConfig):
+    """Configuration for training a TopK SAE whose features are chosen in stages and refined.
+
+    The control of a joint_nfm SAE with the same inference. The fields of inference: `TrainingInferenceFields`, the others:
+    `TopKTrainingSAEConfig`.
+
+    Args:
+        kernel (Literal["auto", "dense", "sparse"]): As in `NFMFields`.
+    """
+
+    kernel: Kernel = "auto"
+    nfm_dropout = 0.0
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return STAGED
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self)
+        check_choice("kernel", self.kernel, get_args(Kernel))
+        self.metadata = with_requirement(self.metadata)
+
+    @override
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> "StagedTopKTrainingSAEConfig":
+        refuse_unknown_keys(cls, config_dict)
+        return super().from_dict(config_dict)
+
+
+JointNFMConfig = JointNFMSAEConfig | JointNFMTrainingSAEConfig | StagedTopKSAEConfig | StagedTopKTrainingSAEConfig
 
 
 def parameter_count(cfg: JointNFMConfig) -> int:
-    """Trainable numbers of a joint NFM-SAE: encoder, decoder and biases, and the paths that are switched on."""
+    """Trainable numbers of a joint NFM-SAE or a staged TopK SAE: encoder, decoder and biases, and the paths that are switched on."""
     d_in, d_sae, m = cfg.d_in, cfg.d_sae, cfg.nfm_dim
     count = 2 * d_in * d_sae + d_sae + d_in
     if cfg.use_linear_path:
@@ -140,10 +228,16 @@ def parameter_count(cfg: JointNFMConfig) -> int:
     return count
 
 
-def _validate(cfg: JointNFMConfig) -> None:
-    check_positive(cfg, "d_in", "d_sae", "k", "nfm_dim")
+def check_sizes(cfg: TopKSAEConfig | TopKTrainingSAEConfig) -> None:
+    """Raise a ValueError for sizes that cannot work, or stages or refinements."""
+    check_positive(cfg, "d_in", "d_sae", "k")
     if cfg.k > cfg.d_sae:
         raise ValueError(f"k must be at most d_sae = {cfg.d_sae}, got {cfg.k}; lower k or raise d_sae")
+    check_inference(cfg)
+
+
+def _validate(cfg: JointNFMSAEConfig | JointNFMTrainingSAEConfig) -> None:
+    check_sizes(cfg)
     if cfg.nfm_top_k is not None and not 1 <= cfg.nfm_top_k <= cfg.k:
         raise ValueError(f"nfm_top_k must be from 1 to k = {cfg.k}, or None for all active ones, got {cfg.nfm_top_k}")
     cfg.check_nfm_fields()

@@ -1,5 +1,7 @@
 """The `joint_nfm` architecture: a TopK SAE whose output also has the paths of a Neural Factorization Machine.
 
+`staged_topk` is the same without them: what an SAE of either gains by its inference (`kernels.inference`) it shows alone.
+
     x_hat = sae + lin + sq + inter        sae = f W_dec + b_dec, the direct path; the others: `nfm_paths`
 
 ONE CONVENTION for what the NFM reads: `f` is the activation as hooked at `hook_sae_acts_post`. With
@@ -21,9 +23,9 @@ from sae_lens import TopKSAE
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_nfm.architectures.joint_config import JointNFMConfig, JointNFMSAEConfig
-from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths
-from sae_nfm.kernels import dispatch, product_dtype, reference, sees_numbers
+from sae_nfm.architectures.joint_config import JointNFMConfig, JointNFMSAEConfig, StagedTopKSAEConfig
+from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths, column_squares
+from sae_nfm.kernels import dispatch, inference, is_transformed, product_dtype, reference, sees_numbers, wide
 
 
 class NFMDecoder(NFMPaths):
@@ -40,12 +42,58 @@ class NFMDecoder(NFMPaths):
         # Row norms that folds divided out of W_dec: analyses of decoder norms multiply them back.
         self.register_buffer("folded_W_dec_norm", torch.ones(self.cfg.d_sae, dtype=self.dtype, device=self.device))
 
+    def inferring(self) -> bool:
+        """Whether activations are more than the encoder's one pass."""
+        return self.cfg.selection_stages > 1 or self.cfg.refinement_steps > 0
+
+    def _encoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations, inferred through the decoder, and what the first stage ranked."""
+        sae_in = self.process_sae_in(x)
+        hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
+        indices, values = self._inferred(sae_in, hidden_pre)
+        acts = reference.SparseActs(indices, values.to(hidden_pre.dtype))
+        sparse = getattr(self.activation_fn, "use_sparse_activations", False)
+        return self.hook_sae_acts_post((dispatch.to_coo if sparse else dispatch.to_dense)(acts, self.cfg.d_sae)), hidden_pre
+
+    def _inferred(self, sae_in: Tensor, hidden_pre: Tensor) -> reference.SparseActs:
+        """`kernels.inference`, in at least float32."""
+        cfg, d_sae = self.cfg, self.cfg.d_sae
+        with self._weights_alone() as written:
+            W_enc, b_dec, sae_in = wide(self.W_enc), wide(self.b_dec), wide(sae_in)
+            norms = wide(self.W_dec).norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
+            nothing = written(W_enc.new_zeros(1, d_sae))[0] if cfg.selection_stages > 1 else None
+            acts = inference.select(
+                wide(hidden_pre),
+                lambda acts: written(acts) - nothing,
+                W_enc,
+                norms,
+                inference.stage_sizes(cfg.k, cfg.selection_stages),
+            )
+            if not cfg.refinement_steps:
+                return acts
+            values = inference.refine(
+                acts.values,
+                lambda values: written(reference.SparseActs(acts.indices, values)),
+                sae_in + b_dec if cfg.apply_b_dec_to_input else sae_in,
+                column_squares(self, norms)[acts.indices],
+                cfg.refinement_steps,
+            )
+            return reference.SparseActs(acts.indices, values)
+
     @override
     def decode_paths(self, feature_acts: Tensor) -> Paths:
-        cfg = self.cfg
         active = self._active(feature_acts)
-        acts = feature_acts.to_dense() if active is None else active
+        return self._paths_of(feature_acts.to_dense() if active is None else active)
+
+    @override
+    def _paths_of(self, acts: reference.Acts) -> Paths:
+        cfg = self.cfg
         read = acts if cfg.nfm_top_k is None else reference.top_n(acts, cfg.nfm_top_k)
+        if isinstance(acts, reference.SparseActs) and is_transformed():
+            acts = reference.dense_acts(acts, cfg.d_sae)
+            read = acts if cfg.nfm_top_k is None else read
         direct, linear = self._direct_and_linear(acts, read)
         return Paths(direct, linear, self._square(acts), self._interaction(read))
 
@@ -173,6 +221,10 @@ class JointNFMSAE(NFMDecoder, TopKSAE):
 
     cfg: JointNFMSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    @override
+    def encode(self, x: Tensor) -> Tensor:
+        return self._encoded(x)[0] if self.inferring() else super().encode(x)
+
     def folded(self) -> "JointNFMSAE":
         """The same function with one decoder: the linear path folded into W_dec (`fold_linear_path`) and left out."""
         canonical = deepcopy(self)
@@ -181,3 +233,13 @@ class JointNFMSAE(NFMDecoder, TopKSAE):
         kept = {name: value for name, value in canonical.state_dict().items() if name not in ("W_lin", "b_lin")}
         sae.load_state_dict(kept)
         return sae
+
+
+class StagedTopKSAE(NFMDecoder, TopKSAE):
+    """Inference-only TopK SAE whose features are chosen in stages and refined: joint_nfm without its NFM."""
+
+    cfg: StagedTopKSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @override
+    def encode(self, x: Tensor) -> Tensor:
+        return self._encoded(x)[0] if self.inferring() else super().encode(x)

@@ -22,7 +22,7 @@ from sae_lens.saes.topk_sae import TopK, calculate_topk_aux_acts
 from torch import Tensor
 from typing_extensions import override
 
-from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig
+from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig, StagedTopKTrainingSAEConfig
 from sae_nfm.architectures.joint_sae import JointNFMSAE, NFMDecoder
 from sae_nfm.architectures.nfm_paths import Paths, TrainedPaths, is_hooked
 from sae_nfm.kernels import Acts, Kernel, SparseActs, dispatch, reference, sees_numbers
@@ -70,6 +70,11 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
     _sums_decoders = False
     _counts = False
 
+    @override
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations and pre-activations, with several stages those of the first."""
+        return self._encoded(x) if self.inferring() else super().encode_with_hidden_pre(x)
+
     @contextmanager
     def counted(self) -> Generator[None]:
         """Within it, as within a step of SAELens's trainer, `feature_acts` of a sparse step are COO: cheaper to count."""
@@ -115,7 +120,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         return torch.compiler.is_compiling() or any(map(is_hooked, self.hook_dict.values()))
 
     def _steps_sparsely(self, sae_in: Tensor) -> bool:
-        if self._needs_matrices() or not sees_numbers(sae_in, *self.parameters()) or not self._is_saelens():
+        if self.inferring() or self._needs_matrices() or not sees_numbers(sae_in, *self.parameters()) or not self._is_saelens():
             return False
         return "sparse" in self._forms()
 
@@ -279,6 +284,12 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         super().process_state_dict_for_saving_inference(state_dict)
         if self.cfg.rescale_acts_by_decoder_norm:
             state_dict["folded_W_dec_norm"] = self.folded_W_dec_norm * self.get_W_dec_norm()
+
+
+class StagedTopKTrainingSAE(JointNFMTrainingSAE):
+    """TopK SAE in training whose features are chosen in stages and refined: joint_nfm without its NFM."""
+
+    cfg: StagedTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 STANDS_FOR: dict[str, Any] = {

@@ -2,12 +2,13 @@
 
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from sae_lens import SAE, TrainingSAE, TrainingSAEConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata
+from typing_extensions import override
 
 from sae_nfm.common import check_choice, check_positive
 from sae_nfm.kernels import check_head
@@ -15,6 +16,48 @@ from sae_nfm.kernels import check_head
 Kernel = Literal["auto", "dense", "sparse"]
 REQUIRES = "pip install sae-nfm; then `import sae_nfm` before SAELens loads this SAE"
 """`metadata.requires` of every cfg.json, for whoever meets a saved SAE without this package."""
+
+
+@dataclass(kw_only=True)
+class RefinementFields:
+    """How activations are fitted to the input, once their features are chosen (`kernels.inference`).
+
+    Args:
+        refinement_steps (int): Refinements R of the activations of a token's features after these are chosen: gradient steps
+            through the decoder, all paths included, none of which raises the token's squared error. 0 leaves the encoder's.
+    """
+
+    refinement_steps: int = 0
+
+
+@dataclass(kw_only=True)
+class InferenceFields(RefinementFields):
+    """How a token's features are chosen, and their activations fitted to the input (`kernels.inference`).
+
+    Args:
+        selection_stages (int): Stages T in which the k features are chosen. Each stage encodes what the features chosen before
+            it leave unexplained. 1 is TopK, k chooses one feature after the other (matching pursuit).
+    """
+
+    selection_stages: int = 1
+
+
+def check_inference(cfg: Any) -> None:
+    """Raise a ValueError for stages or refinements that cannot work, of a config that has either."""
+    for name in ("selection_stages", "inference_selection_stages"):
+        stages = getattr(cfg, name, None)
+        if stages is not None and not 1 <= stages <= cfg.k:
+            raise ValueError(f"{name} must be from 1 to k = {cfg.k}, at least one feature a stage, got {stages}")
+    for name in ("refinement_steps", "inference_refinement_steps"):
+        steps = getattr(cfg, name, None)
+        if steps is not None and steps < 0:
+            raise ValueError(f"{name} must be >= 0, got {steps}")
+        if steps and cfg.normalize_activations == "covariance_whitening":
+            raise ValueError(
+                f"{name} is {steps} and normalize_activations 'covariance_whitening': refinements lower the error of whitened "
+                "activations, and once the whitening is folded into the weights that of raw ones, so that features would differ "
+                f"after training; give {name}=0 or another normalisation"
+            )
 
 
 @dataclass(kw_only=True)
@@ -46,6 +89,8 @@ class NFMFields:
     use_square_path: bool = False
     square_scale: float = 3.0
     kernel: Kernel = "auto"
+    LATER: ClassVar = ("selection_stages", "refinement_steps")
+    """Fields that SAEs saved before 0.3 lack: 1 and 0."""
 
     def check_nfm_fields(self) -> None:
         """Raise a ValueError for values that cannot work."""
@@ -80,6 +125,54 @@ class NFMTrainingFields(NFMFields):
                 raise ValueError(f"{name} must be a standard deviation >= 0, got {getattr(self, name)}")
 
 
+APART = ("selection_stages", "refinement_steps")
+"""Fields of inference configs that a training config has twice: for training, and with `inference_` before it for the SAE that
+it saves."""
+
+
+@dataclass(kw_only=True)
+class TrainingRefinementFields(RefinementFields, TrainingSAEConfig):
+    """`RefinementFields` in training, and those of the SAE that is saved for inference.
+
+    Args:
+        refinement_steps (int): Refinements in training steps, with gradients through them.
+        inference_refinement_steps (int | None): Refinements of the SAE that is saved for inference; None for as many as in
+            training. Refining only then gains about as much, and training costs less.
+    """
+
+    inference_refinement_steps: int | None = None
+
+    @override
+    def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
+        return as_saved(super().get_inference_sae_cfg_dict() | self._apart("inference_"))
+
+    @override
+    def get_training_architecture_details(self) -> dict[str, Any]:
+        return super().get_training_architecture_details() | self._apart("")
+
+    def _apart(self, prefix: str) -> dict[str, Any]:
+        return {prefix + name: getattr(self, prefix + name) for name in APART if hasattr(self, prefix + name)}
+
+
+@dataclass(kw_only=True)
+class TrainingInferenceFields(InferenceFields, TrainingRefinementFields):
+    """`InferenceFields` in training, and those of the SAE that is saved for inference.
+
+    Args:
+        selection_stages (int): Stages in training steps, with gradients through them.
+        inference_selection_stages (int | None): Stages of the SAE that is saved for inference; None for as many as in training.
+    """
+
+    inference_selection_stages: int | None = None
+
+
+def as_saved(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """A training config's settings as the SAE that it saves has them."""
+    apart = {name: config_dict.get(f"inference_{name}") for name in APART}
+    rest = {name: value for name, value in config_dict.items() if name not in {f"inference_{name}" for name in APART}}
+    return rest | {name: value for name, value in apart.items() if value is not None}
+
+
 def refuse_unknown_keys(config_class: Any, config_dict: dict[str, Any], training_class: Any = None) -> None:
     """Raise a ValueError that names every key which is a field neither of `config_class` nor of `training_class`."""
     known = {field.name for field in fields(config_class)} | {"architecture"}
@@ -96,7 +189,8 @@ def refuse_unknown_keys(config_class: Any, config_dict: dict[str, Any], training
 
 def refuse_missing_keys(config_class: type, config_dict: dict[str, Any], source: str) -> None:
     """Raise a ValueError that names every key decoding needs and a saved config lacks; a default could be wrong."""
-    needed = {field.name for field in fields(config_class)} - {"metadata", "dtype", "device", "kernel"}
+    optional = {"metadata", "dtype", "device", "kernel", *getattr(config_class, "LATER", ())}
+    needed = {field.name for field in fields(config_class)} - optional
     missing = sorted(needed - set(config_dict))
     if missing:
         raise ValueError(

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,12 +26,14 @@ from sae_lens import SAE
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_nfm.common import ShortRepr, short_repr
 from sae_nfm.kernels import POOLS, SparseActs, dispatch, reference, wide
+from sae_nfm.kernels.device import autocast_off
 from sae_nfm.loading import check_state_dict, refuse_not_finite, write_note
 
 FEW_FEATURES = 1024
@@ -163,6 +165,28 @@ class NFMPaths(_Host):
     def decode_paths(self, feature_acts: Tensor) -> Paths:
         """What each path writes before the run-time normalisation is undone; pure in `feature_acts`."""
 
+    @abstractmethod
+    def _paths_of(self, acts: reference.Acts) -> Paths:
+        """`decode_paths` of activations in the form in which they are read."""
+
+    @contextmanager
+    def _weights_alone(self) -> Generator[Callable[[reference.Acts], Tensor]]:
+        """A function from activations to what all paths write, by the weights alone, in at least float32.
+
+        Within it no hook fires, nothing replaces the hidden code, and autocast is off.
+        """
+        hooked = {name: hook for name in self.hook_dict if is_hooked(hook := getattr(self, name))}
+        replaced, self.hidden_code = self.hidden_code, None
+        for name in hooked:
+            setattr(self, name, nn.Identity())
+        try:
+            with autocast_off(self.device):
+                yield partial(_all_written, self)
+        finally:
+            self.hidden_code = replaced
+            for name, hook in hooked.items():
+                setattr(self, name, hook)
+
     def _linear(self, read: reference.Acts) -> Tensor | None:
         if not self.cfg.use_linear_path:
             return None
@@ -206,6 +230,42 @@ class NFMPaths(_Host):
         saved = super().save_model(path)
         write_note(path)
         return saved
+
+
+def _all_written(sae: NFMPaths, acts: reference.Acts) -> Tensor:
+    weights = {f"sae.{name}": wide(weight) for name, weight in sae.named_parameters() if wide(weight) is not weight}
+    return functional_call(_Whole(sae), weights, (acts,)) if weights else sae._paths_of(acts).total()
+
+
+class _Whole(nn.Module):
+    """All paths of an SAE as what `functional_call` calls."""
+
+    def __init__(self, sae: NFMPaths) -> None:
+        super().__init__()
+        self.sae = sae
+
+    @override
+    def forward(self, acts: reference.Acts) -> Tensor:
+        return self.sae._paths_of(acts).total()  # pyright: ignore[reportPrivateUsage]
+
+
+def column_squares(
+    sae: NFMPaths, norms: Float[Tensor, " d_sae"] | None, token_scale: Float[Tensor, "*batch 1"] | None = None
+) -> Float[Tensor, "*batch d_sae"]:
+    """Squared norm of what a feature writes per unit through the direct and the linear path, in at least float32.
+
+    `norms` are those that the direct path divides by; `token_scale` is the length there of a unit of the decoder.
+    """
+    direct = wide(sae.W_dec)
+    if norms is not None:
+        direct = direct / reference.divisor(norms)[:, None]
+    linear = wide(sae.W_lin) if sae.cfg.use_linear_path else None
+    if token_scale is None:
+        return (direct if linear is None else direct + linear).square().sum(dim=-1)
+    squares = wide(token_scale).square() * direct.square().sum(dim=-1)
+    if linear is None:
+        return squares
+    return squares + 2 * wide(token_scale) * (direct * linear).sum(dim=-1) + linear.square().sum(dim=-1)
 
 
 def own_normalisation(sae: SAE[Any]) -> None:
@@ -349,6 +409,16 @@ class TrainedPaths(NFMPaths, _Host):
         """What the paths wrote in this step, None where a subclass decodes without them; they are not kept beyond it."""
         paths, self._step_paths = self._step_paths, None
         return paths
+
+    @override
+    @contextmanager
+    def _weights_alone(self) -> Generator[Callable[[reference.Acts], Tensor]]:
+        in_step, self._in_training_step = self._in_training_step, False
+        try:
+            with super()._weights_alone() as written:
+                yield written
+        finally:
+            self._in_training_step = in_step
 
     @override
     def _dropout(self, pooled: Tensor) -> Tensor:

@@ -13,8 +13,17 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from typing_extensions import override
 
-from sae_nfm.architectures.joint_config import JointNFMSAEConfig
-from sae_nfm.architectures.nfm_config import NFMFields, NFMTrainingFields, refuse_unknown_keys, with_requirement
+from sae_nfm.architectures.joint_config import JointNFMSAEConfig, StagedTopKSAEConfig
+from sae_nfm.architectures.nfm_config import (
+    NFMFields,
+    NFMTrainingFields,
+    RefinementFields,
+    TrainingRefinementFields,
+    as_saved,
+    check_inference,
+    refuse_unknown_keys,
+    with_requirement,
+)
 from sae_nfm.common import present_path
 from sae_nfm.loading import load_sae, sha256_of
 
@@ -124,8 +133,8 @@ class BaseFields:
 
 
 @dataclass
-class SequentialNFMSAEConfig(NFMFields, BaseFields, SAEConfig):
-    """Configuration of an inference-only sequential NFM-SAE; see `NFMFields` and `BaseFields`."""
+class SequentialNFMSAEConfig(RefinementFields, NFMFields, BaseFields, SAEConfig):
+    """Configuration of an inference-only sequential NFM-SAE; see `NFMFields`, `BaseFields` and `RefinementFields`."""
 
     @override
     @classmethod
@@ -143,12 +152,14 @@ class SequentialNFMSAEConfig(NFMFields, BaseFields, SAEConfig):
     def from_dict(cls, config_dict: dict[str, Any]) -> "SequentialNFMSAEConfig":
         # the config of a training checkpoint is welcome: what only training reads is left out
         refuse_unknown_keys(cls, config_dict, SequentialNFMTrainingSAEConfig)
-        return cast(SequentialNFMSAEConfig, super().from_dict(config_dict))
+        return cast(SequentialNFMSAEConfig, super().from_dict(as_saved(config_dict)))
 
 
 @dataclass(kw_only=True)
-class SequentialNFMTrainingSAEConfig(NFMTrainingFields, BaseFields, TrainingSAEConfig):
-    """Configuration for training an NFM on the residual x - sae of a base; see `NFMTrainingFields` and `BaseFields`.
+class SequentialNFMTrainingSAEConfig(TrainingRefinementFields, NFMTrainingFields, BaseFields, TrainingSAEConfig):
+    """Configuration for training an NFM on the residual x - sae of a base.
+
+    The fields of the NFM: `NFMTrainingFields`, of the base: `BaseFields`, of its activations: `TrainingRefinementFields`.
 
     With `base` the sizes are read from it, and so is the hook name unless the metadata has one.
 
@@ -228,9 +239,16 @@ def _validate(cfg: SequentialNFMConfig) -> None:
         if cfg.base_config["dtype"] != cfg.dtype and isinstance(cfg, SequentialNFMTrainingSAEConfig):
             raise ValueError(f"dtype is {cfg.dtype!r}, the base's is {cfg.base_config['dtype']!r}; give both the same")
     cfg.check_nfm_fields()
+    check_inference(cfg)
+    steps = cfg.refinement_steps or getattr(cfg, "inference_refinement_steps", 0)
+    if steps and cfg.base_config.get("architecture") == "abstopk":
+        raise ValueError(
+            f"refinements ({steps} asked for) keep activations >= 0, and those of the base, an abstopk SAE, can be negative; give "
+            "0 refinement steps, or another base"
+        )
 
 
-INFERENCE_CONFIGS: dict[str, type[JointNFMSAEConfig] | type[SequentialNFMSAEConfig]] = {
-    config.architecture(): config for config in (JointNFMSAEConfig, SequentialNFMSAEConfig)
+INFERENCE_CONFIGS: dict[str, type[JointNFMSAEConfig] | type[SequentialNFMSAEConfig] | type[StagedTopKSAEConfig]] = {
+    config.architecture(): config for config in (JointNFMSAEConfig, StagedTopKSAEConfig, SequentialNFMSAEConfig)
 }
 """Inference config by the architecture's name."""

@@ -21,9 +21,9 @@ from sae_lens import SAE
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths, own_normalisation
+from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths, column_squares, own_normalisation
 from sae_nfm.architectures.sequential_config import SequentialNFMConfig, SequentialNFMSAEConfig, check_base, load_base
-from sae_nfm.kernels import dispatch, reference, sees_numbers
+from sae_nfm.kernels import dispatch, inference, reference, sees_numbers, wide
 from sae_nfm.loading import sha256_of
 
 BASE_HOOKS = ("hook_sae_input", "hook_sae_acts_pre")
@@ -43,7 +43,10 @@ class _PassedOn(nn.Module):
 
     @override
     def forward(self, value: Tensor) -> Tensor:
-        return getattr(self._owner[0], self._name)(value)
+        passed = getattr(self._owner[0], self._name)(value)
+        if self._name == "hook_sae_input":
+            self._owner[0].base_input = passed
+        return passed
 
 
 class SequentialNFM(NFMPaths):
@@ -51,6 +54,8 @@ class SequentialNFM(NFMPaths):
 
     cfg: SequentialNFMConfig
     base: SAE[Any]
+    base_input: Tensor | None = None
+    """What the base encodes, during `encode`: the input as it leaves `hook_sae_input`."""
 
     @override
     def initialize_weights(self) -> None:
@@ -102,14 +107,40 @@ class SequentialNFM(NFMPaths):
 
     @override
     def encode(self, x: Tensor) -> Tensor:
-        """The base's features [*batch, d_sae] as hooked at `hook_sae_acts_post`, bit for bit."""
+        """The base's features [*batch, d_sae] as hooked at `hook_sae_acts_post`, bit for bit unless they are refined."""
         self._check_width(x)
-        return self.hook_sae_acts_post(self.base.encode(self.reshape_fn_in(x)))
+        acts = self.base.encode(self.reshape_fn_in(x))
+        x, self.base_input = self.base_input, None
+        return self.hook_sae_acts_post(self._refined(x, acts) if self.cfg.refinement_steps else acts)
+
+    def _refined(self, x: Tensor, acts: Tensor) -> Tensor:
+        """The base's features with the activations that `kernels.inference` makes of them, in the space of the input."""
+        rescaled = getattr(self.base.cfg, "rescale_acts_by_decoder_norm", False)
+        with self._weights_alone() as written:
+            squares = column_squares(self, wide(self.W_dec).norm(dim=-1) if rescaled else None, self._base_scale())
+            dense = wide(acts.to_dense() if acts.is_sparse else acts)
+            support = dense > 0
+            # an active feature that reaches 0 stays before all others in what is read with nfm_top_k
+            first = support.to(dense.dtype) * torch.finfo(dense.dtype).tiny
+            steps = self.cfg.refinement_steps
+            found = inference.refine(dense, lambda f: written(f + first), wide(x), squares, steps, support)
+        return found.to(acts.dtype)
+
+    def _base_scale(self) -> Tensor | None:
+        """Length in the input's space of a unit in the base's, after it has encoded; None where it is 1."""
+        normalised = self.base.cfg.normalize_activations
+        if normalised == "constant_norm_rescale":
+            return 1 / self.base.x_norm_coeff
+        return self.base.ln_std if normalised == "layer_norm" else None
 
     @override
     def decode_paths(self, feature_acts: Tensor) -> Paths:
         """What each path writes, in the space of the input; pure in `feature_acts` and the last encode's normalisation."""
-        acts = feature_acts.to_dense() if feature_acts.is_sparse else feature_acts
+        return self._paths_of(feature_acts.to_dense() if feature_acts.is_sparse else feature_acts)
+
+    @override
+    def _paths_of(self, acts: reference.Acts) -> Paths:
+        acts = dispatch.to_dense(acts, self.cfg.d_sae) if isinstance(acts, reference.SparseActs) else acts
         with _kept(self.base):
             direct = self.base.decode(acts)
         read = strongest = self._read(self._active(acts))

@@ -102,7 +102,7 @@ RANGES = {
         ("lr_warm_up_steps", "lr_decay_steps", "l1_warm_up_steps", "l0_warm_up_steps", "warm_up"), "[0, 1e9]"
     ),
     **dict.fromkeys(("n_checkpoints", "dead_feature_window", "hook_head_index", "prefetch_llm_batches"), "[0, 1e9]"),
-    **dict.fromkeys(("n_permutations", "sentences"), "[0, 1e9]"),
+    **dict.fromkeys(("n_permutations", "sentences", "refinement_steps", "inference_refinement_steps"), "[0, 1e9]"),
     **dict.fromkeys(
         ("evaluate_every", "n_eval_batches", "before", "after", "control_tokens", "quantile_contexts"), "[0, 1e9]"
     ),

@@ -1,3 +1,4 @@
+from .device import is_transformed as is_transformed
 from .device import product_dtype as product_dtype
 from .device import sees_numbers as sees_numbers
 from .device import without_triton as without_triton

@@ -1,0 +1,113 @@
+"""Features inferred through the decoder: of which features, and how strongly, as pure functions of what decodes them.
+
+    selection in T stages    stage t = 1..T chooses floor(t k / T) - floor((t-1) k / T) features, of those not chosen yet the
+                             largest of n_i ((s - y(f)) W_enc + b_enc)_i, with that as their activation where it is > 0
+    a refinement             d_i = (J^T r)_i / |column i|^2,   q = J d,   a = clip(r.q / q.q, 0, 1),   f <- ReLU(f + a d)
+
+s is what the encoder reads, n the decoder norms that scale pre-activations (1 without rescaling), D(f) what all paths write,
+y(f) = D(f) - D(0), r = x - D(f), J = dD/df on the features chosen, "column i" what feature i writes per unit through the direct
+and the linear path. T = 1 is TopK, T = k matching pursuit without a second choice of a feature. The error of a refined token is
+computed anew through D, and where it does not fall the token keeps what it had.
+
+J is never made: J^T r is one vector-Jacobian product, J d the one Jacobian-vector product, as the transpose of the first, so that
+D may be anything that can be differentiated twice. Everything is differentiable but the choice of features and of steps.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.func import vjp
+
+from sae_nfm.kernels.reference import SparseActs, divisor
+
+
+def stage_sizes(k: int, stages: int) -> list[int]:
+    """How many of k features each stage chooses."""
+    return [t * k // stages - (t - 1) * k // stages for t in range(1, stages + 1)]
+
+
+def select(
+    hidden_pre: Float[Tensor, "*batch d_sae"],
+    explained: Callable[[SparseActs], Tensor],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    norms: Float[Tensor, " d_sae"] | None,
+    sizes: Sequence[int],
+) -> SparseActs:
+    """Features chosen in stages of these sizes, in the order of stages; entries of one token are distinct.
+
+    Args:
+        hidden_pre: what the first stage ranks. Later ones subtract what the features chosen explain of it, so that whatever a
+            hook changed there holds in every stage.
+        explained: y, from activations to [*batch, d_in].
+        norms: n, None for 1.
+    """
+    acts: SparseActs | None = None
+    for size in sizes:
+        scores = hidden_pre
+        if acts is not None:
+            fed_back = explained(acts) @ W_enc
+            scores = hidden_pre - (fed_back if norms is None else fed_back * norms)
+        indices = _largest(scores.detach(), size, acts)
+        values = scores.gather(-1, indices).relu()
+        if acts is not None:
+            indices, values = torch.cat([acts.indices, indices], -1), torch.cat([acts.values, values], -1)
+        acts = SparseActs(indices, values)
+    assert acts is not None
+    return acts
+
+
+def _largest(scores: Tensor, size: int, chosen: SparseActs | None) -> Tensor:
+    if chosen is not None:  # below every other, even one that a hook has set to -inf
+        scores = scores.clamp(min=torch.finfo(scores.dtype).min).scatter(-1, chosen.indices, -torch.inf)
+    return scores.topk(size, dim=-1, sorted=False).indices
+
+
+def refine(
+    values: Float[Tensor, "*batch n"],
+    decode: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "*batch d_in"],
+    column_squares: Float[Tensor, "*#batch n"],
+    steps: int,
+    support: Bool[Tensor, "*batch n"] | None = None,
+) -> Float[Tensor, "*batch n"]:
+    """Activations >= 0 after so many refinements; the squared error of no token rises.
+
+    Args:
+        values: f, of the features chosen, or of all with `support` True where chosen.
+        decode: D, from values to [*batch, d_in].
+        x: what D is to write.
+        column_squares: |column i|^2; a feature with 0 stays as it is.
+    """
+    rate = divisor(column_squares).reciprocal()
+    if support is not None:
+        rate = rate * support
+    written = decode(values)
+    for _ in range(steps):
+        residual = x - written
+        gradient, along = _transposed_jacobian(decode, values, residual)
+        direction = gradient * rate
+        (change,) = along(direction)
+        length = _dot(change, change)
+        step = (_dot(residual, change) / length.where(length > 0, 1.0)).clamp(0, 1)
+        moved = (values + step * direction).relu()
+        rewritten = decode(moved)
+        falls = _dot(x - rewritten, x - rewritten) < _dot(residual, residual)
+        values, written = torch.where(falls, moved, values), torch.where(falls, rewritten, written)
+    return values
+
+
+def _transposed_jacobian(
+    decode: Callable[[Tensor], Tensor], values: Tensor, residual: Tensor
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """J^T r, and what makes J d of d."""
+
+    def transposed(above: Tensor) -> Tensor:
+        return vjp(decode, values)[1](above)[0]
+
+    return vjp(transposed, residual)  # pyright: ignore[reportReturnType]
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).sum(dim=-1, keepdim=True)
