@@ -1,4 +1,4 @@
-"""Registers `joint_nfm`, `sequential_nfm` and `staged_topk` with SAELens, and makes SAELens's own doors strict and exact for them.
+"""Registers `joint_nfm`, `sequential_nfm`, `staged_topk` with SAELens, and makes SAELens's own doors strict and exact for them.
 
 SAELens filters a config down to the fields it knows before any class of ours sees it (`SAEConfig.from_dict`), and reads the
 weight file before our class exists. Two class methods of `SAE` therefore get a thin layer, for our architectures only:

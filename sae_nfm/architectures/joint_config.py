@@ -216,7 +216,7 @@ JointNFMConfig = JointNFMSAEConfig | JointNFMTrainingSAEConfig | StagedTopKSAECo
 
 
 def parameter_count(cfg: JointNFMConfig) -> int:
-    """Trainable numbers of a joint NFM-SAE or a staged TopK SAE: encoder, decoder and biases, and the paths that are switched on."""
+    """Trainable numbers: encoder, decoder and biases, and the paths that are switched on."""
     d_in, d_sae, m = cfg.d_in, cfg.d_sae, cfg.nfm_dim
     count = 2 * d_in * d_sae + d_sae + d_in
     if cfg.use_linear_path:

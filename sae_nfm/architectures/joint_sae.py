@@ -20,10 +20,12 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float
 from sae_lens import TopKSAE
+from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_nfm.architectures.joint_config import JointNFMConfig, JointNFMSAEConfig, StagedTopKSAEConfig
+from sae_nfm.architectures.nfm_config import check_inference
 from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths, column_squares
 from sae_nfm.kernels import dispatch, inference, is_transformed, product_dtype, reference, sees_numbers, wide
 
@@ -48,28 +50,36 @@ class NFMDecoder(NFMPaths):
 
     def _encoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Activations, inferred through the decoder, and what the first stage ranked."""
+        check_inference(self.cfg)
+        if not isinstance(self.activation_fn, TopK):
+            raise ValueError(
+                f"the SAE's activation_fn is {type(self.activation_fn).__name__}, and features are chosen in stages, or refined, "
+                "after TopK alone; give it back, or set cfg.selection_stages = 1 and cfg.refinement_steps = 0"
+            )
         sae_in = self.process_sae_in(x)
         hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
         if self.cfg.rescale_acts_by_decoder_norm:
             hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
-        indices, values = self._inferred(sae_in, hidden_pre)
+        indices, values = self._inferred(sae_in, hidden_pre, self.activation_fn.k)
         acts = reference.SparseActs(indices, values.to(hidden_pre.dtype))
-        sparse = getattr(self.activation_fn, "use_sparse_activations", False)
-        return self.hook_sae_acts_post((dispatch.to_coo if sparse else dispatch.to_dense)(acts, self.cfg.d_sae)), hidden_pre
+        formed = (dispatch.to_coo if self.activation_fn.use_sparse_activations else dispatch.to_dense)(
+            acts, self.cfg.d_sae
+        )
+        return self.hook_sae_acts_post(formed), hidden_pre
 
-    def _inferred(self, sae_in: Tensor, hidden_pre: Tensor) -> reference.SparseActs:
+    def _inferred(self, sae_in: Tensor, hidden_pre: Tensor, k: int) -> reference.SparseActs:
         """`kernels.inference`, in at least float32."""
         cfg, d_sae = self.cfg, self.cfg.d_sae
         with self._weights_alone() as written:
             W_enc, b_dec, sae_in = wide(self.W_enc), wide(self.b_dec), wide(sae_in)
             norms = wide(self.W_dec).norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
-            nothing = written(W_enc.new_zeros(1, d_sae))[0] if cfg.selection_stages > 1 else None
+            nothing = written(W_enc.new_zeros(1, d_sae))[0]
             acts = inference.select(
                 wide(hidden_pre),
                 lambda acts: written(acts) - nothing,
                 W_enc,
                 norms,
-                inference.stage_sizes(cfg.k, cfg.selection_stages),
+                inference.stage_sizes(k, cfg.selection_stages),
             )
             if not cfg.refinement_steps:
                 return acts

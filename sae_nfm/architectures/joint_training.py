@@ -120,7 +120,12 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         return torch.compiler.is_compiling() or any(map(is_hooked, self.hook_dict.values()))
 
     def _steps_sparsely(self, sae_in: Tensor) -> bool:
-        if self.inferring() or self._needs_matrices() or not sees_numbers(sae_in, *self.parameters()) or not self._is_saelens():
+        if (
+            self.inferring()
+            or self._needs_matrices()
+            or not sees_numbers(sae_in, *self.parameters())
+            or not self._is_saelens()
+        ):
             return False
         return "sparse" in self._forms()
 

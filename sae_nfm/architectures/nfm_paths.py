@@ -165,9 +165,9 @@ class NFMPaths(_Host):
     def decode_paths(self, feature_acts: Tensor) -> Paths:
         """What each path writes before the run-time normalisation is undone; pure in `feature_acts`."""
 
-    @abstractmethod
     def _paths_of(self, acts: reference.Acts) -> Paths:
-        """`decode_paths` of activations in the form in which they are read."""
+        """`decode_paths` of activations in either form."""
+        return self.decode_paths(dispatch.to_dense(acts, self.cfg.d_sae) if isinstance(acts, SparseActs) else acts)
 
     @contextmanager
     def _weights_alone(self) -> Generator[Callable[[reference.Acts], Tensor]]:
@@ -233,8 +233,9 @@ class NFMPaths(_Host):
 
 
 def _all_written(sae: NFMPaths, acts: reference.Acts) -> Tensor:
-    weights = {f"sae.{name}": wide(weight) for name, weight in sae.named_parameters() if wide(weight) is not weight}
-    return functional_call(_Whole(sae), weights, (acts,)) if weights else sae._paths_of(acts).total()
+    whole = _Whole(sae)
+    weights = {name: wide(weight) for name, weight in whole.named_parameters() if wide(weight) is not weight}
+    return functional_call(whole, weights, (acts,)) if weights else whole(acts)
 
 
 class _Whole(nn.Module):
@@ -246,7 +247,9 @@ class _Whole(nn.Module):
 
     @override
     def forward(self, acts: reference.Acts) -> Tensor:
-        return self.sae._paths_of(acts).total()  # pyright: ignore[reportPrivateUsage]
+        own = type(self.sae)
+        ours = own.decode_paths.__module__.startswith("sae_nfm.")
+        return (own if ours else NFMPaths)._paths_of(self.sae, acts).total()  # pyright: ignore[reportPrivateUsage]
 
 
 def column_squares(

@@ -224,6 +224,17 @@ class SequentialNFMTrainingSAEConfig(TrainingRefinementFields, NFMTrainingFields
 SequentialNFMConfig = SequentialNFMSAEConfig | SequentialNFMTrainingSAEConfig
 
 
+def check_refinement(cfg: SequentialNFMConfig) -> None:
+    """Raise a ValueError for refinements that cannot work."""
+    check_inference(cfg)
+    steps = cfg.refinement_steps or getattr(cfg, "inference_refinement_steps", 0)
+    if steps and cfg.base_config.get("architecture") == "abstopk":
+        raise ValueError(
+            f"refinements ({steps} of them) keep activations >= 0, and those of the base, an abstopk SAE, can be negative; "
+            "give 0 refinement steps, or another base"
+        )
+
+
 def _validate(cfg: SequentialNFMConfig) -> None:
     if cfg.normalize_activations != "none":
         raise ValueError(
@@ -239,13 +250,7 @@ def _validate(cfg: SequentialNFMConfig) -> None:
         if cfg.base_config["dtype"] != cfg.dtype and isinstance(cfg, SequentialNFMTrainingSAEConfig):
             raise ValueError(f"dtype is {cfg.dtype!r}, the base's is {cfg.base_config['dtype']!r}; give both the same")
     cfg.check_nfm_fields()
-    check_inference(cfg)
-    steps = cfg.refinement_steps or getattr(cfg, "inference_refinement_steps", 0)
-    if steps and cfg.base_config.get("architecture") == "abstopk":
-        raise ValueError(
-            f"refinements ({steps} asked for) keep activations >= 0, and those of the base, an abstopk SAE, can be negative; give "
-            "0 refinement steps, or another base"
-        )
+    check_refinement(cfg)
 
 
 INFERENCE_CONFIGS: dict[str, type[JointNFMSAEConfig] | type[SequentialNFMSAEConfig] | type[StagedTopKSAEConfig]] = {

@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths, column_squares, own_normalisation
-from sae_nfm.architectures.sequential_config import SequentialNFMConfig, SequentialNFMSAEConfig, check_base, load_base
+from sae_nfm.architectures.sequential_config import (
+    SequentialNFMConfig,
+    SequentialNFMSAEConfig,
+    check_base,
+    check_refinement,
+    load_base,
+)
 from sae_nfm.kernels import dispatch, inference, reference, sees_numbers, wide
 from sae_nfm.loading import sha256_of
 
@@ -110,11 +116,15 @@ class SequentialNFM(NFMPaths):
         """The base's features [*batch, d_sae] as hooked at `hook_sae_acts_post`, bit for bit unless they are refined."""
         self._check_width(x)
         acts = self.base.encode(self.reshape_fn_in(x))
-        x, self.base_input = self.base_input, None
-        return self.hook_sae_acts_post(self._refined(x, acts) if self.cfg.refinement_steps else acts)
+        base_input, self.base_input = self.base_input, None
+        if self.cfg.refinement_steps:
+            assert base_input is not None
+            acts = self._refined(base_input, acts)
+        return self.hook_sae_acts_post(acts)
 
     def _refined(self, x: Tensor, acts: Tensor) -> Tensor:
         """The base's features with the activations that `kernels.inference` makes of them, in the space of the input."""
+        check_refinement(self.cfg)
         rescaled = getattr(self.base.cfg, "rescale_acts_by_decoder_norm", False)
         with self._weights_alone() as written:
             squares = column_squares(self, wide(self.W_dec).norm(dim=-1) if rescaled else None, self._base_scale())
@@ -130,8 +140,8 @@ class SequentialNFM(NFMPaths):
         """Length in the input's space of a unit in the base's, after it has encoded; None where it is 1."""
         normalised = self.base.cfg.normalize_activations
         if normalised == "constant_norm_rescale":
-            return 1 / self.base.x_norm_coeff
-        return self.base.ln_std if normalised == "layer_norm" else None
+            return 1 / cast(Tensor, self.base.x_norm_coeff)
+        return cast(Tensor, self.base.ln_std) if normalised == "layer_norm" else None
 
     @override
     def decode_paths(self, feature_acts: Tensor) -> Paths:

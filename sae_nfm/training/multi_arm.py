@@ -160,8 +160,14 @@ def _settings(stream: StreamConfig, arm: TrainingArm, learning_rate: float) -> d
     own = {"learning_rate": learning_rate, "decoder_rate": arm.decoder_rate}
     everything = arm.sae.to_dict() | asdict(stream) | own
     ignored = ["metadata", "n_checkpoints", "fewest_steps_counted"]
-    ordinary = {"model_class_name": "HookedTransformer", "model_kwargs": {}}
-    ignored += [key for key, value in ordinary.items() if everything[key] == value]  # as before there were others
+    ordinary = {
+        "model_class_name": "HookedTransformer",
+        "model_kwargs": {},
+        "selection_stages": 1,
+        "refinement_steps": 0,
+    }
+    ordinary |= {"inference_selection_stages": None, "inference_refinement_steps": None}
+    ignored += [key for key, value in ordinary.items() if everything.get(key) == value]  # as before there were others
     kept = {key: value for key, value in everything.items() if key not in ignored}
     return json.loads(json.dumps(kept))
 

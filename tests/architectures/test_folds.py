@@ -53,7 +53,9 @@ def sae(request) -> NFMDecoder:
 
 def randomised(sae: NFMDecoder, seed: int) -> NFMDecoder:
     generator = torch.Generator().manual_seed(seed)
-    size = 0.3 if sae.inferring() else 1.0  # larger ones make each stage's activations many times those of the one before
+    size = (
+        0.3 if sae.inferring() else 1.0
+    )  # larger ones make each stage's activations many times those of the one before
     for parameter in sae.parameters():
         parameter.data = size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     return sae
