@@ -27,7 +27,16 @@ from typing_extensions import override
 from sae_nfm.architectures.joint_config import JointNFMConfig, JointNFMSAEConfig, StagedTopKSAEConfig
 from sae_nfm.architectures.nfm_config import check_inference
 from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths, column_squares
-from sae_nfm.kernels import dispatch, inference, is_transformed, product_dtype, reference, sees_numbers, wide
+from sae_nfm.kernels import (
+    dispatch,
+    inference,
+    is_transformed,
+    product_dtype,
+    reference,
+    sees_numbers,
+    uncompiled,
+    wide,
+)
 
 
 class NFMDecoder(NFMPaths):
@@ -67,6 +76,7 @@ class NFMDecoder(NFMPaths):
         )
         return self.hook_sae_acts_post(formed), hidden_pre
 
+    @uncompiled
     def _inferred(self, sae_in: Tensor, hidden_pre: Tensor, k: int) -> reference.SparseActs:
         """`kernels.inference`, in at least float32."""
         cfg, d_sae = self.cfg, self.cfg.d_sae

@@ -28,7 +28,7 @@ from sae_nfm.common import present_path
 from sae_nfm.loading import load_sae, sha256_of
 
 ARCHITECTURE = "sequential_nfm"
-BASES = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit")
+BASES = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", "staged_topk")
 """Architectures that can be a base; SAELens saves batchtopk and matryoshka_batchtopk as jumprelu."""
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _TWO_PLACES = "it reads one place and writes another, so there is no residual x - sae at one hook point"

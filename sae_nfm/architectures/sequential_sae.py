@@ -29,7 +29,7 @@ from sae_nfm.architectures.sequential_config import (
     check_refinement,
     load_base,
 )
-from sae_nfm.kernels import dispatch, inference, reference, sees_numbers, wide
+from sae_nfm.kernels import dispatch, inference, reference, sees_numbers, uncompiled, wide
 from sae_nfm.loading import sha256_of
 
 BASE_HOOKS = ("hook_sae_input", "hook_sae_acts_pre")
@@ -122,6 +122,7 @@ class SequentialNFM(NFMPaths):
             acts = self._refined(base_input, acts)
         return self.hook_sae_acts_post(acts)
 
+    @uncompiled
     def _refined(self, x: Tensor, acts: Tensor) -> Tensor:
         """The base's features with the activations that `kernels.inference` makes of them, in the space of the input."""
         check_refinement(self.cfg)

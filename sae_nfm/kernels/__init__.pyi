@@ -1,6 +1,7 @@
 from .device import is_transformed as is_transformed
 from .device import product_dtype as product_dtype
 from .device import sees_numbers as sees_numbers
+from .device import uncompiled as uncompiled
 from .device import without_triton as without_triton
 from .dispatch import Kernel as Kernel
 from .heads import POOLS as POOLS

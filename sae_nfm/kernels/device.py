@@ -8,12 +8,14 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial, reduce
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+P = ParamSpec("P")
+T = TypeVar("T")
 TRITON_DEVICES: tuple[str, ...] = ("cuda",)
 """Types of the devices whose tensors Triton kernels work on. With its interpreter it could be "cpu"."""
 
@@ -59,6 +61,11 @@ def autocast_as_now(device: torch.device) -> AbstractContextManager[Any]:
     if not torch.amp.is_autocast_available(kind):
         return nullcontext()
     return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+
+def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
+    """The same function, which torch.compile leaves as it is: its tracer cannot follow a derivative within a derivative."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 def is_transformed() -> bool:
