@@ -155,7 +155,8 @@ class StagedTopKSAEConfig(InferenceFields, WithoutNFM, TopKSAEConfig):
     `TopKSAEConfig`.
 
     Args:
-        kernel (Literal["auto", "dense", "sparse"]): As in `NFMFields`.
+        kernel (Literal["auto", "dense", "sparse"]): Whether a training step in one stage without refinement, and a decode that
+            needs no gradient, work on the matrix of all features or on the active ones alone; "auto" takes the faster.
     """
 
     kernel: Kernel = "auto"
@@ -187,7 +188,8 @@ class StagedTopKTrainingSAEConfig(TrainingInferenceFields, WithoutNFM, TopKTrain
     `TopKTrainingSAEConfig`.
 
     Args:
-        kernel (Literal["auto", "dense", "sparse"]): As in `NFMFields`.
+        kernel (Literal["auto", "dense", "sparse"]): Whether a training step in one stage without refinement, and a decode that
+            needs no gradient, work on the matrix of all features or on the active ones alone; "auto" takes the faster.
     """
 
     kernel: Kernel = "auto"

@@ -135,9 +135,10 @@ class TrainingRefinementFields(RefinementFields, TrainingSAEConfig):
     """`RefinementFields` in training, and those of the SAE that is saved for inference.
 
     Args:
-        refinement_steps (int): Refinements in training steps, with gradients through them.
-        inference_refinement_steps (int | None): Refinements of the SAE that is saved for inference; None for as many as in
-            training. Refining only then gains about as much, and training costs less.
+        refinement_steps (int): Refinements R of a token's activations in training steps, after its features are chosen:
+            gradient steps through the decoder, all paths included, none of which raises the token's squared error.
+        inference_refinement_steps (int | None): Refinements of the SAE that is saved for inference; unless given, as many as
+            in training.
     """
 
     inference_refinement_steps: int | None = None
@@ -159,8 +160,10 @@ class TrainingInferenceFields(InferenceFields, TrainingRefinementFields):
     """`InferenceFields` in training, and those of the SAE that is saved for inference.
 
     Args:
-        selection_stages (int): Stages in training steps, with gradients through them.
-        inference_selection_stages (int | None): Stages of the SAE that is saved for inference; None for as many as in training.
+        selection_stages (int): Stages T in which training steps choose the k features. Each encodes what the features chosen
+            before it leave unexplained. 1 is TopK, k chooses one feature after the other (matching pursuit).
+        inference_selection_stages (int | None): Stages of the SAE that is saved for inference; unless given, as many as in
+            training.
     """
 
     inference_selection_stages: int | None = None
