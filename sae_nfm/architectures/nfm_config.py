@@ -90,7 +90,7 @@ class NFMFields:
     square_scale: float = 3.0
     kernel: Kernel = "auto"
     LATER: ClassVar = ("selection_stages", "refinement_steps")
-    """Fields that SAEs saved before 0.3 lack: 1 and 0."""
+    """Fields that older saved SAEs lack, whose features are chosen at once and not refined."""
 
     def check_nfm_fields(self) -> None:
         """Raise a ValueError for values that cannot work."""

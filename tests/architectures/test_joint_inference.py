@@ -8,6 +8,7 @@ import torch
 from builders import covering_pairs, edited, inference_sae, random_activations, random_sae, trainer, training_config
 from inference_oracle import inferred
 from sae_lens import SAE, MatchingPursuitSAE, MatchingPursuitSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from scipy.optimize import nnls
 from step_forms import step
 from torch.func import jacfwd, jacrev, vmap
@@ -19,9 +20,10 @@ from sae_nfm import (
     SequentialNFMTrainingSAE,
     StagedTopKSAE,
     StagedTopKSAEConfig,
+    StagedTopKTrainingSAE,
     StagedTopKTrainingSAEConfig,
 )
-from sae_nfm.architectures import attach_secondary
+from sae_nfm.architectures import attach_secondary, parameter_count
 from sae_nfm.kernels import heads
 from sae_nfm.kernels.reference import powers, weighted_rows
 
@@ -343,8 +345,12 @@ def test_the_dead_feature_loss_reads_the_first_stage_and_the_last_residual(archi
     recons = torch.zeros_like(pre).scatter(-1, top.indices, top.values) @ sae.W_dec
     expected = (recons - (x - sae(x)).detach()).square().sum(dim=-1).mean()
     torch.testing.assert_close(output.losses["auxiliary_reconstruction_loss"], expected)
+    # a step decodes with the sum of both decoders where these read the same
+    weights, error = list(sae.parameters()), (sae(x) - x).square().sum(dim=-1).mean()
+    found = torch.autograd.grad(output.losses["mse_loss"], weights, retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(error, weights), rtol=1e-4, atol=1e-4)
     output.loss.backward()
-    assert all(weight.grad.isfinite().all() for weight in sae.parameters())
+    assert all(weight.grad.isfinite().all() for weight in weights)
 
 
 @pytest.mark.parametrize("architecture", ["joint_nfm", "staged_topk", "sequential_nfm"])
@@ -443,6 +449,26 @@ def test_inference_within_a_compiled_sae(architecture):
     fields = {"refinement_steps": 2} | ({} if architecture == "sequential_nfm" else {"selection_stages": 2})
     sae, x = made(architecture, **fields), random_activations()
     torch.testing.assert_close(torch.compile(sae, backend="eager")(x), sae(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_command_lines_offer_it():
+    given = [
+        "--d_in",
+        "16",
+        "--d_sae",
+        "64",
+        "--k",
+        "8",
+        "--selection_stages",
+        "4",
+        "--inference_refinement_steps",
+        "5",
+    ]
+    cfg = _parse_cfg_args(["--architecture", "staged_topk", *given]).sae
+    assert isinstance(cfg, StagedTopKTrainingSAEConfig)
+    saved = cfg.get_inference_sae_cfg_dict()
+    assert (cfg.refinement_steps, saved["selection_stages"], saved["refinement_steps"]) == (0, 4, 5)
+    assert parameter_count(cfg) == sum(p.numel() for p in StagedTopKTrainingSAE(cfg).parameters())
 
 
 def test_a_base_with_negative_activations_is_not_refined():
