@@ -9,6 +9,7 @@ from .joint_sae import NFMDecoder as NFMDecoder
 from .joint_sae import StagedTopKSAE as StagedTopKSAE
 from .joint_training import JointNFMTrainingSAE as JointNFMTrainingSAE
 from .joint_training import StagedTopKTrainingSAE as StagedTopKTrainingSAE
+from .nfm_config import InferenceFields as InferenceFields
 from .nfm_config import Kernel as Kernel
 from .nfm_config import NFMFields as NFMFields
 from .nfm_config import NFMTrainingFields as NFMTrainingFields

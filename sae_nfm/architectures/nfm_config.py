@@ -2,7 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from sae_lens import SAE, TrainingSAE, TrainingSAEConfig
@@ -89,7 +89,7 @@ class NFMFields:
     use_square_path: bool = False
     square_scale: float = 3.0
     kernel: Kernel = "auto"
-    LATER: ClassVar = ("selection_stages", "refinement_steps")
+    LATER = ("selection_stages", "refinement_steps")
     """Fields that older saved SAEs lack, whose features are chosen at once and not refined."""
 
     def check_nfm_fields(self) -> None:

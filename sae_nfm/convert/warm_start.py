@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sae_nfm.architectures import (
     UNFOLDED,
+    InferenceFields,
     JointNFMSAE,
     JointNFMTrainingSAE,
     NFMFields,
@@ -154,7 +155,8 @@ def with_silent_nfm(sae: SAE[Any] | str | Path, *, seed: int = 0, **fields: Any)
     """The same function as a TopK SAE's, as a `joint_nfm`: every added path is there and writes exactly zero.
 
     W_lin, W_2, U and the biases are zero, V and W_1 small and random, by `seed`. So the paths that write have a gradient from the
-    first step of training on, and V and W_1 from the second. `fields`: of `NFMFields`. Raises as `warm_started`.
+    first step of training on, and V and W_1 from the second. `fields`: of `NFMFields` and, for
+    an SAE that is not the same function then, `InferenceFields`. Raises as `warm_started`.
     """
     started = warm_started(sae, seed=seed, **fields)
     for name in ("W_lin", "W_2", "U"):
@@ -162,6 +164,8 @@ def with_silent_nfm(sae: SAE[Any] | str | Path, *, seed: int = 0, **fields: Any)
             getattr(started, name).zero_()
     cfg = started.cfg
     given = {name: getattr(cfg, name) for name in (*OF_THE_SAE, *NFMFields.__dataclass_fields__, "dtype", "device")}
+    saved = cfg.get_inference_sae_cfg_dict()
+    given |= {name: saved[name] for name in InferenceFields.__dataclass_fields__}
     told = {
         name: value
         for name, value in cfg.metadata.items()

@@ -163,3 +163,6 @@ def test_heads_stay_heads(tmp_path: Path) -> None:
     silent = with_silent_nfm(topk, nfm_dim=4, use_square_path=True)
     assert torch.equal(silent(x), topk(x))
     assert silent(x).shape == x.shape
+    staged = with_silent_nfm(topk, nfm_dim=4, selection_stages=2, inference_refinement_steps=1)
+    assert (staged.cfg.selection_stages, staged.cfg.refinement_steps) == (2, 1)
+    assert (staged(x) - x).square().sum() < (topk(x) - x).square().sum()
