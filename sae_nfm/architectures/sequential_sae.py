@@ -50,7 +50,7 @@ class _PassedOn(nn.Module):
     @override
     def forward(self, value: Tensor) -> Tensor:
         passed = getattr(self._owner[0], self._name)(value)
-        if self._name == "hook_sae_input":
+        if self._name == "hook_sae_input" and self._owner[0].base_input is not None:
             self._owner[0].base_input = passed
         return passed
 
@@ -61,7 +61,7 @@ class SequentialNFM(NFMPaths):
     cfg: SequentialNFMConfig
     base: SAE[Any]
     base_input: Tensor | None = None
-    """What the base encodes, during `encode`: the input as it leaves `hook_sae_input`."""
+    """While activations to be refined are encoded: what the base encodes, the input as it leaves `hook_sae_input`."""
 
     @override
     def initialize_weights(self) -> None:
@@ -115,12 +115,15 @@ class SequentialNFM(NFMPaths):
     def encode(self, x: Tensor) -> Tensor:
         """The base's features [*batch, d_sae] as hooked at `hook_sae_acts_post`, bit for bit unless they are refined."""
         self._check_width(x)
-        acts = self.base.encode(self.reshape_fn_in(x))
-        base_input, self.base_input = self.base_input, None
-        if self.cfg.refinement_steps:
-            assert base_input is not None
-            acts = self._refined(base_input, acts)
-        return self.hook_sae_acts_post(acts)
+        x = self.reshape_fn_in(x)
+        if not self.cfg.refinement_steps:
+            return self.hook_sae_acts_post(self.base.encode(x))
+        self.base_input = x
+        try:
+            acts = self.base.encode(x)
+            return self.hook_sae_acts_post(self._refined(self.base_input, acts))
+        finally:
+            self.base_input = None
 
     @uncompiled
     def _refined(self, x: Tensor, acts: Tensor) -> Tensor:

@@ -409,6 +409,13 @@ def test_a_staged_sae_as_a_base_keeps_its_own_features():
     assert torch.equal(sae.decode_paths(sae.encode(x)).direct, base(x))
 
 
+def test_a_sequential_sae_is_refined_towards_the_input_as_hooked():
+    sae, x = made("sequential_nfm", dtype="float64", refinement_steps=2), random_activations().double()
+    halve = ("hook_sae_input", lambda value, hook: value / 2)
+    torch.testing.assert_close(sae.run_with_hooks(x, fwd_hooks=[halve]), sae(x / 2))
+    assert sae.base_input is None
+
+
 def test_a_subclass_that_decodes_otherwise_is_inferred_through_what_it_decodes():
     class Halved(StagedTopKSAE):
         def decode_paths(self, feature_acts):
