@@ -78,7 +78,7 @@ START = {
         "print the table and write results.json and report.html. Without options: the embedded model, offline.",
         examples=(
             ("the embedded model and tokens of its own, offline", "sae-nfm demo"),
-            ("your text: parquet, jsonl or txt", "sae-nfm demo --dataset train.parquet --held-out held_out.parquet"),
+            ("your text: parquet, jsonl, csv, txt", "sae-nfm demo --dataset train.parquet --held-out held_out.parquet"),
             ("a model of the hub, on its data", "sae-nfm demo --model gpt2 --dataset NeelNanda/pile-10k"),
         ),
         config="sae_nfm.comparison.config:DemoConfig",

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
+from safetensors import SafetensorError
 from sklearn.decomposition import PCA
 from torch import Tensor
 
@@ -48,6 +49,8 @@ from sae_nfm.analysis.results import (
 )
 from sae_nfm.architectures import random_initialisation, training_config
 from sae_nfm.architectures.joint_config import ARCHITECTURE
+from sae_nfm.common import DamagedFileError, reading
+from sae_nfm.common.file_errors import cause_of
 from sae_nfm.loading import load_sae
 from sae_nfm.stats import DipTest, MixtureComparison, PermutedCorrelation, compare_mixtures, dip_test, permuted_spearman
 
@@ -213,21 +216,43 @@ def squared_norms(sae: SAE[Any], *, topk: SAE[Any] | None, seed: int, bins: int 
     )
 
 
-def norms_of_saes(folders: Sequence[Path], root: Path, *, seed: int = 0) -> NormsResult:
+def norms_of_saes(
+    folders: Sequence[Path], root: Path, *, seed: int = 0, damaged: dict[Path, str] | None = None
+) -> NormsResult:
     """Both measures of the first `LARGEST_N` joint SAEs with a linear path, beside a TopK SAE of their width and parent folder.
 
     Args:
         folders: of saved SAEs of any architecture.
         root: of the run; SAEs are named by their folders relative to it.
+        damaged: gets the folders that cannot be read, each with the reason; without it that is an error.
     """
-    configs = {folder: json.loads((folder / SAE_CFG_FILENAME).read_text()) for folder in folders}
+
+    def loaded(folder: Path) -> SAE[Any] | None:
+        try:
+            return load_sae(str(folder)).eval()
+        except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+            if damaged is None:
+                raise
+            damaged[folder] = cause_of(error)
+            return None
+
+    configs: dict[Path, dict[str, Any]] = {}
+    for folder in folders:
+        try:
+            with reading(folder / SAE_CFG_FILENAME):
+                configs[folder] = dict(json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8")))
+        except (DamagedFileError, OSError) as error:
+            if damaged is None:
+                raise
+            damaged[folder] = cause_of(error.__cause__ or error)
     joint = [f for f, cfg in configs.items() if cfg.get("architecture") == ARCHITECTURE and cfg.get("use_linear_path")]
     found: list[SAENorms] = []
     for folder in joint[:LARGEST_N]:
-        wanted = "topk", folder.parent, configs[folder]["d_sae"]
-        beside = (o for o, cfg in configs.items() if (cfg.get("architecture"), o.parent, cfg["d_sae"]) == wanted)
-        sae, *topk = (load_sae(str(one)).eval() for one in (folder, *list(beside)[:1]))
-        norms = squared_norms(sae, topk=topk[0] if topk else None, seed=seed)
+        if (sae := loaded(folder)) is None:
+            continue
+        wanted = "topk", folder.parent, sae.cfg.d_sae
+        beside = (o for o, cfg in configs.items() if (cfg.get("architecture"), o.parent, cfg.get("d_sae")) == wanted)
+        norms = squared_norms(sae, topk=next((one for one in map(loaded, beside) if one is not None), None), seed=seed)
         found.append(SAENorms(sae=folder.relative_to(root).as_posix(), norms=norms))
     return NormsResult(saes=tuple(found))
 

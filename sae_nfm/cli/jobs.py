@@ -1,18 +1,19 @@
 """The jobs of `sae-nfm report` and `sae-nfm demo`, which join packages that may not import one another."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_nfm.analysis import norms_of_saes
+from sae_nfm.common.file_errors import FORBIDDEN
 from sae_nfm.common.results import RESULTS_FILENAME
 from sae_nfm.comparison import DemoConfig, Prepared, compare_once
 from sae_nfm.comparison.results import ArmName, CompareResult
 from sae_nfm.explorer import FILENAME, explore
 from sae_nfm.report.command import ReportConfig, WrittenReport, write_run_report
+from sae_nfm.report.run_folder import is_saved_sae
 
 NORMS_FILENAME = "norms.json"
 EXPLORED_TOKENS = 20_000
@@ -23,17 +24,19 @@ def write_report(cfg: ReportConfig) -> WrittenReport:
     """Write norms.json of the joint SAEs in a run's folder, then its page.
 
     Raises:
-        FileNotFoundError, ValueError: as of `write_run_report`, or for a damaged SAE.
+        FileNotFoundError, ValueError: as of `write_run_report`.
     """
     folder = Path(cfg.run)
-    saes = [
-        path.parent for path in sorted(folder.rglob(SAE_CFG_FILENAME)) if (path.parent / SAE_WEIGHTS_FILENAME).is_file()
-    ]
-    found = norms_of_saes(saes, folder)
+    saes = [path.parent for path in sorted(folder.rglob(SAE_CFG_FILENAME)) if is_saved_sae(path.parent, folder)]
+    damaged: dict[Path, str] = {}
+    found = norms_of_saes(saes, folder, damaged=damaged)
     if found.saes:
-        with suppress(PermissionError):  # somebody else's folder: the page shows what is in it
+        try:
             found.save(folder / NORMS_FILENAME)
-    return write_run_report(cfg)
+        except OSError as error:
+            if error.errno not in FORBIDDEN:  # somebody else's folder: the page shows what is in it
+                raise
+    return write_run_report(cfg, damaged)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,8 +55,9 @@ TOLD = {
     "or a name on the hub.",
     "model_class_name": "HookedTransformer, TransformerBridge or AutoModelForCausalLM; with the last, hook names are the "
     "module names of Hugging Face.",
-    "dataset_path": "Training text or tokens: a .parquet, .jsonl or .txt file, a folder of them, a data set saved by "
-    "`datasets`, or a hub name. Without it: tokens of the embedded model, with that model.",
+    "dataset_path": "Training text or tokens: a .parquet, .arrow, .jsonl, .json, .csv or .txt file (also .gz, .zst), a folder of "
+    "them, a data set saved by `datasets`, or a hub name (name or name:config). Without it: tokens of the embedded model, with "
+    "that model.",
     "seed": "Seed of initialisation and data order, on the CPU and the GPU. (SAELens has the flag and reads it nowhere.)",
     "d_in": "Width of the hook point. It is measured; give it only as a check.",
     "d_sae": "Number of features.",
@@ -94,7 +95,8 @@ of `python -m sae_lens.llm_sae_training_runner`; dashes may stand for underscore
 model and its tokens, offline, in about a minute.
 
 The defaults below are those for {architecture} on {model}. Others: `sae-nfm train --architecture gated --model_name gpt2 --help`;
-on another model than the embedded one they are SAELens's, but for wandb, which is off."""
+on another model than the embedded one they are SAELens's, but for wandb, which is off, a buffer that holds a batch, and rows no
+longer than the model reads. SAELens's default trains on special tokens too; the embedded model's leaves them out."""
 EPILOG = """\
 Ctrl-C or SIGTERM saves a checkpoint and prints the command that goes on from it. Exit status: 0 done, 2 a mistake in the
 command (nothing is written), 130 interrupted."""

@@ -14,7 +14,10 @@ from .files import write_json as write_json
 from .hub_errors import LOG_IN as LOG_IN
 from .hub_errors import explained as explained
 from .options import check_choice as check_choice
+from .options import check_number as check_number
+from .options import check_numbers as check_numbers
 from .options import check_positive as check_positive
 from .results import aligned as aligned
 from .results import listed as listed
 from .results import provenance as provenance
+from .results import remark as remark

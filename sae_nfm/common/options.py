@@ -1,7 +1,9 @@
 """Options that mean the same in every command: its config class inherits those that it has. Checks of their values."""
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import isfinite
 from typing import Any
 
 EMBEDDED_MODEL = "sae-nfm-demo"
@@ -37,9 +39,11 @@ class TextOptions:
     """The text, for commands that train."""
 
     dataset: str | None = None
-    """Training text: a parquet, jsonl or txt file, or a hub data set; by default tokens sampled from the embedded model."""
+    """Training text or tokens: a .parquet, .arrow, .jsonl, .json, .csv or .txt file (also .gz, .zst), a folder, a data set saved
+    by `datasets`, or one on the hub as name or name:config; by default tokens sampled from the embedded model."""
     held_out: str | None = None
-    """Held-out text, likewise; by default a hub data set's validation split, or the embedded tokens."""
+    """Held-out text, likewise; by default the validation or test split of the data set, one document in ten where it has a
+    training split only, or the embedded tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +51,8 @@ class HeldOutOptions:
     """The text, for commands that take a trained SAE."""
 
     held_out: str | None = None
-    """Held-out text or tokens: a .parquet, .jsonl or .txt file, a folder, a data set on disk or on the hub; by default the
-    embedded model's held-out tokens."""
+    """Held-out text or tokens: a .parquet, .arrow, .jsonl, .json, .csv or .txt file (also .gz, .zst), a folder, a data set on
+    disk or on the hub (name or name:config); by default the embedded model's held-out tokens."""
     split: str = "validation"
     """Split of the held-out text, where it has several."""
     context_size: int | None = None
@@ -61,6 +65,58 @@ def check_positive(settings: Any, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be > 0, got {value}")
+
+
+WHOLE, REAL = "(0, 1e9]", "(0, inf)"
+"""Ranges of whole and of other numbers that `RANGES` does not name."""
+FROM_0, SHARE, SEED = "[0, inf)", "[0, 1]", f"[0, {2**31 - 1}]"
+RANGES = {
+    **dict.fromkeys(("training_tokens", "sweep_tokens", "held_out_tokens", "n_tokens"), REAL),
+    **dict.fromkeys(
+        ("lr", "lr_end", "dead_feature_threshold", "nfm_embedding_init_std", "nfm_weight_init_std"), FROM_0
+    ),
+    **dict.fromkeys(("l1_coefficient", "l0_coefficient", "aux_loss_coefficient", "pre_act_loss_coefficient"), FROM_0),
+    **dict.fromkeys(
+        ("standard_l1", "gated_l1", "jumprelu_l0", "jumprelu_init_threshold", "residual_threshold"), FROM_0
+    ),
+    **dict.fromkeys(
+        ("lr_warm_up_steps", "lr_decay_steps", "l1_warm_up_steps", "l0_warm_up_steps", "warm_up"), "[0, 1e9]"
+    ),
+    **dict.fromkeys(("n_checkpoints", "dead_feature_window", "hook_head_index", "prefetch_llm_batches"), "[0, 1e9]"),
+    **dict.fromkeys(("evaluate_every", "before", "after", "control_tokens", "quantile_contexts"), "[0, 1e9]"),
+    **dict.fromkeys(("pairs", "partners", "pair_contexts", "pair_logits", "contexts", "logits"), "[0, 1e9]"),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "nfm_dropout"), "[0, 1)"),
+    **dict.fromkeys(("activations_mixing_fraction", "topk_threshold_lr"), SHARE),
+    **dict.fromkeys(("seed", "seeds", "sweep_seed"), SEED),
+    **dict.fromkeys(("clamps", "absolute"), "(-inf, inf)"),
+    **dict.fromkeys(("exclude_special_tokens", "sequence_separator_token"), "[0, 1e9]"),
+    "seqpos_slice": "(-1e9, 1e9)",
+    "nfm_top_fraction": "(0, 1]",
+}
+"""The numbers that settings may be, by name, in every command and config."""
+
+
+def check_numbers(settings: Any, *, but: Iterable[str] = ()) -> None:
+    """Raise a ValueError for the first number out of its range among the fields of a dataclass, but for those named in `but`."""
+    for field in fields(settings):
+        if field.name not in but:
+            check_number(field.name, getattr(settings, field.name))
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise a ValueError where a number, or one of several, is not in the range of that name; anything else passes."""
+    for one in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(one, bool) or not isinstance(one, (int, float)):
+            continue
+        left, low, high, right = re.fullmatch(
+            r"([\[(])(.*), (.*)([\])])", RANGES.get(name, WHOLE if isinstance(one, int) else REAL)
+        ).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        if not isfinite(one):
+            raise ValueError(f"{name} must be a finite number, got {one}")
+        if not (one > float(low) or (left == "[" and one == float(low))):
+            raise ValueError(f"{name} must be {'>=' if left == '[' else '>'} {low}, got {one}")
+        if not (one < float(high) or (right == "]" and one == float(high))):
+            raise ValueError(f"{name} must be {'<=' if right == ']' else '<'} {float(high):,.10g}, got {one}")
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

@@ -6,6 +6,7 @@
 import importlib.metadata
 import json
 import platform
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -139,6 +140,11 @@ def provenance(
         "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, *packages)}
         | {"python": platform.python_version()},
     }
+
+
+def remark(text: str) -> None:
+    """Say on stderr what a user should know and no error is, such as rows that were left out."""
+    print(f"sae-nfm: {text}", file=sys.stderr)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -46,7 +46,7 @@ from sae_nfm.comparison.arms import ArmSizes, interpolation_weights, training_ar
 from sae_nfm.comparison.config import CompareConfig, DemoConfig
 from sae_nfm.comparison.results import CompareResult, SweepRow, answers, changes, renamed
 from sae_nfm.comparison.table import evaluated, evaluated_once, tidy
-from sae_nfm.data import TokenRows, datasets, held_out_rows
+from sae_nfm.data import TokenRows, check_data, datasets, held_out_rows
 from sae_nfm.evaluation import Arm, evaluate
 from sae_nfm.models import Site, find_site, load_model
 from sae_nfm.training import StreamConfig, TrainingArm, read_training_record, record_line, train_arms
@@ -82,6 +82,7 @@ class Prepared:
         seed = 0 if cfg.shuffle else cfg.seeds[0]
         train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, cfg.model, seed)
         context_size = min(cfg.context_size, model.cfg.n_ctx)
+        check_data(model, train, context_size, cfg.dataset)
         held_out = swept = held_out_rows(model, validation, context_size, cfg.held_out_tokens)
         if cfg.sweeps:
             skipped = held_out.tokens.numel()

@@ -34,7 +34,10 @@ from sae_nfm.architectures import (
 )
 from sae_nfm.architectures.joint_config import JointNFMSAEConfig, JointNFMTrainingSAEConfig
 from sae_nfm.convert.files import checked, damage_explained, read_json, whole_number
-from sae_nfm.loading import check_folder, load_sae
+from sae_nfm.loading import check_folder, digest, load_sae, refuse_not_finite
+
+WARM_START_DIGEST = "warm_start_digest"
+"""Key of the metadata of an SAE that began as another: that one's `digest`."""
 
 ONLY_TOPK = {
     "joint_nfm": "it has an NFM already; train it further with SAELens's from_pretrained_path",
@@ -130,6 +133,7 @@ def warm_started(sae: SAE[Any] | str | Path, *, seed: int = 0, **fields: Any) ->
     _refuse_other_architectures(start.cfg.architecture(), "the SAE to start from")
     refuse_unknown_keys(JointNFMTrainingSAEConfig, fields)
     _refuse_unfolded(start, fields)
+    refuse_not_finite(start.state_dict(), "the SAE to start from")
     taken = {name: getattr(start.cfg, name) for name in OF_THE_SAE}
     for name in taken.keys() & fields.keys():
         if fields[name] != taken[name]:
@@ -139,6 +143,7 @@ def warm_started(sae: SAE[Any] | str | Path, *, seed: int = 0, **fields: Any) ->
     assert isinstance(started, JointNFMTrainingSAE)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         getattr(started, name).copy_(getattr(start, name))
+    setattr(started.cfg.metadata, WARM_START_DIGEST, digest(start.state_dict()))
     return started
 
 
@@ -155,7 +160,11 @@ def with_silent_nfm(sae: SAE[Any] | str | Path, *, seed: int = 0, **fields: Any)
             getattr(started, name).zero_()
     cfg = started.cfg
     given = {name: getattr(cfg, name) for name in (*OF_THE_SAE, *NFMFields.__dataclass_fields__, "dtype", "device")}
-    told = {name: value for name, value in cfg.metadata.items() if not name.startswith("training_architecture")}
+    told = {
+        name: value
+        for name, value in cfg.metadata.items()
+        if not name.startswith(("training_architecture", WARM_START_DIGEST))
+    }
     silent = JointNFMSAE(JointNFMSAEConfig(**given, metadata=SAEMetadata(**told)))
     silent.load_state_dict(started.state_dict())
     return silent

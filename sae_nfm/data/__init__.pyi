@@ -1,3 +1,5 @@
+from .datasets import check_data as check_data
+from .datasets import check_ids as check_ids
 from .datasets import explained_hub as explained_hub
 from .datasets import first_rows as first_rows
 from .datasets import held_out_tokens as held_out_tokens
@@ -6,6 +8,8 @@ from .datasets import local_dataset as local_dataset
 from .datasets import open_dataset as open_dataset
 from .datasets import read_documents as read_documents
 from .datasets import refuse_without_tokenizer as refuse_without_tokenizer
+from .datasets import training_data as training_data
+from .datasets import vocabulary_size as vocabulary_size
 from .documents import TokenRows as TokenRows
 from .documents import held_out_corpus as held_out_corpus
 from .documents import held_out_rows as held_out_rows

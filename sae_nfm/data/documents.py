@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm import demo
-from sae_nfm.data.datasets import first_rows, open_dataset, refuse_without_tokenizer
+from sae_nfm.data.datasets import check_data, first_rows, open_dataset
 from sae_nfm.models import LanguageModel, check_context, device_of, special_token_ids
 
 NO_DOCUMENT = -1
@@ -59,9 +59,9 @@ def held_out_rows(
         skip_tokens: the first rows to leave out: those that `n_tokens` of this value takes. No token is then in both sets;
             a document that runs over the boundary is, under one number.
 
-    Raises a ValueError when the text does not fill one row after those left out, or the model has no tokenizer for it.
+    Raises a ValueError when the text does not fill one row after those left out, or as `check_data`.
     """
-    refuse_without_tokenizer(model, dataset)
+    check_data(model, dataset, context_size)
     skipped = max(1, skip_tokens // context_size) if skip_tokens > 0 else 0
     wanted = skipped + max(1, n_tokens // context_size)
     tokens, documents = (

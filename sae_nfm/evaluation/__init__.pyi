@@ -7,6 +7,7 @@ from .fidelity import measure as measure
 from .results import ArmKL as ArmKL
 from .results import Evaluation as Evaluation
 from .results import Fidelity as Fidelity
+from .results import FidelityTable as FidelityTable
 from .results import MeasuredKL as MeasuredKL
 from .results import Role as Role
 from .saebench import SAEBenchConfig as SAEBenchConfig

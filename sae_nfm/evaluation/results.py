@@ -2,10 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from typing_extensions import override
 
@@ -32,6 +32,26 @@ class Fidelity:
     ce_delta_nats: float
     """Increase of cross-entropy over the original model, nats per token."""
     tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FidelityTable(SavedResult):
+    """What `evaluate` returns of several SAEs on the same tokens, to be saved: `FidelityTable(saes=found).save(path)`."""
+
+    kind: ClassVar[str] = "fidelity/1"
+
+    saes: Mapping[str, Fidelity]
+    """By the names that the SAEs were given."""
+    provenance: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What the one who saves it wants to say of model, tokens and versions."""
+
+    @classmethod
+    def of_plain(cls, content: Mapping[str, Any]) -> Self | None:
+        """The same from JSON that has nothing but the fields of a `Fidelity` by name; None from any other."""
+        wanted = {one.name for one in fields(Fidelity)}
+        if not content or any(not isinstance(own, dict) or own.keys() != wanted for own in content.values()):
+            return None
+        return cls(saes={name: Fidelity(**own) for name, own in content.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +110,9 @@ class Evaluation(SavedResult):
     """Tokens in a row."""
     passes: int
     """How often the data were begun; above 1 there were fewer rows than asked for, and some counted twice."""
-    metrics: dict[str, dict[str, float]]
-    """SAELens's metrics in SAELens's groups: nats for KL and cross-entropy, features per token for l0."""
-    feature_metrics: dict[str, list[float]]
+    metrics: Mapping[str, Mapping[str, float | None]]
+    """SAELens's metrics in SAELens's groups: nats for KL and cross-entropy, features per token for l0 (None: over nothing)."""
+    feature_metrics: Mapping[str, Sequence[float | None]]
     """SAELens's metrics for each feature, [d_sae] each."""
     provenance: dict[str, Any]
     """Configuration, the SAE's own configuration, versions, sha256 of the tokens, command."""
@@ -105,7 +125,7 @@ class Evaluation(SavedResult):
             lines.append(f"The data were read {self.passes} times: there are fewer rows than asked for.")
         for group, values in self.metrics.items():
             lines += ["", group.replace("_", " ")]
-            lines += listed(values, width)
+            lines += listed({name: math.nan if value is None else value for name, value in values.items()}, width)
         return "\n".join(lines)
 
     @override

@@ -33,7 +33,7 @@ from sae_lens.util import temporary_seed
 from sae_nfm import demo
 from sae_nfm.common import check_choice, check_positive, listed, whole, write_json
 from sae_nfm.common.options import SavedSAEOptions
-from sae_nfm.data import open_dataset, refuse_without_tokenizer
+from sae_nfm.data import check_data, open_dataset
 from sae_nfm.evaluation.saelens_evals import store_as_in_training
 from sae_nfm.loading import load_sae, quiet_saelens
 from sae_nfm.models import check_context, check_device, load_model, site_at
@@ -274,11 +274,11 @@ def _mdl(name: str, sae: SAE[Any], model: HookedSAETransformer, config: SAEBench
 
 def _store(sae: SAE[Any], model: HookedSAETransformer, config: SAEBenchConfig) -> ActivationsStore:
     metadata, dataset = sae.cfg.metadata, _dataset(config)
-    refuse_without_tokenizer(model, dataset)
     context_size = config.context_size or metadata.context_size
     if context_size is None:
         raise ValueError("the SAE's metadata has no context_size; give --context-size")
     check_context(model, context_size)
+    check_data(model, dataset, context_size, config.held_out)
     with quiet_saelens():
         return store_as_in_training(
             sae, model, dataset, context_size, batch_size_prompts=config.batch_size_prompts, device=config.device

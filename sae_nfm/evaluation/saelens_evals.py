@@ -39,8 +39,9 @@ class EvaluateConfig(SavedSAEOptions, HeldOutOptions):
     sae_id: str | None = None
     """Id of the SAE in its release."""
     held_out: str | None = None
-    """Held-out text or tokens: a .parquet, .jsonl or .txt file, a folder, a data set on disk or on the hub. By default the
-    embedded model's held-out tokens with that model, else the data set the SAE was trained on."""
+    """Held-out text or tokens: a .parquet, .arrow, .jsonl, .json, .csv or .txt file (also .gz, .zst), a folder, a data set on
+    disk or on the hub (name or name:config). By default the embedded model's held-out tokens with that model, else the data set
+    the SAE was trained on."""
     model_class_name: str | None = None
     """HookedTransformer, TransformerBridge or AutoModelForCausalLM; the one in the SAE's metadata unless given."""
     batch_size_prompts: int = 16

@@ -5,5 +5,6 @@ from .strict import check_folder as check_folder
 from .strict import check_state_dict as check_state_dict
 from .strict import describe as describe
 from .strict import digest as digest
+from .strict import refuse_not_finite as refuse_not_finite
 from .strict import sha256_of as sha256_of
 from .strict import write_note as write_note

@@ -48,6 +48,16 @@ def check_state_dict(state_dict: Mapping[str, Tensor], expected: Mapping[str, Te
         raise ValueError(f"these are not the weights of this SAE: {'; '.join(problems)}; {SAVE_AGAIN}")
 
 
+def refuse_not_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise a ValueError where a tensor of `what` holds a value that is not finite."""
+    bad = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+    if bad:
+        raise ValueError(
+            f"{what} has values that are not finite (NaN or infinity) in {', '.join(map(repr, bad))}; go back to "
+            "a checkpoint before they appeared, or train again at a lower learning rate"
+        )
+
+
 def sha256_of(tensors: Mapping[str, Tensor]) -> str:
     """The sha256 of named tensors: names, shapes, types, values."""
     found = hashlib.sha256()

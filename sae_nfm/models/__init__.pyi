@@ -3,6 +3,7 @@ from .load import LanguageModel as LanguageModel
 from .load import Site as Site
 from .load import check_context as check_context
 from .load import check_device as check_device
+from .load import context_limit as context_limit
 from .load import device_of as device_of
 from .load import find_site as find_site
 from .load import load_model as load_model
@@ -23,6 +24,7 @@ from .splicing import is_special as is_special
 from .splicing import keeping as keeping
 from .splicing import reconstruction as reconstruction
 from .splicing import special_token_ids as special_token_ids
+from .splicing import special_tokens_words as special_tokens_words
 from .splicing import splice as splice
 from .splicing import token_text as token_text
 from .splicing import tokens_read as tokens_read

@@ -235,10 +235,15 @@ def model_of(
     return model, site
 
 
+def context_limit(model: LanguageModel) -> int | None:
+    """Tokens in a row that the model reads at most; None where its config does not say."""
+    config: Any = getattr(model, "cfg", None) or getattr(model.model, "config", None)
+    return getattr(config, "n_ctx", None) or getattr(config, "max_position_embeddings", None)
+
+
 def check_context(model: LanguageModel, context_size: int) -> None:
     """Raise a ValueError for rows that are longer than the model reads."""
-    config: Any = getattr(model, "cfg", None) or getattr(model.model, "config", None)
-    limit = getattr(config, "n_ctx", None) or getattr(config, "max_position_embeddings", None)
+    limit = context_limit(model)
     if limit is not None and context_size > limit:
         raise ValueError(f"context_size is {context_size}, but the model reads at most {limit} tokens; lower it")
 

@@ -5,7 +5,7 @@ bypass the SAE in one way on all three: their ids are read on the way into the m
 put back at its output. (SAELens's `exclude_special_tokens` is for the first kind alone, and without effect in `generate`.)
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -81,6 +81,16 @@ def special_token_ids(model: LanguageModel) -> list[int]:
     """Ids of BOS, EOS, padding and separator tokens of the model's tokenizer; none without a tokenizer."""
     tokenizer: Any = model.tokenizer
     return sorted(get_special_token_ids(tokenizer)) if tokenizer is not None else []
+
+
+def special_tokens_words(model: LanguageModel, excluded: bool | Sequence[int] | None, otherwise: str) -> str:
+    """Which special tokens are left out, in a sentence; `otherwise`: what is done with them where none are."""
+    ids = list(special_token_ids(model) if excluded is True else excluded or ())
+    if ids:
+        named = ", ".join(f"{token_text(model, one)!r} ({one})" for one in ids[:8]) + (", ..." if len(ids) > 8 else "")
+        return f"special tokens left out: {named}"
+    own = [token_text(model, one) for one in special_token_ids(model)]
+    return f"special tokens ({', '.join(map(repr, own[:4])) or 'there are none'}) are not left out, but {otherwise}"
 
 
 def is_special(model: LanguageModel, tokens: Int[Tensor, "rows pos"]) -> Bool[Tensor, "rows pos"]:

@@ -6,8 +6,9 @@ Every text is escaped; every figure carries its plot and its data as JSON, drawn
 import base64
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from html import escape
+from html import escape as escape_markup
 from importlib.resources import files
 from typing import Any
 
@@ -16,8 +17,10 @@ import pandas as pd
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
+from sae_nfm.common.file_errors import printable
+from sae_nfm.evaluation.results import Evaluation
 from sae_nfm.report.blocks import Block, Embedded, Figure, Heading, Prose, Section, Table, Verbatim
-from sae_nfm.report.chapters import Chapter, sections
+from sae_nfm.report.chapters import Chapter, commands_for, sections
 from sae_nfm.report.run_folder import Found, Run
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -25,14 +28,21 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 NO_VERDICT = "Nothing here compares anything: what there is stands below."
 
 
+def escape(text: str) -> str:
+    """Text for HTML: neither markup, nor characters that cannot be seen or turn the direction of reading."""
+    return escape_markup(printable(text, keep="\n\t"))
+
+
 def render_run(run: Run) -> str:
     """The page of a run as one string."""
-    return page(run, *sections(run))
+    there, missing, run = sections(run)
+    return page(run, there, missing)
 
 
 def page(run: Run, there: Sequence[Section], missing: Sequence[Chapter]) -> str:
     """The page of a run whose sections are made, with what stands before and after them."""
-    after = [*([what_is_missing(missing)] if missing else []), provenance(run)]
+    left_out = [what_is_left_out(run)] if run.left_out else []
+    after = [*left_out, *([what_is_missing(missing, run)] if missing else []), provenance(run)]
     title = f"{run.folder.resolve().name}: how features interact"
     return render(title, subtitle(run), [summary(run, there), *there, *after])
 
@@ -87,9 +97,19 @@ def summary(run: Run, there: Sequence[Section]) -> Section:
     )
 
 
-def what_is_missing(missing: Sequence[Chapter]) -> Section:
+def what_is_left_out(run: Run) -> Section:
+    """Files that could not be read or drawn, and what is unfinished, each with the reason."""
+    return Section(
+        id="left-out",
+        title="What was left out",
+        lead="These are in the folder, and nothing on this page is from them.",
+        blocks=[Table(columns=("file or folder", "why"), rows=run.left_out, caption="", text_columns=(0, 1))],
+    )
+
+
+def what_is_missing(missing: Sequence[Chapter], run: Run) -> Section:
     """Chapters without a result, each with the command that makes one."""
-    rows = [(chapter.TITLE, " or ".join(chapter.COMMANDS)) for chapter in missing]
+    rows = [(chapter.TITLE, " or ".join(commands_for(chapter, run))) for chapter in missing]
     columns = ("chapter", "command")
     return Section(
         id="missing",
@@ -128,6 +148,8 @@ def subtitle(run: Run) -> str:
     """Models and hook points that the results are about."""
     places: list[str] = []
     for found in run.results:
+        if isinstance(found.result, Evaluation):
+            places.append(f"{found.result.hook_name} of {found.result.model_name}")
         config = _provenance(found).get("config")
         if isinstance(config, dict):
             hook, model = (config.get(name) or config.get(f"{name}_name") for name in ("hook", "model"))  # 0.1's last
@@ -148,7 +170,7 @@ def section_html(section: Section) -> str:
 def _block(block: Block, section: str) -> str:
     match block:
         case Figure():
-            return _figure(block, f"{section}-{block.name}")
+            return _figure(block, re.sub(r"[^\w.-]+", "-", f"{section}-{block.name}"))
         case Table():
             return _table(block)
         case Prose(lines=lines, listed=True):
@@ -168,7 +190,8 @@ def _block(block: Block, section: str) -> str:
 
 
 def _figure(block: Figure, anchor: str) -> str:
-    content = {"plot": json.loads(pio.to_json(block.plot, validate=False) or "{}"), "data": _values(block.data)}
+    plot = _without_markup(json.loads(pio.to_json(block.plot, validate=False) or "{}"))
+    content = {"plot": plot, "data": _values(block.data)}
     return (
         f'<figure id="{anchor}"><h3>{escape(block.title)}</h3>'
         f'<div class="figure" id="{anchor}-plot" role="img" aria-label="{escape(block.title)}" '
@@ -196,6 +219,18 @@ def _table(block: Table) -> str:
         f"<thead><tr>{cells('th', block.columns)}</tr></thead><tbody>{body}</tbody></table></div>"
         f"<figcaption>{escape(block.caption)}</figcaption></figure>"
     )
+
+
+PLOT_MARKUP = re.compile(r"<(?!/?(?:b|i|br|sub|sup|extra)>)")
+
+
+def _without_markup(plot: Any) -> Any:
+    """A plot's JSON whose texts have no markup but plotly's own, which is ours: no name in a file becomes a link."""
+    if isinstance(plot, str):
+        return PLOT_MARKUP.sub("&lt;", printable(plot, keep="\n\t"))
+    if isinstance(plot, dict):
+        return {name: _without_markup(value) for name, value in plot.items()}
+    return [_without_markup(value) for value in plot] if isinstance(plot, list) else plot
 
 
 def _values(data: pd.DataFrame) -> dict[str, Any]:

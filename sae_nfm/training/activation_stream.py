@@ -5,18 +5,41 @@ set, of which one may give many sequences. `ActivationStream` serves the same ba
 knows after each of them where it stands: buffer, random state, sequences drawn.
 """
 
+import hashlib
 import itertools
+import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from sae_lens import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_nfm.data import check_ids, vocabulary_size
+
 Batch = Tensor | dict[str, Tensor]
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Seconds before a data set that broke off is asked again."""
+OF_NETWORKS = ("aiohttp", "fsspec", "http", "httpcore", "httpx", "huggingface_hub", "requests", "ssl", "urllib3")
+"""Packages whose errors mean that a connection failed, besides those of the operating system."""
+ROWS_COMPARED = 256
+"""Rows of a data set by which it is known again, beside the sequences that were drawn."""
+
+
+class NotFiniteError(FloatingPointError):
+    """An activation of the language model is not finite."""
+
+    exit_status = 1
+
+
+class DataLostError(ConnectionError):
+    """A data set broke off before its end, and could not be had again."""
+
+    exit_status = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +62,12 @@ class StreamState:
     """SAELens's `n_dataset_processed`."""
     cached_row: int
     """Next row of cached activations; 0 where there are none."""
+    sequences_digest: Tensor | int | None = None
+    """A digest of the sequences drawn in this epoch; None in a checkpoint of 0.1.0."""
+    data_digest: str | None = None
+    """`digest_of_data` of the data set; None where it is streamed."""
+    epoch_rows: int | None = None
+    """Rows in an epoch; None before the end of the first."""
 
 
 class ActivationStream(Iterator[Batch]):
@@ -59,6 +88,14 @@ class ActivationStream(Iterator[Batch]):
         self._epoch, self._sequences, self._last_sequence = 0, 0, torch.zeros(0, dtype=torch.long)
         self._hook_names: list[str] | None = self._store._hook_names
         self._widths: list[int] = []
+        self._sequences_digest: Tensor | int = 0
+        self._data_digest = digest_of_data(self._store)
+        self._epoch_rows: int | None = None
+        self._first_row = 0  # of this epoch, among all rows that were read
+        if self._store.dataset is not None and not isinstance(self._store.dataset, Dataset):
+            self._store.dataset = PersistentRows(self._store.dataset)
+            self._store.iterable_sequences = self._store._iterate_tokenized_sequences()
+        self._drawn: deque[tuple[Tensor, int, int]] = deque(maxlen=store.store_batch_size_prompts)
         self._count_sequences()
         self._incoming = (
             self._store._iterate_filtered_activations()
@@ -94,6 +131,8 @@ class ActivationStream(Iterator[Batch]):
         self._waiting = new if self._waiting is None else torch.cat([self._waiting, new])
         if len(self._waiting) < self._buffer_size:
             return
+        if self._serving is None:
+            self._refuse_zeros(self._waiting)
         fraction = self._store.activations_mixing_fraction
         if fraction > 0:
             self._waiting = self._waiting[torch.randperm(len(self._waiting), generator=self._generator)]
@@ -102,27 +141,101 @@ class ActivationStream(Iterator[Batch]):
         self._serving, self._waiting = self._waiting[:cut], self._waiting[cut:]
 
     def _take_in(self) -> Tensor:
-        """Activations of the next batch of prompts; those of several hooks side by side."""
+        """Activations of the next batch of prompts; those of several hooks side by side. A NotFiniteError names their row."""
         new = next(self._incoming)
+        if self._hook_names is not None:
+            self._widths = [new[name].shape[1] for name in self._hook_names]
+            new = torch.cat([new[name] for name in self._hook_names], dim=1)
+        finite = new.isfinite()
+        if not finite.all():
+            self._raise_not_finite(new, (~finite).nonzero()[0])
+        return new
+
+    def _hook_at(self, column: int) -> str:
+        """The hook point that a column of the activations is of."""
         if self._hook_names is None:
-            return new
-        self._widths = [new[name].shape[1] for name in self._hook_names]
-        return torch.cat([new[name] for name in self._hook_names], dim=1)
+            return self._store.hook_name
+        ends = itertools.accumulate(self._widths)
+        return next(name for name, end in zip(self._hook_names, ends, strict=True) if column < end)
+
+    def _raise_not_finite(self, new: Tensor, at: Tensor) -> None:
+        index, column = at.tolist()
+        what = f"an activation at {self._hook_at(column)!r} is {float(new[index, column])}"
+        store = self._store
+        if store.cached_activation_dataset is not None:
+            rows = range(store.current_row_idx - store.store_batch_size_prompts, store.current_row_idx)
+            row = next(r for r in rows if not store.cached_activation_dataset[r][store.hook_name].isfinite().all())
+            raise NotFiniteError(
+                f"{what} in row {row} (counted from 0) of {store.cached_activations_path}; remove that row"
+            )
+        tokens = torch.stack([sequence for sequence, _, _ in self._drawn]).cpu()
+        positions = torch.arange(tokens.shape[1])[slice(*store.seqpos_slice)]
+        read = tokens[:, positions]
+        excluded = store.exclude_special_tokens
+        kept = torch.ones_like(read, dtype=torch.bool) if excluded is None else ~torch.isin(read, excluded.cpu())
+        prompt, place = kept.nonzero()[index].tolist()
+        sequence, first, last = self._drawn[prompt]
+        rows = f"row {last}" if first == last else f"rows {first} to {last}"
+        position = int(positions[place])
+        raise NotFiniteError(
+            f"{what}, in {rows} of the data set (counted from 0{self._before_shuffling(last)}), at position {position} of "
+            f"{tokens.shape[1]} (token id {int(sequence[position])}); remove what is there, or load the language model in float32"
+        )
+
+    def _before_shuffling(self, row: int) -> str:
+        """Where a row was before `Dataset.shuffle`."""
+        order = getattr(self._store.dataset, "_indices", None)
+        return (
+            ""
+            if order is None
+            else f" in the order it is read in; row {order.column(0)[row].as_py()} before it was shuffled"
+        )
+
+    def _refuse_zeros(self, activations: Tensor) -> None:
+        """Raise a ValueError for a hook point whose activations are all zero: there is nothing to learn, and no norm."""
+        widths = self._widths or [activations.shape[1]]
+        for part, end in zip(activations.split(widths, dim=1), itertools.accumulate(widths), strict=True):
+            if not part.any():
+                raise ValueError(
+                    f"all activations at {self._hook_at(end - 1)!r} are zero, in the first {len(part):,} tokens; choose another "
+                    "hook point"
+                )
 
     def _count_sequences(self) -> None:
         """Count what is drawn from the data set, by training and by evaluation alike."""
         begin_anew = self._store._iterate_tokenized_sequences
 
         def next_epoch() -> Generator[Tensor]:
-            self._epoch, self._sequences = self._epoch + 1, 0
+            self._epoch, self._sequences, self._sequences_digest = self._epoch + 1, 0, 0
+            self._end_epoch()
             return self._counted(begin_anew())
 
         self._store._iterate_tokenized_sequences = next_epoch
         self._store.iterable_sequences = self._counted(self._store.iterable_sequences)
 
+    def _end_epoch(self) -> None:
+        """Compare its rows with those of an earlier one: a stream that ends early does so without an error."""
+        rows, self._first_row = self._store.n_dataset_processed - self._first_row, self._store.n_dataset_processed
+        if self._epoch_rows not in (None, rows):
+            raise DataLostError(
+                f"the data set ended after {rows:,} rows, and after {self._epoch_rows:,} when it was read before"
+            )
+        self._epoch_rows = rows
+
     def _counted(self, sequences: Iterator[Tensor]) -> Generator[Tensor]:
+        size, context_size = vocabulary_size(self._store.model), self._store.context_size
+        store, first = self._store, 0
+        multipliers: Tensor | None = None
         for sequence in sequences:
+            if multipliers is None:
+                multipliers = (2 * torch.arange(len(sequence), device=sequence.device) + 1) * MIX
+            check_ids(sequence.cpu(), self._sequences, size, context_size)  # before the model sees them
             self._sequences, self._last_sequence = self._sequences + 1, sequence
+            # on its device, so that nothing waits: a polynomial in MIX, modulo 2^64
+            self._sequences_digest = self._sequences_digest * MIX + (sequence * multipliers).sum()
+            last = store.n_dataset_processed - self._first_row
+            self._drawn.append((sequence, last if store.is_dataset_tokenized else first, last))
+            first = last
             yield sequence
 
     def state(self) -> StreamState:
@@ -137,6 +250,9 @@ class ActivationStream(Iterator[Batch]):
             last_sequence=self._last_sequence,
             rows=self._store.n_dataset_processed,
             cached_row=getattr(self._store, "current_row_idx", 0),
+            sequences_digest=self._sequences_digest,
+            data_digest=self._data_digest,
+            epoch_rows=self._epoch_rows,
         )
 
     def state_after(self, batch: Tensor) -> StreamState:
@@ -162,6 +278,11 @@ class ActivationStream(Iterator[Batch]):
                 "resume with the model and hook point the checkpoint was made with"
             )
         self._skip_to(state)
+        if state.data_digest not in (None, self._data_digest):
+            raise ValueError(
+                f"after sequence {state.sequences} of the data set there are other rows than when the checkpoint was made; "
+                f"{SAME_DATA}"
+            )
         self._waiting, self._serving = (
             part.to(self._store.device) if part.numel() else None for part in (state.waiting, state.serving)
         )
@@ -177,12 +298,91 @@ class ActivationStream(Iterator[Batch]):
         progress = tqdm(drawn, desc="Finding the place in the data", total=state.sequences, leave=False)
         last = deque(progress, maxlen=1)
         # an epoch that has not begun has no last sequence of its own
-        if state.sequences and not (last and torch.equal(last[0].cpu(), state.last_sequence.cpu())):
-            raise ValueError(
-                f"sequence {state.sequences} of the data set is not the one the checkpoint was made after; resume with the "
-                "data set the checkpoint was made with, in the same order"
+        same = not state.sequences or (last and torch.equal(last[0].cpu(), state.last_sequence.cpu()))
+        if not same or state.sequences_digest not in (None, int(self._sequences_digest)):
+            where = (
+                f"sequence {state.sequences} of the data set is"
+                if not same
+                else f"those before sequence {state.sequences} of the data set are"
             )
-        self._epoch = state.epoch
+            raise ValueError(f"{where} not what the checkpoint was made after; {SAME_DATA}")
+        self._epoch, self._epoch_rows = state.epoch, state.epoch_rows
+        self._first_row = state.rows - (self._store.n_dataset_processed - self._first_row)
         self._store.n_dataset_processed = state.rows
         if self._store.cached_activation_dataset is not None:
             self._store.current_row_idx = state.cached_row
+
+
+SAME_DATA = "resume with the data set the checkpoint was made with, in the same order"
+MIX = 0x5851F42D4C957F2D
+"""An odd number (Knuth's multiplier) for the digest of sequences."""
+
+
+def digest_of_data(store: Any) -> str | None:
+    """By what a data set in memory or on disk is known again: how many rows it has, and what is in some of them."""
+    cached = store.cached_activation_dataset
+    dataset, column = (store.dataset, store.tokens_column) if cached is None else (cached, store.hook_name)
+    if not isinstance(dataset, Dataset):
+        return None
+    found, n_rows = hashlib.sha256(f"{len(dataset)} {column}".encode()), len(dataset)
+    for place in range(min(n_rows, ROWS_COMPARED)):
+        row = dataset[place * (n_rows - 1) // max(1, min(n_rows, ROWS_COMPARED) - 1)][column]
+        value = row.tolist() if isinstance(row, Tensor) else row
+        found.update(f"{value!r}\n".encode())
+    return found.hexdigest()
+
+
+class PersistentRows:
+    """A streamed data set that is asked again where it breaks off, from the row that it had come to.
+
+    A DataLostError after `PAUSES`, and where it ends before the number of rows that it says it has.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
+
+    def __iter__(self) -> Generator[Any]:
+        given, pauses = 0, list(PAUSES)
+        while True:
+            try:
+                for row in itertools.islice(iter(self._dataset), given, None):
+                    given, pauses = given + 1, list(PAUSES)
+                    yield row
+                break
+            except Exception as error:
+                if not _of_a_connection(error):
+                    raise
+                if not pauses:
+                    said = " ".join(str(error).split())[:200]
+                    raise DataLostError(
+                        f"the data set broke off after {given:,} rows ({type(error).__name__}: {said}), {len(PAUSES) + 1} times"
+                    ) from error
+                time.sleep(pauses.pop(0))
+        promised = _promised_rows(self._dataset)
+        if promised is not None and given < promised:
+            raise DataLostError(f"the data set ended after {given:,} rows, and says that it has {promised:,}")
+
+
+def _of_a_connection(error: Exception) -> bool:
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+        return False
+    return isinstance(error, (OSError, EOFError)) or type(error).__module__.partition(".")[0] in OF_NETWORKS
+
+
+def _promised_rows(dataset: Any) -> int | None:
+    """How many rows a streamed data set says it has; None where it does not, or some were left out of it on purpose."""
+    examples = getattr(dataset, "_ex_iterable", None)
+    while examples is not None:
+        if type(examples).__name__.startswith(
+            ("Take", "Skip", "Filter", "Mapped", "Shard", "Cycling", "Random", "Vertically")
+        ):
+            return None
+        examples = getattr(examples, "ex_iterable", None)
+    if hasattr(dataset, "__len__"):
+        return len(dataset)
+    splits = getattr(getattr(dataset, "info", None), "splits", None) or {}
+    split = splits.get(str(getattr(dataset, "split", None)))
+    return None if split is None else split.num_examples

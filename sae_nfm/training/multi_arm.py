@@ -5,6 +5,7 @@ arms beside it (`MatchedRunner`): all begin from one seed and see the same batch
 
 Each arm ends in a folder of its own, written whole: SAELens's files, `training.jsonl` (its losses and metrics) and
 `trained.json`. An interrupted run leaves an exact checkpoint (`resume`) and goes on from it; finished arms are left alone.
+An arm that diverges stands still, the others go on, and nothing of it is written.
 """
 
 import json
@@ -31,10 +32,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm.architectures import random_initialisation
+from sae_nfm.common import write_json
 from sae_nfm.loading import quiet_saelens
 from sae_nfm.training.recorder import record_training
 from sae_nfm.training.results import RECORD_FILENAME, TRAINED_FILENAME, Trained, read_training_record, record_line
-from sae_nfm.training.resume import checkpoint_folder, exact_resume
+from sae_nfm.training.resume import DivergedError, checkpoint_folder, diverged, exact_resume
+from sae_nfm.training.settings import refuse_several_processes
+
+BEGUN_FILENAME, DIVERGED_FILENAME = "begun.json", "diverged.json"
+"""In the folder of arms that are being trained: the settings of each, and why some stand still."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,17 +94,34 @@ def train_arms(
     model: HookedSAETransformer,
     dataset: Any,
     folder: Path,
-) -> None:
+    *,
+    may_diverge: bool = False,
+) -> Mapping[str, str]:
     """Train those of the arms that are not finished, all at once, each into `folder/<name>`, at Adam's learning rates by name.
 
     Where an interrupted run left a checkpoint in `folder.partial`, its arms go on from there before the others begin. The data
-    set has a `text` or a `tokens` column, in the order of this seed. A ValueError when a finished arm was trained otherwise.
+    set has a `text` or a `tokens` column, in the order of this seed.
+
+    Returns: why, for each arm that diverged; the others are finished.
+
+    Raises:
+        ValueError: when an arm was trained, or begun, otherwise.
+        DivergedError: when an arm diverged, unless `may_diverge`; the others are finished first.
     """
+    refuse_several_processes()
+    failed: dict[str, str] = {}
     for names, unfinished in _rounds(pending(stream, arms, learning_rates, folder), _unfinished(folder)):
-        _train_round(stream, {name: arms[name] for name in names}, learning_rates, model, dataset, folder, unfinished)
+        chosen = {name: arms[name] for name in names}
+        settings = {name: _settings(stream, arm, learning_rates[name]) for name, arm in chosen.items()}
+        _claim_round(unfinished, settings)
+        failed |= _train_round(stream, chosen, learning_rates, model, dataset, folder, unfinished)
         shutil.rmtree(unfinished)
     if _unfinished(folder).is_dir() and not any(_unfinished(folder).iterdir()):
         _unfinished(folder).rmdir()
+    if failed and not may_diverge:
+        others = "; the others are finished" if len(failed) < len(arms) else ""
+        raise DivergedError(f"{'; '.join(failed.values())}{others}")
+    return failed
 
 
 def pending(
@@ -108,13 +131,26 @@ def pending(
     for name, arm in arms.items():
         if (folder / name).exists():
             was = Trained.load(folder / name).settings
-            for field, value in _settings(stream, arm, learning_rates[name]).items():
-                if was.get(field) != value:
-                    raise ValueError(
-                        f"{field} of {name!r} is {value!r}, and was {was.get(field)!r} when {folder / name} was trained; "
-                        "give it as it was, or another output folder"
-                    )
+            _refuse_others(name, _settings(stream, arm, learning_rates[name]), was, f"{folder / name} was trained")
     return [name for name in arms if not (folder / name).exists()]
+
+
+def _refuse_others(name: str, settings: Mapping[str, Any], was: Mapping[str, Any], when: str) -> None:
+    for field, value in settings.items():
+        if was.get(field) != value:
+            raise ValueError(
+                f"{field} of {name!r} is {value!r}, and was {was.get(field)!r} when {when}; give it as it was, or another output "
+                "folder"
+            )
+
+
+def _claim_round(unfinished: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write down the settings of arms that begin, or compare them with those that they began with."""
+    file = unfinished / BEGUN_FILENAME
+    was = json.loads(file.read_text()) if file.is_file() else {}
+    for name, own in settings.items():
+        _refuse_others(name, own, was.get(name, own), f"its training in {unfinished} was begun")
+    write_json(file, was | dict(settings))
 
 
 def _settings(stream: StreamConfig, arm: TrainingArm, learning_rate: float) -> dict[str, Any]:
@@ -162,7 +198,13 @@ def _train_round(
     dataset: Any,
     folder: Path,
     unfinished: Path,
-) -> None:
+) -> Mapping[str, str]:
+    """Train arms to their end; returns why, for those that diverged."""
+    file = unfinished / DIVERGED_FILENAME
+    failed: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    arms = {name: arm for name, arm in arms.items() if name not in failed}
+    if not arms:
+        return failed
     with temporary_seed(stream.seed), quiet_saelens():
         runner = MatchedRunner(
             runner_config(stream, arms, unfinished),
@@ -173,9 +215,15 @@ def _train_round(
             override_saes={name: random_initialisation(arm.sae, stream.seed) for name, arm in arms.items()},
         )
         parameters = {name: sum(p.numel() for p in sae.parameters()) for name, sae in runner.saes.items()}
-        exact_resume(runner)
+        exact_resume(runner, on_diverged=lambda name, error: write_json(file, failed | {name: str(error)}))
         with record_training(runner, unfinished / RECORD_FILENAME) as record:
-            runner.run()
+            try:
+                runner.run()
+            except DivergedError:
+                if len(diverged(runner)) < len(arms):
+                    raise
+    failed |= {name: str(error) for name, error in diverged(runner).items()}
+    arms = {name: arm for name, arm in arms.items() if name not in failed}
     lines = read_training_record(unfinished / RECORD_FILENAME)
     for name, arm in arms.items():
         made = unfinished / "saes" / name
@@ -192,6 +240,7 @@ def _train_round(
         ).save(made / TRAINED_FILENAME)
         folder.mkdir(parents=True, exist_ok=True)
         made.rename(folder / name)
+    return failed
 
 
 def runner_config(
@@ -240,6 +289,9 @@ class MatchedRunner(MultiSAETrainingRunner):
         learning_rates: peak of Adam's learning rate, by name.
         decoder_rates: factor on each of Adam's steps of W_dec, by name.
     """
+
+    drops_diverged = True
+    """What becomes of an SAE depends on none of the others."""
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Training through SAELens's runners: a record of losses and metrics, and of held-out fidelity, that needs no wandb."""
 
+import shutil
 import signal
 import time
 from collections.abc import Generator
@@ -23,6 +24,8 @@ from sae_nfm.loading import quiet_saelens
 from sae_nfm.training.results import read_training_record, record_line
 
 Runner = LanguageModelSAETrainingRunner | MultiSAETrainingRunner
+CHECKPOINT_RECORD = "record.jsonl"
+"""A training record up to a checkpoint, in its folder."""
 NAMES = ("kl", "ce_loss", "l2_norms", "sparsity_metrics", "variance_metrics")
 METRICS: dict[str, Any] = {f"compute_{name}": True for name in NAMES}
 
@@ -63,14 +66,17 @@ def record_training(
     """Write losses and metrics of every SAE the runner trains, one JSON object a line.
 
     A line has `sae`, `step`, `tokens`, `seconds` and all that SAELens would send to wandb under the same keys
-    (`losses/...`, `metrics/...`, `details/...`), with the paths of joint_nfm among the metrics. With `held_out`, the lines of
+    (`losses/...`, `metrics/...`, `details/...`), with the paths of joint_nfm among the metrics. Losses are of the activations as
+    the trainer normalises them; `metrics/mse` is the squared error in the language model's own units, summed over dimensions,
+    which is what `sae-nfm evaluate` calls mse. `details/dead_feature_window` says how many steps a feature has to be silent to be
+    counted in `sparsity/dead_features`: as long as fewer are over, none is. With `held_out`, the lines of
     its steps have SAELens's evaluation (`run_evals`) on that text too, as `held_out/<group>/<metric>`, such as
     `held_out/model_behavior_preservation/kl_div_with_sae`; wandb gets the same where it is on. Evaluating changes nothing in
     the training: weights are the same bits with and without. The last step is always recorded. SAELens's progress bar moves as
     often as a line is written.
 
-    Lines go to `<path>.partial`, renamed when the block ends; after an exception the partial file stays, and a run resumed
-    from a checkpoint (`resume_from_checkpoint`) goes on behind the lines up to that checkpoint.
+    Lines go to `<path>.partial`, renamed when the block ends; after an exception the partial file stays. Each checkpoint has the
+    lines up to it (`record.jsonl`), behind which a run resumed from it (`resume_from_checkpoint`) goes on.
 
         runner = SAETrainingRunner(cfg)
         with record_training(runner, "runs/mine/training.jsonl"):
@@ -85,16 +91,25 @@ def record_training(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".partial")
-    resumed = runner.cfg.resume_from_checkpoint and unfinished.is_file()
-    earlier = read_training_record(unfinished, unfinished=True) if resumed else []
     # Each runner hands its trainer to one method of its own before the first step: that is where we listen.
     several = isinstance(runner, MultiSAETrainingRunner)
     method = "_run_with_interruption_handling" if several else "run_trainer_with_interruption_handling"
     run_trainer = getattr(runner, method)
-    with unfinished.open("a" if earlier else "w") as file:
+    # of an interrupted run: its last lines, or all of them where it was stopped before its folder was renamed
+    left = (
+        next((file for file in (unfinished, path) if file.is_file()), None)
+        if runner.cfg.resume_from_checkpoint
+        else None
+    )
+    with unfinished.open("r+" if left == unfinished else "w") as file:
         recorder = _Recorder(runner, file, every, held_out)
 
         def listen(trainer: Any) -> Any:
+            earlier: list[dict[str, Any]] = []
+            if left is not None:
+                # another run may have left that file; the checkpoint has the lines of its own, one of 0.1.0 has not
+                own = Path(str(runner.cfg.resume_from_checkpoint)) / CHECKPOINT_RECORD
+                earlier = read_training_record(own if own.is_file() else left, unfinished=True)
             recorder.attach(trainer, earlier)
             return run_trainer(trainer)
 
@@ -117,8 +132,11 @@ class _Recorder:
     def attach(self, trainer: Any, earlier: list[dict[str, Any]]) -> None:
         """Listen to the steps of SAELens's trainer, or of the several that a `MultiSAETrainer` has; `earlier`: lines before."""
         lines = [line for line in earlier if line["tokens"] <= trainer.n_training_samples]
-        self._file.truncate(0)
+        self._file.seek(0)
+        self._file.truncate()
         self._file.writelines(map(record_line, lines))
+        self._file.flush()
+        self._save_with_checkpoints(trainer)
         trainers: dict[str, SAETrainer[Any, Any]] = getattr(trainer, "trainers", {"sae": trainer})
         for name, one in trainers.items():
             last = next((line for line in reversed(lines) if line["sae"] == name), None)
@@ -126,6 +144,18 @@ class _Recorder:
             self.record.tokens[name] = last["tokens"] if last else 0
             self._listen(name, one, trainer.data_provider)
         trainer._update_pbar = partial(trainer._update_pbar, update_interval=self._every)
+
+    def _save_with_checkpoints(self, trainer: Any) -> None:
+        """Add the lines so far to each checkpoint that the trainer writes."""
+        save = trainer.save_checkpoint
+
+        def save_with_record(checkpoint_name: str, base_path: Path | str | None = None, **kwargs: Any) -> None:
+            save(checkpoint_name, **({} if base_path is None else {"base_path": base_path}), **kwargs)
+            base = base_path if base_path is not None else trainer.cfg.checkpoint_path
+            if base is not None:
+                shutil.copyfile(self._file.name, Path(base) / checkpoint_name / CHECKPOINT_RECORD)
+
+        trainer.save_checkpoint = save_with_record
 
     def _listen(self, name: str, trainer: SAETrainer[Any, Any], data_provider: Any) -> None:
         step = trainer.step
@@ -144,7 +174,9 @@ class _Recorder:
                 held_out = self._evaluate(name, trainer, data_provider) if evaluated else {}
                 steps, tokens = trainer.n_training_steps, trainer.n_training_samples
                 line = {"sae": name, "step": steps, "tokens": tokens, "seconds": self.record.seconds[name]}
-                line |= trainer.build_train_step_log_dict(output, tokens) | held_out
+                line |= (
+                    trainer.build_train_step_log_dict(output, tokens) | _in_own_units(trainer, output, batch) | held_out
+                )
                 self._file.write(record_line(line))
                 self._file.flush()
             return output
@@ -182,6 +214,14 @@ class _Recorder:
             prefix = f"{name}/" if isinstance(self._runner, MultiSAETrainingRunner) else ""
             wandb.log({prefix + key: value for key, value in metrics.items()}, step=trainer.n_training_steps)
         return metrics
+
+
+@torch.no_grad()
+def _in_own_units(trainer: SAETrainer[Any, Any], output: TrainStepOutput, batch: Tensor) -> dict[str, float]:
+    """What SAELens's log lacks: the squared error of the language model's activations, and when a feature counts as dead."""
+    error = trainer.activation_scaler.unscale(output.sae_out).float() - batch.to(output.sae_out.device).float()
+    window = trainer.cfg.dead_feature_window
+    return {"metrics/mse": float(error.square().sum(dim=-1).mean()), "details/dead_feature_window": window}
 
 
 def _held_out_store(runner: Runner, dataset: Any, sae: SAE[Any]) -> ActivationsStore:

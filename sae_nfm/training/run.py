@@ -43,14 +43,25 @@ from sae_nfm.architectures import (
     primary_digest,
 )
 from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.common import check_output, check_positive, discard_unstarted, partial_folder, publish
+from sae_nfm.common import check_number, check_output, discard_unstarted, partial_folder, publish, remark
 from sae_nfm.convert import topk_by_name, warm_started, write_adapter
-from sae_nfm.data import explained_hub, held_out_tokens, local_dataset, open_dataset, refuse_without_tokenizer
-from sae_nfm.loading import load_sae, quiet_saelens
-from sae_nfm.models import LanguageModel, check_context, check_device, load_model, refuse_heads_of_a_bridge, site_at
+from sae_nfm.data import check_data, held_out_tokens, open_dataset, training_data
+from sae_nfm.loading import load_sae, quiet_saelens, refuse_not_finite
+from sae_nfm.models import (
+    LanguageModel,
+    check_context,
+    check_device,
+    context_limit,
+    load_model,
+    refuse_heads_of_a_bridge,
+    site_at,
+    special_tokens_words,
+)
+from sae_nfm.training.activation_stream import DataLostError
 from sae_nfm.training.recorder import HeldOut, record_training
 from sae_nfm.training.results import RECORD_FILENAME
-from sae_nfm.training.resume import checkpoint_folder, exact_resume
+from sae_nfm.training.resume import exact_resume, last_checkpoint
+from sae_nfm.training.settings import check_schedule, refuse_several_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,8 +250,11 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
     if widths in names[sae_class] and not built[sae_class].get(widths):
         built[sae_class][widths] = sorted({max(1, values["d_sae"] // part) for part in (8, 4, 2, 1)})
     sae, logger = sae_class(**built[sae_class]), LoggingConfig(**built[LoggingConfig])
+    cfg = LanguageModelSAERunnerConfig(sae=sae, logger=logger, **built[LanguageModelSAERunnerConfig])
+    if "n_batches_in_buffer" not in given:
+        fill_buffer(cfg)
     return TrainArguments(
-        cfg=LanguageModelSAERunnerConfig(sae=sae, logger=logger, **built[LanguageModelSAERunnerConfig]),
+        cfg=cfg,
         record=RecordConfig(**built[RecordConfig]),
         others=OtherSAEs(**built[OtherSAEs]),
         given=frozenset(given),
@@ -253,16 +267,24 @@ def _checked(option: str, hint: Any, value: Any) -> Any:
     if hint is SAEMetadata:
         return SAEMetadata(**value)
     try:
-        return TypeAdapter(hint).validate_python(value)
+        checked = TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         raise ValueError(f"{option} is {value!r}: {error.errors()[0]['msg']}") from error
+    if not (option in ("d_in", "d_sae") and checked == 0):  # those of the base
+        check_number(option.removeprefix("sae."), checked)
+    return checked
 
 
-POSITIVE = (
-    *("context_size", "train_batch_size_tokens", "store_batch_size_prompts", "n_batches_in_buffer", "n_eval_batches"),
-    *("n_batches_for_norm_estimate", "feature_sampling_window"),
-)
-"""Sizes that SAELens does not check and fails with."""
+def _positions(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
+    """Positions of a row that are trained on."""
+    return len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+
+
+def fill_buffer(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Let the activation buffer hold a batch, where a default is too small for one."""
+    positions = max(1, _positions(cfg))
+    if cfg.n_batches_in_buffer * positions < cfg.train_batch_size_tokens:
+        cfg.n_batches_in_buffer = 4 * -(-cfg.train_batch_size_tokens // positions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +318,7 @@ class WholeRunner(LanguageModelSAETrainingRunner):
     def save_final_sae(
         self, sae: TrainingSAE[Any], output_path: str, log_feature_sparsity: torch.Tensor | None = None
     ) -> None:
+        refuse_not_finite(sae.state_dict(), "the trained SAE")
         super().save_final_sae(sae, str(partial_folder(output_path)), log_feature_sparsity)
         if self.saves_adapter:
             write_adapter(cast(SequentialNFM, sae), partial_folder(output_path))
@@ -307,16 +330,18 @@ def train(arguments: TrainArguments) -> Trained:
     Raises:
         ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work; nothing is written.
         InterruptedException: after SIGINT or SIGTERM; it says how to go on.
+        DataLostError: where a streamed data set breaks off; it says how to go on.
+        DivergedError, NotFiniteError: where a loss, a gradient or an activation is not finite; nothing is published.
     """
+    refuse_several_processes()
     cfg = arguments.cfg
     check_output(cfg.output_path)
     others = load_others(arguments.others, cfg)
     model = fit_to_model(arguments, others)
     dataset, held_out = _data(arguments)
     with temporary_seed(cfg.seed), quiet_saelens(), _expected_overrides():
-        with explained_hub(cfg.dataset_path) if dataset is None else nullcontext():
-            sae = others.starting_sae(cfg, arguments.given)
-            runner = WholeRunner(cfg, override_dataset=dataset, override_model=cast(Any, model), override_sae=sae)
+        sae = others.starting_sae(cfg, arguments.given)
+        runner = WholeRunner(cfg, override_dataset=dataset, override_model=cast(Any, model), override_sae=sae)
         runner.saves_adapter = arguments.others.adapter
         others.sign(runner.sae.cfg.metadata)
         _check_runner(runner, held_out)
@@ -324,7 +349,9 @@ def train(arguments: TrainArguments) -> Trained:
         try:
             _run(runner, arguments, held_out)
         except (KeyboardInterrupt, InterruptedException):
-            raise InterruptedException(how_to_go_on(arguments)) from None
+            raise InterruptedException(how_to_go_on(arguments, last_checkpoint(runner))) from None
+        except DataLostError as lost:
+            raise DataLostError(how_to_go_on(arguments, last_checkpoint(runner), why=str(lost))) from lost
     checkpoints = Path(cfg.checkpoint_path) if cfg.checkpoint_path else None
     return Trained(
         folder=None if cfg.output_path is None else Path(cfg.output_path),
@@ -347,8 +374,12 @@ def _run(runner: WholeRunner, arguments: TrainArguments, held_out: Any) -> None:
     try:
         with recorded:
             runner.run()
-    finally:
+    except FloatingPointError:  # what is not finite is no result, and nothing goes on from it
         if cfg.output_path is not None:
+            shutil.rmtree(partial_folder(cfg.output_path))
+        raise
+    finally:
+        if cfg.output_path is not None and partial_folder(cfg.output_path).is_dir():
             discard_unstarted(cfg.output_path)
 
 
@@ -378,25 +409,37 @@ def fit_to_model(arguments: TrainArguments, others: LoadedSAEs) -> LanguageModel
     if "d_in" in arguments.given and cfg.sae.d_in != site.d_in:
         raise ValueError(f"d_in is {cfg.sae.d_in}, but {cfg.hook_name!r} has width {site.d_in}; leave d_in out")
     cfg.sae = replace(cfg.sae, **{name: value for name, value in measured.items() if name not in arguments.given})
+    limit = context_limit(model)
+    if limit is not None and "context_size" not in arguments.given and limit < cfg.context_size:
+        remark(f"context_size is {limit}, as the model reads no more")
+        cfg.context_size = limit
+        if "n_batches_in_buffer" not in arguments.given:
+            fill_buffer(cfg)
     check_context(model, cfg.context_size)
+    remark(
+        special_tokens_words(
+            model, cfg.exclude_special_tokens, "trained on (--exclude_special_tokens true leaves them out)"
+        )
+    )
     return model
 
 
 def _check_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     for device in {cfg.device, cfg.llm_device, cfg.act_store_device}:
         check_device(str(device))
-    check_positive(cfg, *POSITIVE)
+    held = cfg.n_batches_in_buffer * _positions(cfg)
+    if held < cfg.train_batch_size_tokens:
+        raise ValueError(
+            f"the buffer holds n_batches_in_buffer x context = {held} tokens, fewer than a batch of "
+            f"{cfg.train_batch_size_tokens}; raise n_batches_in_buffer or lower train_batch_size_tokens"
+        )
     pretrained = cfg.from_pretrained_path
     if pretrained is not None and not (Path(pretrained) / SAE_CFG_FILENAME).is_file():
         raise FileNotFoundError(f"from_pretrained_path is {pretrained!r}, no saved SAE; give the folder of one")
     k = getattr(cfg.sae, "k", None)
     if k is not None and not 0 < k <= cfg.sae.d_sae:
         raise ValueError(f"k is {k}; give a number from 1 to the d_sae = {cfg.sae.d_sae} features there are")
-    if cfg.training_tokens < cfg.train_batch_size_tokens:
-        raise ValueError(
-            f"training_tokens is {cfg.training_tokens}, less than one batch of {cfg.train_batch_size_tokens} tokens; raise it, "
-            "or lower train_batch_size_tokens"
-        )
+    check_schedule(cfg)
 
 
 def _check_runner(runner: WholeRunner, held_out: Any) -> None:
@@ -413,7 +456,7 @@ def _check_runner(runner: WholeRunner, held_out: Any) -> None:
         held_out_tokens(model, held_out, cfg.context_size, 1)  # says so where the text fills no row
     if store.dataset is None:  # cached activations
         return
-    refuse_without_tokenizer(model, store.dataset)
+    check_data(model, store.dataset, cfg.context_size, cfg.dataset_path)
     if next(store._iterate_tokenized_sequences(), None) is None:  # pyright: ignore[reportPrivateUsage]
         raise ValueError(
             f"the text in {cfg.dataset_path!r} does not fill one row of {cfg.context_size} tokens; give more text or lower "
@@ -423,14 +466,15 @@ def _check_runner(runner: WholeRunner, held_out: Any) -> None:
 
 
 def _data(arguments: TrainArguments) -> tuple[Any, Any]:
-    """The data sets for training (None: SAELens loads it from the hub) and for evaluation (None: there is none)."""
+    """The data sets for training and for evaluation (None: there is none)."""
     cfg, held_out = arguments.cfg, arguments.record.held_out
     embedded = cfg.dataset_path in ("", demo.MODEL_NAME)
     if embedded and cfg.model_name != demo.MODEL_NAME:
         raise ValueError(f"the embedded tokens suit the embedded model only; give --dataset for {cfg.model_name!r}")
     if embedded:
         cfg.dataset_path = demo.MODEL_NAME
-    dataset = demo.load_tokens("train") if embedded else local_dataset(cfg.dataset_path, seed=cfg.seed)
+    streaming: dict[str, Any] = {"seed": cfg.seed, "streaming": cfg.streaming}
+    dataset = demo.load_tokens("train") if embedded else training_data(cfg.dataset_path, held_out, **streaming)
     if arguments.record.evaluate_every == 0 or (held_out is None and not embedded):
         return dataset, None
     return dataset, demo.load_tokens("validation") if held_out is None else open_dataset(held_out, split="validation")
@@ -451,17 +495,15 @@ def _expected_overrides() -> Generator[None]:
         logger.removeFilter(expected)
 
 
-def how_to_go_on(arguments: TrainArguments) -> str:
-    """What to type after an interruption: the command that resumes, where there is a checkpoint."""
+def how_to_go_on(arguments: TrainArguments, saved: Path | None = None, why: str = "interrupted") -> str:
+    """What to type after an interruption: the command that resumes, where there is a checkpoint (`saved`, or the one given)."""
     cfg = arguments.cfg
-    checkpoint = cfg.resume_from_checkpoint
-    if cfg.checkpoint_path is not None and Path(cfg.checkpoint_path).is_dir():
-        checkpoint = str(checkpoint_folder(cfg.checkpoint_path))
+    checkpoint = cfg.resume_from_checkpoint if saved is None else str(saved)
     if checkpoint is None:
-        why = ", as checkpoint_path is None" if cfg.checkpoint_path is None else ""
-        return f"interrupted before a checkpoint was saved{why}"
+        because = ", as checkpoint_path is None" if cfg.checkpoint_path is None else ""
+        return f"{why} before a checkpoint was saved{because}" if why == "interrupted" else f"{why}{because}"
     command = ["sae-nfm", "train", *_without_resume(arguments.argv), "--resume_from_checkpoint", checkpoint]
-    return f"interrupted; to go on: {shlex.join(command)}"
+    return f"{why}; to go on: {shlex.join(command)}"
 
 
 def _without_resume(argv: Sequence[str]) -> list[str]:

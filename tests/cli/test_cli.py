@@ -104,6 +104,8 @@ def test_defaults_on_another_model_are_saelens_s_but_for_wandb():
     )
     assert ours.logger.log_to_wandb is False
     ours.logger.log_to_wandb = True
+    assert (theirs.n_batches_in_buffer, ours.n_batches_in_buffer) == (20, 128)  # 20 x 128 tokens are less than a batch
+    theirs.n_batches_in_buffer = ours.n_batches_in_buffer
     assert ours.to_dict() == theirs.to_dict()
 
 

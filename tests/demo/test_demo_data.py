@@ -253,9 +253,9 @@ def test_documents_of_each_kind_of_file(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", " \n", r"a\.txt.*no text"),
-        ("a.jsonl", '{"text": "x"}\n{"txt": "y"}', r'line 2\b.*a\.jsonl.*"text"'),
+        ("a.jsonl", '{"txt": "x"}\n{"txt": "y"}', r"a\.jsonl.*\['txt'\].*'text'"),
         ("a.jsonl", '{"text": ', r"line 1\b.*a\.jsonl.*JSON"),
-        ("a.csv", "text", r"'\.csv'.*\.parquet, \.jsonl or \.txt"),
+        ("a.tsv", "text", r"'\.tsv'.*\.parquet.*\.jsonl.*\.txt"),
     ],
 )
 def test_bad_corpus_files(tmp_path, name, content, message):

@@ -1,15 +1,20 @@
 """The chapter on fidelity: what its figures draw are the numbers of the results, one seed and several."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 from invented_comparison import ONCE, ROWS, compare_row, compared, compared_once
 from report_inputs import RUN
 from report_runs import figures, labels, marks, plots, run_of
 
+from sae_nfm.cli.jobs import write_report
 from sae_nfm.comparison.results import RowKind, arm_means
+from sae_nfm.evaluation import Evaluation, Fidelity, FidelityTable
 from sae_nfm.report.blocks import Heading, Prose, Table
-from sae_nfm.report.chapters.fidelity import section
+from sae_nfm.report.chapters.fidelity import TITLE, section
+from sae_nfm.report.command import ReportConfig
+from sae_nfm.report.run_folder import read_run
 
 FVU, KL = "FVU, fraction of variance unexplained", "KL, nats per token"
 
@@ -126,3 +131,63 @@ def test_a_diverged_seed_is_left_out_of_the_mean():
     assert (fvu.seeds, fvu.values, fvu.mean) == ((0, 2), (0.1, 0.3), pytest.approx(0.2))
     assert kl.seeds == (0, 1, 2)
     assert arm_means([replace(rows[1], kl_nats=None)]) == ()
+
+
+def evaluation(sae, kl, *, tokens="same", data="held-out tokens of the embedded model", l0=8.0):
+    return Evaluation(
+        sae=sae,
+        architecture="topk",
+        model_name="tiny",
+        hook_name="blocks.1",
+        data=data,
+        context_size=64,
+        passes=1,
+        metrics={
+            "model_behavior_preservation": {"kl_div_with_sae": kl, "kl_div_score": None},
+            "model_performance_preservation": {"ce_loss_with_sae": 4.5, "ce_loss_without_sae": 4.25},
+            "sparsity": {"l0": l0},
+            "token_stats": {"total_tokens_eval_reconstruction": 4096},
+        },
+        feature_metrics={"feature_density": [0.5, None]},
+        provenance={"config": {"save": "x"}, "tokens_sha256": tokens},
+    )
+
+
+def tables(there):
+    return [block for block in there.blocks if isinstance(block, Table)]
+
+
+def test_evaluations_on_the_same_tokens_are_one_table(tmp_path):
+    """What `evaluate --save` wrote, also with what is no number; SAEs by their names, other tokens in a table of their own."""
+    saved = [evaluation("runs/mine", 0.5), evaluation("/home/me/other", 0.25, l0=16.0), evaluation("release:id", 1.0)]
+    elsewhere = [evaluation("runs/mine", 0.75, tokens="others")]
+    for number, one in enumerate([*saved, *elsewhere]):
+        one.save(tmp_path / f"{number}.json")
+    written = write_report(ReportConfig(run=str(tmp_path)))
+    assert written.sections == (TITLE,)
+    assert "sae-nfm demo " not in written.words()
+    assert "sae-nfm evaluate SAE --save RUN/SAE.json" not in written.words()
+    there = section(read_run(tmp_path))
+    first, second = tables(there)
+    names = {row[0]: dict(zip(first.columns, row, strict=True)) for row in first.rows}
+    assert list(names) == ["mine (0.json)", "other", "release:id"]  # "mine" was evaluated twice
+    assert {name: (row["KL, nats"], row["L0"], row["CE score"]) for name, row in names.items()} == {
+        "mine (0.json)": ("0.5", "8", "-"),
+        "other": ("0.25", "16", "-"),
+        "release:id": ("1", "8", "-"),
+    }
+    assert [row[0] for row in second.rows] == ["mine (3.json)"]
+    assert "4,096 tokens of held-out tokens of the embedded model" in first.caption
+    (ranked,) = there.verdicts
+    assert ranked.endswith("other 0.25 at L0 16; mine (0.json) 0.5 at L0 8; release:id 1 at L0 8.")
+    assert "without a test" in ranked
+
+
+def test_fidelity_measured_from_python_is_a_table(tmp_path):
+    found = {"mine": Fidelity(fvu=0.1, l0=8, kl_nats=0.2, ce_nats=4.5, ce_delta_nats=0.25, tokens=1000)}
+    FidelityTable(saes=found).save(tmp_path / "saved.json")
+    (tmp_path / "plain.json").write_text(json.dumps({name: asdict(one) for name, one in found.items()}))
+    shown = tables(section(read_run(tmp_path)))
+    assert [[list(row) for row in table.rows] for table in shown] == [
+        [["mine", "0.1", "0.2", "4.5", "0.25", "8", "1,000"]]
+    ] * 2

@@ -33,13 +33,14 @@ def test_every_kind_is_recognised(run):
         "compare": "compare/1",
         "demo": "compare/1",
         "dynamics": "dynamics/1",
+        "evaluate/train.json": "evaluate/1",
         "factorial": "factorial/1",
         "reproduce": "reproduce/1",
         "secondary": "secondary/1",
         "speed/scan.json": "speed/1",
         "speed/speed.json": "speed/1",
     }
-    assert set(kinds.values()) | {"measure/1", "norms/1"} == set(KINDS)
+    assert set(kinds.values()) | {"measure/1", "norms/1", "fidelity/1"} == set(KINDS)
 
 
 def test_files_written_again_read_the_same(run, tmp_path):
@@ -51,7 +52,8 @@ def test_files_written_again_read_the_same(run, tmp_path):
 
 
 def test_one_page_shows_them_all(run):
-    present, missing = sections(run)
+    present, missing, shown = sections(run)
+    assert shown.left_out == ()
     assert {chapter.__name__.rpartition(".")[2] for chapter in missing} <= NEW
     assert len(present) + len(missing) == len(ORDER)
     html = render_run(run)

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sae_nfm.report.chapters import ORDER, chapters
 from sae_nfm.report.command import ReportConfig, write_run_report
 from sae_nfm.report.page import render
 from sae_nfm.report.plots import styled, wrapped
-from sae_nfm.report.run_folder import Found, read_run
+from sae_nfm.report.run_folder import Found, Run, read_run
 
 HOSTILE = '</script><script>alert(1)</script><b title="x">'
 
@@ -73,7 +74,7 @@ def test_a_figure_carries_its_plot_and_its_data_to_the_last_digit():
         "columns": ["x", "y", "high", "who"],
         "data": [[1, 0.1 + 0.2, None, HOSTILE], [2, None, 1.0, "b"]],
     }
-    assert content["plot"]["data"][0]["name"] == HOSTILE
+    assert content["plot"]["data"][0]["name"] == HOSTILE.replace("<", "&lt;")  # plotly makes links of what is left
     assert content["plot"]["layout"]["height"] == 321
     assert {"s-f", "s-f-plot", "s-f-caption", "s-f-data"} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
@@ -142,11 +143,86 @@ def test_a_result_is_of_one_class_only():
 def test_folders_without_results_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"\bfolder\b.*nowhere'"):
         read_run(tmp_path / "nowhere")
+    cfg = ReportConfig(run=str(tmp_path))
     with pytest.raises(ValueError, match=r"nothing to report.*\bresult\b.*\brecord\b.*\bSAE\b.*\bexplorer\b"):
-        read_run(tmp_path)
+        write_run_report(cfg)
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ValueError, match=r"results\.json.*damaged"):
-        read_run(tmp_path)
+    (tmp_path / "training.jsonl").write_text("{")
+    (tmp_path / "explorer.json.gz").write_text("{")
+    with pytest.raises(
+        ValueError, match=r"nothing to report.*; results\.json is left out: .*; training\.jsonl .*; explorer"
+    ):
+        write_run_report(cfg)
+    (tmp_path / "x.partial").mkdir()
+    saved(tmp_path / "x.partial")
+    with pytest.raises(ValueError, match=r"x\.partial/run' is the folder of an unfinished run"):
+        read_run(tmp_path / "x.partial" / "run")
+    assert sorted(path.name for path in tmp_path.rglob("*.html")) == []
+
+
+LEFT_OUT = {
+    "foreign.json": (b"{'a': 1}", "property name"),
+    "latin.json": (b'{"a": "\xff\xfe"}', "utf-8"),
+    "deep.json": (b"[" * 200_000, "recursion"),
+    "cut/results.json": (b'{"kind": "compare/1", "rows": [', "Expecting value"),
+    "newer.json": (
+        b'{"kind": "compare/2", "provenance": {"versions": {"sae-nfm": "9.9"}}}',
+        r"its kind is 'compare/2', written by sae-nfm 9.9, this version of sae-nfm, \d.*, reads 'compare/1'",
+    ),
+    "odd.json": (b'{"kind": ["compare/1"]}', "unhashable|kind"),
+    "number.json": (b'{"kind": "speed/1", "rows": 1e999}', "arms|rows|valid|unknown"),
+    "training.jsonl": (b'{"sae": "a", "tokens": 1}\n{"sae"', "training record"),
+    "old/training.jsonl": (b"[1]\n", "training record|list"),
+    "explorer.json.gz": (b"\x1f\x8b\x08\x00", "damaged"),
+    "manifest.json": (b"{", "property name"),
+    "sae/cfg.json": (b"\x00", "Expecting value"),
+}
+
+
+def test_what_cannot_be_read_is_left_out_and_named(tmp_path):
+    """Every kind of file, each damaged or of somebody else: the page shows the others, and says which and why."""
+    run = saved(tmp_path)
+    before = write_run_report(ReportConfig(run=str(run)))
+    for name, (content, _) in LEFT_OUT.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(content)
+    (run / "sae" / "sae_weights.safetensors").write_bytes(b"")
+    saved(run / "killed.partial")
+    (run / "mine.txt").write_bytes(b"\xff")
+    written = write_run_report(ReportConfig(run=str(run)))
+    assert written.sections == before.sections
+    reasons = dict(written.left_out)
+    assert reasons.keys() == {*LEFT_OUT, "killed.partial"}
+    for name, (_, reason) in LEFT_OUT.items():
+        assert re.search(reason, reasons[name]), (name, reasons[name])
+    html = written.path.read_text(encoding="utf-8")
+    assert "What was left out" in html
+    assert "newer.json" in html
+    assert "newer.json" in written.words()
+    assert len(read_run(run).of(CompareResult)) == 1  # not that of killed.partial
+
+
+def test_what_cannot_be_drawn_is_left_out_and_named(tmp_path, monkeypatch):
+    """A result whose fields are right and whose numbers no chapter can draw."""
+    run = saved(tmp_path)
+    saved(run, "odd", rows=())
+    fidelity = import_module("sae_nfm.report.chapters.fidelity")
+    drawn = fidelity.section
+
+    def section(run: Run) -> Section | None:
+        if any(not found.result.rows for found in run.of(CompareResult)):
+            raise ZeroDivisionError("no rows")
+        return drawn(run)
+
+    monkeypatch.setattr(fidelity, "section", section)
+    written = write_run_report(ReportConfig(run=str(run)))
+    assert fidelity.TITLE in written.sections
+    assert written.left_out == (("odd/results.json", "no rows"),)
+
+
+def test_names_in_files_do_not_become_ids(tmp_path):
+    page = Page(render("t", "a", [section(figure(name='f"><script>alert(1)</script>'))]))
+    assert [name for name in page.ids if not re.fullmatch(r"[\w.-]+", name)] == []
 
 
 def test_the_page_of_a_run_has_its_verdicts_its_command_and_what_is_missing(tmp_path):

@@ -95,6 +95,18 @@ def test_folders_have_figures_of_their_own_and_the_rest_is_named(tmp_path):
     assert "The first 6 of 8 training records are drawn; not: arm 6, arm 7." in told
 
 
+def test_saes_trained_one_by_one_lie_over_one_another(tmp_path):
+    """As `sae-nfm train` leaves them: a folder each, one SAE in it; named by their folders. Others keep figures of their own."""
+    mine = [record(tmp_path / name / "training.jsonl", TOPK) for name in ("mine", "other", "older/one")]
+    together = record(tmp_path / "demo" / "training.jsonl", [*JOINT, *TOPK])
+    there = section(run_of(tmp_path, records=[together, *mine]))
+    assert [block.text for block in there.blocks if isinstance(block, Heading)] == ["SAEs trained one by one", "demo"]
+    assert list(lines_of(figures(there)[0])) == ["mine", "other", "older/one"]
+    only = section(run_of(tmp_path, records=mine[:2]))
+    assert not [block for block in only.blocks if isinstance(block, Heading)]
+    assert list(lines_of(figures(only)[0])) == ["mine", "other"]
+
+
 @pytest.mark.parametrize("n", [1, LONGEST, LONGEST + 1, 1_000])
 def test_thinned_evenly_with_both_ends(tmp_path, n):
     lines = [{"sae": "a", "tokens": step, "metrics/explained_variance": 0.5} for step in range(n)]

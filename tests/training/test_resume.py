@@ -417,6 +417,206 @@ def test_the_newest_of_several_checkpoints(tmp_path):
     assert checkpoint_folder(tmp_path / "a" / "128") == tmp_path / "a" / "128"
 
 
+def changed(cfg, **changes):
+    again = copy.deepcopy(cfg)
+    for name, value in changes.items():
+        target = again.sae if name in again.sae.__dataclass_fields__ and name != "device" else again
+        setattr(target, name, value)
+    return again
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", 5e-3),
+        ("lr_end", 1.0),
+        ("seed", 7),
+        ("adam_beta1", 0.8),
+        ("lr_decay_steps", 2),
+        ("lr_scheduler_name", "cosineannealing"),
+        ("train_batch_size_tokens", 32),
+        ("n_batches_in_buffer", 16),
+        ("activations_mixing_fraction", 0.25),
+        ("exclude_special_tokens", True),
+        ("training_tokens", STEPS * 32),
+        ("prefetch_llm_batches", 1),
+        ("autocast", True),
+        ("dead_feature_window", 3),
+        ("hook_name", "blocks.1.hook_resid_post"),
+        ("dataset_path", "elsewhere"),
+        ("k", 3),
+        ("nfm_top_k", 2),
+        ("nfm_dropout", 0.5),
+        ("normalize_activations", "layer_norm"),
+        ("aux_loss_coefficient", 0.5),
+        ("kernel", "sparse"),
+    ],
+)
+@pytest.mark.parametrize("stream_state", [True, False], ids=["exact", "of SAELens"])
+def test_a_run_with_another_setting_is_refused(name, value, stream_state, finished, checkpoint, tmp_path):
+    if not stream_state:
+        (checkpoint / STREAM_STATE_FILENAME).unlink()
+    was = getattr(finished.sae if name in finished.sae.__dataclass_fields__ else finished, name)
+    checkpoint = checkpoint.rename(checkpoint.with_name("384"))
+    with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}, and {re.escape(repr(was))} in .*384"):
+        resume(changed(finished, **{name: value}), checkpoint, tmp_path)
+    with pytest.raises(ValueError, match=rf"none of the 1 .*384 \(384 tokens, .*\) has {name} "):
+        resume(changed(finished, **{name: value}), tmp_path, tmp_path)
+    assert not (tmp_path / "resumed").exists()
+
+
+def test_another_architecture_is_refused(finished, checkpoint, tmp_path):
+    other = copy.deepcopy(finished)
+    other.sae = TopKTrainingSAEConfig(d_in=16, d_sae=32, k=4, metadata=copy.deepcopy(finished.sae.metadata))
+    other.resume_from_checkpoint = str(checkpoint)
+    with pytest.raises(ValueError, match="architecture is 'topk', and 'joint_nfm' in"):
+        exact_resume(make_runner(other))
+
+
+def test_what_may_change(finished, checkpoint, tmp_path):
+    again = changed(finished, n_checkpoints=0, verbose=False, save_final_checkpoint=True, n_eval_batches=3)
+    again.logger = LoggingConfig(log_to_wandb=False, run_name="another", wandb_log_frequency=3)
+    resume(again, checkpoint, tmp_path)
+    assert_same_bits(finished.output_path, tmp_path / "resumed")
+
+
+def test_more_tokens_at_a_constant_rate_are_one_longer_run(finished, checkpoint, tmp_path):
+    longer = changed(finished, training_tokens=(STEPS + 4) * 64, n_checkpoints=0)
+    resume(longer, checkpoint, tmp_path)
+    longer.output_path, longer.checkpoint_path = str(tmp_path / "whole"), None
+    run(make_runner(longer))
+    assert_same_bits(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_a_finished_run_whose_normalisation_is_folded_does_not_go_on(tmp_path):
+    cfg = finished_run(tmp_path, normalize_activations="expected_average_only_in", save_final_checkpoint=True)
+    with pytest.raises(ValueError, match=f"training_tokens is {STEPS * 128}, and {STEPS * 64} in .*final_{STEPS * 64}"):
+        resume(changed(cfg, training_tokens=STEPS * 128), Path(cfg.checkpoint_path) / f"final_{STEPS * 64}", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Configs of two runs, at two rates, whose checkpoints lie in one folder; the other one's has more tokens."""
+    folder = tmp_path_factory.mktemp("several")
+    cfgs = []
+    for rate, steps in ((1e-2, STEPS), (1e-3, 2 * STEPS)):
+        cfg = runner_config(
+            training_config("joint_nfm"),
+            folder / f"{rate}",
+            steps=steps,
+            n_checkpoints=1,
+            lr=rate,
+            checkpoint_path=str(folder / "checkpoints"),
+            logger=LoggingConfig(log_to_wandb=False, wandb_id=f"rate-{rate}"),
+        )
+        run(make_runner(cfg))
+        cfgs.append(cfg)
+    return folder / "checkpoints", cfgs
+
+
+def test_each_run_goes_on_from_its_own_checkpoint(several, tmp_path):
+    folder, cfgs = several
+    for cfg in cfgs:
+        run_again = changed(cfg, resume_from_checkpoint=str(folder), output_path=str(tmp_path / f"{cfg.lr}"))
+        run_again.checkpoint_path = str(tmp_path / "later")
+        runner = make_runner(run_again, seed=5)
+        run(runner, seed=6)
+        assert Path(runner.cfg.resume_from_checkpoint).parent == Path(cfg.checkpoint_path)
+        assert_same_bits(cfg.output_path, tmp_path / f"{cfg.lr}")
+
+
+def test_no_run_and_several_runs_with_these_settings_are_listed(several, tmp_path):
+    folder, (cfg, other) = several
+    message = (
+        r"none of the 2 .*rate-0.001/704 .* has training_tokens 1280, this run 640; .*rate-0.01/384 .* has lr 0.01"
+    )
+    with pytest.raises(ValueError, match=message):
+        resume(changed(cfg, lr=0.5), folder, tmp_path)
+    shutil.copytree(folder, tmp_path / "copied")
+    shutil.copytree(cfg.checkpoint_path, tmp_path / "copied" / "twin")
+    with pytest.raises(
+        ValueError, match=r"2 runs with these settings: .*rate-0.01/384 \(384 .*twin/384 \(384 .*name one"
+    ):
+        resume(cfg, tmp_path / "copied", tmp_path)
+    resume(other, tmp_path / "copied", tmp_path)
+
+
+def test_a_run_that_was_interrupted_twice_is_one_run(tmp_path):
+    """Each process has a folder of checkpoints of its own; the second one's say what they went on from."""
+    settings = {"checkpoint_path": str(tmp_path / "checkpoints"), "steps": STEPS}
+    whole = runner_config(training_config("joint_nfm"), tmp_path / "whole", **settings)
+    run(make_runner(whole))
+    stop_after(make_runner(runner_config(training_config("joint_nfm"), tmp_path / "parts", **settings)), 2)
+    settings["resume_from_checkpoint"] = str(tmp_path / "checkpoints")
+    stop_after(make_runner(runner_config(training_config("joint_nfm"), tmp_path / "parts", **settings)), 3)
+    last = runner_config(training_config("joint_nfm"), tmp_path / "parts", **settings)
+    run(make_runner(last, seed=5), seed=6)
+    assert Path(last.checkpoint_path).parent == tmp_path / "checkpoints"
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_checkpoints_of_two_runs_do_not_come_to_lie_in_one_folder(several):
+    _, (cfg, _) = several
+    with pytest.raises(
+        ValueError, match=r"rate-0.01 has the checkpoints of another run \(lr 0.01, this run 0.02\).*wandb_id"
+    ):
+        run(make_runner(changed(cfg, lr=0.02)))
+
+
+def test_rows_that_come_later_in_the_data_are_compared(finished, checkpoint, tmp_path):
+    """The text up to the checkpoint's place is the same, and what follows is not."""
+    other = Dataset.from_dict({"text": [*documents()["text"][:-1], "t1 t2 t3"]})
+    with pytest.raises(ValueError, match=r"after sequence \d+ of the data set there are other rows"):
+        resume(finished, checkpoint, tmp_path, other)
+
+
+def test_a_language_model_with_other_weights_is_refused(finished, checkpoint, tmp_path):
+    again = changed(finished, resume_from_checkpoint=str(checkpoint))
+    runner = make_runner(again)
+    runner.model = shared_model.__wrapped__()
+    with torch.no_grad():
+        runner.model.blocks[0].mlp.W_in[0].add_(0.01)
+    with pytest.raises(ValueError, match="weights of the language model 'tiny' are not those"):
+        exact_resume(runner)
+
+
+def test_the_same_base_elsewhere_is_the_same_base(tmp_path):
+    cfg = runner_config(
+        training_config("sequential_nfm"),
+        tmp_path / "out",
+        steps=STEPS,
+        n_checkpoints=1,
+        checkpoint_path=str(tmp_path / "c"),
+    )
+    run(make_runner(cfg))
+    again = copy.deepcopy(cfg)
+    again.sae.base = str(shutil.copytree(cfg.sae.base, tmp_path / "moved"))
+    resume(again, cfg.checkpoint_path, tmp_path)
+    assert_same_bits(tmp_path / "out", tmp_path / "resumed")
+
+
+def test_several_saes_are_compared_one_by_one(tmp_path):
+    cfg = multi_config(tmp_path, "whole")
+    MultiSAETrainingRunner(cfg, override_dataset=documents(), override_model=shared_model()).run()
+
+    def refused(message, **overrides):
+        again = multi_config(tmp_path, "resumed", resume_from_checkpoint=cfg.checkpoint_path)
+        for name, change in overrides.items():
+            change(getattr(again, name))
+        runner = MultiSAETrainingRunner(again, override_dataset=documents(), override_model=shared_model())
+        with pytest.raises(ValueError, match=message):
+            exact_resume(runner)
+
+    refused(r"saes\[b\]\.k 4, this run 2", saes=lambda saes: setattr(saes["b"], "k", 2))
+    refused(r"saes \['a', 'b', 'z'\], this run \['a', 'z'\]", saes=lambda saes: saes.pop("b"), **_without_b())
+
+
+def _without_b():
+    """Everything else that names an SAE by its name."""
+    names = ("hook_names", "_hook_names_per_sae", "_hook_head_indices_per_sae")
+    return {name: lambda found: found.pop("b", None) for name in names}
+
+
 def test_mixing_buffer_of_the_host_is_the_one_we_follow():
     """SAELens's generator on plain numbers, so that a change of its rule shows here first."""
     loader = (torch.arange(i * 10.0, i * 10.0 + 10)[:, None] for i in itertools.count())

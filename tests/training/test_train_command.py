@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import saved_base, token_dataset
-from datasets import DatasetDict
+from builders import runner_config, saved_base, tiny_model, token_dataset, training_config
+from datasets import Dataset, DatasetDict
 from sae_lens import SAE
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, _parse_cfg_args
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
@@ -282,6 +282,51 @@ def test_a_pretrained_sae_of_another_width_is_refused(shared, capsys):
     assert same("output", "b")  # at learning rate 0 it is what it was
 
 
+def test_defaults_train_on_any_model(shared, capsys):
+    """SAELens's own would hold 2,560 tokens, fewer than its batch, and rows longer than this model reads."""
+    where = ["--model_name", str(shared / "model"), "--hook_name", HOOK, "--dataset_path", str(shared / "text.jsonl")]
+    sizes = ["--d_sae", "32", "--k", "4", "--training_tokens", "4096", "--feature_sampling_window", "1"]
+    assert main(["train", *where, *sizes]) == 0
+    cfg = json.loads(Path("output/runner_cfg.json").read_text())
+    assert (cfg["context_size"], cfg["train_batch_size_tokens"], cfg["n_batches_in_buffer"]) == (32, 4096, 128)
+    told = capsys.readouterr().err
+    assert "context_size is 32" in told
+    assert "special tokens ('<bos>') are not left out, but trained on" in told
+
+
+def test_a_buffer_that_is_too_small_is_refused_before_the_model_is_loaded(capsys):
+    sizes = ["--n_batches_in_buffer", "3", "--train_batch_size_tokens", "512", "--context_size", "128"]
+    assert main(["train", "--model_name", "no-such-model", *sizes]) == 2
+    assert re.search(r"n_batches_in_buffer.* 384\b.* 512\b", capsys.readouterr().err)
+
+
+def test_excluded_special_tokens_are_named(shared, capsys):
+    assert main(flags(shared, "--exclude_special_tokens", "true")) == 0
+    assert "special tokens left out: '<bos>' (0)" in capsys.readouterr().err
+    assert main(flags(shared, "--exclude_special_tokens", "[3, 0]", "--output_path", "b")) == 0
+    assert "special tokens left out: 't3' (3), '<bos>' (0)" in capsys.readouterr().err
+
+
+def test_a_token_id_beyond_the_vocabulary_stops_before_the_training(shared, capsys):
+    rows = token_dataset(64)["tokens"][:]
+    rows[41][3] = 50
+    Dataset.from_dict({"tokens": rows}).save_to_disk("rows")
+    assert main(flags(shared, "--dataset_path", "rows")) == 2
+    assert re.search(r"row 41\b.* 50 at position 3\b.* 49\b", capsys.readouterr().err)
+    assert [path.name for path in Path().iterdir()] == ["rows"]
+
+
+def test_a_token_id_beyond_the_vocabulary_of_a_stream(tmp_path):
+    """Streamed rows are looked at one by one, through SAELens's runner too: -1 would be read as the last id."""
+    rows = token_dataset(64)["tokens"][:]
+    rows[41][3] = -1
+    cfg = runner_config(training_config("joint_nfm"), tmp_path / "sae", steps=20)
+    stream = Dataset.from_dict({"tokens": rows}).to_iterable_dataset()
+    runner = LanguageModelSAETrainingRunner(cfg, override_model=tiny_model(), override_dataset=stream)
+    with pytest.raises(ValueError, match=r"row 41\b.* -1 at position 3\b"):
+        runner.run()
+
+
 def test_kinds_of_data(shared, tmp_path):
     tokens = token_dataset(8)
     tokens.save_to_disk(tmp_path / "saved")
@@ -303,15 +348,15 @@ def test_kinds_of_data(shared, tmp_path):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("./no", FileNotFoundError, r"'\./no'.*\.parquet, \.jsonl, \.txt"),
-        ("a.csv", FileNotFoundError, r"'a\.csv'.*suffix"),
-        ("empty", ValueError, r"folder 'empty'.*\.parquet, \.jsonl, \.txt"),
+        ("./no", FileNotFoundError, r"'\./no'.*\.parquet.*\.jsonl.*\.txt"),
+        ("a.tsv", FileNotFoundError, r"'a\.tsv'.*suffix"),
+        ("empty", ValueError, r"folder 'empty'.*\.parquet.*\.jsonl.*\.txt"),
         ("splits", ValueError, "'splits'.*splits test .*'train'"),
-        ("mixed", ValueError, r"mixed/b\.parquet.*columns \(None, tokens\)"),
+        ("mixed", ValueError, r"mixed/b\.parquet.*columns \(text, tokens\)"),
     ],
 )
 def test_data_that_cannot_be_read(source, error, message):
-    Path("a.csv").write_text("x")
+    Path("a.tsv").write_text("x")
     Path("empty").mkdir()
     DatasetDict({"test": token_dataset(2)}).save_to_disk("splits")
     Path("mixed").mkdir()

@@ -37,7 +37,8 @@ class DynamicsConfig(SavedSAEOptions):
     reference: str | None = None
     """The same of a topk run on the same data, for norms and firing."""
     held_out: str | None = None
-    """Held-out text: a .parquet, .jsonl or .txt file, or a hub name; by default the embedded model's held-out tokens."""
+    """Held-out text or tokens: a .parquet, .arrow, .jsonl, .json, .csv or .txt file (also .gz, .zst), a folder, a data set on
+    disk or on the hub (name or name:config); by default the embedded model's held-out tokens."""
     held_out_tokens: int = 20_000
     """Held-out tokens, at most."""
     context_size: int | None = None

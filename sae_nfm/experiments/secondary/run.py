@@ -13,7 +13,7 @@ from sae_nfm import demo
 from sae_nfm.architectures import check_primary, primary_digest
 from sae_nfm.common import check_positive, provenance
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions, TextOptions
-from sae_nfm.data import datasets, held_out_rows
+from sae_nfm.data import check_data, datasets, held_out_rows
 from sae_nfm.experiments.secondary.measure import secondary_rows
 from sae_nfm.experiments.secondary.results import SecondaryResult
 from sae_nfm.experiments.secondary.training import default_k, train_secondaries
@@ -86,6 +86,7 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
         seed=cfg.seed,
         device=cfg.device,
     )
+    check_data(model, train, stream.context_size, cfg.dataset)
     rows = held_out_rows(model, validation, stream.context_size, cfg.held_out_tokens)
     fitted = held_out_rows(model, validation, stream.context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     ks = tuple(sorted(set(cfg.k or default_k(checked.cfg.nfm_dim))))

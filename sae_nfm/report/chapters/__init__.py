@@ -1,8 +1,10 @@
 """The chapters of a report. To add one: a file here with `TITLE`, `COMMANDS` and `section(run)`, and its name in `ORDER`."""
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Protocol, cast
 
+from sae_nfm.common.file_errors import cause_of
 from sae_nfm.report.blocks import Section
 from sae_nfm.report.run_folder import Run
 
@@ -42,8 +44,33 @@ def chapters() -> list[Chapter]:
     return [cast("Chapter", import_module(f"{__name__}.{name}")) for name in ORDER]
 
 
-def sections(run: Run) -> tuple[list[Section], list[Chapter]]:
-    """The sections that a run has results for, and the chapters that it has none for."""
-    found = [(chapter, chapter.section(run)) for chapter in chapters()]
+def sections(run: Run) -> tuple[list[Section], list[Chapter], Run]:
+    """The sections that a run has results for, the chapters that it has none for, and the run less what could not be drawn."""
+    found: list[tuple[Chapter, Section | None]] = []
+    for chapter in chapters():
+        section, run = _drawn(chapter, run)
+        found.append((chapter, section))
     present = [section for _, section in found if section is not None]
-    return present, [chapter for chapter, section in found if section is None]
+    return present, [chapter for chapter, section in found if section is None], run
+
+
+def _drawn(chapter: Chapter, run: Run) -> tuple[Section | None, Run]:
+    """A chapter of a run; what it cannot draw is left out of the run, with the reason."""
+    try:
+        return chapter.section(run), run
+    except Exception:  # whatever is in a file of somebody else's, it does not keep the others from the page
+        for path in run.paths():
+            try:
+                chapter.section(run.alone(path))
+            except Exception as error:
+                run = run.without(path, cause_of(error))
+    try:
+        return chapter.section(run), run
+    except Exception as error:
+        return None, replace(run, left_out=(*run.left_out, (chapter.TITLE, cause_of(error))))
+
+
+def commands_for(chapter: Chapter, run: Run) -> tuple[str, ...]:
+    """Commands that save what a chapter shows; not `demo`, the first command of all, where a run has results already."""
+    others = tuple(command for command in chapter.COMMANDS if not command.startswith("sae-nfm demo "))
+    return others if run.paths() and others else chapter.COMMANDS

@@ -1,6 +1,8 @@
 """How faithful each SAE is: the table of a demo or a comparison, the paper's comparison beside the fair ones."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 
 import pandas as pd
 
@@ -16,12 +18,17 @@ from sae_nfm.comparison.results import (
     cells,
     legend,
 )
+from sae_nfm.evaluation.results import Evaluation, Fidelity, FidelityTable
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, Table
 from sae_nfm.report.plots import PALETTE, Axis, Group, Mark, dot_plot, drawn, headed, plain_rows
-from sae_nfm.report.run_folder import Run
+from sae_nfm.report.run_folder import Found, Run
 
 TITLE = "Fidelity: what each SAE keeps of the model"
-COMMANDS = ("sae-nfm demo --output RUN/demo", "sae-nfm compare --output RUN/compare")
+COMMANDS = (
+    "sae-nfm evaluate SAE --save RUN/SAE.json",
+    "sae-nfm demo --output RUN/demo",
+    "sae-nfm compare --output RUN/compare",
+)
 PANELS = {"fvu": "FVU, fraction of variance unexplained", "kl_nats": "KL, nats per token"}
 METRICS = (
     Group(name="FVU", colour=PALETTE[0], symbol="circle", offset=-0.16, size=10),
@@ -31,6 +38,24 @@ HEADINGS = {
     ClaimKind.ABLATION: "The paper's comparison: with a part of itself",
     ClaimKind.FAIR: "Fair: with SAEs trained on their own",
 }
+TOKENS = "total_tokens_eval_reconstruction"
+EVALUATED = {
+    "KL, nats": "kl_div_with_sae",
+    "L0": "l0",
+    "explained variance": "explained_variance",
+    "CE, nats": "ce_loss_with_sae",
+    "CE of the model": "ce_loss_without_sae",
+    "CE score": "ce_loss_score",
+    "cosine": "cossim",
+}
+"""Columns of evaluations, by SAELens's names of their metrics."""
+EVALUATION_LEGEND = (
+    "Means over tokens, special tokens that an SAE was trained without left out. KL: of the original model's predictions to the "
+    "spliced model's, per token; CE: cross-entropy of the next token. The CE score divides by an ablation of the hook point at "
+    "all positions, special tokens too, which flatters every SAE; KL and CE do not depend on it. One "
+    "SAE each: no intervals, and SAEs compare fairly at equal L0 only"
+)
+FIDELITY_COLUMNS = ("SAE", "FVU", "KL, nats", "CE, nats", "CE increase", "L0", "tokens")
 CHANGE = Axis(title="change (left of zero: better)", tickformat="+.0%", form="+.1%", reference=0.0)
 SEED = Group(name="one seed", colour="#6b6b6b", symbol="circle", size=5, offset=0.27, opacity=0.6)
 GROUPS = {
@@ -42,13 +67,19 @@ OFF = Group(name="with paths ablated", colour=PALETTE[3], symbol="diamond-open",
 
 
 def section(run: Run) -> Section | None:
-    """The chapter; None without a demo or a comparison."""
+    """The chapter; None without a demo, a comparison or an evaluation."""
     compared = run.of(CompareResult)
     blocks: list[Block] = []
     for number, found in enumerate(compared, 1):
         what = "One run" if found.result.changes else "Several seeds"
         blocks.append(Heading(text=what if found.label == "." else f"{what}: {found.label}"))
         blocks += _blocks(found.result, number)
+    told: list[str] = []
+    for same in _same_text(run.of(Evaluation)):
+        blocks += _evaluated(same)
+        told += _ranked(same)
+    for found in run.of(FidelityTable):
+        blocks += _measured(found)
     if not blocks:
         return None
     return Section(
@@ -57,8 +88,77 @@ def section(run: Run) -> Section | None:
         lead="Each SAE is spliced into the language model in place of the activations it reconstructs. How much of "
         "their variance is lost (FVU), and how far do the model's predictions move (KL)? Lower is better.",
         blocks=blocks,
-        verdicts=[_said(change) for found in compared for change in found.result.changes],
+        verdicts=[*(_said(change) for found in compared for change in found.result.changes), *told],
     )
+
+
+def _same_text(evaluations: Sequence[Found[Evaluation]]) -> list[dict[str, Evaluation]]:
+    """Evaluations by the names of their SAEs, those on the same tokens at the same place together."""
+    counts = Counter(_name(found.result) for found in evaluations)
+    groups: dict[tuple[object, ...], dict[str, Evaluation]] = {}
+    for found in evaluations:
+        one, name = found.result, _name(found.result)
+        excluded = one.provenance.get("config", {}).get("exclude_special_tokens")
+        tokens = one.provenance.get("tokens_sha256"), one.metrics.get("token_stats", {}).get(TOKENS)
+        key = one.model_name, one.hook_name, one.data, one.context_size, one.passes, excluded, *tokens
+        groups.setdefault(key, {})[name if counts[name] == 1 else f"{name} ({found.label})"] = one
+    return list(groups.values())
+
+
+def _name(evaluation: Evaluation) -> str:
+    """An SAE by its folder's name, or as release:sae_id."""
+    sae = evaluation.sae
+    return PurePath(sae).name if ":" not in sae and PurePath(sae).name else sae
+
+
+def _evaluated(same: dict[str, Evaluation]) -> Iterator[Block]:
+    first = next(iter(same.values()))
+    yield Heading(text=f"SAELens's metrics at {first.hook_name} of {first.model_name}")
+    rows = [
+        (name, one.architecture, *(_shown(_metric(one, key)) for key in EVALUATED.values()))
+        for name, one in same.items()
+    ]
+    again = f" The text was read {first.passes} times, so that some tokens count twice." if first.passes > 1 else ""
+    tokens = _metric(first, TOKENS)
+    where = f"{'' if tokens is None else f'{tokens:,.0f} tokens of '}{first.data}"
+    yield Table(
+        columns=("SAE", "architecture", *EVALUATED),
+        rows=rows,
+        caption=f"{where}, {first.context_size} in a row. {EVALUATION_LEGEND}.{again}",
+        text_columns=(0, 1),
+    )
+
+
+def _ranked(same: dict[str, Evaluation]) -> Iterator[str]:
+    """The SAEs in the order of their KL; nothing where there is nothing to compare."""
+    known = {name: kl for name, one in same.items() if (kl := _metric(one, EVALUATED["KL, nats"])) is not None}
+    if len(known) > 1:
+        order = sorted(known, key=known.__getitem__)
+        parts = "; ".join(f"{name} {known[name]:.4g} at L0 {_shown(_metric(same[name], 'l0'))}" for name in order)
+        yield f"KL in nats per token on the same tokens, one SAE each and so without a test: {parts}."
+
+
+def _metric(evaluation: Evaluation, name: str) -> float | None:
+    return next((group[name] for group in evaluation.metrics.values() if group.get(name) is not None), None)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _measured(found: Found[FidelityTable]) -> Iterator[Block]:
+    yield Heading(text=f"Measured from Python: {found.label}")
+    rows = [(name, *map(_shown, _numbers(one)), f"{one.tokens:,}") for name, one in found.result.saes.items()]
+    caption = (
+        "Means over the counted tokens: FVU, the fraction of variance unexplained; KL of the original model's predictions to the "
+        "spliced model's and cross-entropy (CE) per token, CE increase over the original model; L0, active features per token. "
+        "One SAE each: no intervals."
+    )
+    yield Table(columns=FIDELITY_COLUMNS, rows=rows, caption=caption)
+
+
+def _numbers(one: Fidelity) -> tuple[float, ...]:
+    return one.fvu, one.kl_nats, one.ce_nats, one.ce_delta_nats, one.l0
 
 
 def _said(change: Change) -> str:

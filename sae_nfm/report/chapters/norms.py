@@ -22,7 +22,7 @@ from sae_nfm.report.plots import AXIS, PALETTE, styled
 from sae_nfm.report.run_folder import Run
 
 TITLE = "Norms of the features"
-COMMANDS = ("sae-nfm demo --output RUN/demo",)
+COMMANDS = ("sae-nfm train --output RUN/mine", "sae-nfm demo --output RUN/demo")
 LEAD = (
     "Does training both paths split the features into two kinds? arXiv 2507.00269 reports squared decoder norms of "
     "the joint model in two groups, without a test. Norms are set by the gauge and by how encoder and decoder share "

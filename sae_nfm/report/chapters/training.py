@@ -12,22 +12,35 @@ from sae_nfm.report.run_folder import Run
 from sae_nfm.training.results import Curve, TrainingCurves, training_curves
 
 TITLE = "Training: how they got there"
-COMMANDS = ("sae-nfm demo --output RUN/demo", "sae-nfm compare --output RUN/compare")
+COMMANDS = (
+    "sae-nfm train --output RUN/mine",
+    "sae-nfm demo --output RUN/demo",
+    "sae-nfm compare --output RUN/compare",
+)
 MOST = 6
 """SAEs in a figure."""
+TOGETHER = "SAEs trained one by one"
 Named = Mapping[str, TrainingCurves]
 Line = tuple[str, str, Curve]
 """Of an SAE a part, such as a path, and its curve; all lines of a part have one style."""
 
 
 def section(run: Run) -> Section | None:
-    """The chapter; None without a training record. Records of one folder of the run share their figures."""
+    """The chapter; None without a training record. Records of one folder of the run share their figures, and so do all SAEs
+    that are the only one in theirs, as of `sae-nfm train`.
+    """
     groups: dict[str, list[tuple[str, TrainingCurves]]] = {}
+    places: dict[str, str] = {}
     for path in run.records:
         label = run.label(path.parent)
         folder, _, inside = label.partition("/")
+        places[folder] = label
         for curves in training_curves(path):
             groups.setdefault(folder, []).append((_name(inside, curves.sae), curves))
+    alone = [folder for folder, named in groups.items() if len(named) == 1]
+    if len(alone) > 1:
+        together = [(places[folder], groups.pop(folder)[0][1]) for folder in alone]
+        groups = {TOGETHER: together} | groups
     if not groups:
         return None
     blocks: list[Block] = []
