@@ -122,6 +122,22 @@ TRAIN = {
         parser="sae_nfm.cli.train:make_parser",
         run="sae_nfm.training.run:train",
     ),
+    "cache": Command(
+        summary="compute a model's activations once, for every training on them",
+        description="Run a language model over a text once and write its activations at one or more hook points, in the format "
+        "of SAELens's CacheActivationsRunner. `train` and `compare` read them with --activations. An interrupted run "
+        "resumes when the command is called again.",
+        examples=(
+            ("the embedded model's tokens, offline", "sae-nfm cache --tokens 100000 --output runs/activations"),
+            (
+                "two hook points of another model, in half the space",
+                "sae-nfm cache --model gpt2 --hook blocks.5.hook_resid_post blocks.8.hook_resid_post --dataset train.parquet "
+                "--tokens 4000000 --dtype float16 --output runs/gpt2",
+            ),
+        ),
+        config="sae_nfm.data.activation_cache:CacheConfig",
+        run="sae_nfm.data.activation_cache:run_cache",
+    ),
     "convert": Command(
         summary="turn a checkpoint of another package into a SAELens folder",
         description="Turn a checkpoint of the paper's author, of dictionary_learning, sparsify or SAELens into a SAELens "

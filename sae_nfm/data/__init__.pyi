@@ -1,3 +1,6 @@
+from .activation_cache import ActivationCache as ActivationCache
+from .activation_cache import CacheOptions as CacheOptions
+from .activation_cache import read_from_cache as read_from_cache
 from .datasets import check_data as check_data
 from .datasets import check_ids as check_ids
 from .datasets import explained_hub as explained_hub

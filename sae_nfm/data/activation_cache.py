@@ -15,13 +15,14 @@ Shards are written whole and in order. After a kill the same command goes on wit
 
 import hashlib
 import json
+import shlex
 import shutil
 import zlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -34,10 +35,13 @@ from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_nfm.common import partial_folder, publish, whole, write_json
+from sae_nfm import demo
+from sae_nfm.common import check_choice, partial_folder, publish, reading, remark, whole, write_json
+from sae_nfm.common.options import EMBEDDED_MODEL, check_numbers
 from sae_nfm.common.results import with_kind, without_kind
-from sae_nfm.data.datasets import refuse_without_tokenizer
-from sae_nfm.models import LanguageModel, Site, device_of
+from sae_nfm.data.datasets import check_data, training_data
+from sae_nfm.loading import quiet_saelens
+from sae_nfm.models import LanguageModel, Site, check_context, device_of, find_site, load_model
 
 KIND = "activations/1"
 IDENTITY_FILENAME = "activations.json"
@@ -88,6 +92,87 @@ class CacheOptions:
     """Folder of `sae-nfm cache` to train on: its activations in place of the model's, its tokens in place of --dataset."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Whose activations to compute, on what text, and where they go."""
+
+    model: str = EMBEDDED_MODEL
+    """TransformerLens model name or local Hugging Face folder; by default the embedded model."""
+    model_class_name: str = "HookedTransformer"
+    """HookedTransformer, TransformerBridge or AutoModelForCausalLM."""
+    hook: tuple[str, ...] = ("blocks.2.hook_resid_post",)
+    """Hook points; one pass of the model serves all of them."""
+    dataset: str | None = None
+    """Training text or tokens, as for `sae-nfm train`; by default tokens sampled from the embedded model."""
+    held_out: str | None = None
+    """Held-out text that trainings on this cache will use: what is cut from the same data set for it is left out."""
+    tokens: int = 400_000
+    """Tokens to run the model over, rounded up to whole rows."""
+    context_size: int = 256
+    """Tokens in a row, BOS included."""
+    dtype: StoredDtype = "float32"
+    """How activations are stored; float16 takes half the space and rounds to 11 bits."""
+    seed: int = 0
+    """Of the order of a file's documents."""
+    device: str = "cpu"
+    """Device of the language model."""
+    output: str = "runs/activations"
+    """Folder for the cache; it must be a new one."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        check_numbers(self)
+        check_choice("dtype", self.dtype, get_args(StoredDtype))
+        if not self.hook or len(set(self.hook)) < len(self.hook):
+            raise ValueError(f"hook is {list(self.hook)}; give at least one hook point, each once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenCache:
+    """A finished cache."""
+
+    folder: Path
+    identity: CacheIdentity
+
+    def words(self) -> str:
+        """Where it is, and what to do with it."""
+        own = self.identity
+        return (
+            f"{own.tokens:,} tokens of {own.dataset!r} at {', '.join(own.hooks)}: {self.folder} ({own.bytes / 1e9:.2f} GB)\n"
+            f"Train on it: sae-nfm train --activations {shlex.quote(str(self.folder))}"
+        )
+
+
+def run_cache(cfg: CacheConfig) -> WrittenCache:
+    """The job of `sae-nfm cache`; an interrupted one goes on when it is called again.
+
+    Raises:
+        ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work, and as `write_cache`.
+    """
+    model = load_model(cfg.model, cfg.device, model_class_name=cfg.model_class_name)
+    sites = [find_site(model, hook) for hook in cfg.hook]
+    check_context(model, cfg.context_size)
+    if cfg.dataset is None and cfg.model != demo.MODEL_NAME:
+        raise ValueError(f"the embedded tokens suit the embedded model only; give --dataset for {cfg.model!r}")
+    dataset = (
+        demo.load_tokens("train") if cfg.dataset is None else training_data(cfg.dataset, cfg.held_out, seed=cfg.seed)
+    )
+    identity = CacheIdentity(
+        model=cfg.model,
+        model_class_name=cfg.model_class_name,
+        model_dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        model_sha256=model_digest(model),
+        tokenizer_sha256=_tokenizer_digest(model),
+        hooks={site.hook_name: site.d_in for site in sites},
+        dataset=cfg.dataset or demo.MODEL_NAME,
+        context_size=cfg.context_size,
+        dtype=cfg.dtype,
+        rows=-(-cfg.tokens // cfg.context_size),
+    )
+    write_cache(model, sites, dataset, cfg.output, identity)
+    return WrittenCache(folder=Path(cfg.output), identity=identity)
+
+
 def write_cache(
     model: LanguageModel,
     sites: Sequence[Site],
@@ -96,21 +181,21 @@ def write_cache(
     identity: CacheIdentity,
     *,
     rows_per_shard: int = 512,
-) -> "ActivationCache":
+) -> None:
     """Run the model over `identity.rows` rows of the data set, in its order, and write the activations at every site.
 
     Shards that an earlier, interrupted call has finished are left as they are.
 
     Raises:
-        ValueError: for an output that exists, too little free disk, a data set with fewer rows, activations that are not finite or
-            beyond float16, or an interrupted cache of another model, data set or format.
+        ValueError: for an output that exists, too little free disk, a data set with fewer rows, activations that are not finite
+            or beyond float16, or an interrupted cache of another model, data set or format.
     """
     output = Path(output)
     if output.exists():
         raise ValueError(f"the output {str(output)!r} exists; give a new folder, or remove it")
-    refuse_without_tokenizer(model, dataset)
+    check_data(model, dataset, identity.context_size, identity.dataset)
     unfinished = partial_folder(str(output))
-    done = _claim(unfinished, identity)
+    _claim(unfinished, identity)
     features = {site.hook_name: _features(site, identity) for site in sites}
     starts = range(0, identity.rows, rows_per_shard)
     names = [f"data-{i:05d}-of-{len(starts):05d}.arrow" for i in range(len(starts))]
@@ -126,8 +211,8 @@ def write_cache(
             rows = list(islice(sequences, wanted))
             if len(rows) < wanted:
                 raise ValueError(
-                    f"{identity.dataset!r} fills {start + len(rows)} rows of {identity.context_size} tokens, {identity.rows} were "
-                    f"asked for; ask for at most {(start + len(rows)) * identity.context_size} tokens"
+                    f"{identity.dataset!r} fills {start + len(rows)} rows of {identity.context_size} tokens, fewer than the "
+                    f"{identity.rows} asked for; ask for at most {(start + len(rows)) * identity.context_size} tokens"
                 )
             tokens = torch.stack(rows)
             digest.update(_ids(tokens).tobytes())
@@ -140,7 +225,6 @@ def write_cache(
         unfinished / IDENTITY_FILENAME, with_kind(KIND, asdict(replace(identity, tokens_sha256=digest.hexdigest())))
     )
     publish(str(output))
-    return ActivationCache.load(output)
 
 
 class ActivationCache:
@@ -163,11 +247,6 @@ class ActivationCache:
         if digest != self.identity.tokens_sha256:
             raise ValueError(f"the token ids in {folder} are damaged: their sha256 is not that of {IDENTITY_FILENAME}")
         self._row_of = {row.tobytes(): i for i, row in enumerate(rows.tokens)}
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "ActivationCache":
-        """Open a cache."""
-        return cls(folder)
 
     def dataset(self) -> Dataset:
         """The rows of tokens, as a data set that SAELens reads without tokenising: column `tokens`, in the order of the cache."""
@@ -276,32 +355,6 @@ def read_from_cache(store: ActivationsStore, cache: ActivationCache) -> None:
     store.model = cast(Any, CachedModel(cast(LanguageModel, store.model), cache))
 
 
-def identity_of(
-    model: LanguageModel,
-    sites: Sequence[Site],
-    *,
-    model_name: str,
-    model_class_name: str,
-    dataset: str,
-    context_size: int,
-    rows: int,
-    dtype: StoredDtype,
-) -> CacheIdentity:
-    """What `write_cache` writes down about a model and its text."""
-    return CacheIdentity(
-        model=model_name,
-        model_class_name=model_class_name,
-        model_dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        model_sha256=model_digest(model),
-        tokenizer_sha256=_tokenizer_digest(model),
-        hooks={site.hook_name: site.d_in for site in sites},
-        dataset=dataset,
-        context_size=context_size,
-        dtype=dtype,
-        rows=rows,
-    )
-
-
 def model_digest(model: LanguageModel) -> str:
     """sha256 of the parameters, names included."""
     digest = hashlib.sha256()
@@ -325,15 +378,16 @@ def _ids(tokens: Int[Tensor, "rows pos"]) -> np.ndarray[Any, Any]:
 
 def _sequences(model: LanguageModel, dataset: Any, context_size: int) -> Generator[Int[Tensor, " pos"]]:
     """The rows that a store of SAELens's gives in the first epoch, on the CPU."""
-    store = ActivationsStore.from_config_multi_hook(
-        model=cast(Any, model),  # SAELens takes more than it says
-        dataset=dataset,
-        hook_names=["tokens only"],
-        hook_d_ins={"tokens only": 1},
-        context_size=context_size,
-        total_training_tokens=1,
-        device="cpu",
-    )
+    with quiet_saelens():
+        store = ActivationsStore.from_config_multi_hook(
+            model=cast(Any, model),  # SAELens takes more than it says
+            dataset=dataset,
+            hook_names=["tokens only"],
+            hook_d_ins={"tokens only": 1},
+            context_size=context_size,
+            total_training_tokens=1,
+            device="cpu",
+        )
     yield from store._iterate_tokenized_sequences()  # pyright: ignore[reportPrivateUsage]
 
 
@@ -341,18 +395,16 @@ def _read_identity(folder: Path) -> CacheIdentity:
     path = folder / IDENTITY_FILENAME
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {IDENTITY_FILENAME}; give a folder that `sae-nfm cache` wrote")
-    try:
-        return CacheIdentity(**without_kind(KIND, json.loads(path.read_text())))
-    except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); cache anew") from error
+    with reading(path, "the description of cached activations", remedy="cache anew"):
+        return CacheIdentity(**without_kind(KIND, json.loads(path.read_text(encoding="utf-8"))))
 
 
-def _claim(unfinished: Path, identity: CacheIdentity) -> bool:
+def _claim(unfinished: Path, identity: CacheIdentity) -> None:
     """Begin a cache, or check that the one that was begun is this one; more or fewer rows may be asked for."""
     if not (unfinished / IDENTITY_FILENAME).is_file():
         shutil.rmtree(unfinished, ignore_errors=True)
         write_json(unfinished / IDENTITY_FILENAME, with_kind(KIND, asdict(identity)))
-        return False
+        return
     begun = _read_identity(unfinished)
     for name in (field.name for field in fields(CacheIdentity) if field.name != "tokens_sha256"):
         if getattr(begun, name) != getattr(identity, name):
@@ -360,17 +412,16 @@ def _claim(unfinished: Path, identity: CacheIdentity) -> bool:
                 f"{name} is {getattr(identity, name)!r}, and {getattr(begun, name)!r} in the cache begun in {str(unfinished)!r}; "
                 "give the same value, or remove that folder"
             )
-    return True
 
 
 def _check_disk(output: Path, identity: CacheIdentity, rows_done: int) -> None:
     needed = identity.bytes * (identity.rows - rows_done) // max(1, identity.rows)
     free = shutil.disk_usage(output.absolute().parent).free
-    print(f"{identity.tokens:,} tokens at {len(identity.hooks)} hook points: {identity.bytes / 1e9:.2f} GB on disk")
+    remark(f"{identity.tokens:,} tokens at {', '.join(identity.hooks)}: {identity.bytes / 1e9:.2f} GB on disk")
     if needed > free:
         raise ValueError(
-            f"the cache needs {needed / 1e9:.2f} GB more and {free / 1e9:.2f} GB are free in {str(output.parent)!r}; ask for fewer "
-            "tokens or hook points, or for float16"
+            f"the cache needs {needed / 1e9:.2f} GB more and {free / 1e9:.2f} GB are free in {str(output.parent)!r}; ask for "
+            "fewer tokens or hook points, or for float16"
         )
 
 
@@ -405,10 +456,10 @@ def _write_shard(
             hook = site.hook_name
             found[hook].append(_batch(computed[hook].flatten(2), rows, hook, features[hook]))
     for hook, batches in found.items():
-        with whole(folder / hook / name) as partial, pa.OSFile(str(partial), "wb") as sink:
-            with pa.ipc.new_stream(sink, features[hook].arrow_schema) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
+        schema = features[hook].arrow_schema
+        with whole(folder / hook / name) as partial, pa.ipc.new_stream(str(partial), schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
 
 
 def _batch(x: Float[Tensor, "rows pos d_in"], tokens: Tensor, hook: str, features: Features) -> pa.RecordBatch:
@@ -420,8 +471,8 @@ def _batch(x: Float[Tensor, "rows pos d_in"], tokens: Tensor, hook: str, feature
         row = int(np.argmin(finite))
         largest = float(x[row].float().abs().max())
         raise ValueError(
-            f"activations at {hook!r} of the row that begins with the tokens {tokens[row, :8].tolist()} are not finite as {dtype} "
-            f"(largest value {largest:g}); "
+            f"activations at {hook!r} of the row that begins with the tokens {tokens[row, :8].tolist()} are not finite as "
+            f"{dtype} (largest value {largest:g}); "
             + ("store float32" if np.isfinite(largest) else "the model is at fault, or its precision")
         )
     inner = pa.ListArray.from_arrays(np.arange(rows * pos + 1, dtype=np.int32) * d_in, pa.array(stored.reshape(-1)))

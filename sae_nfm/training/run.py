@@ -45,7 +45,15 @@ from sae_nfm.architectures import (
 from sae_nfm.architectures.joint_config import ARCHITECTURE
 from sae_nfm.common import check_number, check_output, discard_unstarted, partial_folder, publish, remark
 from sae_nfm.convert import topk_by_name, warm_started, write_adapter
-from sae_nfm.data import check_data, held_out_tokens, open_dataset, training_data
+from sae_nfm.data import (
+    ActivationCache,
+    CacheOptions,
+    check_data,
+    held_out_tokens,
+    open_dataset,
+    read_from_cache,
+    training_data,
+)
 from sae_nfm.loading import load_sae, quiet_saelens, refuse_not_finite
 from sae_nfm.models import (
     LanguageModel,
@@ -194,6 +202,7 @@ class TrainArguments:
     cfg: LanguageModelSAERunnerConfig[Any]
     record: RecordConfig
     others: OtherSAEs
+    cache: CacheOptions
     given: frozenset[str]
     """Names of the flags that were given; the others have defaults."""
     argv: tuple[str, ...]
@@ -210,7 +219,10 @@ def trainable(architecture: str) -> type[TrainingSAEConfig]:
 def option_names(sae_class: type[TrainingSAEConfig]) -> dict[type, dict[str, str]]:
     """The fields of each config class of a run, by the names of their options: "sae.dtype" where the run has a dtype too."""
     run = [f.name for f in fields(LanguageModelSAERunnerConfig) if f.name not in ("sae", "logger")]
-    names = {config: {f.name: f.name for f in fields(config)} for config in (LoggingConfig, RecordConfig, OtherSAEs)}
+    names = {
+        config: {f.name: f.name for f in fields(config)}
+        for config in (LoggingConfig, RecordConfig, OtherSAEs, CacheOptions)
+    }
     of_sae = {f"sae.{f.name}" if f.name in run else f.name: f.name for f in fields(sae_class) if f.init}
     return {LanguageModelSAERunnerConfig: {name: name for name in run}, sae_class: of_sae} | names
 
@@ -257,6 +269,7 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
         cfg=cfg,
         record=RecordConfig(**built[RecordConfig]),
         others=OtherSAEs(**built[OtherSAEs]),
+        cache=CacheOptions(**built[CacheOptions]),
         given=frozenset(given),
         argv=tuple(argv),
     )
@@ -337,11 +350,15 @@ def train(arguments: TrainArguments) -> Trained:
     cfg = arguments.cfg
     check_output(cfg.output_path)
     others = load_others(arguments.others, cfg)
+    cache = _opened_cache(arguments)
     model = fit_to_model(arguments, others)
-    dataset, held_out = _data(arguments)
+    dataset, held_out = _data(arguments, cache)
     with temporary_seed(cfg.seed), quiet_saelens(), _expected_overrides():
         sae = others.starting_sae(cfg, arguments.given)
         runner = WholeRunner(cfg, override_dataset=dataset, override_model=cast(Any, model), override_sae=sae)
+        if cache is not None:
+            cache.check(cast(LanguageModel, model), cfg.hook_name, cfg.context_size)
+            read_from_cache(runner.activations_store, cache)
         runner.saves_adapter = arguments.others.adapter
         others.sign(runner.sae.cfg.metadata)
         _check_runner(runner, held_out)
@@ -465,7 +482,27 @@ def _check_runner(runner: WholeRunner, held_out: Any) -> None:
     store.n_dataset_processed = 0  # nothing was taken from the training's own sequences
 
 
-def _data(arguments: TrainArguments) -> tuple[Any, Any]:
+def _opened_cache(arguments: TrainArguments) -> ActivationCache | None:
+    """The cache of activations; what was not given is as in it. A ValueError where a data set was given, too."""
+    cfg, folder = arguments.cfg, arguments.cache.activations
+    if folder is None:
+        return None
+    for name in ("dataset_path", "use_cached_activations"):
+        if name in arguments.given:
+            raise ValueError(f"both --activations and --{name} given; a cache has its own text, leave one out")
+    cache = ActivationCache(folder)
+    own = cache.identity
+    measured = {"model_name": own.model, "model_class_name": own.model_class_name, "context_size": own.context_size}
+    if len(own.hooks) == 1:
+        measured["hook_name"] = next(iter(own.hooks))
+    for name, value in measured.items():
+        if name not in arguments.given:
+            setattr(cfg, name, value)
+    cfg.dataset_path = own.dataset
+    return cache
+
+
+def _data(arguments: TrainArguments, cache: ActivationCache | None) -> tuple[Any, Any]:
     """The data sets for training and for evaluation (None: there is none)."""
     cfg, held_out = arguments.cfg, arguments.record.held_out
     embedded = cfg.dataset_path in ("", demo.MODEL_NAME)
@@ -474,7 +511,10 @@ def _data(arguments: TrainArguments) -> tuple[Any, Any]:
     if embedded:
         cfg.dataset_path = demo.MODEL_NAME
     streaming: dict[str, Any] = {"seed": cfg.seed, "streaming": cfg.streaming}
-    dataset = demo.load_tokens("train") if embedded else training_data(cfg.dataset_path, held_out, **streaming)
+    if cache is not None:
+        dataset = cache.dataset()
+    else:
+        dataset = demo.load_tokens("train") if embedded else training_data(cfg.dataset_path, held_out, **streaming)
     if arguments.record.evaluate_every == 0 or (held_out is None and not embedded):
         return dataset, None
     return dataset, demo.load_tokens("validation") if held_out is None else open_dataset(held_out, split="validation")
