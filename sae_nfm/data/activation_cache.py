@@ -30,6 +30,7 @@ import torch
 from datasets import Array2D, Dataset, DatasetInfo, Features, Value, load_from_disk
 from datasets import Sequence as Fixed
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from sae_lens import ActivationsStore
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
@@ -162,7 +163,7 @@ def run_cache(cfg: CacheConfig) -> WrittenCache:
         model_class_name=cfg.model_class_name,
         model_dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         model_sha256=model_digest(model),
-        tokenizer_sha256=_tokenizer_digest(model),
+        tokenizer_sha256=tokenizer_digest(model),
         hooks={site.hook_name: site.d_in for site in sites},
         dataset=cfg.dataset or demo.MODEL_NAME,
         context_size=cfg.context_size,
@@ -282,7 +283,7 @@ class ActivationCache:
             )
         wanted = {
             "context_size": context_size,
-            "tokenizer_sha256": _tokenizer_digest(model),
+            "tokenizer_sha256": tokenizer_digest(model),
             "model_sha256": model_digest(model),
         }
         for name, value in wanted.items():
@@ -306,7 +307,7 @@ class _Rows:
         data = cast(Dataset, load_from_disk(str(folder))).data
         if data.num_rows != identity.rows:
             raise ValueError(f"{folder} has {data.num_rows} rows, {identity.rows} expected; it is damaged, cache anew")
-        self.tokens: np.ndarray[Any, Any] = np.concatenate(
+        self.tokens: NDArray[np.int32] = np.concatenate(
             [chunk.flatten().to_numpy() for chunk in data.column(TOKENS).chunks]
         )
         self.tokens = self.tokens.reshape(identity.rows, identity.context_size)
@@ -314,7 +315,7 @@ class _Rows:
         self._chunks = [chunk.storage.flatten().flatten().to_numpy() for chunk in data.column(hook_name).chunks]
         self._ends = np.cumsum([len(chunk) // (self._shape[0] * self._shape[1]) for chunk in self._chunks])
 
-    def activations(self, row: int) -> np.ndarray[Any, Any]:
+    def activations(self, row: int) -> NDArray[np.floating]:
         """[pos, d_in], as stored."""
         chunk = int(np.searchsorted(self._ends, row, side="right"))
         size = self._shape[0] * self._shape[1]
@@ -364,7 +365,8 @@ def model_digest(model: LanguageModel) -> str:
     return digest.hexdigest()
 
 
-def _tokenizer_digest(model: LanguageModel) -> str | None:
+def tokenizer_digest(model: LanguageModel) -> str | None:
+    """sha256 of the vocabulary and of the ids of special tokens; None without a tokenizer."""
     tokenizer: Any = model.tokenizer
     if tokenizer is None:
         return None
@@ -372,7 +374,7 @@ def _tokenizer_digest(model: LanguageModel) -> str | None:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _ids(tokens: Int[Tensor, "rows pos"]) -> np.ndarray[Any, Any]:
+def _ids(tokens: Int[Tensor, "rows pos"]) -> NDArray[np.int32]:
     return tokens.cpu().numpy().astype(np.int32)
 
 
@@ -465,7 +467,8 @@ def _write_shard(
 def _batch(x: Float[Tensor, "rows pos d_in"], tokens: Tensor, hook: str, features: Features) -> pa.RecordBatch:
     rows, pos, d_in = x.shape
     dtype = np.dtype(features[hook].dtype)
-    stored = x.float().cpu().numpy().astype(dtype)
+    with np.errstate(over="ignore"):  # what overflows is refused below
+        stored = x.float().cpu().numpy().astype(dtype)
     finite = np.isfinite(stored).all(axis=(1, 2))
     if not finite.all():
         row = int(np.argmin(finite))
