@@ -110,6 +110,13 @@ RENAMED = {
 """Names in these modules that have changed."""
 
 
+class _Attribute(ModuleType):
+    """The old module, called as the function that has its name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return import_module("sae_nfm.attribution").attribution_table(*args, **kwargs)
+
+
 class OldNames(MetaPathFinder, Loader):
     """Finds what no other finder does."""
 
@@ -131,6 +138,8 @@ class OldNames(MetaPathFinder, Loader):
             raise AttributeError(f"{new} has no {name!r}, nor has its package")
 
         module.__dict__["__getattr__"] = found
+        if module.__name__ == "sae_nfm.attribute":  # it is a function now, which the old module would hide
+            module.__class__ = _Attribute
 
 
 def answer_to_old_names() -> None:

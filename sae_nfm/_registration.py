@@ -3,25 +3,30 @@
 SAELens filters a config down to the fields it knows before any class of ours sees it (`SAEConfig.from_dict`), and reads the
 weight file before our class exists. Two class methods of `SAE` therefore get a thin layer, for our architectures only:
 `get_sae_config_class_for_architecture` returns our config class, whose `from_dict` refuses unknown keys, and
-`load_from_disk` says what is wrong with an incomplete or truncated folder. Its two runners get one too, for exact
-checkpoints where they train an architecture of ours (`resume`), its trainer for a fused Adam (`fused_adam`), and its
-directory of releases has ours (`pretrained`).
+`load_from_disk` says what is wrong with an incomplete or truncated folder, and for any architecture with one whose files are
+not those of its digests; what saves an SAE writes these. Its two runners get one too, for exact checkpoints where they train an
+architecture of ours (`resume`), its trainer for a fused Adam (`fused_adam`) and for sparse statistics
+(`JointNFMTrainingSAE.counted`), and its directory of releases has ours (`pretrained`). One function of its TopK gets a layer
+for all: a decoder row of norm 0 contributes 0, where SAELens makes NaN of every token.
 Everything else of SAELens is untouched.
 """
 
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import sae_lens
 from packaging.version import Version
-from sae_lens import SAE, registry
-from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens import SAE, SAETrainer, TrainingSAE, registry
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.saes import abstopk_sae, matryoshka_batchtopk_sae, topk_sae
 from sae_lens.saes.sae import SAEConfig
 from safetensors import SafetensorError
+from torch import Tensor
 
 from sae_nfm.architectures import (
     INFERENCE_CONFIGS,
@@ -35,7 +40,10 @@ from sae_nfm.architectures import (
     SequentialNFMTrainingSAEConfig,
     refuse_missing_keys,
 )
+from sae_nfm.common import check_digests
+from sae_nfm.common.files import DIGESTS_FILENAME, note_files
 from sae_nfm.hub import register_packaged_releases
+from sae_nfm.kernels import reference
 from sae_nfm.loading import SAVE_AGAIN, check_folder
 from sae_nfm.training import layer_runners, layer_trainer
 
@@ -62,8 +70,13 @@ def register() -> None:
     _enter(registry.SAE_TRAINING_CLASS_REGISTRY, (SequentialNFMTrainingSAE, SequentialNFMTrainingSAEConfig))
     _layer(SAE, "get_sae_config_class_for_architecture", _strict_config_class)
     _layer(SAE, "load_from_disk", _explained_load)
+    _layer(SAE, "save_model", _noted_save)
+    _layer(TrainingSAE, "save_inference_model", _noted_save)
     layer_runners(_layer, frozenset(INFERENCE_CONFIGS))
     layer_trainer(_layer, frozenset(INFERENCE_CONFIGS))
+    _layer(SAETrainer, "_train_step", _counted_sparsely)
+    for module in (topk_sae, abstopk_sae, matryoshka_batchtopk_sae):  # each has the function under its own name
+        _layer(module, "act_times_W_dec", _dead_rows_contribute_nothing)
     register_packaged_releases()
 
 
@@ -78,8 +91,8 @@ def _enter(table: dict[str, Any], entry: tuple[type[SAE[Any]], type[SAEConfig]])
     table[name] = entry
 
 
-def _layer(host: type, name: str, make: Callable[[Any], Any]) -> None:
-    """Replace a method or class method of SAELens by `make(original)`; done anew, it replaces the earlier layer."""
+def _layer(host: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Replace a function, method or class method of SAELens by `make(original)`; done anew, it replaces the earlier layer."""
     present = host.__dict__[name]
     current = present.__func__ if isinstance(present, classmethod) else present
     original = getattr(current, _OURS, current)
@@ -95,8 +108,39 @@ def _strict_config_class(original: Any) -> Any:
     return get_sae_config_class_for_architecture
 
 
+def _noted_save(original: Any) -> Any:
+    """Digests for what is saved: always for our architectures, and where the folder has digests of an SAE that was there."""
+
+    def save(self: Any, path: str | Path) -> Any:
+        saved = original(self, path)
+        ours = self.cfg.architecture() in INFERENCE_CONFIGS
+        if ours or (Path(path) / DIGESTS_FILENAME).is_file():
+            note_files(path, *map(Path, saved))
+        return saved
+
+    return save
+
+
+def _counted_sparsely(original: Any) -> Any:
+    def _train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.sae.counted() if isinstance(self.sae, JointNFMTrainingSAE) else nullcontext():
+            return original(self, *args, **kwargs)
+
+    return _train_step
+
+
+def _dead_rows_contribute_nothing(original: Any) -> Any:
+    def act_times_W_dec(feature_acts: Tensor, W_dec: Tensor, rescale_acts_by_decoder_norm: bool) -> Tensor:
+        if rescale_acts_by_decoder_norm:
+            feature_acts = reference.per_norm(feature_acts, W_dec)
+        return original(feature_acts, W_dec, False)
+
+    return act_times_W_dec
+
+
 def _explained_load(original: Any) -> Any:
     def load_from_disk(cls: Any, path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        check_digests(path, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
         other_format = "converter" in kwargs or len(args) > 2
         config = None if other_format else _our_config(path)
         if config is None:
@@ -119,6 +163,6 @@ def _our_config(path: str | Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(cfg_path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{cfg_path} is not JSON ({error}); {SAVE_AGAIN}") from error
     return config if isinstance(config, dict) and config.get("architecture") in INFERENCE_CONFIGS else None

@@ -209,6 +209,19 @@ TRUST = {
     ),
 }
 SHARE = {
+    "manifest": Command(
+        summary="accept files that you have edited: their digests, written anew",
+        description="Every file that a command writes has its sha256 beside it (digests.json in a folder, FILE.sha256 of a "
+        "single file) and is refused when it is read and has become another one. This command says which files of a folder "
+        "have changed, and writes the digests of what is there now. It touches nothing else.",
+        examples=(
+            ("a run in which you corrected a file", "sae-nfm manifest runs/demo"),
+            ("one SAE, or one result", "sae-nfm manifest mine.json"),
+        ),
+        config="sae_nfm.common.manifest:ManifestConfig",
+        arguments=("path",),
+        run="sae_nfm.common.manifest:accept",
+    ),
     "explore": Command(
         summary="contexts, logits and pairs of an SAE's features, for the report",
         description="Collect contexts, histograms, logits and pairs of one SAE's features over held-out text, for the "

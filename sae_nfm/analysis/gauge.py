@@ -29,10 +29,12 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_nfm.architectures import NFMDecoder, NFMPaths
+from sae_nfm.common import ShortRepr
+from sae_nfm.kernels import reference, wide
 
 
-@dataclass(frozen=True, kw_only=True)
-class PathRows:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PathRows(ShortRepr):
     """The rows of every feature in each path, in one unit."""
 
     direct: Float[Tensor, "d_sae d_in"]
@@ -61,8 +63,8 @@ class PathRows:
         return PathRows(direct=self.direct[chosen], linear=linear, nonlinear=nonlinear)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PathShares:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PathShares(ShortRepr):
     """Part of a feature's weight norm in each path: a fraction of ||w_i|| + ||l_i|| + ||v_i||."""
 
     integration: Float[Tensor, "*d_sae"]
@@ -80,8 +82,8 @@ class PathShares:
         return PathShares(**{name: share[chosen].mean() for name, share in self.named().items()})
 
 
-@dataclass(frozen=True, kw_only=True)
-class PathNorms:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PathNorms(ShortRepr):
     """Norms ||w_i||, ||l_i|| and ||v_i|| of a feature's rows."""
 
     direct: Float[Tensor, " d_sae"]
@@ -111,7 +113,7 @@ def as_trained(sae: SAE[Any]) -> PathRows:
     shares depend on the parameterisation too. A plain TopK SAE that SAELens folded has lost its norms: all are 1.
     """
     if not isinstance(sae, NFMPaths):
-        return PathRows(direct=_wide(sae.W_dec))
+        return PathRows(direct=wide(sae.W_dec.detach()))
     direct = as_read(sae).direct * encoder_scale(sae)[:, None]
     return PathRows(direct=direct, linear=_weight(sae, "W_lin"), nonlinear=_weight(sae, "V"))
 
@@ -119,16 +121,16 @@ def as_trained(sae: SAE[Any]) -> PathRows:
 @torch.no_grad()
 def as_read(sae: SAE[Any]) -> PathRows:
     """Rows that one unit of the hooked activation writes (direct, linear) or embeds (nonlinear)."""
-    direct = _wide(sae.W_dec)
+    direct = wide(sae.W_dec.detach())
     if _rescales(sae):
-        direct = direct / direct.norm(dim=-1, keepdim=True)
+        direct = direct / reference.divisor(direct.norm(dim=-1, keepdim=True))
     return PathRows(direct=direct, linear=_weight(sae, "W_lin"), nonlinear=_weight(sae, "V"))
 
 
 @torch.no_grad()
 def encoder_scale(sae: SAE[Any]) -> Float[Tensor, " d_sae"]:
     """The hooked activation per unit of the trained encoder's: the decoder norm with rescaling or after it was folded, else 1."""
-    norms = _wide(sae.W_dec).norm(dim=-1)
+    norms = wide(sae.W_dec.detach()).norm(dim=-1)
     scale = norms if _rescales(sae) else torch.ones_like(norms)
     return scale * sae.folded_W_dec_norm if isinstance(sae, NFMDecoder) else scale
 
@@ -204,12 +206,7 @@ def _rescales(sae: SAE[Any]) -> bool:
 
 
 def _weight(sae: SAE[Any], name: str) -> Tensor | None:
-    return _wide(getattr(sae, name)) if hasattr(sae, name) else None
-
-
-def _wide(weight: Tensor) -> Tensor:
-    """In at least float32."""
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return wide(getattr(sae, name).detach()) if hasattr(sae, name) else None
 
 
 def _decoders(state: Mapping[str, Tensor], which: str) -> tuple[Tensor, Tensor]:

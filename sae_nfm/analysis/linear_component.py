@@ -24,6 +24,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor
 
+from sae_nfm.common import ShortRepr, short_repr
 from sae_nfm.interventions import HookFunction, Substitution, digest
 from sae_nfm.kernels import SparseActs, reference
 from sae_nfm.models import reconstruction
@@ -34,8 +35,8 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Penalties tried, in units of a feature's mean summed square about its mean, over the fitted tokens."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinearPart:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LinearPart(ShortRepr):
     """The best linear prediction of a path's output from the features, and how well it does on tokens it has not seen."""
 
     weight: Float[Tensor, "d_sae d_in"]
@@ -95,6 +96,7 @@ class LinearPart:
         state = digest(dict(sae.state_dict()) | {"linear part weight": self.weight, "linear part bias": self.bias})
         return Substitution(
             at=str(sae.cfg.metadata.hook_name),
+            head=sae.cfg.metadata.hook_head_index,
             function=lambda x, context: function(x),  # noqa: ARG005
             description=f"SAE with the {kept} part of its interaction path, {state}",
         )
@@ -162,6 +164,8 @@ def linear_part(
 
 class Parts(NamedTuple):
     """Indices of the tokens to fit on, to choose the penalty on and to score on."""
+
+    __repr__ = short_repr
 
     fit: NDArray[np.intp]
     validation: NDArray[np.intp]

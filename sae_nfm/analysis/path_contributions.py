@@ -35,23 +35,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from sae_lens import SAE
-from sae_lens.saes.topk_sae import act_times_W_dec
 from torch import Tensor
 
 from sae_nfm.analysis.gauge import as_read, canonical, has_canonical
 from sae_nfm.analysis.weight_norms import PathRows
 from sae_nfm.architectures import NFMDecoder, NFMPaths, Paths
+from sae_nfm.common import ShortRepr
 from sae_nfm.interventions import counted_tokens, splice
-from sae_nfm.kernels import SparseActs, reference
-from sae_nfm.models import LanguageModel, check_counted
+from sae_nfm.kernels import SparseActs, reference, wide
+from sae_nfm.models import LanguageModel, check_counted, check_finite, real_batches, real_tokens, run_rows
 
 CELLS = 2**24
 """Numbers in the largest tensor of a chunk of tokens: 64 MiB in float32."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenPaths:
-    """Features and path outputs on some tokens, in the SAE's normalised space."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TokenPaths(ShortRepr):
+    """Features and path outputs on some tokens, in the SAE's normalised space and at least float32."""
 
     x: Float[Tensor, "tokens d_in"]
     """What is reconstructed."""
@@ -80,16 +80,19 @@ def read_activations(
     Raises:
         ValueError: when the model has no such hook point, or no token is counted.
     """
-    counted, read = counted_tokens(model, tokens), list[Tensor]()
+    real, read = real_tokens(model, tokens), list[Tensor]()
+    counted = counted_tokens(model, tokens, real)
     check_counted(counted)
 
     def keep(value: Tensor, hook: Any) -> None:  # noqa: ARG001
         read.append(value.flatten(2))
 
     with splice(model, sae) as found, found.hooks({"hook_sae_input": keep}):
-        for batch in tokens.split(batch_rows):
-            model(batch)
-    return torch.cat(read)[counted], None if documents is None else documents[counted.to(documents.device)]
+        for batch, part in real_batches(model, tokens, batch_rows, real):
+            run_rows(model, batch, part)
+    x = torch.cat(read)[counted]
+    check_finite(x, counted, f"activations at {sae.cfg.metadata.hook_name!r}")
+    return x, None if documents is None else documents[counted.to(documents.device)]
 
 
 @torch.no_grad()
@@ -139,13 +142,16 @@ def _run(sae: SAE[Any], x: Tensor) -> TokenPaths:
             paths = sae.decode_paths(acts)
     else:
         rescales = bool(getattr(sae.cfg, "rescale_acts_by_decoder_norm", False))
-        paths = Paths(act_times_W_dec(acts, sae.W_dec, rescales) + sae.b_dec, None, None, None)
+        unscaled = reference.per_norm(acts, sae.W_dec) if rescales else acts
+        paths = Paths(unscaled @ sae.W_dec + sae.b_dec, None, None, None)
     sae.run_time_activation_norm_fn_out(paths.direct)  # forgets what the normalisation remembers of this input
     sparse = reference.sparse_acts_from_dense(acts, sae.cfg.k)
     assert sparse is not None, "a TopK encoder gave a negative feature, or more than k"
     n = getattr(sae.cfg, "nfm_top_k", None)
     read = sparse if n is None else reference.top_n(sparse, n)
-    return TokenPaths(x=normalised, acts=sparse, read=read, gates=gates[0] if gates else None, paths=paths)
+    sparse, read = (SparseActs(acts.indices, wide(acts.values)) for acts in (sparse, read))
+    paths = paths._replace(**{name: wide(path) for name, path in paths.present().items()})
+    return TokenPaths(x=wide(normalised), acts=sparse, read=read, gates=gates[0] if gates else None, paths=paths)
 
 
 def pair_contributions(
@@ -163,14 +169,14 @@ def pair_contributions(
     """
     if head not in ("fm", "mlp"):
         raise ValueError(f"what one feature writes through the head {head!r} is not known; give head 'fm' or 'mlp'")
-    rows = read.values[..., None] * V[read.indices]
+    rows = wide(read.values)[..., None] * wide(V)[read.indices]
     if head == "fm":
         rows = 0.5 * rows * (rows.sum(1, keepdim=True) - rows)
-    return ((rows @ W_1) * gates[:, None]) @ W_2
+    return ((rows @ wide(W_1)) * gates[:, None]) @ wide(W_2)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FeatureEnergies:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FeatureEnergies(ShortRepr):
     """What a feature adds to each path when it is active: mean squared norm of its contribution, [d_sae] each.
 
     Means are over the tokens where the feature is active (where n < k it need not be read there); nan where it never is.
@@ -239,8 +245,8 @@ def interaction_energies(sae: SAE[Any], read: SparseActs, gates: Tensor | None) 
     return torch.cat(energies)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PathSizes:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PathSizes(ShortRepr):
     """How much each path writes, by path, [tokens] each: `statistics` makes shares with intervals of them."""
 
     magnitude: Mapping[str, Float[Tensor, " tokens"]]
@@ -340,8 +346,8 @@ class PathSums:
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Projection:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Projection(ShortRepr):
     """One vector of each token along another."""
 
     coefficient: Float[Tensor, " tokens"]
@@ -372,6 +378,7 @@ def centred(vectors: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
 
 def projection(added: Float[Tensor, "tokens d"], onto: Float[Tensor, "tokens d"]) -> Projection:
     """Project what is added onto what is there, token by token."""
+    added, onto = wide(added), wide(onto)
     inner, tiny = (added * onto).sum(-1), torch.finfo(onto.dtype).tiny
     return Projection(
         coefficient=inner / onto.square().sum(-1).clamp_min(tiny),
@@ -385,8 +392,8 @@ def integration(paths: Paths) -> Float[Tensor, "tokens d_in"] | None:
     return torch.stack(parts).sum(0) if parts else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairProjections:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PairProjections(ShortRepr):
     """Pair outputs along the directions of both features, added up within each token, [tokens] each.
 
     Each pair has two projections. Ratios of sums, such as `negative / projections`, are the figures; sums by token are what
@@ -431,10 +438,11 @@ def pair_projections(
         read: features that the interaction path reads; pairs with a value of 0 are left out.
         directions: decoder rows, as read or in the canonical gauge.
     """
-    n, units = read.indices.shape[-1], directions / directions.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    n, units = read.indices.shape[-1], wide(directions) / wide(directions).norm(dim=-1, keepdim=True).clamp_min(1e-30)
     size = max(1, CELLS // (n * max(n, *W_2.shape)))
-    chunks = zip(*(part.split(size) for part in (*read, gates)), strict=True)
-    parts = [_pair_sums(SparseActs(*acts), gate, units, directions, V, W_1, W_2) for *acts, gate in chunks]
+    chunks = zip(*(part.split(size) for part in (read.indices, wide(read.values), gates)), strict=True)
+    weights = (units, *map(wide, (directions, V, W_1, W_2)))
+    parts = [_pair_sums(SparseActs(*acts), gate, *weights) for *acts, gate in chunks]
     return PairProjections(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
@@ -458,8 +466,8 @@ def _pair_sums(
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gains:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Gains(ShortRepr):
     """How much less error (or KL) each token has with a path than with the direct path alone, [tokens] each."""
 
     base: NDArray[np.float64]

@@ -17,7 +17,6 @@ Source: arXiv 2507.00269, analysis of decoder norms (shares, Spearman, the split
 mean 0.4, joint bimodal with means 0.05 and 0.37, not tested); null, dip test, canonical gauge and product are this package's.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ from sae_nfm.analysis.results import (
 )
 from sae_nfm.architectures import random_initialisation, training_config
 from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.common import DamagedFileError, reading
+from sae_nfm.common import DamagedFileError, ShortRepr, read_json
 from sae_nfm.common.file_errors import cause_of
 from sae_nfm.loading import load_sae
 from sae_nfm.stats import DipTest, MixtureComparison, PermutedCorrelation, compare_mixtures, dip_test, permuted_spearman
@@ -73,8 +72,8 @@ class Split:
     """Their mean shares; None when there is no such feature."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightFigures:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class WeightFigures(ShortRepr):
     """The published statistics of a feature's weights, in one gauge and one unit."""
 
     squared_norm: Float[Tensor, " d_sae"]
@@ -239,8 +238,7 @@ def norms_of_saes(
     configs: dict[Path, dict[str, Any]] = {}
     for folder in folders:
         try:
-            with reading(folder / SAE_CFG_FILENAME):
-                configs[folder] = dict(json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8")))
+            configs[folder] = dict(read_json(folder / SAE_CFG_FILENAME))
         except (DamagedFileError, OSError) as error:
             if damaged is None:
                 raise

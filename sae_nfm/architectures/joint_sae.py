@@ -18,13 +18,12 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float
 from sae_lens import TopKSAE
-from sae_lens.saes.topk_sae import act_times_W_dec
 from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_nfm.architectures.joint_config import JointNFMConfig, JointNFMSAEConfig
 from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths
-from sae_nfm.kernels import dispatch, product_dtype, reference
+from sae_nfm.kernels import dispatch, product_dtype, reference, sees_numbers
 
 
 class NFMDecoder(NFMPaths):
@@ -54,9 +53,10 @@ class NFMDecoder(NFMPaths):
         """The active features alone, where reading only these is possible, asked for, and loses no gradient."""
         cfg = self.cfg
         if feature_acts.is_sparse:
-            return reference.sparse_acts_from_coo(feature_acts, cfg.k)
+            seen = sees_numbers(*self.parameters())
+            return reference.sparse_acts_from_coo(feature_acts, cfg.k) if seen else None
         wants_gradient = torch.is_grad_enabled() and feature_acts.requires_grad
-        if wants_gradient or torch.compiler.is_compiling() or not self.works_sparsely():
+        if wants_gradient or not sees_numbers(feature_acts, *self.parameters()) or not self.works_sparsely():
             return None
         return reference.sparse_acts_from_dense(feature_acts, cfg.k)
 
@@ -79,11 +79,12 @@ class NFMDecoder(NFMPaths):
     def _direct_and_linear(self, acts: reference.Acts, read: reference.Acts) -> tuple[Tensor, Tensor | None]:
         """What the two decoders write, biases included."""
         if isinstance(acts, Tensor):
-            direct = act_times_W_dec(acts, self.W_dec, self.cfg.rescale_acts_by_decoder_norm)
+            acts = reference.per_norm(acts, self.W_dec) if self.cfg.rescale_acts_by_decoder_norm else acts
+            direct = acts @ self.W_dec
         else:
             values = acts.values
             if self.cfg.rescale_acts_by_decoder_norm:
-                values = values / dispatch.of_active(self.W_dec.norm(dim=-1), acts)
+                values = values / dispatch.of_active(reference.divisor(self.W_dec.norm(dim=-1)), acts)
             direct = reference.weighted_rows(reference.SparseActs(acts.indices, values), self.W_dec)
         return direct + self.b_dec, self._linear(read)
 
@@ -118,6 +119,13 @@ class NFMDecoder(NFMPaths):
         norms = super().fold_and_get_W_dec_norm()
         self.folded_W_dec_norm *= norms
         return norms
+
+    @override
+    @torch.no_grad()
+    def get_W_dec_norm(self) -> Tensor:
+        """Norms that folds divide by, at least SAELens's 1e-8, or in float16 the smallest number of full precision."""
+        norms = super().get_W_dec_norm()
+        return norms.clamp(min=torch.finfo(norms.dtype).tiny)
 
     @torch.no_grad()
     def trained_W_dec_norm(self) -> Float[Tensor, " d_sae"]:

@@ -5,25 +5,30 @@
 
 They give the same losses and gradients up to rounding; `cfg.kernel` chooses. With "auto" each product of a step has the form
 that is faster, and a step whose products are all dense is SAELens's. Where both decoders read the same features they are one
-operation (`dispatch.both_decoders`), and the dense step multiplies with their sum. The sparse step keeps no pre-activations and
-hands SAELens's trainer its statistics as a COO tensor.
+operation (`dispatch.both_decoders`), and the dense step multiplies with their sum. The sparse step stands for SAELens's methods
+(`STANDS_FOR`); where a subclass or an instance has another one, the step is dense. It keeps no pre-activations: features and
+pre-activations of its `TrainStepOutput` are made when they are read, and SAELens's trainer reads features as a COO tensor.
 """
 
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from sae_lens import TopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
+from sae_lens.saes.topk_sae import TopK, calculate_topk_aux_acts
 from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig
 from sae_nfm.architectures.joint_sae import JointNFMSAE, NFMDecoder
 from sae_nfm.architectures.nfm_paths import Paths, TrainedPaths, is_hooked
-from sae_nfm.kernels import Acts, Kernel, SparseActs, dispatch, reference
-from sae_nfm.loading import write_note
+from sae_nfm.kernels import Acts, Kernel, SparseActs, dispatch, reference, sees_numbers
+from sae_nfm.kernels.device import autocast_as_now, autocast_off
+from sae_nfm.kernels.topk import hidden_pre
+from sae_nfm.loading import refuse_not_finite, write_note
 
 Encoder = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """Input [*batch, d_in], W_enc, b_enc, and the decoder norms that scale the pre-activations, if any."""
@@ -38,23 +43,55 @@ class Forms(NamedTuple):
     pooled: Kernel | None
 
 
+class SparseStepOutput(TrainStepOutput):
+    """What a sparse step returns: `feature_acts` and `hidden_pre`, with their gradients, are made when they are first read."""
+
+    @classmethod
+    def of(cls, make: Mapping[str, Callable[[], Tensor]], **made: Any) -> "SparseStepOutput":
+        """One with values made already, and functions that make the others."""
+        output = cls.__new__(cls)
+        output.__dict__ |= made | {"_make": make, "metrics": {}}
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        make = self.__dict__.get("_make", {}).get(name)
+        if make is None:
+            raise AttributeError(name)
+        value = make()
+        if not value.is_sparse:
+            self.__dict__[name] = value
+        return value
+
+
 class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
     """Joint NFM-SAE in training: SAELens's TopK losses on the output of all paths."""
 
     cfg: JointNFMTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     _sums_decoders = False
+    _counts = False
+
+    @contextmanager
+    def counted(self) -> Generator[None]:
+        """Within it, as within a step of SAELens's trainer, `feature_acts` of a sparse step are COO: cheaper to count."""
+        self._counts = True
+        try:
+            yield
+        finally:
+            self._counts = False
 
     @override
     def _direct_and_linear(self, acts: Acts, read: Acts) -> tuple[Tensor, Tensor | None]:
         if not self._sums_decoders:
             return super()._direct_and_linear(acts, read)
-        W_dec = self.W_dec / self.W_dec.norm(dim=-1)[:, None] if self.cfg.rescale_acts_by_decoder_norm else self.W_dec
+        W_dec = self.W_dec
+        if self.cfg.rescale_acts_by_decoder_norm:
+            W_dec = W_dec / reference.divisor(W_dec.norm(dim=-1))[:, None]
         return reference.weighted_rows(acts, W_dec + self.W_lin) + (self.b_dec + self.b_lin), None
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         with self._training_step():
-            if self._steps_sparsely():
+            if self._steps_sparsely(step_input.sae_in):
                 return self._sparse_step(step_input)
             summed = self._sums_decoders = self._reads_all() and not self._needs_matrices()
             try:
@@ -62,7 +99,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
             finally:
                 self._sums_decoders = False
             paths = self._taken_paths()
-        if summed and self._shows_paths(step_input):
+        if summed and paths is not None and self._shows_paths(step_input):
             paths = self._divided(paths, output.feature_acts.to_dense(), "dense")
         self._add_metrics(output, step_input, paths)
         return output
@@ -77,8 +114,20 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         """Hooks want the dense tensors, and torch.compile does better with them."""
         return torch.compiler.is_compiling() or any(map(is_hooked, self.hook_dict.values()))
 
-    def _steps_sparsely(self) -> bool:
-        return not self._needs_matrices() and "sparse" in self._forms()
+    def _steps_sparsely(self, sae_in: Tensor) -> bool:
+        if self._needs_matrices() or not sees_numbers(sae_in, *self.parameters()) or not self._is_saelens():
+            return False
+        return "sparse" in self._forms()
+
+    def _is_saelens(self) -> bool:
+        """Whether nothing that the sparse step stands for is another method or function here."""
+        own, active = self.__dict__, self.activation_fn
+        return (
+            not any(name in own or getattr(type(self), name) is not method for name, method in STANDS_FOR.items())
+            and (type(active), getattr(active, "k", None)) == (TopK, self.cfg.k)
+            and self.hidden_code is None
+            and not self.hook_z_reshaping_mode
+        )
 
     def _forms(self) -> Forms:
         cfg, read = self.cfg, self.cfg.k if self.cfg.nfm_top_k is None else min(self.cfg.nfm_top_k, self.cfg.k)
@@ -101,26 +150,47 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         sae_out = self.run_time_activation_norm_fn_out(paths.total())
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         dead_loss = self._sparse_dead_loss(step_input, sae_out, encoder, W_dec)
-        coo = dispatch.to_coo(SparseActs(acts.indices, acts.values.detach()), cfg.d_sae)
         if self._reads_all() and self._shows_paths(step_input):
             paths = self._divided(paths, acts, forms.direct)
-        output = TrainStepOutput(
+        output = SparseStepOutput.of(
+            {"feature_acts": lambda: self._feature_acts(acts), "hidden_pre": self._hidden_pre(encoder)},
             sae_in=step_input.sae_in,
             sae_out=sae_out,
-            feature_acts=coo,
-            hidden_pre=coo,  # nothing reads the others
             loss=mse_loss + dead_loss,
             losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": dead_loss},
         )
         self._add_metrics(output, step_input, paths)
         return output
 
+    def _feature_acts(self, acts: SparseActs) -> Tensor:
+        """The features of a step as SAELens's step returns them, or as its trainer counts them."""
+        own = self.__dict__.get("training_forward_pass", type(self).training_forward_pass)
+        counted = self._counts and own is JointNFMTrainingSAE.training_forward_pass
+        sparse = counted or self.cfg.use_sparse_activations
+        return dispatch.to_coo(acts, self.cfg.d_sae) if sparse else dispatch.to_dense(acts, self.cfg.d_sae)
+
+    def _hidden_pre(self, encoder: Encoder) -> Callable[[], Tensor]:
+        """What makes the pre-activations of a step; a RuntimeError once the weights are others."""
+        given = [tensor for tensor in encoder if tensor is not None]
+        versions, as_now = [tensor._version for tensor in given], autocast_as_now(self.device)
+
+        def make() -> Tensor:
+            if versions != [tensor._version for tensor in given]:
+                raise RuntimeError(
+                    "hidden_pre of a sparse training step is made when it is read, and the weights have changed since; read it "
+                    'before the optimizer steps, or train with kernel="dense"'
+                )
+            with as_now:
+                return hidden_pre(*encoder)
+
+        return make
+
     def _encoder_input(self, sae_in: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's input and bias. The gradient that b_dec has through the input, one number a feature suffices for."""
         encoder_in = self.process_sae_in(sae_in)
         if sae_in.requires_grad or not self.cfg.apply_b_dec_to_input:
             return encoder_in, self.b_enc
-        with torch.autocast(sae_in.device.type, enabled=False):  # a gradient summed over the batch
+        with autocast_off(sae_in.device):  # a gradient summed over the batch
             no_change = (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
         return encoder_in.detach(), self.b_enc + no_change
 
@@ -129,7 +199,9 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         cfg, routing = self.cfg, reference.route(acts.indices, self.cfg.d_sae)
         unscaled = acts
         if norms is not None and not self._reads_all():
-            unscaled = SparseActs(acts.indices, acts.values / dispatch.of_active(norms, acts, routing))
+            unscaled = SparseActs(
+                acts.indices, acts.values / dispatch.of_active(reference.divisor(norms), acts, routing)
+            )
         read, read_routing = acts, routing
         if cfg.nfm_top_k is not None and cfg.nfm_top_k < cfg.k:
             read = reference.top_n(acts, cfg.nfm_top_k)
@@ -138,8 +210,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         if forms.linear is not None and not self._reads_all():
             linear = dispatch.weighted_rows(read, self.W_lin, read_routing, kernel=forms.linear) + self.b_lin
         if cfg.use_square_path:
-            squares = SparseActs(acts.indices, acts.values.square())
-            square = dispatch.weighted_rows(squares, self.U, routing, kernel=forms.direct) / cfg.square_scale
+            square = dispatch.square_output(acts, self.U, cfg.square_scale, routing, kernel=forms.direct)
         if forms.pooled is not None:
             pooled = self._dropout(dispatch.pooled(cfg.head, read, self.V, read_routing, kernel=forms.pooled))
             hidden = reference.hidden_pre(pooled, self.W_1, self.b_1)
@@ -156,7 +227,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         if mask is None or (num_dead := int(mask.sum())) == 0:
             return sae_out.new_tensor(0.0)
         features, acts = dispatch.top_dead(*encoder, mask, self._k_aux())
-        rows = W_dec[features] if norms is None else W_dec[features] / norms[features, None]
+        rows = W_dec[features] if norms is None else W_dec[features] / reference.divisor(norms)[features, None]
         return self._dead_loss(step_input.sae_in, sae_out, dispatch.weighted_rows(acts, rows), num_dead)
 
     @override
@@ -164,13 +235,11 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         self, sae_in: Tensor, sae_out: Tensor, hidden_pre: Tensor, dead_neuron_mask: Tensor | None
     ) -> Tensor:
         """SAELens's dead-feature loss, also under per-token normalisation, which SAELens refuses."""
-        if self.cfg.normalize_activations not in ("constant_norm_rescale", "layer_norm"):
-            return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
         if dead_neuron_mask is None or (num_dead := int(dead_neuron_mask.sum())) == 0:
             return sae_out.new_tensor(0.0)
         acts = calculate_topk_aux_acts(min(self._k_aux(), num_dead), hidden_pre, dead_neuron_mask)
-        recons = act_times_W_dec(acts, self.W_dec, self.cfg.rescale_acts_by_decoder_norm)
-        return self._dead_loss(sae_in, sae_out, recons, num_dead)
+        acts = reference.per_norm(acts, self.W_dec) if self.cfg.rescale_acts_by_decoder_norm else acts
+        return self._dead_loss(sae_in, sae_out, self.reshape_fn_out(acts @ self.W_dec, self.d_head), num_dead)
 
     def _k_aux(self) -> int:
         return self.cfg.d_in // 2  # the heuristic of Gao et al. 2024, appendix B.1, as in SAELens
@@ -185,7 +254,8 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         """Length in the input's space of a unit vector in the normalised space, [*batch, 1] where it varies by token."""
         normalize = cast(str, self.cfg.normalize_activations)  # SAELens's annotation leaves out one value it accepts
         if normalize == "constant_norm_rescale":
-            return sae_in.norm(dim=-1, keepdim=True) / self.cfg.d_in**0.5
+            wide = torch.promote_types(sae_in.dtype, torch.float32)
+            return sae_in.norm(dim=-1, keepdim=True, dtype=wide) / self.cfg.d_in**0.5
         if normalize == "layer_norm":
             return sae_in.std(dim=-1, keepdim=True)
         return 1.0
@@ -199,6 +269,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         """
         if folded:
             self._refuse_inexact_fold()
+        refuse_not_finite(self.state_dict(), "the SAE to save")
         saved = super().save_inference_model(path)
         write_note(path)
         return JointNFMSAE.load_from_disk(path).folded().save_model(path) if folded else saved
@@ -208,3 +279,14 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         super().process_state_dict_for_saving_inference(state_dict)
         if self.cfg.rescale_acts_by_decoder_norm:
             state_dict["folded_W_dec_norm"] = self.folded_W_dec_norm * self.get_W_dec_norm()
+
+
+STANDS_FOR: dict[str, Any] = {
+    name: getattr(JointNFMTrainingSAE, name)
+    for name in (
+        *("encode", "encode_with_hidden_pre", "process_sae_in", "get_activation_fn", "decode", "decode_paths"),
+        *("calculate_aux_loss", "calculate_topk_aux_loss"),
+        *("_direct_and_linear", "_linear", "_square", "_interaction", "_pool", "_written"),
+    )
+}
+"""The methods that a sparse step stands for."""

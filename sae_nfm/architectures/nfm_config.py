@@ -35,7 +35,8 @@ class NFMFields:
         kernel (Literal["auto", "dense", "sparse"]): Whether a training step, and a decode that needs no gradient, work on
             the matrix of all features or on the active ones alone; "auto" takes the faster by the cost model of
             `dispatch.choose`, the matrix with fewer than 1,024 features. Same output, losses and gradients up to rounding.
-            Steps with hooks on the SAE, and compiled ones, are dense.
+            Steps with hooks on the SAE, of a subclass that overrides what a step is made of, compiled or under transforms
+            (torch.func, forward-mode differentiation) are dense.
     """
 
     nfm_dim: int = 64

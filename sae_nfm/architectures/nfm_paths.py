@@ -15,23 +15,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from sae_lens import SAE
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
-from sae_nfm.kernels import POOLS, SparseActs, dispatch, reference
-from sae_nfm.loading import check_state_dict, write_note
+from sae_nfm.common import ShortRepr, short_repr
+from sae_nfm.kernels import POOLS, SparseActs, dispatch, reference, wide
+from sae_nfm.loading import check_state_dict, refuse_not_finite, write_note
 
 FEW_FEATURES = 1024
 """With fewer, either form of a step is mostly overhead, and the dense one is SAELens's own."""
+BINS = 512
+"""wandb's histograms have at most so many."""
 HIDDEN_CODE_HOOKS: list[str] = []
 """Hook points for what replaces the hidden code (`NFMPaths.hidden_code`). Every SAE with an interaction path has them from the
 start, so that a model with the SAE in it knows them before anything is attached."""
@@ -39,6 +45,8 @@ start, so that a model with the SAE in it knows them before anything is attached
 
 class Paths(NamedTuple):
     """What each path writes, [*batch, d_in] before the run-time normalisation is undone; None where it is switched off."""
+
+    __repr__ = short_repr
 
     direct: Tensor
     linear: Tensor | None
@@ -94,6 +102,7 @@ class NFMPaths(_Host):
             self.hook_nfm_hidden_pre, self.hook_nfm_interaction = HookPoint(), HookPoint()
             for name in HIDDEN_CODE_HOOKS:
                 setattr(self, name, HookPoint())
+        own_normalisation(self)
         self.setup()
 
     def _initialize_nfm_weights(self) -> None:
@@ -124,6 +133,15 @@ class NFMPaths(_Host):
                 f"activations of shape {tuple(sae_in.shape)} have {width} dimensions a token, this SAE has d_in = "
                 f"{self.cfg.d_in}; check the hook name ({self.cfg.metadata.hook_name!r}) and d_in"
             )
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `half()`, `cuda()` or a `to` of the model around the SAE call: type and device of the parameters are the SAE's."""
+        applied = super()._apply(fn, recurse)
+        self.dtype, self.cfg.dtype = self.b_dec.dtype, dtype_to_str(self.b_dec.dtype)
+        if self.device.type != self.b_dec.device.type:
+            self.device, self.cfg.device = self.b_dec.device, str(self.b_dec.device)
+        return applied
 
     @override
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
@@ -183,10 +201,51 @@ class NFMPaths(_Host):
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
-        """Save as SAELens does, with a README.md that says what loads it."""
+        """Save as SAELens does, with a README.md that says what loads it; a ValueError for weights that are not finite."""
+        refuse_not_finite(self.state_dict(), "the SAE to save")
         saved = super().save_model(path)
         write_note(path)
         return saved
+
+
+def own_normalisation(sae: SAE[Any]) -> None:
+    """Give an SAE its per-token normalisation as methods: the same numbers as SAELens's, whose closures stay with the original.
+
+    In a `deepcopy` those read and write the state of the SAE that was copied. A token of norm 0 stays 0 (SAELens: NaN), and
+    norms are taken in float32, since one of activations in float16 can exceed the type's range.
+    """
+    made = {"constant_norm_rescale": (_to_one_norm, _from_one_norm), "layer_norm": (_to_one_spread, _from_one_spread)}
+    if sae.cfg.normalize_activations in made:
+        to, back = made[sae.cfg.normalize_activations]
+        sae.run_time_activation_norm_fn_in, sae.run_time_activation_norm_fn_out = (
+            MethodType(to, sae),
+            MethodType(back, sae),
+        )
+
+
+def _to_one_norm(sae: Any, x: Tensor) -> Tensor:
+    norms = x.norm(dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    sae.x_norm_coeff = sae.cfg.d_in**0.5 / norms.clamp(min=1e-12)
+    return (x * sae.x_norm_coeff).to(x.dtype)
+
+
+def _from_one_norm(sae: Any, x: Tensor) -> Tensor:
+    found = (x / sae.x_norm_coeff).to(x.dtype)
+    del sae.x_norm_coeff
+    return found
+
+
+def _to_one_spread(sae: Any, x: Tensor) -> Tensor:
+    sae.ln_mu = x.mean(dim=-1, keepdim=True)
+    x = x - sae.ln_mu
+    sae.ln_std = x.std(dim=-1, keepdim=True)
+    return x / (sae.ln_std + 1e-5)
+
+
+def _from_one_spread(sae: Any, x: Tensor) -> Tensor:
+    found = x * sae.ln_std + sae.ln_mu
+    del sae.ln_mu, sae.ln_std
+    return found
 
 
 def is_hooked(hook: Any) -> bool:
@@ -232,9 +291,11 @@ def attributable(sae: SAE[Any]) -> NFMPaths:
     return sae
 
 
-@dataclass(frozen=True, kw_only=True)
-class PathWeights:
-    """Weights of the interaction and the linear path, for what reaches the SAE's output (before its normalisation is undone)."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PathWeights(ShortRepr):
+    """Weights of the interaction and the linear path in at least float32, for what reaches the SAE's output (before its
+    normalisation is undone).
+    """
 
     V: Float[Tensor, "d_sae nfm_dim"]
     W_1: Float[Tensor, "nfm_dim nfm_dim"]
@@ -251,9 +312,9 @@ class PathWeights:
         sae = attributable(sae)
         written = sae._written  # pyright: ignore[reportPrivateUsage] (linear: what a path's weights make, as it is added)
         linear = sae.cfg.use_linear_path
-        weights: dict[str, Tensor] = {name: getattr(sae, name).detach() for name in ("V", "W_1", "b_1")}
-        weights |= {name: written(getattr(sae, name).detach()) for name in ("W_2", "b_2")}
-        W_lin, b_lin = (written(getattr(sae, name).detach()) if linear else None for name in ("W_lin", "b_lin"))
+        weights: dict[str, Tensor] = {name: wide(getattr(sae, name).detach()) for name in ("V", "W_1", "b_1")}
+        weights |= {name: written(wide(getattr(sae, name).detach())) for name in ("W_2", "b_2")}
+        W_lin, b_lin = (written(wide(getattr(sae, name).detach())) if linear else None for name in ("W_lin", "b_lin"))
         return cls(**weights, W_lin=W_lin, b_lin=b_lin)
 
     def reduced(self) -> Float[Tensor, "nfm_dim rank"]:
@@ -284,9 +345,8 @@ class TrainedPaths(NFMPaths, _Host):
         finally:
             self._in_training_step = False
 
-    def _taken_paths(self) -> Paths:
-        """What the paths wrote in this step; they are not kept beyond it."""
-        assert self._step_paths is not None
+    def _taken_paths(self) -> Paths | None:
+        """What the paths wrote in this step, None where a subclass decodes without them; they are not kept beyond it."""
         paths, self._step_paths = self._step_paths, None
         return paths
 
@@ -304,9 +364,11 @@ class TrainedPaths(NFMPaths, _Host):
     def _shows_paths(self, step_input: TrainStepInput) -> bool:
         return self.keep_paths or step_input.is_logging_step
 
-    def _add_metrics(self, output: TrainStepOutput, step_input: TrainStepInput, paths: Paths) -> None:
+    def _add_metrics(self, output: TrainStepOutput, step_input: TrainStepInput, paths: Paths | None) -> None:
         scale, shown = self._token_scale(step_input.sae_in), self._shows_paths(step_input)
-        detached = {name: path.detach() for name, path in paths.present().items()} if shown else {}
+        detached = (
+            {name: path.detach() for name, path in paths.present().items()} if shown and paths is not None else {}
+        )
         output.metrics.update(path_metrics(step_input.sae_in, output.sae_out.detach(), detached, scale))
 
     def _token_scale(self, sae_in: Tensor) -> Tensor | float:  # noqa: ARG002
@@ -318,7 +380,13 @@ class TrainedPaths(NFMPaths, _Host):
         """Row norms of W_dec, as every SAE of SAELens logs them, and of the NFM's weights that read features: [d_sae] each."""
         rows = {name: getattr(self, name) for name in ("W_lin", "V", "U") if hasattr(self, name)}
         norms = {f"weights/{name}_norms": weight.float().norm(dim=1).cpu().numpy() for name, weight in rows.items()}
-        return super().log_histograms() | norms
+        return {name: _at_one_value(found) for name, found in (super().log_histograms() | norms).items()}
+
+
+def _at_one_value(values: NDArray[Any]) -> NDArray[Any]:
+    """Values that differ by rounding alone as one value: numpy makes no bins between neighbouring numbers, and raises."""
+    apart = np.ptp(values) > BINS * np.spacing(np.abs(values).max(initial=0))
+    return values if apart else np.full_like(values, np.median(values))
 
 
 Metric = Callable[[], Tensor]

@@ -5,16 +5,17 @@ apply_b_dec_to_input and reshape_activations repeat it for those who read an SAE
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.sae import SAEMetadata
-from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm.architectures.joint_config import JointNFMSAEConfig
 from sae_nfm.architectures.nfm_config import NFMFields, NFMTrainingFields, refuse_unknown_keys, with_requirement
+from sae_nfm.common import present_path
 from sae_nfm.loading import load_sae, sha256_of
 
 ARCHITECTURE = "sequential_nfm"
@@ -83,10 +84,9 @@ def for_inference(sae: SAE[Any]) -> SAE[Any]:
 
 def load_base(source: str, norm_scaling_factor: float | None, dtype: str, device: str = "cpu") -> SAE[Any]:
     """`as_base` of a saved SAE (its folder) or a released one (release:sae_id)."""
-    try:
-        return as_base(load_sae(source, device=device, dtype=dtype), norm_scaling_factor)
-    except SafetensorError as error:
-        raise ValueError(f"the base {source!r} is damaged ({error}); restore it") from error
+    path = present_path(Path(source))
+    sae = load_sae(str(path) if path.is_dir() else source, device=device, dtype=dtype)
+    return as_base(sae, norm_scaling_factor)
 
 
 def base_config(base: SAE[Any]) -> dict[str, Any]:

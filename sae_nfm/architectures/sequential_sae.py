@@ -11,7 +11,7 @@ submodules.
 Source: arXiv 2507.00269 (sequential training).
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +21,9 @@ from sae_lens import SAE
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths
+from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths, own_normalisation
 from sae_nfm.architectures.sequential_config import SequentialNFMConfig, SequentialNFMSAEConfig, check_base, load_base
-from sae_nfm.kernels import dispatch, reference
+from sae_nfm.kernels import dispatch, reference, sees_numbers
 from sae_nfm.loading import sha256_of
 
 BASE_HOOKS = ("hook_sae_input", "hook_sae_acts_pre")
@@ -57,6 +57,7 @@ class SequentialNFM(NFMPaths):
         if not self.cfg.base_config:
             raise ValueError("no base: name one in the field `base`, or wrap an SAE with SequentialNFMTrainingSAE.wrap")
         self.base = self._make_base()
+        own_normalisation(self.base)
         for name in [name for name, _ in self.base.named_children()]:
             if name.startswith("hook_"):
                 setattr(self.base, name, _PassedOn(self, name) if name in BASE_HOOKS else nn.Identity())
@@ -89,9 +90,15 @@ class SequentialNFM(NFMPaths):
     @override
     def to(self, *args: Any, **kwargs: Any) -> Any:
         moved = super().to(*args, **kwargs)
+        self.base.device, self.base.cfg.device = self.device, self.cfg.device
+        return moved
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        applied = super()._apply(fn, recurse)
         self.base.device, self.base.dtype = self.device, self.dtype
         self.base.cfg.device, self.base.cfg.dtype = self.cfg.device, self.cfg.dtype
-        return moved
+        return applied
 
     @override
     def encode(self, x: Tensor) -> Tensor:
@@ -114,7 +121,7 @@ class SequentialNFM(NFMPaths):
         """The active features alone, where that is faster, asked for, and loses no gradient."""
         cfg = self.cfg
         wants_gradient = torch.is_grad_enabled() and acts.requires_grad
-        if cfg.kernel == "dense" or wants_gradient or not acts.numel() or torch.compiler.is_compiling():
+        if cfg.kernel == "dense" or wants_gradient or not acts.numel() or not sees_numbers(acts, *self.parameters()):
             return acts
         k = max(1, int(acts.count_nonzero(dim=-1).amax()))
         few = cfg.d_sae < FEW_FEATURES or dispatch.choose(cfg.d_sae, k, self.device) == "dense"

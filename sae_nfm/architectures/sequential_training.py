@@ -25,7 +25,7 @@ from sae_nfm.architectures.sequential_config import (
 )
 from sae_nfm.architectures.sequential_sae import SequentialNFM, fold_scale
 from sae_nfm.kernels import reference
-from sae_nfm.loading import sha256_of, write_note
+from sae_nfm.loading import refuse_not_finite, sha256_of, write_note
 
 
 class SequentialNFMTrainingSAE(TrainedPaths, SequentialNFM, TrainingSAE[SequentialNFMTrainingSAEConfig]):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -165,6 +165,7 @@ class SequentialNFMTrainingSAE(TrainedPaths, SequentialNFM, TrainingSAE[Sequenti
     @override
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save the inference SAE as SAELens does, self-contained, with a README.md that says what loads it."""
+        refuse_not_finite(self.state_dict(), "the SAE to save")
         self._describe_base()
         saved = super().save_inference_model(path)
         write_note(path)

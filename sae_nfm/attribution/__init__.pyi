@@ -32,3 +32,4 @@ from .results import PairEdge as PairEdge
 from .results import Point as Point
 from .results import TokenAttribution as TokenAttribution
 from .run import attribute_corpus as attribute_corpus
+from .run import attribution_table as attribution_table

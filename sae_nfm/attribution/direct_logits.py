@@ -14,6 +14,7 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor, nn
 
+from sae_nfm.common import ShortRepr
 from sae_nfm.models import LanguageModel
 
 SCALE = "ln_final.hook_scale"
@@ -21,8 +22,8 @@ ON_RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn
 """How hook points of HookedTransformer and of a bridge end at which what is written goes to the residual stream as it is."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Target(ShortRepr):
     """A number of the model's output at a token: a combination of the logits there."""
 
     name: str

@@ -39,13 +39,15 @@ from sae_nfm.attribution.pairs import (
     written,
 )
 from sae_nfm.attribution.results import PairEffect, TokenAttribution, Written
-from sae_nfm.models import HookFunction, LanguageModel, keeping, special_token_ids, splice, token_text
+from sae_nfm.common import ShortRepr
+from sae_nfm.kernels import wide
+from sae_nfm.models import HookFunction, LanguageModel, check_finite, keeping, special_token_ids, splice, token_text
 
 POOLED, RECONS, OUTPUT = "hook_nfm_pooled", "hook_sae_recons", "hook_sae_output"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptRun:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PromptRun(ShortRepr):
     """A prompt through the model with the SAE in place."""
 
     tokens: Int[Tensor, " pos"]
@@ -70,8 +72,8 @@ class Removal:
     target: Target
 
 
-@dataclass(frozen=True, kw_only=True)
-class Removed:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Removed(ShortRepr):
     """What happened when a pair was removed."""
 
     frozen: float
@@ -90,7 +92,8 @@ def run_prompt(model: LanguageModel, sae: SAE[Any], tokens: Int[Tensor, " pos"])
     """Run a prompt with the SAE spliced in; for errors see `attributable` and `splice`."""
     seen = dict[str, Any]()
     with observed(model, sae, seen):
-        logits = model(tokens[None])[0]
+        logits = wide(model(tokens[None])[0])
+    check_finite(logits, torch.ones_like(tokens[None], dtype=torch.bool), "with the SAE in place the model's logits")
     special = torch.tensor(special_token_ids(model), dtype=tokens.dtype, device=tokens.device)
     scale = seen.get(SCALE)
     return PromptRun(
@@ -131,10 +134,10 @@ def _gradients(
         return leaves[0]
 
     with torch.enable_grad(), splice(model, sae) as found, found.hooks({INTERACTION: leaf}):
-        logits = model(tokens.expand(len(targets), -1))[rows, positions]
+        logits = wide(model(tokens.expand(len(targets), -1))[rows, positions])
         weights = torch.stack([target.weights for _, target in targets]).to(logits)
         (g,) = torch.autograd.grad((logits * weights).sum(), leaves)
-    return g[rows, positions]
+    return wide(g[rows, positions])
 
 
 @torch.no_grad()
@@ -162,12 +165,19 @@ def _removed(
         return value.index_put(at, value[at] - pooled.to(value))
 
     def hold_gates(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return value.index_put(at, (seen[HIDDEN][at] * gates) @ weights.W_2 + weights.b_2)
+        held = (wide(seen[HIDDEN][at]) * gates) @ weights.W_2 + weights.b_2
+        return value.index_put(at, held.to(value))
 
     free: dict[str, HookFunction] = {POOLED: take_out, HIDDEN: keeping(seen, HIDDEN)}
     for hooks in (free | {INTERACTION: hold_gates}, free):
         with splice(model, sae) as spliced, spliced.hooks(hooks), spliced.hooks({INTERACTION: keeping(seen, "inter")}):
-            outcomes.append((model(run.tokens.expand(len(removals), -1))[at], seen["inter"][at]))
+            outcomes.append((wide(model(run.tokens.expand(len(removals), -1))[at]), wide(seen["inter"][at])))
+    for removal, (frozen, freed) in zip(removals, zip(outcomes[0][0], outcomes[1][0], strict=True), strict=True):
+        if not (frozen.isfinite().all() and freed.isfinite().all()):
+            raise ValueError(
+                f"with the pair {removal.first} x {removal.second} removed the model's logits are not finite at position "
+                f"{removal.position}; load the model in a data type of wider range (bfloat16 or float32)"
+            )
     flipped = ((seen[HIDDEN][at] > 0) != gates).double().mean(-1)
     (frozen, inter_frozen), (freed, inter_free) = outcomes
     before = run.reads.interaction[at[1]]
@@ -210,7 +220,7 @@ def observed(model: LanguageModel, sae: SAE[Any], seen: dict[str, Any]) -> Gener
 
 def unit_written(seen: dict[str, Any]) -> Float[Tensor, "rows pos 1"]:
     """Length at the hook point of a unit vector that a path writes, from what `observed` has seen: both are affine."""
-    before, after = (seen[name].flatten(2).std(-1, keepdim=True) for name in (RECONS, OUTPUT))
+    before, after = (wide(seen[name]).flatten(2).std(-1, keepdim=True) for name in (RECONS, OUTPUT))
     return torch.where(before > 0, after / before, 1.0)
 
 
@@ -300,7 +310,7 @@ class _Effects:
         """Statistics of one vector."""
         direct, promotes, suppresses = None, (), ()
         if self._direct is not None:
-            logits = self._direct.logits((vector * self._unit)[None], self._scale)[0]
+            logits = wide(self._direct.logits((vector * self._unit)[None], self._scale)[0])
             direct = float(self._target.of(logits.double()))
             if vector.any():
                 promotes, suppresses = self._named(logits), self._named(-logits)

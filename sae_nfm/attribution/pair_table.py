@@ -48,8 +48,9 @@ from sae_nfm.attribution.direct_logits import SCALE, DirectPath, Target
 from sae_nfm.attribution.pair_effects import observed, unit_written
 from sae_nfm.attribution.pairs import TokenPairs, TokenReads, along, norms, reads_of
 from sae_nfm.attribution.results import Context, Correlation, PairControls
+from sae_nfm.common import ShortRepr
 from sae_nfm.kernels import bi_interaction, hidden_pre
-from sae_nfm.models import LanguageModel, check_counted, counted_tokens, token_text
+from sae_nfm.models import LanguageModel, check_counted, check_finite, counted_tokens, real_tokens, run_rows, token_text
 
 PAIRS_AT_ONCE = 2**19
 """Pairs of a batch at most, times tokens: some 100 MB in all tensors and tables of them."""
@@ -57,8 +58,8 @@ REMEMBERED = 2**28
 """Bytes of what the paths read and wrote that a corpus remembers between two passes: here 100,000 tokens at d_in 256."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenBatch:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TokenBatch(ShortRepr):
     """Counted tokens of some rows."""
 
     reads: TokenReads
@@ -113,7 +114,8 @@ class Corpus:
         self._batch_rows, self._show_progress = batch_rows, show_progress
         self._remembered, self._left = dict[int, TokenBatch](), REMEMBERED
         self._direct = DirectPath(model, sae) if isinstance(target, Target) else None
-        check_counted(counted_tokens(model, tokens))
+        self._real = real_tokens(model, tokens)
+        check_counted(counted_tokens(model, tokens, self._real))
 
     @property
     def directed(self) -> bool:
@@ -125,7 +127,7 @@ class Corpus:
         with tqdm(total=len(self.tokens), desc=what, unit="row", disable=not self._show_progress) as progress:
             for first in range(0, len(self.tokens), self._batch_rows):
                 rows = self.tokens[first : first + self._batch_rows]
-                counted = counted_tokens(self._model, rows)
+                counted = counted_tokens(self._model, rows, self._real[first : first + self._batch_rows])
                 if counted.any():
                     yield from self._batch(rows, counted, first).split(PAIRS_AT_ONCE)
                 progress.update(len(rows))
@@ -143,9 +145,10 @@ class Corpus:
     def _read(self, rows: Tensor, counted: Tensor, first: int) -> TokenBatch:
         seen = dict[str, Any]()
         with observed(self._model, self.sae, seen):
-            self._model(rows)
+            run_rows(self._model, rows, self._real[first : first + len(rows)])
         row, position = counted.nonzero(as_tuple=True)
         reads = reads_of(seen).of(counted.flatten())
+        check_finite(reads.interaction, counted, "what the interaction path writes", first)
         directions = self._target[None] if isinstance(self._target, Tensor) else None
         if isinstance(self._target, Target):
             assert self._direct is not None
@@ -179,8 +182,8 @@ SUMS = ("tokens", "norm", "energy", "product", "effect")
 COLUMNS = (*SUMS, "norm_max", "weight")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairSums:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PairSums(ShortRepr):
     """Sums over tokens, for each pair."""
 
     table: pd.DataFrame

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from sae_nfm.analysis import CELLS
 from sae_nfm.architectures import PathWeights, attributable
-from sae_nfm.kernels import SparseActs
+from sae_nfm.common import ShortRepr
+from sae_nfm.kernels import SparseActs, wide
 from sae_nfm.models import HookFunction, keeping, reconstruction
 
 READ, INTERACTION, LINEAR, HIDDEN = (
@@ -32,9 +33,9 @@ READ, INTERACTION, LINEAR, HIDDEN = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenReads:
-    """What the paths read and wrote on some tokens."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TokenReads(ShortRepr):
+    """What the paths read and wrote on some tokens, in at least float32."""
 
     read: SparseActs
     """Features as the interaction path reads them, [tokens, n], in the order of their numbers; value 0: not active."""
@@ -78,8 +79,8 @@ def reading(sae: SAE[Any], seen: dict[str, Any]) -> dict[str, HookFunction]:
 
 def reads_of(seen: dict[str, Any]) -> TokenReads:
     """What `reading` has seen, all tokens in one dimension."""
-    flat = {name: seen[name].flatten(0, -2) for name in (HIDDEN, INTERACTION, LINEAR) if name in seen}
-    read, linear = _in_order(seen[READ].flatten(0, -2)), flat.get(LINEAR)
+    flat = {name: wide(seen[name].flatten(0, -2)) for name in (HIDDEN, INTERACTION, LINEAR) if name in seen}
+    read, linear = _in_order(wide(seen[READ].flatten(0, -2))), flat.get(LINEAR)
     return TokenReads(read=read, gates=flat[HIDDEN] > 0, interaction=flat[INTERACTION], linear=linear)
 
 
@@ -99,8 +100,8 @@ def _in_order(read: Float[Tensor, "tokens d_sae"]) -> SparseActs:
     return SparseActs(indices, read.gather(-1, indices))
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenPairs:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TokenPairs(ShortRepr):
     """The pairs of the features that each token reads."""
 
     first: Int[Tensor, "tokens pairs"]

@@ -8,13 +8,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-from xml.etree import ElementTree
 
 import networkx
 import pandas as pd
 from pydantic import TypeAdapter
 
-from sae_nfm.common import whole, write_json
+from sae_nfm.common import checked, reading, text_of, whole, write_json
 from sae_nfm.common.results import SavedResult, with_kind, without_kind
 
 Point = tuple[float, float]
@@ -94,9 +93,10 @@ class InteractionGraph:
             ValueError: for another suffix, or a file of another kind.
         """
         _check_suffix(path)
-        try:
+        checked(path)
+        with reading(path, "an interaction graph", remedy="write one with `sae-nfm attribute`"):
             if Path(path).suffix == ".json":
-                content = without_kind(GRAPH_KIND, json.loads(Path(path).read_text()))
+                content = without_kind(GRAPH_KIND, json.loads(Path(path).read_text(encoding="utf-8")))
                 nodes, edges = content["nodes"], content["edges"]
             else:
                 graph: Any = networkx.read_graphml(path)
@@ -104,10 +104,6 @@ class InteractionGraph:
                 edges: list[dict[str, Any]] = [{"effect_mean": None} | data for *_, data in graph.edges(data=True)]
                 edges.sort(key=lambda edge: (-edge["energy_share"], edge["first"], edge["second"]))
             return TypeAdapter(cls).validate_python({"nodes": nodes, "edges": edges})
-        except (ValueError, KeyError, TypeError, networkx.NetworkXError, ElementTree.ParseError) as error:
-            raise ValueError(
-                f"{path} is not an interaction graph ({str(error).splitlines()[0]}); write one with `sae-nfm attribute`"
-            ) from error
 
 
 def _check_suffix(path: str | Path) -> None:
@@ -316,6 +312,19 @@ class TokenAttribution:
             lines += [f"  linear path, strongest {len(rows)} features", _table(rows)]
         return "\n".join(lines)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Every line of these tables as numbers; of a term that is no pair the measured effects are None."""
+        terms = [("path", one) for one in (self.all_pairs, *self.biases)]
+        terms += [("pair", pair.written) for pair in self.pairs] + [("feature", one) for one in self.features]
+        measured = {id(pair.written): pair for pair in self.pairs}
+        return [
+            {"position": self.position, "token": self.token, "target": self.target, "kind": kind, "term": one.name}
+            | {name: getattr(one, name) for name in ("norm", "direct", "gradient")}
+            | {name: getattr(measured.get(id(one)), name, None) for name in ("frozen", "free", "flipped")}
+            | {name: getattr(one, name) for name in ("promotes", "suppresses")}
+            for kind, one in terms
+        ]
+
 
 def _table(rows: list[dict[str, str]]) -> str:
     if not rows:
@@ -355,5 +364,5 @@ class Attribution(SavedResult):
         """For the terminal."""
         head = f"{self.sae} at {self.hook_name}"
         if self.corpus is not None:
-            return f"{head}\n\n{self.corpus.words()}"
+            return f"{head}\nText: {text_of(self.provenance)}\n\n{self.corpus.words()}"
         return "\n\n".join([head, *(token.words() for token in self.tokens), LEGEND])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from sae_lens import SAE
 from tqdm.auto import tqdm
@@ -16,9 +17,9 @@ from sae_nfm.attribution.graph import graph_layout, interaction_graph
 from sae_nfm.attribution.pair_effects import PromptRun, RankBy, attribute_token, run_prompt
 from sae_nfm.attribution.pair_table import CAPACITY, Corpus, first_reads, pair_controls, pair_sums, top_contexts
 from sae_nfm.attribution.results import DRAWN, Attribution, CorpusAttribution, TokenAttribution
-from sae_nfm.common import check_positive, provenance
+from sae_nfm.common import check_numbers, check_positive, check_writable, provenance
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
-from sae_nfm.data import held_out_corpus
+from sae_nfm.data import held_out_corpus, told_of_text
 from sae_nfm.loading import load_sae
 from sae_nfm.models import LanguageModel, check_context, check_device, device_of, model_of, token_text
 
@@ -66,6 +67,7 @@ class AttributeConfig(SavedSAEOptions, HeldOutOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is loaded."""
         check_positive(self, "top", "n_tokens", "batch_rows", "capacity", "control_tokens", "graph_pairs")
+        check_numbers(self)
         if self.n_permutations < 0:
             raise ValueError(f"n_permutations is {self.n_permutations}; give 0 or more")
         if (self.prompt is None) != self.corpus:
@@ -85,6 +87,8 @@ def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribu
         ValueError, FileNotFoundError: for an SAE, model, token or data set that does not work; nothing is written.
     """
     check_device(config.device)
+    check_writable(config.save)
+    check_writable(config.graph)
     sae = load_sae(config.sae, device=config.device).eval()
     attributable(sae)
     model, _ = model_of(sae, config.device, model_name=config.model)
@@ -95,7 +99,10 @@ def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribu
         tokens=() if config.corpus else _prompt(model, sae, tokens[0], config),
         corpus=_corpus(model, sae, tokens, config) if config.corpus else None,
         provenance=provenance(
-            config, command=command, tokens_sha256=hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
+            config,
+            command=command,
+            tokens_sha256=hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
+            text=told_of_text(model, tokens, metadata=sae.cfg.metadata, folder=config.sae, source=config.held_out),
         ),
     )
     if config.graph is not None and found.corpus is not None:
@@ -103,6 +110,37 @@ def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribu
     if config.save is not None:
         found.save(config.save)
     return found
+
+
+def attribution_table(
+    sae: SAE[Any],
+    model: LanguageModel,
+    text: str,
+    *,
+    token: str | Sequence[str] = "-1",
+    logit: str | None = None,
+    against: str | None = None,
+    rank_by: RankBy = "norm",
+    top: int = 8,
+) -> pd.DataFrame:
+    """What `sae-nfm attribute` prints of a text, as a data frame: a row for each term of each token. Also `sae_nfm.attribute`.
+
+    Columns:
+        position, token, target: which token, and what effects are on
+        kind, term: "path" (all pairs, biases), "pair" or "feature" (of the linear path), and which
+        norm, direct, gradient, frozen, free, flipped: as in the table; frozen, free and flipped of pairs only
+        promotes, suppresses: tokens, strongest first
+
+    Args:
+        token: positions (BOS is 0, the last one -1) or texts, or "all". The others are the command's options.
+
+    Raises a ValueError as the command.
+    """
+    attributable(sae)
+    tokens = (token,) if isinstance(token, str) else tuple(token)
+    config = AttributeConfig(prompt=text, token=tokens, logit=logit, against=against, rank_by=rank_by, top=top)
+    found = _prompt(model, sae, _prompt_tokens(model, text)[0], config)
+    return pd.DataFrame([row for one in found for row in one.rows()])
 
 
 def _prompt(
@@ -166,7 +204,7 @@ def _positions(model: LanguageModel, run: PromptRun, wanted: Sequence[str]) -> l
 
 def _single(model: LanguageModel, text: str) -> int:
     """The id of a text that is one token."""
-    ids = _tokenizer(model).encode(text, add_special_tokens=False)
+    ids = _tokenizer(model).encode(_decoded(text), add_special_tokens=False)
     if len(ids) != 1:
         parts = ", ".join(repr(token_text(model, one)) for one in ids)
         raise ValueError(f"{text!r} is {len(ids)} tokens ({parts}); give a text that is one, mind the space before it")
@@ -176,12 +214,17 @@ def _single(model: LanguageModel, text: str) -> int:
 def _prompt_tokens(model: LanguageModel, prompt: str) -> torch.Tensor:
     """[1, pos], with BOS where the tokenizer has one."""
     tokenizer = _tokenizer(model)
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    ids = tokenizer.encode(_decoded(prompt), add_special_tokens=False)
     if not ids:
         raise ValueError("the prompt is empty; give a text")
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     check_context(model, len(bos) + len(ids))
     return torch.tensor([bos + ids], device=device_of(model))
+
+
+def _decoded(typed: str) -> str:
+    """Text of a command line, which Python cannot read where the locale is ASCII, as UTF-8."""
+    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _corpus_tokens(model: LanguageModel, sae: SAE[Any], config: AttributeConfig) -> torch.Tensor:

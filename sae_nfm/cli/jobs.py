@@ -7,9 +7,10 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_nfm.analysis import norms_of_saes
-from sae_nfm.common.file_errors import FORBIDDEN
-from sae_nfm.common.results import RESULTS_FILENAME
-from sae_nfm.comparison import DemoConfig, Prepared, compare_once
+from sae_nfm.common import check_output
+from sae_nfm.common.file_errors import FORBIDDEN, check_writable
+from sae_nfm.common.results import REPORT_FILENAME, RESULTS_FILENAME, text_of
+from sae_nfm.comparison import DemoConfig, Prepared, compare_once, publishing_demo
 from sae_nfm.comparison.results import ArmName, CompareResult
 from sae_nfm.explorer import FILENAME, explore
 from sae_nfm.report.command import ReportConfig, WrittenReport, write_run_report
@@ -27,6 +28,7 @@ def write_report(cfg: ReportConfig) -> WrittenReport:
         FileNotFoundError, ValueError: as of `write_run_report`.
     """
     folder = Path(cfg.run)
+    check_writable(cfg.save)
     saes = [path.parent for path in sorted(folder.rglob(SAE_CFG_FILENAME)) if is_saved_sae(path.parent, folder)]
     damaged: dict[Path, str] = {}
     found = norms_of_saes(saes, folder, damaged=damaged)
@@ -61,12 +63,21 @@ def run_demo(cfg: DemoConfig, *, command: str | None = None) -> Demo:
     Raises:
         ValueError, FileNotFoundError: as `Prepared.of`; nothing is written then.
     """
+    check_output(cfg.output)
     prepared, output = Prepared.of(cfg.comparison()), Path(cfg.output)
-    found = compare_once(cfg, command=command, prepared=prepared)
     rows = prepared.held_out
     n_rows = max(1, min(EXPLORED_TOKENS, cfg.held_out_tokens) // rows.tokens.shape[1])
-    sae = SAE.load_from_disk(output / "saes" / ArmName.JOINT, device=cfg.device).eval()
-    explored = explore(prepared.model, sae, rows.tokens[:n_rows], rows.documents[:n_rows], name=str(ArmName.JOINT))
-    explored.save(output / FILENAME)
-    report = write_report(ReportConfig(run=cfg.output)).path
-    return Demo(comparison=found, results=output / RESULTS_FILENAME, report=report)
+    with publishing_demo(prepared, command) as made:
+        found = compare_once(cfg, command=command, prepared=prepared, folder=made.folder)
+        sae = SAE.load_from_disk(made.folder / "saes" / ArmName.JOINT, device=cfg.device).eval()
+        explored = explore(
+            prepared.model,
+            sae,
+            rows.tokens[:n_rows],
+            rows.documents[:n_rows],
+            name=str(ArmName.JOINT),
+            text=text_of(found.provenance),
+        )
+        explored.save(made.folder / FILENAME)
+        write_report(ReportConfig(run=str(made.folder)))
+    return Demo(comparison=found, results=output / RESULTS_FILENAME, report=output / REPORT_FILENAME)

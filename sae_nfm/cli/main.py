@@ -4,6 +4,7 @@ Also the job of `sae-nfm completion`, which needs the options of all commands: a
 """
 
 import io
+import json
 import os
 import shlex
 import sys
@@ -18,11 +19,20 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
-from pydantic_core import to_json
+from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
 from sae_lens.training._interruption import InterruptedException
 from typing_extensions import override
 
-from sae_nfm.common.file_errors import FULL, FileError, about_writing, cause_of, printable, quoted, unwritable
+from sae_nfm.common.file_errors import (
+    FULL,
+    FileError,
+    about_writing,
+    cause_of,
+    check_writable,
+    printable,
+    quoted,
+    unwritable,
+)
 from sae_nfm.common.results import SavedResult, with_kind
 from sae_nfm_cli.commands import COMMANDS, Result
 
@@ -83,6 +93,8 @@ def run(name: str, argv: Sequence[str]) -> int:
         if "-h" in given or "--help" in given:
             return _printed(parser.help().rstrip("\n"))
         config = parser.parse(argv)
+        for place in _places(config):  # before anything is loaded or computed
+            check_writable(place, folder=not place.is_file())
         # what libraries print while it works is not the result
         with redirect_stdout(sys.stderr if "--json" in given else Lenient(sys.stdout)):
             result = COMMANDS[name].result(config, shlex.join(["sae-nfm", name, *argv]))
@@ -121,7 +133,7 @@ def _printed(text: str, places: Iterable[Path] = ()) -> int:
 
 
 def _places(settings: Any) -> list[Path]:
-    """Where a command writes, by its configuration or its result."""
+    """Where a command writes, by its configuration, or where its result is."""
     own = [getattr(settings, name, None) for name in OUTPUTS]
     run = getattr(settings, "cfg", None)  # of `train`
     return [Path(value) for value in (*own, getattr(run, "output_path", None)) if isinstance(value, str | Path)]
@@ -133,6 +145,8 @@ def _in_one_line(error: Exception, places: Sequence[Path] = ()) -> tuple[str, in
     status = getattr(error, "exit_status", None)
     if status is not None and said:
         return said, status
+    if isinstance(error, FileError) and places and ".partial" in error.path:
+        return str(unwritable(places[0], error)), MISTAKE
     if isinstance(error, FileError) or (isinstance(error, ValueError | FileNotFoundError) and said):
         return _with_path(error, said), MISTAKE
     if about_writing(error):
@@ -155,7 +169,10 @@ def _with_path(error: Exception, said: str) -> str:
 def as_json(result: Result) -> str:
     """A result as its `save` writes it: its fields; null for what is no number, paths as text."""
     content = with_kind(result.kind, result.content()) if isinstance(result, SavedResult) else result
-    return to_json(content, indent=1, inf_nan_mode="null", fallback=_plain).decode()
+    try:
+        return to_json(content, indent=1, inf_nan_mode="null", fallback=_plain).decode()
+    except PydanticSerializationError:  # a path or text of bytes that are not UTF-8
+        return json.dumps(to_jsonable_python(content, inf_nan_mode="null", fallback=_plain), indent=1)
 
 
 def _plain(value: Any) -> Any:

@@ -61,6 +61,7 @@ TOLD = {
     "seed": "Seed of initialisation and data order, on the CPU and the GPU. (SAELens has the flag and reads it nowhere.)",
     "d_in": "Width of the hook point. It is measured; give it only as a check.",
     "d_sae": "Number of features.",
+    "dtype": "Data type of the activations on their way to the SAE; it is not that of the SAE, which --sae.dtype sets.",
     "sae.dtype": "Data type of the SAE's parameters.",
     "sae.device": "Device the SAE is made on; it is moved to --device.",
     "apply_b_dec_to_input": "Whether b_dec is subtracted before encoding.",
@@ -73,8 +74,9 @@ TOLD = {
     "name; a folder of other things is refused.",
     "checkpoint_path": "Checkpoints go to a folder of the run's own in here, one folder each, named by the tokens trained on. "
     "None: no checkpoints, not even on SIGTERM or Ctrl-C.",
-    "resume_from_checkpoint": "A checkpoint, or a folder of checkpoints, of which the newest is taken. With the flags of the "
-    "interrupted run the result is the same, bit for bit on a CPU.",
+    "resume_from_checkpoint": "A checkpoint, or a folder of checkpoints, of which the newest of a run with these flags is taken. "
+    "The result is that of an uninterrupted run, bit for bit on a CPU. Other flags than the run's are refused, but for outputs, "
+    "logging, evaluation and devices, and more training_tokens at a constant rate without decay.",
     "seqpos_slice": "Positions of each row that are trained on, as start, end and step; `1 None` leaves out position 0.",
     "exclude_special_tokens": "true: leave BOS, EOS and padding out. A JSON list such as [0,50256]: these token ids.",
     "n_eval_batches": "Batches of an evaluation while training, held out or (with wandb) SAELens's on the training text.",
@@ -98,8 +100,8 @@ The defaults below are those for {architecture} on {model}. Others: `sae-nfm tra
 on another model than the embedded one they are SAELens's, but for wandb, which is off, a buffer that holds a batch, and rows no
 longer than the model reads. SAELens's default trains on special tokens too; the embedded model's leaves them out."""
 EPILOG = """\
-Ctrl-C or SIGTERM saves a checkpoint and prints the command that goes on from it. Exit status: 0 done, 2 a mistake in the
-command (nothing is written), 130 interrupted."""
+Ctrl-C or SIGTERM saves a checkpoint and prints the command that goes on from it. Exit status: 0 done, 1 the training
+diverged or its data were lost (it says what to do), 2 a mistake in the command (nothing is written), 130 interrupted."""
 
 
 def make_parser(argv: Sequence[str] = (), *, examples: Sequence[tuple[str, str]] = ()) -> CommandParser:

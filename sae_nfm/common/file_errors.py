@@ -7,6 +7,7 @@ with writing(path):
 """
 
 import errno
+import json
 import os
 import re
 import tempfile
@@ -64,6 +65,11 @@ def quoted(path: object) -> str:
     return printable(repr(str(path)))
 
 
+def python_string(text: object) -> str:
+    """The text as a string of Python code, in double quotes, on one line, whatever is in it."""
+    return printable(json.dumps(str(text), ensure_ascii=False))
+
+
 def cause_of(error: BaseException) -> str:
     """What an error says, in one line of at most 200 characters."""
     if isinstance(error, OSError) and error.strerror:
@@ -81,7 +87,8 @@ def reading(path: str | os.PathLike[str], what: str = "", *, remedy: str = RESTO
     Raises:
         FileNotFoundError: there is no such file.
         FileError: the system does not let it be read.
-        DamagedFileError: it is not `what` it should be (damaged, unless given), whatever its decoder raised.
+        DamagedFileError: it is not `what` it should be (damaged, unless given), whatever its decoder raised; a ValueError that
+            names the file stays as it is.
     """
     try:
         yield
@@ -92,6 +99,8 @@ def reading(path: str | os.PathLike[str], what: str = "", *, remedy: str = RESTO
             raise
         raise FileNotFoundError(f"there is no file {quoted(error.filename or path)}; {remedy}") from None
     except Exception as error:  # of a dozen decoders, each with errors of its own
+        if type(error) is ValueError and str(path) in str(error):  # a sentence already, and of no decoder
+            raise
         if isinstance(error, OSError) and error.errno is not None:
             raise FileError(f"{quoted(path)} cannot be read: {cause_of(error)}", error.errno, str(path)) from error
         state = f"not {what}" if what else "damaged"
@@ -110,7 +119,7 @@ def writing(path: str | os.PathLike[str]) -> Generator[None]:
         if not error.path or error.path == str(path):
             raise
         raise unwritable(path, error) from error
-    except Exception as error:
+    except Exception as error:  # libraries that write say it in ways of their own; others are raised again
         if not about_writing(error):
             raise
         raise unwritable(path, error) from error

@@ -67,8 +67,8 @@ def check_positive(settings: Any, *names: str) -> None:
             raise ValueError(f"{name} must be > 0, got {value}")
 
 
-WHOLE, REAL = "(0, 1e9]", "(0, inf)"
-"""Ranges of whole and of other numbers that `RANGES` does not name."""
+WHOLE, REAL, ANY = "(0, 1e9]", "(0, inf)", "(-inf, inf)"
+"""Ranges of whole and of other numbers that `RANGES` does not name; and what is finite."""
 FROM_0, SHARE, SEED = "[0, inf)", "[0, 1]", f"[0, {2**31 - 1}]"
 RANGES = {
     **dict.fromkeys(("training_tokens", "sweep_tokens", "held_out_tokens", "n_tokens"), REAL),
@@ -83,12 +83,15 @@ RANGES = {
         ("lr_warm_up_steps", "lr_decay_steps", "l1_warm_up_steps", "l0_warm_up_steps", "warm_up"), "[0, 1e9]"
     ),
     **dict.fromkeys(("n_checkpoints", "dead_feature_window", "hook_head_index", "prefetch_llm_batches"), "[0, 1e9]"),
-    **dict.fromkeys(("evaluate_every", "before", "after", "control_tokens", "quantile_contexts"), "[0, 1e9]"),
+    **dict.fromkeys(("n_permutations", "sentences"), "[0, 1e9]"),
+    **dict.fromkeys(
+        ("evaluate_every", "n_eval_batches", "before", "after", "control_tokens", "quantile_contexts"), "[0, 1e9]"
+    ),
     **dict.fromkeys(("pairs", "partners", "pair_contexts", "pair_logits", "contexts", "logits"), "[0, 1e9]"),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "nfm_dropout"), "[0, 1)"),
     **dict.fromkeys(("activations_mixing_fraction", "topk_threshold_lr"), SHARE),
     **dict.fromkeys(("seed", "seeds", "sweep_seed"), SEED),
-    **dict.fromkeys(("clamps", "absolute"), "(-inf, inf)"),
+    **dict.fromkeys(("clamps", "absolute"), ANY),
     **dict.fromkeys(("exclude_special_tokens", "sequence_separator_token"), "[0, 1e9]"),
     "seqpos_slice": "(-1e9, 1e9)",
     "nfm_top_fraction": "(0, 1]",
@@ -96,27 +99,38 @@ RANGES = {
 """The numbers that settings may be, by name, in every command and config."""
 
 
-def check_numbers(settings: Any, *, but: Iterable[str] = ()) -> None:
-    """Raise a ValueError for the first number out of its range among the fields of a dataclass, but for those named in `but`."""
+def check_numbers(settings: Any) -> None:
+    """Raise a ValueError for the first number out of its range among the fields of a dataclass; a field's default passes."""
+    ours = type(settings).__module__.startswith(("sae_nfm.", "sae_lens."))
     for field in fields(settings):
-        if field.name not in but:
-            check_number(field.name, getattr(settings, field.name))
+        if getattr(settings, field.name) != field.default:
+            check_number(field.name, getattr(settings, field.name), known=ours)
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise a ValueError where a number, or one of several, is not in the range of that name; anything else passes."""
+def check_number(name: str, value: Any, *, known: bool = True) -> None:
+    """Raise a ValueError where a number, or one of several, is not in the range of that name; anything else passes.
+
+    Unless `known`, as a field of another package's, a number that `RANGES` does not name may be any that is finite.
+    """
     for one in value if isinstance(value, (list, tuple)) else (value,):
         if isinstance(one, bool) or not isinstance(one, (int, float)):
             continue
         left, low, high, right = re.fullmatch(
-            r"([\[(])(.*), (.*)([\])])", RANGES.get(name, WHOLE if isinstance(one, int) else REAL)
+            r"([\[(])(.*), (.*)([\])])", RANGES.get(name, ANY if not known else WHOLE if isinstance(one, int) else REAL)
         ).groups()  # pyright: ignore[reportOptionalMemberAccess]
         if not isfinite(one):
             raise ValueError(f"{name} must be a finite number, got {one}")
-        if not (one > float(low) or (left == "[" and one == float(low))):
-            raise ValueError(f"{name} must be {'>=' if left == '[' else '>'} {low}, got {one}")
-        if not (one < float(high) or (right == "]" and one == float(high))):
-            raise ValueError(f"{name} must be {'<=' if right == ']' else '<'} {float(high):,.10g}, got {one}")
+        too_low = not (one > float(low) or (left == "[" and one == float(low)))
+        too_high = not (one < float(high) or (right == "]" and one == float(high)))
+        allowed = (
+            f"{'>=' if left == '[' else '>'} {low}"
+            if too_low
+            else f"{'<=' if right == ']' else '<'} {float(high):,.10g}"
+        )
+        if 0 < float(high) <= 1:
+            allowed = f"in {left}{low}, {high}{right}"
+        if too_low or too_high:
+            raise ValueError(f"{name} must be {allowed}, got {one}")
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

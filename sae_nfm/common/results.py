@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from sae_nfm.common.files import write_json
+from sae_nfm.common.files import checked, write_json
 
 KIND = "kind"
 RESULTS_FILENAME, REPORT_FILENAME = "results.json", "report.html"
@@ -57,8 +57,9 @@ class SavedResult:
             FileNotFoundError: when there is no such file.
             ValueError: when the file is of another kind, or damaged.
         """
+        checked(path)
         try:
-            return as_result(cls, json.loads(Path(path).read_text()))
+            return as_result(cls, json.loads(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:  # JSON's and pydantic's are of this kind
             raise ValueError(
                 f"{path} is not a valid result of `{cls.command()}` ({error}); rerun the command to regenerate it"
@@ -147,6 +148,20 @@ def remark(text: str) -> None:
     print(f"sae-nfm: {text}", file=sys.stderr)
 
 
+HELD_OUT = "held-out tokens"
+
+
+def text_of(provenance: Mapping[str, Any]) -> str:
+    """What a result says of its text: whether the SAE was trained on it (`data.told_of_text`); older files do not say."""
+    return str(provenance.get("text", HELD_OUT))
+
+
+def not_held_out(provenance: Mapping[str, Any]) -> list[str]:
+    """A sentence where the text of a result is not held out, or that cannot be told."""
+    text = text_of(provenance)
+    return [] if text.startswith(HELD_OUT) else [f"The text is not known to be held out: {text}."]
+
+
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """A table for the terminal: header, ruler, rows; the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -164,3 +179,33 @@ def listed(values: dict[str, float], width: int) -> list[str]:
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def short_repr(self: Any) -> str:
+    """A result in one line: numbers and short texts as they are, of a tensor or an array its type and shape."""
+    names = getattr(self, "_fields", None) or [one.name for one in fields(self) if one.repr]
+    return f"{type(self).__name__}({', '.join(f'{name}={_short(getattr(self, name))}' for name in names)})"
+
+
+def _short(value: Any) -> str:
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return (
+            f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+            if len(value.shape)
+            else f"{value.item():.6g}"
+        )
+    if isinstance(value, Mapping):
+        items = cast(Mapping[Any, Any], value).items()
+        return "{" + ", ".join(f"{key!r}: {_short(one)}" for key, one in items) + "}"
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        items = list(cast(Any, value))
+        more = f", ... {len(items)} in all" if len(items) > 4 else "," * (len(items) == 1)
+        return f"({', '.join(map(_short, items[:4]))}{more})"
+    text = repr(value)
+    return text if len(text) <= 200 and "\n" not in text else f"<{type(value).__name__}>"
+
+
+class ShortRepr:
+    """What a result is printed as: `short_repr`."""
+
+    __repr__ = short_repr

@@ -8,6 +8,7 @@ from .config import DemoConfig as DemoConfig
 from .config import SizeOptions as SizeOptions
 from .run import Prepared as Prepared
 from .run import compare_once as compare_once
+from .run import publishing_demo as publishing_demo
 from .run import run_compare as run_compare
 from .table import ablations as ablations
 from .table import in_canonical_gauge as in_canonical_gauge

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sae_nfm.common import check_positive
+from sae_nfm.common import check_number, check_numbers, check_positive
 from sae_nfm.common.options import ModelOptions, TextOptions
 from sae_nfm.comparison.results import ArmName
 
@@ -37,7 +37,8 @@ class SizeOptions(TextOptions, ModelOptions):
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot work."""
-        check_positive(self, "d_sae", "nfm_dim", "training_tokens", "held_out_tokens", "batch_size")
+        for name in ("d_sae", "nfm_dim", "training_tokens", "held_out_tokens", "batch_size"):
+            check_number(name, getattr(self, name))
         if self.context_size < 2:
             raise ValueError(f"context_size must be at least 2, got {self.context_size}: position 0 is left out")
         require_a_batch(self, "training_tokens")
@@ -104,6 +105,7 @@ class CompareConfig(SizeOptions):
                 f"without shuffle all seeds would have one order of the data; give one, got {list(self.seeds)}"
             )
         refuse_unknown_arms(self.chosen_arms)
+        check_numbers(self)
 
     @property
     def chosen_arms(self) -> tuple[str, ...]:
@@ -137,6 +139,7 @@ class DemoConfig(SizeOptions):
         """Refuse what cannot work."""
         super().__post_init__()
         check_positive(self, "k")
+        check_numbers(self)
         self.comparison()  # refuses the others
 
     def comparison(self) -> CompareConfig:

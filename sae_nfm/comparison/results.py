@@ -18,7 +18,7 @@ import pandas as pd
 from typing_extensions import override
 
 from sae_nfm.common import aligned, whole
-from sae_nfm.common.results import SavedResult
+from sae_nfm.common.results import SavedResult, not_held_out
 from sae_nfm.stats import Verdict, corrected_verdicts, paired_t, verdict_from_rows
 
 
@@ -387,11 +387,13 @@ class CompareResult(SavedResult):
             at_edge = sorted({row.family for row in self.rows if row.learning_rate in (min(rates), max(rates))})
             told.append(f"Learning rates by a sweep of {', '.join(f'{rate:g}' for rate in rates)} for every arm.")
             told += [f"At an edge of the sweep, so perhaps not at their best: {', '.join(at_edge)}."] if at_edge else []
+            failed = sorted({f"{row.arm} at {row.learning_rate:g}" for row in self.sweep if not isfinite(row.fvu)})
+            told += [f"Diverged in the sweep, and scored with an infinite FVU: {', '.join(failed)}."] if failed else []
         else:
             told.append(f"One learning rate ({rates[0]:g}) for all SAEs; none was tuned by itself.")
         if config["dataset"] is None:
             told.append("The tokens were sampled from the embedded model itself: no evidence about real text.")
-        return [*told, *([PUBLISHED] if self.changes else [])]
+        return [*told, *not_held_out(self.provenance), *([PUBLISHED] if self.changes else [])]
 
 
 def _changes_in_words(found: Sequence[Change]) -> list[str]:

@@ -7,11 +7,12 @@
     then:            table over seeds, verdicts over seeds and documents
 
 The learning rate of an arm: it is trained at every candidate, for fewer tokens, on a seed that is not among the compared, and
-takes the rate with the lowest FVU on text that nothing is reported on. Where a coefficient sets the L0, FVUs are comparable at
-one L0 only: they are interpolated at k.
+takes the rate with the lowest FVU on text that nothing is reported on; one at which its training diverges has FVU inf. Where a
+coefficient sets the L0, FVUs are comparable at one L0 only: they are interpolated at k.
 
-Every step leaves finished files and is not done again: an interrupted comparison goes on, one with more arms, seeds or values of
-k trains what is new. In the output folder:
+Every step leaves finished files and is not done again: an interrupted comparison goes on from `<output>.partial`, and a finished
+one with more arms, seeds or values of k trains what is new in its place, marked as unfinished until the table is of all. In the
+output folder:
 
     compare.json                the configuration, which must stay the same
     k<k>/sweep.json             every SAE of the sweep
@@ -28,6 +29,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
@@ -36,25 +38,49 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from sae_lens import SAE, HookedSAETransformer
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_nfm import demo
-from sae_nfm.common import provenance, whole, write_json
+from sae_nfm.common import (
+    check_extension,
+    check_output,
+    provenance,
+    publishing,
+    read_json,
+    seal,
+    whole,
+    write_json,
+    write_parquet,
+)
+from sae_nfm.common.files import sha256_of_file
+from sae_nfm.common.outputs import Publication
 from sae_nfm.common.results import RESULTS_FILENAME, with_kind, without_kind
 from sae_nfm.comparison.arms import ArmSizes, interpolation_weights, training_arms
 from sae_nfm.comparison.config import CompareConfig, DemoConfig
 from sae_nfm.comparison.results import CompareResult, SweepRow, answers, changes, renamed
 from sae_nfm.comparison.table import evaluated, evaluated_once, tidy
-from sae_nfm.data import TokenRows, check_data, datasets, held_out_rows
+from sae_nfm.data import TokenRows, check_data, datasets, held_out_rows, told_of_text
 from sae_nfm.evaluation import Arm, evaluate
 from sae_nfm.models import Site, find_site, load_model
-from sae_nfm.training import StreamConfig, TrainingArm, read_training_record, record_line, train_arms
+from sae_nfm.training import (
+    DivergedError,
+    StreamConfig,
+    TrainingArm,
+    read_training_record,
+    record_line,
+    refuse_several_processes,
+    train_arms,
+)
 
 ADDED_LATER = ("arms", "k", "seeds", "standard_l1", "gated_l1", "jumprelu_l0", "n_checkpoints", "output")
 """What may change in a comparison that has been begun: there can be more of it."""
 SETTINGS_KIND, SWEEP_KIND = "compare-settings/1", "sweep/1"
 RECORD_FILENAME = "training.jsonl"
+PARTS = ("compare.json", "documents.parquet", "rows.csv", "k*")
+"""What lies in the output folder beside the results."""
 COUNTED_STEPS = 50
 """Last steps of a demo's training, at least, over which it is counted how often each feature is active."""
 
@@ -77,6 +103,7 @@ class Prepared:
         Raises:
             ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work.
         """
+        refuse_several_processes()
         model = load_model(cfg.model, cfg.device)
         site = find_site(model, cfg.hook)
         seed = 0 if cfg.shuffle else cfg.seeds[0]
@@ -122,57 +149,94 @@ class Prepared:
         """The training data in the order of a seed."""
         return self.train.shuffle(seed=seed) if self.cfg.shuffle else self.train
 
-    def provenance(self, command: str | None) -> dict[str, Any]:
-        """What a result of this configuration has to say for itself."""
+    def settings(self, *left_out: str) -> dict[str, Any]:
+        """The configuration as JSON has it, and the held-out tokens, by which a run is known to be the same."""
+        settings = {name: value for name, value in asdict(self.cfg).items() if name not in left_out}
+        return json.loads(json.dumps(settings | {"held-out tokens": _sha256(self.held_out.tokens)}))
+
+    def provenance(self, command: str | None, folder: Path, trained: Path) -> dict[str, Any]:
+        """What a result of this configuration has to say for itself; the folder has its SAEs, `trained` is one of them."""
+        metadata = SAEMetadata(dataset_path=self.cfg.dataset or demo.MODEL_NAME, context_size=self.cfg.context_size)
+        weights = sorted(folder.rglob(SAE_WEIGHTS_FILENAME))
         return provenance(
             json.loads(json.dumps(asdict(self.cfg) | {"arms": self.cfg.chosen_arms})),
             command=command,
+            saes={path.parent.relative_to(folder).as_posix(): sha256_of_file(path) for path in weights},
+            text=told_of_text(self.model, self.held_out.tokens, metadata=metadata, folder=trained),
             seeds=list(self.cfg.seeds),
             platform=f"{sys.platform} {platform.machine()}, {torch.get_num_threads()} threads",
             held_out_tokens_sha256=_sha256(self.held_out.tokens),
         )
 
 
-def compare_once(cfg: DemoConfig, *, command: str | None = None, prepared: Prepared | None = None) -> CompareResult:
+def compare_once(
+    cfg: DemoConfig, *, command: str | None = None, prepared: Prepared | None = None, folder: Path | None = None
+) -> CompareResult:
     """Train every SAE once, evaluate it with every combination of its paths, write everything to the output folder.
 
-    There are `saes/<arm>`, `training.jsonl` and `results.json` then; SAEs that were there before are replaced. What is trained
-    lies in `saes.partial` until all is there.
+    There are `saes/<arm>`, `training.jsonl` and `results.json` then; a run that was there before is kept beside it.
+
+    Args:
+        folder: where to write, for one who publishes it together with other files; nothing is published then.
 
     Raises:
-        ValueError, FileNotFoundError: as `Prepared.of`; nothing is written then.
+        ValueError, FileNotFoundError: as `Prepared.of`, or for an output that is something else; nothing is written then.
     """
+    if folder is None:
+        check_output(cfg.output)
     prepared = prepared or Prepared.of(cfg.comparison())
-    k, seed, output = cfg.k, cfg.seed, Path(cfg.output)
+    if folder is None:
+        with publishing_demo(prepared, command) as made:
+            return _compare_once(cfg, prepared, made.folder, command)
+    return _compare_once(cfg, prepared, folder, command)
+
+
+def publishing_demo(prepared: Prepared, command: str | None) -> AbstractContextManager[Publication]:
+    """The output of a demo: what an interrupted one left is kept where it had the same settings and data."""
+    settings = prepared.settings("output") | {"data": getattr(prepared.train, "_fingerprint", None)}
+    return publishing(prepared.cfg.output, "demo", command=command, settings=settings)
+
+
+def _compare_once(cfg: DemoConfig, prepared: Prepared, folder: Path, command: str | None) -> CompareResult:
+    k, seed, saes = cfg.k, cfg.seed, folder / "saes"
     arms = prepared.arms(k, cfg.training_tokens)
-    saes, unfinished = output / "saes", output / "saes.partial"
-    for folder in output.glob("saes.partial*"):
-        shutil.rmtree(folder)
     stream = replace(prepared.stream(seed, cfg.training_tokens), fewest_steps_counted=COUNTED_STEPS)
-    train_arms(stream, arms, dict.fromkeys(arms, cfg.lr), prepared.model, prepared.data(seed), unfinished)
-    records = {name: read_training_record(unfinished / name / RECORD_FILENAME) for name in arms}
-    lines = sorted((line for own in records.values() for line in own), key=lambda line: line["step"])
+    train_arms(stream, arms, dict.fromkeys(arms, cfg.lr), prepared.model, prepared.data(seed), saes)
+    if not (folder / RECORD_FILENAME).is_file():  # else an interrupted run came so far
+        lines = [line for name in arms for line in read_training_record(saes / name / RECORD_FILENAME)]
+        with whole(folder / RECORD_FILENAME) as partial:
+            partial.write_text("".join(map(record_line, sorted(lines, key=lambda line: line["step"]))))
     for name in arms:
-        (unfinished / name / RECORD_FILENAME).unlink()
-    with whole(output / RECORD_FILENAME) as partial:
-        partial.write_text("".join(map(record_line, lines)))
-    shutil.rmtree(saes, ignore_errors=True)
-    unfinished.rename(saes)
+        (saes / name / RECORD_FILENAME).unlink(missing_ok=True)
+        seal(saes / name)
     rows = evaluated_once(prepared.model, prepared.held_out, arms, saes, k=k, seed=seed, device=cfg.device)
-    result = CompareResult(rows=tuple(rows), changes=changes(rows), provenance=prepared.provenance(command))
-    result.save(output / RESULTS_FILENAME)
+    origin = prepared.provenance(command, folder, saes / next(iter(arms)))
+    result = CompareResult(rows=tuple(rows), changes=changes(rows), provenance=origin)
+    result.save(folder / RESULTS_FILENAME)
     return result
 
 
-def run_compare(cfg: CompareConfig, *, command: str | None = None) -> CompareResult:
+def run_compare(cfg: CompareConfig, *, command: str | None = None, folder: Path | None = None) -> CompareResult:
     """Sweep, train, evaluate and judge; writes everything to `cfg.output`, and takes from there what is done.
+
+    Args:
+        folder: where to write, for one who publishes it together with other files.
 
     Raises:
         ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work, and for an output folder of
             another configuration; nothing is written then.
     """
+    if folder is None:
+        check_extension(cfg.output, "compare", PARTS)
     prepared = Prepared.of(cfg)
-    cfg, output = prepared.cfg, Path(cfg.output)
+    if folder is None:
+        with publishing(cfg.output, "compare", command=command, extend=PARTS) as made:
+            return _run_compare(prepared, made.folder, command)
+    return _run_compare(prepared, folder, command)
+
+
+def _run_compare(prepared: Prepared, output: Path, command: str | None) -> CompareResult:
+    cfg = prepared.cfg
     all_arms = {k: prepared.arms(k, cfg.training_tokens) for k in cfg.k}
     _claim_folder(output, prepared)
     swept: list[SweepRow] = []
@@ -185,15 +249,20 @@ def run_compare(cfg: CompareConfig, *, command: str | None = None) -> CompareRes
             progress.update(rounds * len(arms))
             for seed in cfg.seeds:
                 folder, stream = output / f"k{k}" / f"seed-{seed}", prepared.stream(seed, cfg.training_tokens)
-                train_arms(stream, arms, rates, prepared.model, prepared.data(seed), folder)
+                try:
+                    train_arms(stream, arms, rates, prepared.model, prepared.data(seed), folder)
+                except DivergedError as error:
+                    remedy = "leave it out with --arms, or give lower --learning-rates and another output folder"
+                    raise DivergedError(f"{error}. In {folder}: {remedy}") from None
                 evaluated(prepared.model, prepared.held_out, tuple(arms), folder, cfg.device)
                 progress.update(len(arms))
     rows, documents = tidy(output, all_arms, cfg.seeds)
     found, missing = answers(documents, cfg.k, len(cfg.seeds))
     parts: Any = {"rows": rows, "sweep": swept, "answers": found, "missing": missing}
-    result = CompareResult(**{k: tuple(v) for k, v in parts.items()}, provenance=prepared.provenance(command))
-    with whole(output / "documents.parquet") as partial:
-        documents.to_parquet(partial, index=False)
+    trained = output / f"k{cfg.k[0]}" / f"seed-{cfg.seeds[0]}" / next(iter(all_arms[cfg.k[0]]))
+    origin = prepared.provenance(command, output, trained)
+    result = CompareResult(**{k: tuple(v) for k, v in parts.items()}, provenance=origin)
+    write_parquet(documents, output / "documents.parquet")
     result.save_rows(output / "rows.csv")
     result.save(output / RESULTS_FILENAME)
     return result
@@ -215,22 +284,45 @@ def sweep(
     for rate in candidates:
         done = {row.arm for row in rows if row.learning_rate == rate}
         left = {name: arm for name, arm in arms.items() if name not in done}
-        if not left:
-            continue
         trained = folder / f"sweep {rate:g}"
-        train_arms(stream, left, dict.fromkeys(left, rate), model, dataset, trained)
-        saes = [Arm(name=name, sae=SAE.load_from_disk(trained / name, device=stream.device).eval()) for name in left]
-        for name, fidelity in evaluate(model, held_out, saes).items():
-            family, l0, fvu = arms[name].family, fidelity.l0, fidelity.fvu
-            rows.append(SweepRow(k=k, arm=name, family=family, learning_rate=rate, l0=l0, fvu=fvu))
+        if not left:
+            shutil.rmtree(trained, ignore_errors=True)  # where a process was killed just before it did so
+            continue
+        diverged: Mapping[str, str] = {}
+        try:
+            train_arms(stream, left, dict.fromkeys(left, rate), model, dataset, trained)
+        except DivergedError as error:
+            diverged = error.saes
+            if not diverged:
+                raise
+        measured = _measured(model, held_out, trained, [name for name in left if name not in diverged], stream.device)
+        for name in left:
+            l0, fvu = measured.get(name, (0.0, inf))
+            rows.append(SweepRow(k=k, arm=name, family=arms[name].family, learning_rate=rate, l0=l0, fvu=fvu))
         write_json(path, with_kind(SWEEP_KIND, {"rows": [asdict(row) for row in rows]}))
-        shutil.rmtree(trained)
+        if trained.exists():  # else all diverged
+            shutil.rmtree(trained)
     return [row for row in rows if row.arm in arms]
+
+
+def _measured(
+    model: HookedSAETransformer, held_out: Int[Tensor, "rows pos"], folder: Path, names: Sequence[str], device: str
+) -> dict[str, tuple[float, float]]:
+    """L0 and FVU by name. Left out is an SAE that is finite, and what it writes, or the model makes of that, is not."""
+    saes = [Arm(name=name, sae=SAE.load_from_disk(folder / name, device=device).eval()) for name in names]
+    try:
+        found = evaluate(model, held_out, saes)
+    except (FloatingPointError, ValueError) as error:
+        if "not finite" not in str(error):
+            raise
+        others = [name for name in names if len(names) > 1]
+        return {one: row for name in others for one, row in _measured(model, held_out, folder, [name], device).items()}
+    return {name: (own.l0, own.fvu) for name, own in found.items() if isfinite(own.fvu) and isfinite(own.kl_nats)}
 
 
 def read_sweep(path: Path) -> list[SweepRow]:
     """The rows of a `sweep.json`."""
-    content = json.loads(path.read_text())
+    content = read_json(path)
     rows = content if isinstance(content, list) else without_kind(SWEEP_KIND, content)["rows"]  # a list in 0.1.0
     return [SweepRow(**row) for row in rows]
 
@@ -272,24 +364,19 @@ def _learning_rates(prepared: Prepared, k: int, folder: Path) -> tuple[dict[str,
 
 
 def _claim_folder(output: Path, prepared: Prepared) -> None:
-    """Write the configuration, or compare it with the one that is there; a ValueError where the folder holds other things."""
+    """Write the configuration, or compare it with the one that is there; a ValueError where it is another."""
     path = output / "compare.json"
-    wanted = {name: value for name, value in asdict(prepared.cfg).items() if name not in ADDED_LATER}
-    wanted = json.loads(json.dumps(wanted | {"held-out tokens": _sha256(prepared.held_out.tokens)}))
+    wanted = prepared.settings(*ADDED_LATER)
     if not path.exists():
-        if output.exists() and (not output.is_dir() or any(p.name != "compare.json.partial" for p in output.iterdir())):
-            raise ValueError(f"output is {str(output)!r}, which holds other things; give a new folder")
         write_json(path, with_kind(SETTINGS_KIND, wanted))
         return
     # folders of 0.1.0 have older names, and not what had one value only
-    found = {"nfm_top_fraction": 1.0, "shuffle": True} | renamed(
-        without_kind(SETTINGS_KIND, json.loads(path.read_text()))
-    )
+    found = {"nfm_top_fraction": 1.0, "shuffle": True} | renamed(without_kind(SETTINGS_KIND, read_json(path)))
     for name, value in wanted.items():
         if found.get(name) != value:
             raise ValueError(
-                f"{name} is {value!r}, and {found.get(name)!r} in the comparison begun in {str(output)!r}; give the same value, "
-                "or another output folder"
+                f"{name} is {value!r}, and {found.get(name)!r} in the comparison begun in {prepared.cfg.output!r}; give the "
+                "same value, or another output folder"
             )
 
 

@@ -12,7 +12,7 @@ from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import load_file
 
 from sae_nfm.analysis import gauge
-from sae_nfm.common import whole
+from sae_nfm.common import checked, read_parquet, write_parquet
 from sae_nfm.comparison.arms import interpolation_weights, training_flops
 from sae_nfm.comparison.results import ABLATED, ARM_GROUPS, ArmGroup, ArmName, CompareRow, Paths, RowKind
 from sae_nfm.data import TokenRows
@@ -93,8 +93,8 @@ def evaluated(model: LanguageModel, rows: TokenRows, arms: Sequence[str], folder
     saes = {name: parts_of(name, _load(folder / name, device), wanted[name]) for name in left}
     sums = held_out_sums(model, rows, {a.name: a.intervention for parts in saes.values() for a in parts.values()})
     for name, parts in saes.items():
-        with whole(folder / name / DOCUMENTS_FILENAME) as partial:
-            sums[sums["arm"].isin([arm.name for arm in parts.values()])].to_parquet(partial, index=False)
+        own = sums[sums["arm"].isin([arm.name for arm in parts.values()])]
+        write_parquet(own, folder / name / DOCUMENTS_FILENAME)
 
 
 def tidy(
@@ -113,7 +113,7 @@ def tidy(
 
 
 def _of_seed(folder: Path, k: int, seed: int, arms: Mapping[str, TrainingArm]) -> tuple[list[CompareRow], pd.DataFrame]:
-    sums = {name: pd.read_parquet(folder / name / DOCUMENTS_FILENAME) for name in arms}
+    sums = {name: read_parquet(folder / name / DOCUMENTS_FILENAME) for name in arms}
     trained = {name: Trained.load(folder / name) for name in arms}
     rows, tables = list[CompareRow](), list[pd.DataFrame]()
     for name, arm in arms.items():
@@ -181,4 +181,4 @@ def _row(
 
 def _dead_fraction(folder: Path) -> float:
     """Share of features that never were active since SAELens last began to count, half way through the training."""
-    return float((load_file(folder / SPARSITY_FILENAME)["sparsity"] < NEVER_ACTIVE).double().mean())
+    return float((load_file(checked(folder / SPARSITY_FILENAME))["sparsity"] < NEVER_ACTIVE).double().mean())

@@ -1,7 +1,7 @@
 from .adapter import load_adapter as load_adapter
 from .adapter import save_adapter as save_adapter
 from .adapter import write_adapter as write_adapter
-from .files import damage_explained as damage_explained
+from .files import FETCH_ANEW as FETCH_ANEW
 from .files import read_json as read_json
 from .run import ConvertConfig as ConvertConfig
 from .run import Converted as Converted

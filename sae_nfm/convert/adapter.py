@@ -22,8 +22,8 @@ from sae_nfm.architectures import (
     check_base,
     load_base,
 )
-from sae_nfm.common import check_output, partial_folder, publish
-from sae_nfm.loading import check_folder, sha256_of, write_note
+from sae_nfm.common import check_output, publishing
+from sae_nfm.loading import check_folder, refuse_not_finite, sha256_of, write_note
 
 
 def save_adapter(sae: SequentialNFM, path: str | Path, *, base: str | None = None) -> Path:
@@ -34,11 +34,9 @@ def save_adapter(sae: SequentialNFM, path: str | Path, *, base: str | None = Non
     Raises:
         ValueError: when the base has no such name, or what is found there has other weights; nothing is written.
     """
-    check_output(str(path))
-    partial = partial_folder(str(path))
-    partial.mkdir(parents=True, exist_ok=True)
-    write_adapter(sae, partial, base)
-    publish(str(path))
+    check_output(path, "path", only_sae=True)
+    with publishing(path, "adapter") as made:
+        write_adapter(sae, made.folder, base)
     return Path(path)
 
 
@@ -51,6 +49,7 @@ def write_adapter(sae: SequentialNFM, folder: Path, base: str | None = None) -> 
     sha256 = sha256_of(sae.base.state_dict())
     check_base(found.state_dict(), sha256, source)
     state_dict: dict[str, Any] = dict(sae.state_dict())
+    refuse_not_finite(state_dict, "the SAE to save")
     config = sae.cfg.to_dict()
     if isinstance(sae, SequentialNFMTrainingSAE):
         sae.process_state_dict_for_saving_inference(state_dict)

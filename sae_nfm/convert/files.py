@@ -7,8 +7,7 @@ containers alone and refuses the rest. What is read is then compared with what i
 import json
 import re
 import struct
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251 (its error, not its reader)
@@ -18,13 +17,16 @@ import torch
 from sae_lens import SAE, SAEConfig
 from sae_lens.constants import DTYPE_TO_STR
 from sae_lens.saes.sae import SAEMetadata
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sae_nfm.common import reading
+from sae_nfm.common.files import checked as undamaged
 from sae_nfm.loading import check_state_dict
 
 FETCH_ANEW = "fetch it anew"
+LARGEST_JSON = 256 * 2**20
+"""Bytes of a JSON file that is read; statistics of activations may be one."""
 DAMAGED = (
     *(UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
     *(OSError, OverflowError, struct.error),
@@ -42,10 +44,11 @@ def check_file(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; a ValueError or FileNotFoundError when it is something else, or not there."""
     check_file(path)
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:  # UnicodeDecodeError is one too
-        raise ValueError(f"{str(path)!r} is not JSON ({error}); {FETCH_ANEW}") from error
+    undamaged(path)
+    with reading(path, "JSON", remedy=FETCH_ANEW):
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds no JSON object; {FETCH_ANEW}")
     return cast(dict[str, Any], content)
@@ -54,17 +57,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; a ValueError or FileNotFoundError when it is damaged, or not there."""
     check_file(path)
-    with damage_explained(path):
+    undamaged(path)
+    with reading(path, remedy=FETCH_ANEW):
         return load_file(path)
-
-
-@contextmanager
-def damage_explained(path: Path) -> Generator[None]:
-    """Within it, what safetensors says of a damaged file is a ValueError that names the file."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}); {FETCH_ANEW}") from error
 
 
 def read_torch(path: Path) -> dict[str, Any]:

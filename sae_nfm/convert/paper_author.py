@@ -16,6 +16,7 @@ numbers: in float32, with means of 10 std, their error was 8 times as large (1.4
 Source: arXiv 2507.00269 and the training script published with it.
 """
 
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from sae_lens.util import str_to_dtype
 from torch import Tensor
 
 from sae_nfm.architectures import JointNFMSAE, JointNFMSAEConfig
+from sae_nfm.common import reading
 from sae_nfm.convert.files import (
     built,
     check_file,
@@ -40,6 +42,8 @@ from sae_nfm.convert.files import (
     two_sizes,
 )
 
+LARGEST_NPZ = 256 * 2**20
+"""Bytes of statistics of activations that are read."""
 WEIGHTS_FILENAME = "joint_sae_nfm_model.pt"
 K, NFM_TOP_K = 1024, 512
 """What the paper used."""
@@ -120,11 +124,12 @@ def _vector(value: Any, name: str, path: Path, d_in: int) -> Tensor:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    try:
+    with reading(path, "an .npz file of plain numbers", remedy="write it with np.savez"):
+        with zipfile.ZipFile(path) as archive:  # a few bytes may unpack to any number
+            if sum(entry.file_size for entry in archive.infolist()) > LARGEST_NPZ:
+                raise ValueError(f"unpacked it has more than {LARGEST_NPZ:,} bytes")
         with np.load(path, allow_pickle=False) as content:
             return {name: content[name] for name in content.files}
-    except (ValueError, OSError, EOFError, AttributeError) as error:
-        raise ValueError(f"{str(path)!r} is no .npz file of plain numbers ({error}); write it with np.savez") from error
 
 
 READERS: dict[str, Callable[[Path], Mapping[str, Any]]] = {

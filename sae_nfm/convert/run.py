@@ -9,7 +9,6 @@
 Each format has a module of its own, which says what the format computes. Nothing is written unless all of it was read.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,8 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_WEIGHTS_FILENAME, SPARSIFY_WEIGHTS_FILENAME
 
 from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.common import check_output, partial_folder, publish
+from sae_nfm.common import check_numbers, check_output, publishing
+from sae_nfm.common.file_errors import python_string
 from sae_nfm.convert import dictionary_learning, paper_author
 from sae_nfm.convert.dictionary_learning import dictionary_learning_loader
 from sae_nfm.convert.paper_author import NFM_TOP_K, K, author_sae
@@ -70,6 +70,10 @@ class ConvertConfig:
     prepend_bos: bool | None = None
     """Whether rows begin with BOS, for the metadata; what the source says unless given, and true where it is silent."""
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be."""
+        check_numbers(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
@@ -98,7 +102,7 @@ class Converted:
             lines.append(
                 f"Not in the files, and needed to use it in a language model: {flags}; convert again with them"
             )
-        load = ["import sae_nfm", "from sae_lens import SAE", f'sae = SAE.load_from_disk("{self.folder}")']
+        load = ["import sae_nfm", "from sae_lens import SAE", f"sae = SAE.load_from_disk({python_string(self.folder)})"]
         return "\n".join([*lines, "In Python:", *(f"    {line}" for line in load)])
 
 
@@ -109,17 +113,16 @@ def convert(config: ConvertConfig) -> Converted:
         ValueError, FileNotFoundError: for a source that is damaged, mismatched, of an unknown kind or not there, an option that
             is missing or means nothing for it, an output that is something else. Nothing is written.
     """
-    check_output(str(config.output))
+    check_output(config.output, only_sae=True)
     form = detected(config.source) if config.format == "auto" else config.format
     _refuse_idle_options(config, form)
     sae = _read(config, form)
     _describe(sae, config, form)
-    partial = partial_folder(str(config.output))
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was interrupted
-    sae.save_model(partial)
+    with publishing(config.output, "convert") as made:
+        sae.save_model(made.folder)
     names = ("d_in", "d_sae", "k", "nfm_dim", "nfm_top_k")
     return Converted(
-        kept=publish(str(config.output)),
+        kept=made.kept,
         folder=config.output,
         format=form,
         architecture=sae.cfg.architecture(),

@@ -33,7 +33,8 @@ from sae_nfm.architectures import (
     refuse_unknown_keys,
 )
 from sae_nfm.architectures.joint_config import JointNFMSAEConfig, JointNFMTrainingSAEConfig
-from sae_nfm.convert.files import checked, damage_explained, read_json, whole_number
+from sae_nfm.common import reading
+from sae_nfm.convert.files import FETCH_ANEW, checked, read_json, whole_number
 from sae_nfm.loading import check_folder, digest, load_sae, refuse_not_finite
 
 WARM_START_DIGEST = "warm_start_digest"
@@ -82,7 +83,7 @@ def _strict_loader(
     _refuse_other_architectures(config.get("architecture", "standard"), repr(str(path)))
     d_in, d_sae = (whole_number(config, key, cfg_path) for key in ("d_in", "d_sae"))
     whole_number(config, "k", cfg_path, at_most=d_sae)
-    with damage_explained(weights_path):
+    with reading(weights_path, remedy=FETCH_ANEW):
         config, tensors = read_sae_components_from_disk(config, weights_path, device)
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     return config, checked(tensors, shapes, weights_path)
@@ -93,7 +94,8 @@ def fold_normalisation(sae: SAE[Any], path: Path) -> None:
     mode, scaler = sae.cfg.normalize_activations, ActivationScaler()
     if path.is_file():
         read_json(path)  # says so where it is damaged
-        scaler.load(path)
+        with reading(path, "the scaler of a checkpoint", remedy=FETCH_ANEW):
+            scaler.load(path)
     if mode == "expected_average_only_in" and scaler.scaling_factor is not None:
         sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
     elif mode == "covariance_whitening" and (white := scaler.whitening) is not None:

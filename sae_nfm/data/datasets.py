@@ -35,7 +35,6 @@ from jaxtyping import Int
 from pyarrow import compute
 from sae_lens import ActivationsStore
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from sae_nfm import demo
 from sae_nfm.common import remark
@@ -675,6 +674,8 @@ def _check_tokenizer(model: LanguageModel, description: Path) -> None:
     if name is None or tokenizer is None or name == tokenizer.name_or_path:
         return
     try:
+        from transformers import AutoTokenizer  # costs seconds, and is seldom needed
+
         theirs = AutoTokenizer.from_pretrained(name).get_vocab()
     except (OSError, ValueError):
         remark(

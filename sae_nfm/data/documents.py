@@ -9,26 +9,29 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from sae_lens import SAE, ActivationsStore
 from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm import demo
+from sae_nfm.common import ShortRepr
 from sae_nfm.data.datasets import check_data, first_rows, open_dataset
 from sae_nfm.models import LanguageModel, check_context, device_of, special_token_ids
 
 NO_DOCUMENT = -1
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenRows:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TokenRows(ShortRepr):
     """Rows of tokens and the document that each token is from. Raises a ValueError when the two differ in shape."""
 
     tokens: Int[Tensor, "rows pos"]
     """Token ids, on the model's device."""
     documents: Int[Tensor, "rows pos"]
     """Number of the document in its data set, from 0; -1 at special tokens (BOS, separators, EOS, padding). On the CPU."""
+    attention_mask: Bool[Tensor, "rows pos"] | None = None
+    """False at padding; None where there is none, or where it is to be inferred from the ids (`models.real_tokens`)."""
 
     def __post_init__(self) -> None:
         """Refuse rows of which it cannot be said whose tokens they are."""

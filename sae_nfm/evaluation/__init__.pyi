@@ -2,6 +2,7 @@ from .error_controls import error_ratios as error_ratios
 from .fidelity import SUMS as SUMS
 from .fidelity import Arm as Arm
 from .fidelity import evaluate as evaluate
+from .fidelity import evaluation_table as evaluation_table
 from .fidelity import fidelity_of as fidelity_of
 from .fidelity import measure as measure
 from .results import ArmKL as ArmKL

@@ -34,13 +34,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from sae_nfm.data import TokenRows
+from sae_nfm.common import ShortRepr
+from sae_nfm.data import TokenRows, held_out_corpus, told_of_text
 from sae_nfm.evaluation import token_table
 from sae_nfm.evaluation.error_controls import summarise
 from sae_nfm.evaluation.results import Fidelity
 from sae_nfm.evaluation.token_table import Activations
 from sae_nfm.interventions import Intervention, Splice, counted_tokens, digest
-from sae_nfm.models import LanguageModel
+from sae_nfm.loading import load_sae
+from sae_nfm.models import LanguageModel, check_finite, model_of, places_of, real_batches, real_tokens, run_rows
 
 __all__ = [
     "Arm",
@@ -48,6 +50,7 @@ __all__ = [
     "Outcome",
     "counted_tokens",
     "evaluate",
+    "evaluation_table",
     "held_out_sums",
     "measure",
     "outcomes",
@@ -55,8 +58,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Outcome(ShortRepr):
     """What an intervention did at the counted tokens of a batch, in order: x became x_hat."""
 
     x: Float[Tensor, "tokens d"]
@@ -93,21 +96,31 @@ def outcomes(
     generators: Mapping[str, torch.Generator] | None = None,
     *,
     with_acts: bool = True,
+    attention_mask: Bool[Tensor, "rows pos"] | None = None,
+    first_row: int = 0,
 ) -> Iterator[tuple[str, Outcome]]:
     """What each arm does to a batch: the loop behind `evaluate`, `measure` and `held_out_sums`.
 
     KL and cross-entropy are computed in float32 from log-probabilities, a row at a time, whatever the model's type. A KL can be
     a rounding error below zero; of unchanged logits it is 0 exactly. `generators` are for arms that draw at random, by name;
-    feature activations need [tokens, d_sae] numbers, and are left out without `with_acts`.
+    feature activations need [tokens, d_sae] numbers, and are left out without `with_acts`. Padding (of an attention mask, else
+    inferred from the ids) is neither attended to nor counted.
+
+    Raises:
+        ValueError: where logits or a reconstruction are not finite; it names the arm and the token, whose row is counted from
+            `first_row`.
     """
-    mask = counted_tokens(model, batch)
-    following = batch.roll(-1, dims=1)
-    has_next = (torch.arange(batch.shape[1], device=batch.device) < batch.shape[1] - 1).expand(batch.shape)[mask]
-    original = [logits[counted].float().log_softmax(-1) for logits, counted in zip(model(batch), mask, strict=True)]
+    real = real_tokens(model, batch, attention_mask)
+    mask = counted_tokens(model, batch, real)
+    following, next_is_real = batch.roll(-1, dims=1), real.roll(-1, dims=1)
+    next_is_real[:, -1] = False
+    has_next, clean = next_is_real[mask], run_rows(model, batch, real)
+    original = [logits[counted].float().log_softmax(-1) for logits, counted in zip(clean, mask, strict=True)]
     original_ce = [_nll(p, following[row][mask[row]]) for row, p in enumerate(original)]
+    check_finite(torch.cat(original), mask, "the model's own logits", first_row)
     for name, arm in arms.items():
         with arm.on(model, (generators or {}).get(name)) as trace:
-            logits = model(batch)
+            logits = run_rows(model, batch, real)
         kl, ce = list[Tensor](), list[Tensor]()
         for row, p in enumerate(original):
             q = logits[row][mask[row]].float().log_softmax(-1)
@@ -122,6 +135,8 @@ def outcomes(
             ce_nats=torch.cat(ce).masked_fill(~has_next, torch.nan),
             ce_delta_nats=(torch.cat(ce) - torch.cat(original_ce)).masked_fill(~has_next, torch.nan),
         )
+        check_finite(outcome.x_hat, mask, f"under {name!r} the activations put in place", first_row)
+        check_finite(outcome.kl_nats, mask, f"under {name!r} the model's logits", first_row)
         yield name, outcome
 
 
@@ -184,21 +199,66 @@ def evaluate(
     *,
     batch_rows: int = 16,
     show_progress: bool = True,
+    attention_mask: Bool[Tensor, "rows pos"] | None = None,
 ) -> dict[str, Fidelity]:
     """Fidelity of every arm on the same tokens, held-out rows that begin with BOS where the model wants one.
 
-    A ValueError for two arms of one name, or when no token is left to average over.
+    Rows may be padded at either end; without an attention mask, padding is inferred from the ids (`models.real_tokens`).
+    A ValueError for two arms of one name, when no token is left to average over, or where logits are not finite.
     """
     if len({arm.name for arm in arms}) != len(arms):
         raise ValueError(f"arm names {[arm.name for arm in arms]} repeat; give every arm a name of its own")
     interventions = {arm.name: arm.intervention for arm in arms}
-    _refuse_uncounted(model, tokens)
-    sums = {arm.name: _Sums() for arm in arms}
-    for batch in tqdm(tokens.split(batch_rows), desc="Evaluating", disable=not show_progress):
-        if counted_tokens(model, batch).any():
-            for name, outcome in outcomes(model, batch, interventions):
+    real = real_tokens(model, tokens, attention_mask)
+    _refuse_uncounted(model, tokens, real)
+    sums, batches = {arm.name: _Sums() for arm in arms}, list(real_batches(model, tokens, batch_rows, real))
+    for number, (batch, part) in enumerate(tqdm(batches, desc="Evaluating", disable=not show_progress)):
+        if counted_tokens(model, batch, part).any():
+            settings: Any = {"attention_mask": part, "first_row": number * batch_rows}
+            for name, outcome in outcomes(model, batch, interventions, **settings):
                 sums[name].add(outcome)
     return {name: s.fidelity() for name, s in sums.items()}
+
+
+def evaluation_table(
+    saes: Sequence[str | Path],
+    *,
+    held_out: str | None = None,
+    split: str = "validation",
+    model: str | None = None,
+    n_tokens: int = 20_000,
+    context_size: int | None = None,
+    device: str = "cpu",
+) -> pd.DataFrame:
+    """Several saved SAEs spliced into one language model, on the same held-out tokens: a row each, by name.
+
+    Columns are architecture, hook_name, d_sae, those of `Fidelity`, and `text`: whether that SAE was trained on it.
+
+    Args:
+        saes: folders, or release:sae_id, each once; of any architectures and hook points of one model.
+        held_out, split, model, context_size: as the options of `sae-nfm evaluate`.
+        n_tokens: held-out tokens, at most.
+
+    Raises a ValueError or FileNotFoundError for an SAE, model or text that does not work, or SAEs of several models.
+    """
+    loaded = {str(name): load_sae(str(name), device=device).eval() for name in saes}
+    if not loaded or len(loaded) < len(saes):
+        raise ValueError(f"the SAEs are {list(map(str, saes))}; give at least one, each once")
+    first = next(iter(loaded.values()))
+    names = {str(sae.cfg.metadata.model_name) for sae in loaded.values()}
+    if model is None and len(names) > 1:
+        raise ValueError(f"the SAEs are of the models {', '.join(sorted(names))}; give those of one, or --model")
+    language_model, _ = model_of(first, device, model_name=model)
+    where: dict[str, Any] = {"model_name": model, "dataset_path": held_out, "split": split, "n_tokens": n_tokens}
+    rows = held_out_corpus(language_model, first, context_size=context_size, **where)
+    found = evaluate(language_model, rows.tokens, [Arm(name=name, sae=sae) for name, sae in loaded.items()])
+    lines = [
+        {"architecture": sae.cfg.architecture(), "hook_name": sae.cfg.metadata.hook_name, "d_sae": sae.cfg.d_sae}
+        | vars(found[name])
+        | {"text": told_of_text(language_model, rows.tokens, metadata=sae.cfg.metadata, folder=name, source=held_out)}
+        for name, sae in loaded.items()
+    ]
+    return pd.DataFrame(lines, index=pd.Index(loaded, name="sae"))
 
 
 @torch.no_grad()
@@ -237,7 +297,8 @@ def measure(
         raise ValueError("there are no arms to measure; give at least one intervention with a name")
     if rows.tokens.shape[1] > token_table.LONGEST:
         raise ValueError(f"rows have {rows.tokens.shape[1]} tokens; give at most {token_table.LONGEST}")
-    _refuse_uncounted(model, rows.tokens)
+    real = real_tokens(model, rows.tokens, rows.attention_mask)
+    _refuse_uncounted(model, rows.tokens, real)
     starts = range(0, len(rows), batch_rows * batches_per_part)
     sizes = {"batch_rows": batch_rows, "batches_per_part": batches_per_part, "parts": len(starts)}
     folder = token_table.begin(folder, _manifest(model, rows, arms, seed=seed, **sizes))
@@ -247,7 +308,7 @@ def measure(
             if token_table.is_finished(folder, part):
                 progress.update(min(batch_rows * batches_per_part, len(rows) - start))
                 continue
-            recorder = _Part(model, arms, {name: _generator(seed, name, part) for name in arms})
+            recorder = _Part(model, arms, real, {name: _generator(seed, name, part) for name in arms})
             for first in batches:
                 recorder.add(rows, first, batch_rows)
                 progress.update(min(batch_rows, len(rows) - first))
@@ -265,22 +326,25 @@ def spliced(model: LanguageModel, arm: Arm) -> Generator[LanguageModel]:
 
 class _Part:
     def __init__(
-        self, model: LanguageModel, arms: Mapping[str, Intervention], generators: Mapping[str, torch.Generator]
+        self,
+        model: LanguageModel,
+        arms: Mapping[str, Intervention],
+        real: Bool[Tensor, "rows pos"],
+        generators: Mapping[str, torch.Generator],
     ) -> None:
-        self._model, self._arms, self._generators = model, arms, generators
+        self._model, self._arms, self._real, self._generators = model, arms, real, generators
         self._columns: dict[str, dict[str, list[np.ndarray]]] = {name: defaultdict(list) for name in arms}
         self._activations: dict[str, list[Activations]] = defaultdict(list)
 
     def add(self, rows: TokenRows, first: int, n_rows: int) -> None:
-        batch = rows.tokens[first : first + n_rows]
-        mask = counted_tokens(self._model, batch).cpu()
-        row, position = mask.nonzero(as_tuple=True)
-        where = {"document": rows.documents[first : first + n_rows][mask], "row": row + first, "position": position}
-        seen = dict[str, Tensor]()
-        found = outcomes(self._model, batch, self._arms, self._generators, with_acts=False)
+        batch, real = rows.tokens[first : first + n_rows], self._real[first : first + n_rows]
+        mask = counted_tokens(self._model, batch, real).cpu()
+        row = mask.nonzero(as_tuple=True)[0] + first
+        document, position = rows.documents[first : first + n_rows][mask], places_of(real).cpu()[mask]
+        where, seen = {"document": document, "row": row, "position": position}, dict[str, Tensor]()
+        settings: Any = {"with_acts": False, "attention_mask": real, "first_row": first}
+        found = outcomes(self._model, batch, self._arms, self._generators, **settings)
         for name, outcome in found if mask.any() else ():
-            if not outcome.kl_nats.isfinite().all():
-                raise ValueError(f"under {name!r} the model's logits are not finite; leave the arm out, or correct it")
             for column, values in (where | outcome.columns()).items():
                 self._columns[name][column].append(values.cpu().numpy())
             seen.setdefault(self._arms[name].hook_name, outcome.x)
@@ -301,7 +365,7 @@ def _manifest(
 ) -> token_table.Manifest:
     return token_table.Manifest(
         model=f"{type(model).__name__} {digest(model.state_dict())}",
-        tokens=digest({"tokens": rows.tokens}),
+        tokens=digest({"tokens": rows.tokens} | ({} if rows.attention_mask is None else {"mask": rows.attention_mask})),
         documents=digest({"documents": rows.documents}),
         arms={name: arm.identity for name, arm in arms.items()},
         hook_names={name: arm.hook_name for name, arm in arms.items()},
@@ -314,8 +378,8 @@ def _generator(seed: int, arm: str, part: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def _refuse_uncounted(model: LanguageModel, tokens: Int[Tensor, "rows pos"]) -> None:
-    if not counted_tokens(model, tokens).any():
+def _refuse_uncounted(model: LanguageModel, tokens: Int[Tensor, "rows pos"], real: Bool[Tensor, "rows pos"]) -> None:
+    if not counted_tokens(model, tokens, real).any():
         raise ValueError(f"no token to evaluate on: {tokens.numel()} tokens, special or in position 0; give more text")
 
 
@@ -367,14 +431,17 @@ def held_out_sums(
     model: LanguageModel, rows: TokenRows, arms: Mapping[str, Splice], *, batch_rows: int = 16
 ) -> pd.DataFrame:
     """Sums by arm and document, of SAEs at one hook point; a ValueError when no token is left to average over."""
-    _refuse_uncounted(model, rows.tokens)
+    real = real_tokens(model, rows.tokens, rows.attention_mask)
+    _refuse_uncounted(model, rows.tokens, real)
     numbers = np.unique(rows.documents[rows.documents >= 0].numpy())
     sums, activations = {name: _DocumentSums(numbers) for name in arms}, list[Activations]()
     for start in tqdm(range(0, len(rows), batch_rows), desc="Evaluating", leave=False):
-        batch = rows.tokens[start : start + batch_rows]
-        mask = counted_tokens(model, batch).cpu()
-        documents = rows.documents[start : start + batch_rows][mask].numpy()
-        for number, (name, outcome) in enumerate(outcomes(model, batch, arms) if mask.any() else ()):
+        here = slice(start, start + batch_rows)
+        batch, part = rows.tokens[here], real[here]
+        mask = counted_tokens(model, batch, part).cpu()
+        documents = rows.documents[here][mask].numpy()
+        found = outcomes(model, batch, arms, attention_mask=part, first_row=start) if mask.any() else ()
+        for number, (name, outcome) in enumerate(found):
             sums[name].add(outcome, documents)
             if number == 0:
                 activations.append(Activations.of(documents, outcome.x.cpu().numpy()))

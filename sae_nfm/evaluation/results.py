@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from typing_extensions import override
 
-from sae_nfm.common import listed
+from sae_nfm.common import listed, printable, read_json
 from sae_nfm.common.results import SavedResult
 from sae_nfm.interventions.results import EQUAL_DISTANCE, UNDER_TEST, Role
 from sae_nfm.stats import Estimate
@@ -88,7 +88,7 @@ class MeasuredKL(SavedResult):
 
 def lacks_summary(folder: Path) -> bool:
     """Whether the measurement in a folder is one of an SAE beside its controls and `summary.json` is missing."""
-    arms = json.loads((folder / MANIFEST_FILENAME).read_text()).get("arms", {})
+    arms = read_json(folder / MANIFEST_FILENAME).get("arms", {})
     return {UNDER_TEST, EQUAL_DISTANCE[0]} <= set(arms) and not (folder / SUMMARY_FILENAME).is_file()
 
 
@@ -114,19 +114,25 @@ class Evaluation(SavedResult):
     """SAELens's metrics in SAELens's groups: nats for KL and cross-entropy, features per token for l0 (None: over nothing)."""
     feature_metrics: Mapping[str, Sequence[float | None]]
     """SAELens's metrics for each feature, [d_sae] each."""
+    notes: tuple[str, ...] = ()
+    """What has to be known to read a score: of what it is a small part, or why it is not defined."""
+    special_tokens: str = ""
+    """Which special tokens were left out, in words; empty in older files."""
     provenance: dict[str, Any]
     """Configuration, the SAE's own configuration, versions, sha256 of the tokens, command."""
 
     def words(self) -> str:
         """The metrics by group, aligned."""
         width = max(len(name) for group in self.metrics.values() for name in group)
-        lines = [f"{self.sae}: {self.architecture} at {self.hook_name} of {self.model_name}", f"Data: {self.data}"]
+        about = f"{self.sae}: {self.architecture} at {self.hook_name} of {self.model_name}"
+        lines = [printable(about), printable(f"Data: {self.data}")]  # an SAE's metadata says them
+        lines += [f"{self.special_tokens[0].upper()}{self.special_tokens[1:]}."] if self.special_tokens else []
         if self.passes > 1:
             lines.append(f"The data were read {self.passes} times: there are fewer rows than asked for.")
         for group, values in self.metrics.items():
             lines += ["", group.replace("_", " ")]
             lines += listed({name: math.nan if value is None else value for name, value in values.items()}, width)
-        return "\n".join(lines)
+        return "\n".join([*lines, *([""] if self.notes else []), *(f"* {note}." for note in self.notes)])
 
     @override
     def content(self) -> dict[str, Any]:

@@ -31,12 +31,12 @@ from sae_lens import SAE, ActivationsStore, HookedSAETransformer, TrainingSAE
 from sae_lens.util import temporary_seed
 
 from sae_nfm import demo
-from sae_nfm.common import check_choice, check_positive, listed, whole, write_json
+from sae_nfm.common import check_choice, check_positive, check_writable, listed, whole, write_json
 from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import check_data, open_dataset
 from sae_nfm.evaluation.saelens_evals import store_as_in_training
 from sae_nfm.loading import load_sae, quiet_saelens
-from sae_nfm.models import check_context, check_device, load_model, site_at
+from sae_nfm.models import check_context, check_device, load_model, loader_kwargs, site_at
 
 INSTALL = """\
     python3.11 -m venv .saebench
@@ -149,6 +149,7 @@ def evaluate(saes: Mapping[str, SAE[Any]], model: HookedSAETransformer, config: 
         ValueError, FileNotFoundError: for an SAE, hook point, text or size that does not fit.
     """
     require()
+    check_writable(config.output, folder=True)
     for name, sae in saes.items():
         metadata = sae.cfg.metadata
         if metadata.hook_name is not None and (site := site_at(model, metadata.hook_name)).d_in != sae.cfg.d_in:
@@ -170,7 +171,13 @@ def evaluate_saved(config: SAEBenchConfig) -> tuple[Score, ...]:
     models = {config.model or sae.cfg.metadata.model_name for sae in saes.values()}
     if len(models) > 1 or None in models:
         raise ValueError(f"the SAEs' metadata name the models {', '.join(map(str, models))}; give one with --model")
-    return evaluate(saes, load_model(str(*models), config.device), config)
+    loaded = [sae.cfg.metadata for sae in saes.values()]
+    (name,), kwargs = models, loader_kwargs(loaded[0], str(*models))
+    if any(one.model_class_name not in (None, "HookedTransformer") for one in loaded):
+        raise ValueError("SAEBench takes a HookedTransformer, and an SAE was trained on a model of another class")
+    if any(loader_kwargs(one, str(name)) != kwargs for one in loaded):
+        raise ValueError("the SAEs' metadata differ in model_from_pretrained_kwargs; evaluate them one by one")
+    return evaluate(saes, load_model(str(name), config.device, model_class_name="HookedTransformer", **kwargs), config)
 
 
 def _core(name: str, sae: SAE[Any], model: HookedSAETransformer, config: SAEBenchConfig, folder: Path) -> Score:

@@ -25,7 +25,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
-from sae_nfm.common import write_json
+from sae_nfm.common import ShortRepr, checked, reading, whole, write_json
 from sae_nfm.common.results import with_kind, without_kind
 
 MANIFEST_KIND = "measurement/1"
@@ -77,8 +77,8 @@ class Manifest:
         return changed
 
 
-@dataclass(frozen=True, kw_only=True)
-class Activations:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Activations(ShortRepr):
     """Sums over counted tokens of one document each, at one hook point; a document may have several entries."""
 
     documents: np.ndarray
@@ -135,13 +135,13 @@ def write_part(folder: Path, part: int, tables: Iterable[pa.Table], activations:
     """Write a part: the rows of each arm as one group, the sums by hook point. It appears whole or not at all."""
     tensors = {f"{at}/{name}": values for at, sums in activations.items() for name, values in vars(sums).items()}
     path = _part(folder, part)
-    sums = path.with_suffix(".safetensors")
-    save_file(tensors, _partial(sums))
-    with pq.ParquetWriter(_partial(path), SCHEMA, compression="zstd") as writer:
+    with whole(path.with_suffix(".safetensors")) as partial:
+        save_file(tensors, partial)
+    options: Any = {"compression": "zstd", "write_page_checksum": True}
+    # last: a part is finished when its rows are there
+    with whole(path) as partial, pq.ParquetWriter(partial, SCHEMA, **options) as writer:
         for rows in tables:
             writer.write_table(rows)
-    _partial(sums).replace(sums)
-    _partial(path).replace(path)  # last: a part is finished when its rows are there
 
 
 def table(arm: str, arms: Sequence[str], columns: Mapping[str, np.ndarray]) -> pa.Table:
@@ -172,8 +172,12 @@ def read_rows(
         if unknown:
             raise ValueError(f"there is no {what} {unknown[0]!r}; there are {', '.join(known)}")
     chosen = None if arms is None else ds.field("arm").cast(pa.string()).isin(list(arms))
-    source = ds.dataset([str(path) for path in paths], schema=SCHEMA)
-    return source.to_table(columns=None if columns is None else list(columns), filter=chosen).to_pandas()
+    verified = ds.ParquetFileFormat(
+        default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+    )
+    source = ds.dataset([str(checked(path)) for path in paths], schema=SCHEMA, format=verified)
+    with reading(folder, "a measurement"):
+        return source.to_table(columns=None if columns is None else list(columns), filter=chosen).to_pandas()
 
 
 def document_sums(folder: str | Path) -> pd.DataFrame:
@@ -192,7 +196,9 @@ def document_sums(folder: str | Path) -> pd.DataFrame:
     by = ["arm", "document"]
     found: list[Any] = []
     for path in paths:
-        rows: Any = pq.read_table(path, schema=SCHEMA).to_pandas().astype(dict.fromkeys(VALUES, np.float64))
+        with reading(checked(path), "rows of a measurement"):
+            table = pq.read_table(path, schema=SCHEMA, page_checksum_verification=True)
+        rows: Any = table.to_pandas().astype(dict.fromkeys(VALUES, np.float64))
         rows = rows.assign(tokens=1, predictions=rows["ce_nats"].notna().astype(int))
         found.append(rows.groupby(by, observed=True)[["tokens", "predictions", *VALUES]].sum().reset_index())
     sums: Any = pd.concat(found).astype({"arm": str}).groupby(by, as_index=False).sum()
@@ -218,17 +224,15 @@ def _variance_energies(paths: Sequence[Path], hook_name: str) -> pd.DataFrame:
 
 def _activations(paths: Sequence[Path], hook_name: str) -> Iterator[Activations]:
     for path in paths:
-        tensors: dict[str, Any] = load_file(path.with_suffix(".safetensors"))
+        sums = checked(path.with_suffix(".safetensors"))
+        with reading(sums, "sums of a measurement"):
+            tensors: dict[str, Any] = load_file(sums)
         if f"{hook_name}/documents" in tensors:  # not where all tokens of the part are special
             yield Activations(**{field.name: tensors[f"{hook_name}/{field.name}"] for field in fields(Activations)})
 
 
 def _part(folder: Path, part: int) -> Path:
     return folder / f"part-{part:05d}.parquet"
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -241,8 +245,9 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no manifest.json, so nothing was measured there; run `measure`")
+    checked(path)
     try:
-        return Manifest(**without_kind(MANIFEST_KIND, json.loads(path.read_text())))
+        return Manifest(**without_kind(MANIFEST_KIND, json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not the manifest of a measurement ({error}); give another folder") from error
 

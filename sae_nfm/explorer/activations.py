@@ -24,8 +24,18 @@ from tqdm.auto import tqdm
 
 from sae_nfm.analysis import PathSums, present_paths
 from sae_nfm.attribution import HIDDEN, OUTPUT, RECONS, SCALE, unit_written
+from sae_nfm.common import ShortRepr
 from sae_nfm.explorer.results import FULL, Contexts, Floats, Ints, starts_of
-from sae_nfm.models import LanguageModel, check_counted, counted_tokens, keeping, splice
+from sae_nfm.models import (
+    LanguageModel,
+    check_counted,
+    check_finite,
+    counted_tokens,
+    keeping,
+    real_tokens,
+    run_rows,
+    splice,
+)
 
 Window = tuple[int, int]
 
@@ -34,8 +44,8 @@ MOST = 2**28
 """Firings kept at most: about 6 GB."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Firings:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Firings(ShortRepr):
     """Where features have positive activations on the counted tokens of some rows."""
 
     starts: NDArray[np.int64]
@@ -115,12 +125,15 @@ def firings_of(
     """
     if isinstance(sae, TrainingSAE):
         raise ValueError("this SAE is in training; save it for inference (save_inference_model) and load that")
-    counted, found = counted_tokens(model, tokens), _Found(sae)
+    real, found = real_tokens(model, tokens), _Found(sae)
+    counted = counted_tokens(model, tokens, real)
     check_counted(counted)
     with tqdm(total=len(tokens), desc="Features", unit="row", disable=not show_progress) as progress:
         for first in range(0, len(tokens), batch_rows):
             rows = slice(first, first + batch_rows)
-            found.add(_seen(model, sae, tokens[rows]), counted[rows], first * tokens.shape[1])
+            seen = _seen(model, sae, tokens[rows], real[rows])
+            check_finite(seen[OUTPUT].flatten(2)[counted[rows]], counted[rows], "what the SAE writes", first)
+            found.add(seen, counted[rows], first * tokens.shape[1])
             progress.update(len(tokens[rows]))
     acts = found.by_feature((tokens.numel(), sae.cfg.d_sae))
     shares = found.sums.shares()
@@ -135,14 +148,14 @@ def firings_of(
     )
 
 
-def _seen(model: LanguageModel, sae: SAE[Any], rows: Tensor) -> dict[str, Tensor]:
+def _seen(model: LanguageModel, sae: SAE[Any], rows: Tensor, real: Tensor) -> dict[str, Tensor]:
     """What passes in a forward pass: features, reconstruction, hidden code, scale of the final normalisation."""
     seen = dict[str, Tensor]()
     names = [ACTS, RECONS, OUTPUT, *([HIDDEN] if "interaction" in present_paths(sae) else [])]
     scale: list[Any] = [(SCALE, keeping(seen, SCALE))] if SCALE in model.hook_dict else []
     hooks = {name: keeping(seen, name) for name in names}
     with splice(model, sae) as found, found.hooks(hooks), model.hooks(fwd_hooks=scale):
-        model(rows)
+        run_rows(model, rows, real)
     return seen
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from sae_nfm.common import whole
+from sae_nfm.common import check_writable, whole
 from sae_nfm.explorer.results import FULL, Contexts, Explorer, TokenEffects
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -84,14 +84,16 @@ def export(config: ExportConfig) -> Exported:
         FileNotFoundError: when there is no explorer.
         ValueError: when it is damaged or of another format, or pairs are asked for and it has none; nothing is written.
     """
+    suffix = next(suffix for suffix in SUFFIXES if config.output.endswith(suffix))
+    pairs_file = f"{config.output.removesuffix(suffix)}.pairs{suffix}" if config.pairs else None
+    check_writable(config.output)
+    check_writable(pairs_file)
     explorer = Explorer.load(config.explorer)
     n_pairs = len(explorer.pairs.first)
     if config.pairs and not n_pairs:
         raise ValueError(f"{explorer.sae} ({explorer.architecture}) has no pairs of features; leave --pairs out")
     ids = {"modelId": config.model_id or explorer.model_name, "layer": config.source_id or explorer.hook_name}
     _write(config.output, (ids | feature for feature in features(explorer)))
-    suffix = next(suffix for suffix in SUFFIXES if config.output.endswith(suffix))
-    pairs_file = f"{config.output.removesuffix(suffix)}.pairs{suffix}" if config.pairs else None
     if pairs_file is not None:
         _write(pairs_file, (ids | pair for pair in pairs(explorer)))
     return Exported(

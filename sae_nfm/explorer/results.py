@@ -10,7 +10,6 @@ Beside the fields below it has `bins` (of every histogram), `paths` and `gauges`
 
 import gzip
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_nfm.common import whole
+from sae_nfm.common import ShortRepr, checked, reading, whole
 from sae_nfm.common.results import without_kind
 
 FULL = 255
 """Strength of a mark at the feature's largest activation."""
 KIND, FILENAME = "explore/1", "explorer.json.gz"
+LARGEST = 512 * 2**20
+"""Bytes of an unpacked explorer file that is read."""
 REMEDY = "regenerate it with `sae-nfm explore`"
 PLAIN = ("sae", "architecture", "model_name", "hook_name", "d_in", "d_sae", "k", "tokens", "documents")
 """Fields that are written as they are, first of all."""
@@ -34,8 +35,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TokenTable:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TokenTable(ShortRepr):
     """The pieces of the held-out rows in which some context lies."""
 
     row_starts: Ints
@@ -43,8 +44,8 @@ class TokenTable:
     ids: Ints
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Contexts:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Contexts(ShortRepr):
     """Tokens on which each feature fires, and where else in their windows it does."""
 
     starts: Ints
@@ -68,8 +69,8 @@ class Contexts:
         yield from zip(self.offset[here].tolist(), self.strength[here].tolist(), strict=True)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FeatureFigures:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class FeatureFigures(ShortRepr):
     """Statistics of every feature, [d_sae]; 0 for one that never fired."""
 
     tokens: Ints
@@ -83,8 +84,8 @@ class FeatureFigures:
     """By gauge and path: the path's part of the sum of the feature's root-mean-square contributions (`path_sums`)."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TokenEffects:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TokenEffects(ShortRepr):
     """Logits that move most, for each feature or pair: as many up, descending, as then down, ascending."""
 
     starts: Ints
@@ -94,8 +95,8 @@ class TokenEffects:
     """What its logit gains, less the mean over all tokens."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PairFigures:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PairFigures(ShortRepr):
     """Pairs of features, descending by energy."""
 
     first: Ints
@@ -120,7 +121,7 @@ class PairFigures:
     """Pairs that fired, summed over tokens."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Explorer:
     """Everything about one SAE on held-out text."""
 
@@ -179,14 +180,12 @@ class Explorer:
         path = Path(path) / FILENAME if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}; give an {FILENAME}, or make one with `sae-nfm explore`")
-        try:
-            content = without_kind(KIND, json.loads(gzip.decompress(path.read_bytes())))
-        except (OSError, EOFError, zlib.error, ValueError) as error:
-            raise ValueError(f"{path} is damaged, or no {FILENAME} ({error}); {REMEDY}") from error
-        try:
-            return _explorer(content)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from error
+        checked(path)
+        with reading(path, f"an undamaged {FILENAME}", remedy=REMEDY), gzip.open(path) as packed:
+            text = packed.read(LARGEST + 1)
+            if len(text) > LARGEST:
+                raise ValueError(f"unpacked it has more than {LARGEST:,} bytes")
+            return _explorer(without_kind(KIND, json.loads(text)))
 
 
 def _content(explorer: Explorer) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from jaxtyping import Int
 from sae_lens import SAE
 from torch import Tensor
 
-from sae_nfm.common import check_positive, provenance
+from sae_nfm.common import check_numbers, check_positive, check_writable, provenance, text_of
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
-from sae_nfm.data import held_out_corpus
+from sae_nfm.data import held_out_corpus, told_of_text
 from sae_nfm.explorer.activations import firings_of
 from sae_nfm.explorer.assemble import NO_PAIRS, ExplorerSizes, assembled, has_pairs, shown_pairs
 from sae_nfm.explorer.results import FILENAME, Explorer
@@ -48,6 +48,7 @@ class ExploreConfig(ExplorerSizes, Explored):
         """Refuse what cannot work, before anything is loaded."""
         super().__post_init__()
         check_positive(self, "n_tokens")
+        check_numbers(self)
         if self.context_size is not None and self.context_size < 2:
             raise ValueError(f"context_size is {self.context_size}; give at least 2: position 0 is left out")
 
@@ -63,6 +64,8 @@ class ExploreResult:
     hook_name: str
     tokens: int
     documents: int
+    text: str
+    """Whether the SAE was trained on it, in words."""
     features: int
     alive: int
     active: float
@@ -88,6 +91,7 @@ class ExploreResult:
             hook_name=explorer.hook_name,
             tokens=explorer.tokens,
             documents=explorer.documents,
+            text=text_of(explorer.provenance),
             features=explorer.d_sae,
             alive=len(explorer.alive),
             active=float(tokens.sum() / explorer.tokens),
@@ -105,6 +109,7 @@ class ExploreResult:
         dead = self.features - self.alive
         lines = [
             f"{self.sae} at {self.hook_name}, {self.tokens:,} tokens of {self.documents:,} documents",
+            f"text: {self.text}",
             f"{self.alive:,} of {self.features:,} features fire, {dead:,} never do; {self.active:.1f} on a token",
             "on most tokens: " + ", ".join(f"{feature} ({share:.1%})" for feature, share in self.densest),
         ]
@@ -130,6 +135,8 @@ def run_explore(config: ExploreConfig, *, command: str | None = None) -> Explore
     """
     del command
     check_device(config.device)
+    check_writable(config.output, folder=True)
+    check_writable(Path(config.output) / FILENAME)
     sae = load_sae(config.sae, device=config.device).eval()
     model, _ = model_of(sae, config.device, model_name=config.model)
     rows = held_out_corpus(
@@ -142,7 +149,10 @@ def run_explore(config: ExploreConfig, *, command: str | None = None) -> Explore
         n_tokens=config.n_tokens,
     )
     settings = {name: value for name, value in asdict(config).items() if name != "output"}
-    explorer = explore(model, sae, rows.tokens, rows.documents, name=config.sae, sizes=config, settings=settings)
+    told = told_of_text(model, rows.tokens, metadata=sae.cfg.metadata, folder=config.sae, source=config.held_out)
+    explorer = explore(
+        model, sae, rows.tokens, rows.documents, name=config.sae, sizes=config, settings=settings, text=told
+    )
     file = Path(config.output) / FILENAME
     return ExploreResult.of(explorer, file, explorer.save(file))
 
@@ -156,6 +166,7 @@ def explore(
     name: str,
     sizes: ExplorerSizes | None = None,
     settings: Mapping[str, Any] | None = None,
+    text: str | None = None,
     show_progress: bool = True,
 ) -> Explorer:
     """What one SAE does on held-out rows; its `save` writes the file. For errors see `firings_of` and `splice`.
@@ -166,6 +177,7 @@ def explore(
         documents: the document of each token (`TokenRows`); without it each row counts as one.
         name: of the SAE, as shown.
         settings: for the provenance; the sizes unless given.
+        text: whether the SAE was trained on the rows, in words (`data.told_of_text`); found by its metadata unless given.
     """
     sizes = sizes or ExplorerSizes()
     firings = firings_of(model, sae, tokens, batch_rows=sizes.batch_rows, show_progress=show_progress)
@@ -174,6 +186,7 @@ def explore(
         pairs, written = shown_pairs(model, sae, tokens, sizes, show_progress=show_progress)
     origin = provenance(
         asdict(sizes) if settings is None else settings,
+        text=told_of_text(model, tokens, metadata=sae.cfg.metadata) if text is None else text,
         tokens_sha256=hashlib.sha256(firings.tokens.tobytes()).hexdigest(),
         sae_sha256=sha256_of(sae.state_dict()),
     )

@@ -6,31 +6,50 @@ release, with sha256), and results.json and report.html where the run has them. 
 `upload_saes_to_huggingface` makes one for each SAE and leaves an existing README as it is, so the client is called here.
 """
 
+import glob
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token, snapshot_download
 from huggingface_hub.hf_api import RepoFile
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from sae_nfm.common import LOG_IN, explained
+from sae_nfm.common import (
+    LOG_IN,
+    check_writable,
+    checked,
+    differences,
+    explained,
+    publishing,
+    python_string,
+    quoted,
+    reading,
+    seal,
+    writing,
+)
 from sae_nfm.common.results import REPORT_FILENAME, RESULTS_FILENAME
 from sae_nfm.comparison.results import CompareResult, RowKind
-from sae_nfm.hub.card import CardSAE, model_card
+from sae_nfm.hub.card import CardSAE, model_card, without_folders
 from sae_nfm.hub.release import (
     HubSource,
     Release,
     ReleasedSAE,
+    check_repo_id,
     check_sha256,
     read_releases,
     release_entry,
     releases_yaml,
     sha256,
 )
+
+PARTIAL = ".partial"
+"""In the names of what is not finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +63,8 @@ class SavedSAE:
 
     def card(self) -> CardSAE:
         """What its model card is made from."""
-        runner = json.loads(self.runner.read_text()) if self.runner.is_file() else None
-        return CardSAE(entry=self.entry, config=json.loads((self.folder / SAE_CFG_FILENAME).read_text()), runner=runner)
+        runner = _json_object(self.runner) if self.runner.is_file() else None
+        return CardSAE(entry=self.entry, config=_json_object(self.folder / SAE_CFG_FILENAME), runner=runner)
 
     def files(self) -> dict[str, Path]:
         """SAELens's files, as far as they exist, by their path in the release."""
@@ -80,13 +99,16 @@ def saved_saes(source: str | Path, *, sae_id: str | None = None, names: Sequence
         FileNotFoundError, ValueError: the folder is neither of the two, has no such SAE, or a damaged one.
     """
     source = Path(source)
+    if PARTIAL in str(source.resolve()):
+        raise ValueError(f"{str(source)!r} is unfinished (it is in a {PARTIAL} folder); run its command again")
     if (source / SAE_CFG_FILENAME).is_file():
         if names:
             raise ValueError(f"{str(source)!r} is one saved SAE: choosing {', '.join(names)} is for a demo's output")
         entry = release_entry(source, sae_id=sae_id)
         sae = SavedSAE(folder=source, runner=source / RUNNER_CFG_FILENAME, entry=replace(entry, path=entry.id))
         return SavedSAEs(saes=(sae,), results=None, report=None)
-    present = sorted(path.parent.name for path in (source / "saes").glob(f"*/{SAE_CFG_FILENAME}"))
+    found = (path.parent.name for path in (source / "saes").glob(f"*/{SAE_CFG_FILENAME}"))
+    present = sorted(name for name in found if PARTIAL not in name)
     if not present:
         raise ValueError(
             f"{str(source)!r} is neither a saved SAE (it has no {SAE_CFG_FILENAME}) nor the output of `sae-nfm demo` (it has "
@@ -101,7 +123,9 @@ def saved_saes(source: str | Path, *, sae_id: str | None = None, names: Sequence
 
 def _of_a_demo(source: Path, names: Sequence[str]) -> SavedSAEs:
     results, report = source / RESULTS_FILENAME, source / REPORT_FILENAME
-    rows = [row for row in CompareResult.load(results).rows if row.kind is RowKind.TRAINED]
+    result = CompareResult.load(results)
+    refuse_mixed(source, result, names)
+    rows = [row for row in result.rows if row.kind is RowKind.TRAINED]
     explained = {row.arm: 1 - row.fvu for row in rows if row.fvu is not None}
     shared = source / "saes" / RUNNER_CFG_FILENAME  # of 0.1.0: one file for all
     saes = tuple(
@@ -113,6 +137,48 @@ def _of_a_demo(source: Path, names: Sequence[str]) -> SavedSAEs:
         for name in names
     )
     return SavedSAEs(saes=saes, results=results, report=report if report.is_file() else None)
+
+
+def refuse_mixed(source: Path, result: CompareResult, names: Sequence[str]) -> None:
+    """Raise a ValueError where files in a run's folder, or the SAEs beside its results, are of another run."""
+    parts = {RESULTS_FILENAME, REPORT_FILENAME, *(f"saes/{name}" for name in names)}
+    told = [f"{what}: {said}" for what, said in differences(source) if "/".join(what.split("/")[:2]) in parts]
+    weights: dict[str, str] = result.provenance.get("saes", {})
+    for name in names if weights else ():
+        if weights.get(f"saes/{name}") != sha256(source / "saes" / name / SAE_WEIGHTS_FILENAME):
+            told.append(f"{RESULTS_FILENAME} is not of the SAE in saes/{name}")
+    if told:
+        raise ValueError(
+            f"what is in {str(source)!r} does not belong together: {'; '.join(told[:4])}. Restore it or run the command again; "
+            f"an edit that is meant is accepted by `sae-nfm manifest {source}`, as long as the weights are those of the results"
+        )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """A JSON object; a ValueError that names the file where it is something else."""
+    with reading(checked(path), "a JSON object"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    return cast("dict[str, Any]", content)
+
+
+def _check_to_publish(source: Path, saved: "SavedSAEs") -> None:
+    """Raise a ValueError for a file that is damaged, or lies elsewhere, behind a symbolic link."""
+    files = [path for sae in saved.saes for path in sae.files().values()]
+    files += [path for path in (saved.results, saved.report) if path is not None]
+    for path in files:
+        if not path.resolve().is_relative_to(source.resolve()):
+            raise ValueError(
+                f"{quoted(path)} is a link to {quoted(path.resolve())}, outside {quoted(source)}: nothing was published; put a "
+                "copy in its place (cp -rL)"
+            )
+    for sae in saved.saes:
+        sae.card()
+    if saved.report is not None:
+        page = saved.report.read_bytes()
+        if page.startswith(b"<!doctype html>") and not page.rstrip().endswith(b"</html>"):
+            raise ValueError(f"{quoted(saved.report)} ends early: run `sae-nfm report` again")
 
 
 RELEASE_FILENAME, CARD_FILENAME = "pretrained.yaml", "README.md"
@@ -140,7 +206,9 @@ class PushConfig:
     """Whether files that the repository has already are replaced; the hub keeps the earlier commit."""
 
     def __post_init__(self) -> None:
-        _check_repo_id(self.repo_id)
+        if self.repo_id.count("/") != 1:
+            raise ValueError(f"repo_id is {self.repo_id!r}; give owner and name, as in 'user/repository'")
+        check_repo_id(self.repo_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +227,9 @@ class PullConfig:
     """Whether files are fetched even though the cache has them."""
 
     def __post_init__(self) -> None:
-        _check_repo_id(self.repo_id)
+        if self.repo_id.count("/") != 1:
+            raise ValueError(f"repo_id is {self.repo_id!r}; give owner and name, as in 'user/repository'")
+        check_repo_id(self.repo_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +243,8 @@ class Pushed:
     def words(self) -> str:
         """Where it is and how it is loaded."""
         repo_id = self.release.source.name
-        calls = [f'sae = SAE.from_pretrained("{repo_id}", "{sae.id}")' for sae in self.release.saes]
+        names = ((python_string(repo_id), python_string(sae.id)) for sae in self.release.saes)
+        calls = [f"sae = SAE.from_pretrained({release}, {name})" for release, name in names]
         return "\n".join([f"Pushed to {self.url}. To load:", "", *_code(calls)])
 
 
@@ -187,7 +258,7 @@ class Pulled:
 
     def words(self) -> str:
         """Where it is and how it is loaded."""
-        calls = [f'sae = SAE.load_from_disk("{self.folder / sae.path}")' for sae in self.release.saes]
+        calls = [f"sae = SAE.load_from_disk({python_string(self.folder / sae.path)})" for sae in self.release.saes]
         origin = f"{self.release.source.name} at commit {self.commit}"
         return "\n".join([f"Pulled {origin}, every SAE verified by sha256. To load:", "", *_code(calls)])
 
@@ -195,7 +266,8 @@ class Pulled:
 def push(config: PushConfig) -> Pushed:
     """Publish saved SAEs in one commit, and check that the hub has stored what was sent.
 
-    runner_cfg.json, results.json and report.html go as they are: names of folders on the machine they were made on included.
+    cfg.json, runner_cfg.json, results.json and report.html go as they are: names of folders on the machine they were made on
+    included; README.md and pretrained.yaml have none.
 
     Raises:
         ValueError: the folder holds no SAE, or a damaged one; nobody is logged in, or may not write there; the repository has
@@ -203,6 +275,7 @@ def push(config: PushConfig) -> Pushed:
         FileNotFoundError: a file is missing, or the hub cannot be reached.
     """
     saved = saved_saes(config.source, sae_id=config.sae_id, names=config.saes)
+    _check_to_publish(Path(config.source), saved)
     if get_token() is None:
         raise ValueError(f"nobody is logged in to the hub, and pushing needs it; {LOG_IN}")
     api, what = HfApi(), f"pushing to {config.repo_id!r}"
@@ -230,8 +303,9 @@ def pull(config: PullConfig) -> Pulled:
         ValueError: a file's sha256 is not the released one, the output exists, or there is no such SAE.
     """
     output = Path(config.output)
-    if output.exists():
+    if os.path.lexists(output):
         raise ValueError(f"{str(output)!r} exists already; give a folder that does not")
+    check_writable(output, folder=True)
     source = HubSource(repo_id=config.repo_id, revision=config.revision)
     listed = source.file(RELEASE_FILENAME, force_download=config.force_download)
     commit = listed.parent.name  # the cache keeps a folder for each commit
@@ -240,20 +314,23 @@ def pull(config: PullConfig) -> Pulled:
         snapshot = snapshot_download(
             config.repo_id,
             revision=commit,
-            allow_patterns=[*BESIDE, *(f"{sae.path}/*" for sae in release.saes)],
+            allow_patterns=[*BESIDE, *(f"{glob.escape(sae.path)}/*" for sae in release.saes)],
             force_download=config.force_download,
         )
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    _copy(Path(snapshot), partial, BESIDE)
-    for sae in release.saes:
-        _copy(Path(snapshot), partial, [f"{sae.path}/{name}" for name in (*sae.sha256, RUNNER_CFG_FILENAME)])
-        for name, digest in sae.sha256.items():
-            file, what = partial / sae.path / name, f"{sae.path}/{name} of {config.repo_id!r} at commit {commit}"
-            if not file.is_file():
-                raise FileNotFoundError(f"{what} is missing, though {RELEASE_FILENAME} lists it; ask who published it")
-            check_sha256(file, digest, what)
-    return Pulled(folder=partial.rename(output), commit=commit, release=release)
+    with writing(output), publishing(output, "pull") as made:
+        partial = made.folder
+        _copy(Path(snapshot), partial, BESIDE)
+        for sae in release.saes:
+            _copy(Path(snapshot), partial, [f"{sae.path}/{name}" for name in (*sae.sha256, RUNNER_CFG_FILENAME)])
+            for name, digest in sae.sha256.items():
+                file, what = partial / sae.path / name, f"{sae.path}/{name} of {config.repo_id!r} at commit {commit}"
+                if not file.is_file():
+                    raise FileNotFoundError(
+                        f"{what} is missing, though {RELEASE_FILENAME} lists it; ask who published it"
+                    )
+                check_sha256(file, digest, what)
+            seal(partial / sae.path)
+    return Pulled(folder=output, commit=commit, release=release)
 
 
 def _to_commit(config: PushConfig, saved: SavedSAEs, info: ModelInfo) -> tuple[Release, Contents]:
@@ -268,7 +345,7 @@ def _to_commit(config: PushConfig, saved: SavedSAEs, info: ModelInfo) -> tuple[R
         result = CompareResult.load(source.file(RESULTS_FILENAME))  # else the table of the earlier SAEs would go
     release = Release(
         name=config.repo_id,  # once registered, SAE.from_pretrained(repo_id, id) is verified, too
-        model=cards[0].config["metadata"].get("model_name") or "unknown",
+        model=without_folders(cards[0].metadata.get("model_name")) or "unknown",
         source=HubSource(repo_id=config.repo_id),
         saes=tuple(card.entry for card in cards),
     )
@@ -288,7 +365,7 @@ def _to_commit(config: PushConfig, saved: SavedSAEs, info: ModelInfo) -> tuple[R
 
 def _earlier_saes(source: HubSource, replaced: set[str]) -> list[CardSAE]:
     saes = [sae for sae in _only_release(source.file(RELEASE_FILENAME)).saes if sae.id not in replaced]
-    configs = [json.loads(source.file(f"{sae.path}/{SAE_CFG_FILENAME}").read_text()) for sae in saes]
+    configs = [_json_object(source.file(f"{sae.path}/{SAE_CFG_FILENAME}")) for sae in saes]
     return [CardSAE(entry=sae, config=config) for sae, config in zip(saes, configs, strict=True)]
 
 
@@ -333,8 +410,3 @@ def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
 def _code(calls: Sequence[str]) -> list[str]:
     imports = ["import sae_nfm  # registers its architectures", "from sae_lens import SAE"]
     return [f"    {line}" for line in (*imports, *calls)]
-
-
-def _check_repo_id(repo_id: str) -> None:
-    if repo_id.count("/") != 1:
-        raise ValueError(f"repo_id is {repo_id!r}; give owner and name, as in 'user/repository'")

@@ -13,7 +13,7 @@ The YAML is SAELens's own (`pretrained_saes.yaml`: release, `model`, `saes` with
       model: gpt2                     # name of the language model
       repo_id: user/repository        # a hub repository (with `revision`, a branch, tag or commit; "main" unless given),
       # folder: saes                  # or a local folder, relative to the YAML file,
-      # package: sae_nfm              # or a folder inside an installed package
+      # package: sae_nfm              # or a folder inside an installed package, which you have imported
       saes:
       - id: blocks.8.hook_resid_pre   # what `SAE.from_pretrained(release, id)` is called with
         path: blocks.8.hook_resid_pre # its folder within the source
@@ -33,6 +33,8 @@ incomplete config and says what a damaged file means.
 """
 
 import hashlib
+import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -43,6 +45,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import validate_repo_id
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.loading import pretrained_saes_directory
@@ -59,12 +62,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_nfm.architectures import INFERENCE_CONFIGS, refuse_missing_keys
-from sae_nfm.common import explained, whole
-from sae_nfm.loading import check_folder
+from sae_nfm.common import check_digests, explained, printable, quoted, reading, whole
+from sae_nfm.loading import SAVE_AGAIN, check_folder, check_sparsity, check_state_dict
 
 VERIFIED = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME)
 """The files of a saved SAE whose digests a release has; the sparsity may be missing."""
 SOURCE_KEYS = ("repo_id", "revision", "package", "folder")
+LARGEST = 16 * 2**20
+"""Bytes of the largest file of releases that is read: tens of thousands of SAEs."""
 Loaded = tuple[dict[str, Any], dict[str, Tensor], Tensor | None]
 
 
@@ -74,6 +79,10 @@ class HubSource:
 
     repo_id: str
     revision: str = "main"
+
+    def __post_init__(self) -> None:
+        check_repo_id(self.repo_id)
+        _check_text("revision", self.revision)
 
     @property
     def name(self) -> str:
@@ -115,13 +124,25 @@ class PackageSource:
     folder: str
     """Folder inside the package, with forward slashes."""
 
+    def __post_init__(self) -> None:
+        _check_text("package", self.package)
+        _check_path(f"the release's package {self.package!r}", self.folder)
+
     @property
     def name(self) -> str:
         """What SAELens's directory shows as `repo_id`."""
         return f"package:{self.package}/{self.folder}"
 
     def file(self, path: str, *, force_download: bool = False) -> Path:  # noqa: ARG002
-        """The file; a FileNotFoundError where the package was installed without it."""
+        """The file; a FileNotFoundError where the package was installed without it.
+
+        A ValueError where the package is not imported yet: importing runs its code, which a file of releases must not decide.
+        """
+        if self.package not in sys.modules:
+            raise ValueError(
+                f"the release reads files of the package {self.package!r}, which is not imported, and importing it would run "
+                f"its code: if you trust it, `import {printable(self.package)}` first"
+            )
         folder = Path(str(files(self.package))) / self.folder
         return _existing(folder / path, f"install {self.package} again, with its data")
 
@@ -145,15 +166,24 @@ class ReleasedSAE:
     neuronpedia: str | None = None
 
     def __post_init__(self) -> None:
+        _check_text("id", self.id)
+        _check_path(f"SAE {self.id!r}", self.path)
+        _check_text("neuronpedia", self.neuronpedia, optional=True)
+        for name in ("variance_explained", "l0"):
+            value: Any = getattr(self, name)
+            if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+                shown = value if isinstance(value, float) else f"a {type(value).__name__}"
+                raise ValueError(f"SAE {self.id!r} has {name} {shown}; give a number, or leave it out")
         needed = {SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME}
         if not needed <= set(self.sha256) <= set(VERIFIED):
             raise ValueError(
                 f"SAE {self.id!r} has sha256 of {sorted(self.sha256)}; give one for each of {sorted(needed)}, and for "
                 f"{SPARSITY_FILENAME} where there is one (`release_entry(folder)` computes them)"
             )
-        path = PurePosixPath(self.path)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in self.path:
-            raise ValueError(f"SAE {self.id!r} has path {self.path!r}; give a folder within the source, as in 'a/b'")
+        digests: Mapping[str, Any] = self.sha256
+        for name, digest in digests.items():
+            if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+                raise ValueError(f"SAE {self.id!r} has another sha256 of {name} than one of 64 hexadecimal digits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +197,8 @@ class Release:
     saes: tuple[ReleasedSAE, ...]
 
     def __post_init__(self) -> None:
+        _check_text("release", self.name)
+        _check_text("model", self.model)
         for what in ("id", "path"):
             values = [getattr(sae, what) for sae in self.saes]
             if len(set(values)) != len(values) or not values:
@@ -177,6 +209,32 @@ class Release:
         path = self.source.file(f"{sae.path}/{name}", force_download=force_download)
         check_sha256(path, sae.sha256[name], f"{name} of SAE {sae.id!r} in release {self.name!r} ({self.source.name})")
         return path
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise a ValueError for what the hub does not allow as the name of a repository."""
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise ValueError(
+            f"repo_id is {quoted(repo_id)}; give owner and name, as in 'user/repository' ({printable(error)})"
+        ) from error
+
+
+def _check_text(what: str, value: Any, *, optional: bool = False) -> None:
+    """Names go into Python code, pages and terminals: they are text that can be seen, and nothing else."""
+    if value is None and optional:
+        return
+    if not isinstance(value, str) or not value or printable(value) != value:
+        shown = quoted(value) if isinstance(value, str) else f"a {type(value).__name__}"
+        raise ValueError(f"{what} of a release is {shown}; give text without control characters, on one line")
+
+
+def _check_path(whose: str, value: Any) -> None:
+    _check_text("path", value)
+    path = PurePosixPath(value)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in value or value[1:2] == ":":
+        raise ValueError(f"{whose} has path {value!r}; give a folder within the source, as in 'a/b'")
 
 
 def release_entry(
@@ -200,7 +258,12 @@ def release_entry(
     """
     folder = Path(folder)
     check_folder(folder)
-    metadata = SAE.load_from_disk(folder, device="cpu").cfg.metadata
+    check_digests(folder)
+    with reading(folder, "a saved SAE that loads", remedy=SAVE_AGAIN):
+        sae = SAE.load_from_disk(folder, device="cpu")
+    check_state_dict(sae.state_dict(), sae.state_dict())  # for what is not finite, of any architecture
+    check_sparsity(folder, sae.cfg.d_sae)
+    metadata = sae.cfg.metadata
     sae_id = sae_id or metadata.hook_name
     if not sae_id:
         raise ValueError(f"the SAE in {str(folder)!r} does not say its hook name; give sae_id")
@@ -222,19 +285,18 @@ def read_releases(path: str | Path) -> tuple[Release, ...]:
         ValueError: a key is missing or unknown, or the file is no YAML.
     """
     path = Path(path)
-    text = _existing(path, "give the YAML file of a release").read_text()
-    try:
-        content = yaml.safe_load(text)
+    _existing(path, "give the YAML file of a release")
+    with reading(path, "a list of releases", remedy=f"see the docstring of {__name__}"):
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
         return tuple(_release(name, value, path.parent) for name, value in content.items())
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"{path} is no list of releases ({problem}); see the docstring of {__name__}") from error
 
 
 def write_releases(releases: Sequence[Release], path: str | Path) -> Path:
     """Write releases as `read_releases` reads them, under a temporary name first."""
     with whole(path) as partial:
-        partial.write_text(releases_yaml(releases))
+        partial.write_text(releases_yaml(releases), encoding="utf-8")
     return Path(path)
 
 
@@ -424,7 +486,8 @@ class _Loader:
         sparsity = None
         if SPARSITY_FILENAME in sae.sha256:
             file = self.release.verified_file(sae, SPARSITY_FILENAME, force_download=force_download)
-            sparsity = load_file(file, device=device)["sparsity"]
+            with reading(file, remedy="download it again with force_download=True, or restore it"):
+                sparsity = load_file(file, device=device)["sparsity"]
         return config, state_dict, sparsity
 
     def _sae(self, path: str) -> ReleasedSAE:

@@ -25,21 +25,23 @@ The clean pass that SAELens's error term is computed from has the hooks switched
 
 f_n are the n largest entries of f (`nfm_top_k`; all where it is None).
 
-Positions are those of the whole sequence. In `generate` the first run's tokens are the prompt; with a cache of keys and values
-the later runs carry one token each, without one the sequence so far and one more. Either way a run whose tokens are those of
-the run before and one more goes on with the same prompt.
+Positions are those of the whole sequence, padding left out: position 1 is the second token of each row that is no padding, in one
+run as in several on a cache of keys and values. Negative ones are counted from the end of the prompt: what `generate` was
+given; outside `generate` the tokens of the run, or on a cache those of the first run on it. Padding is never edited.
 """
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from operator import index as whole_number
+from typing import Any, Literal, cast, get_args
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from sae_lens import SAE, SAETransformerBridge, TrainingSAE
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
@@ -48,10 +50,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths, secondary_of
-from sae_nfm.common import check_choice
+from sae_nfm.common import ShortRepr, check_choice
 from sae_nfm.kernels import POOLS, reference
 from sae_nfm.loading import digest
-from sae_nfm.models import Attached, HookFunction, LanguageModel, SpecialTokens, TokensRead, is_special, tokens_read
+from sae_nfm.models import Attached, HookFunction, LanguageModel, SpecialTokens, TokensRead, places_of, tokens_read
 
 Path = Literal["direct", "linear", "square", "interaction"]
 PATHS: tuple[Path, ...] = get_args(Path)
@@ -109,10 +111,10 @@ def read_by_paths(sae: SAE[Any]) -> NFMPaths:
 
 
 Where = tuple[int, ...] | Tensor | None
-"""Tokens by position, negative ones counted from the end of the prompt; by a mask, Bool[rows pos] of the prompt; or all."""
+"""Tokens by position (or positions), negative ones counted from the end of the prompt; by a mask of the prompt; or all."""
 
 
-def check_where(where: Where) -> None:
+def check_where(where: Any) -> None:
     """Raise a ValueError for tokens that cannot be told."""
     if isinstance(where, Tensor):
         if where.dtype != torch.bool or where.ndim != 2:
@@ -120,7 +122,9 @@ def check_where(where: Where) -> None:
                 f"where is a tensor {tuple(where.shape)} of {where.dtype}; give a mask of bool, [rows, pos], True where the "
                 "edit is to act"
             )
-    elif where is not None and (not where or not all(type(position) is int for position in where)):
+    elif where is not None and (
+        not isinstance(where, tuple) or not where or not all(type(position) is int for position in where)
+    ):
         raise ValueError(f"where is {where!r}; give positions such as (3, -1), a mask [rows, pos], or None for all")
 
 
@@ -128,50 +132,42 @@ def check_where(where: Where) -> None:
 class TokensInTurn:
     """The tokens whose activations pass, run after run; with special tokens "kept", edits leave those out."""
 
-    model: LanguageModel | None = None
-    """None where an SAE runs by itself, on whole sequences."""
     read: TokensRead | None = None
+    """None where an SAE runs by itself, on whole sequences."""
     special_tokens: SpecialTokens = "changed"
-    _before: Int[Tensor, "rows pos"] | None = field(default=None, init=False)
-    _prompt: int = field(default=0, init=False)
 
     def chosen(self, where: Where, value: Float[Tensor, "rows here width"]) -> Bool[Tensor, "rows here"]:
         """Whether an edit acts, at the tokens whose activations pass. A ValueError when the prompt lacks some of them."""
-        rows, here = value.shape[:2]
-        ids = None if self.read is None else self.read.on(value.device)
-        if ids is not None and (len(ids) != rows or ids.shape[1] < here):
-            raise ValueError(
-                f"activations {tuple(value.shape)} are not those of the tokens {tuple(ids.shape)} that the model read last; "
-                "while an edit is at work, run the SAE in the model only"
-            )
-        length = here if ids is None else ids.shape[1]
-        mask = self._mask(where, rows, length, self._prompt_of(ids, length), value.device)
-        if ids is not None and self.model is not None and self.special_tokens == "kept":
-            mask = mask & ~is_special(self.model, ids)
-        return mask[:, length - here :]
+        read, device = self.read, value.device
+        if read is None:
+            whole = torch.ones(value.shape[:2], dtype=torch.bool, device=device)
+            return _chosen(where, whole, value.shape[1], on_cache=False)
+        read.check_shape(value)
+        assert read.real is not None
+        mask = _chosen(where, read.real.to(device), read.prompt, on_cache=read.on_cache)[:, read.offset :]
+        return mask & ~read.special_on(device) if self.special_tokens == "kept" else mask
 
-    def _prompt_of(self, ids: Int[Tensor, "rows pos"] | None, length: int) -> int:
-        before, self._before = self._before, ids
-        grown = before is not None and before.shape[1] in (length, length - 1)
-        if ids is None or before is None or not grown or not torch.equal(before, ids[:, : before.shape[1]]):
-            self._prompt = length
-        return self._prompt
 
-    @staticmethod
-    def _mask(where: Where, rows: int, length: int, prompt: int, device: torch.device) -> Bool[Tensor, "rows pos"]:
-        mask = torch.full((rows, length), where is None, device=device)
-        if where is None:
-            return mask
-        if isinstance(where, Tensor):
-            if where.shape != (rows, prompt):
-                raise ValueError(f"where is a mask {tuple(where.shape)}, expected that of the prompt, {(rows, prompt)}")
-            mask[:, :prompt] = where.to(device)
-            return mask
-        positions = [position + prompt if position < 0 else position for position in where]
-        if min(positions) < 0:
-            raise ValueError(f"where has {min(where)}, the prompt has {prompt} tokens; give positions from {-prompt}")
-        mask[:, [position for position in positions if position < length]] = True
-        return mask
+def _chosen(where: Where, real: Bool[Tensor, "rows pos"], prompt: int, *, on_cache: bool) -> Bool[Tensor, "rows pos"]:
+    """The tokens of whole sequences so far; those of the prompt are the first ones, padding among them."""
+    if where is None:
+        return real
+    if isinstance(where, Tensor):
+        rows, width = where.shape
+        if rows != len(real) or width < prompt or (width > prompt and not on_cache):
+            expected = (len(real), prompt)
+            raise ValueError(f"where is a mask {tuple(where.shape)}, expected that of the prompt, {expected}")
+        mask = torch.zeros_like(real)
+        there = min(width, real.shape[1])
+        mask[:, :there] = where[:, :there].to(real.device)
+        return mask & real
+    lengths = real[:, :prompt].sum(1, keepdim=True)
+    if min(where) + int(lengths.min()) < 0:
+        short = int(lengths.min())
+        raise ValueError(f"where has {min(where)}, the prompt has {short} tokens; give positions from {-short}")
+    positions = torch.tensor(where, device=real.device)
+    wanted = torch.where(positions < 0, positions + lengths, positions)
+    return (places_of(real)[..., None] == wanted[:, None]).any(-1) & real
 
 
 SWITCHES = {
@@ -186,11 +182,30 @@ SWITCHES = {
 Index = tuple[int, ...] | None
 
 
-def check_index(index: Index, value: float | Tensor) -> None:
+def _as_tuple(given: Any) -> Any:
+    """One number, or a list, range, array or tensor of them, as a tuple; anything else as it is, to be refused."""
+    if given is None or isinstance(given, (bool, str)) or (isinstance(given, Tensor) and given.dtype == torch.bool):
+        return given
+    several = given.tolist() if isinstance(given, (Tensor, np.ndarray)) else given
+    with suppress(TypeError):
+        return (
+            (whole_number(several),)
+            if not isinstance(several, Iterable)
+            else tuple(map(whole_number, cast(Any, several)))
+        )
+    return given
+
+
+def check_index(index: Any, value: float | Tensor) -> None:
     """Raise a ValueError for entries that cannot be told apart, or a vector that is not one number for each."""
     if index is None:
         return
-    if not index or not all(type(entry) is int and entry >= 0 for entry in index) or len(set(index)) < len(index):
+    if (
+        not isinstance(index, tuple)
+        or not index
+        or not all(type(entry) is int and entry >= 0 for entry in index)
+        or len(set(index)) < len(index)
+    ):
         raise ValueError(f"index is {index!r}; give different entries from 0 up, such as (3, 17), or None for all")
     if isinstance(value, Tensor) and value.ndim and len(value) != len(index):
         raise ValueError(f"value has {len(value)} numbers, index has {len(index)} entries; give one number for each")
@@ -252,8 +267,8 @@ def _entries(index: Index) -> str:
 Mode = Literal["clamp", "scale", "add"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SAEEdit(ABC):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SAEEdit(ShortRepr, ABC):
     """A change inside an SAE; what the kinds have in common."""
 
     mode: Mode
@@ -261,8 +276,8 @@ class SAEEdit(ABC):
     value: float | Tensor
     """A number, or where several entries are edited a vector with one for each."""
     where: Where = None
-    """The tokens: None for all; positions in the whole sequence, negative ones counted from the end of the prompt; or a mask
-    Bool[rows pos] of the prompt, for one batch. A position beyond the prompt acts once `generate` has reached it."""
+    """The tokens: None for all; positions in the whole sequence, padding left out, negative ones counted from the end of the
+    prompt; or a mask Bool[rows pos] of the prompt, for one batch. A position beyond the prompt acts once it is reached."""
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, get_args(Mode))
@@ -270,6 +285,7 @@ class SAEEdit(ABC):
         if value.ndim > 1 or value.dtype == torch.bool or value.is_complex() or not value.isfinite().all():
             given = self.value if value.ndim == 0 else f"a tensor {tuple(value.shape)} of {value.dtype}"
             raise ValueError(f"value is {given}; give a finite number, or a vector of them")
+        object.__setattr__(self, "where", _as_tuple(self.where))
         check_where(self.where)
 
     @property
@@ -321,18 +337,30 @@ class SAEEdit(ABC):
         return f"{self.mode} {value} {of}, {tokens}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Edit(SAEEdit):
-    """A change of what passes one hook point of an SAE. At `hook_sae_acts_post` it reaches every path."""
+    """A change of what passes one hook point of an SAE. At `hook_sae_acts_post` it reaches every path.
+
+        Edit(at="hook_sae_acts_post", index=7, mode="clamp", value=10.0)             # feature 7 at 10, at all tokens
+        Edit(at="hook_nfm_interaction", mode="scale", value=0.0, where=(1, -1))      # no interaction, at two tokens
+
+    Args:
+        at: hook point, by its name on the SAE.
+        index: entries of the last dimension, one or several; None for all.
+        mode: "clamp", "scale" or "add".
+        value: a number, or a vector with one for each entry.
+        where: positions, padding left out and negative ones from the end of the prompt; a mask [rows, pos]; None for all.
+    """
 
     at: str
     """The hook point, by its name on the SAE, such as "hook_sae_acts_post" or "hook_nfm_hidden_pre"."""
     index: Index = None
-    """Entries of the last dimension (heads flattened), such as features; None for all."""
+    """Entries of the last dimension (heads flattened), such as features: one, or several; None for all."""
 
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "index", _as_tuple(self.index))
         check_index(self.index, self.value)
 
     @property
@@ -358,11 +386,13 @@ class Edit(SAEEdit):
         return torch.where(chosen[..., None], with_entries(value, self.index, self._applied), value)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PairEdit(SAEEdit):
     """A change of c = f_i f_j, the coefficient of v_i*v_j in the pooled vector; nothing else about the two features changes.
 
         scale    z + (m - 1) c v_i*v_j        clamp    z + (m - c) v_i*v_j        add    z + m v_i*v_j
+
+        PairEdit(pair=(3, 17), mode="scale", value=0.0)      # the pair taken out
 
     f as the interaction path reads it, zero outside its strongest n (`nfm_top_k`): there c is 0, which scaling leaves at 0.
     """
@@ -372,6 +402,7 @@ class PairEdit(SAEEdit):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "pair", _as_tuple(self.pair))
         if len(self.pair) != 2 or self.pair[0] == self.pair[1]:
             raise ValueError(f"pair is {self.pair!r}; give two different features, such as (3, 17)")
         check_index(self.pair, 0.0)
@@ -403,7 +434,7 @@ class PairEdit(SAEEdit):
         return "interaction"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ReadEdit(SAEEdit):
     """A change of the features as one path reads them; what the other paths read stays.
 
@@ -411,6 +442,8 @@ class ReadEdit(SAEEdit):
         square        adds ((f'^2 - f^2) / c) U          at hook_nfm_square
         interaction   adds z(f'_n) - z(f_n)              at hook_nfm_pooled
         direct        adds what f' - f writes            at hook_sae_recons
+
+        ReadEdit(path="linear", index=7, mode="clamp", value=10.0)
 
     What was read before is what passed `hook_nfm_linear_in` and so on, where an `Edit` of what a path reads acts itself; here
     the difference is added where the path writes, so that tokens which are not chosen keep their bits.
@@ -429,6 +462,7 @@ class ReadEdit(SAEEdit):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("path", self.path, PATHS)
+        object.__setattr__(self, "index", _as_tuple(self.index))
         check_index(self.index, self.value)
 
     @property
@@ -492,7 +526,7 @@ def at_work(
     spliced.append(entry)
     try:
         with tokens_read(model) as read:
-            tokens = TokensInTurn(model=model, read=read, special_tokens=special_tokens)
+            tokens = TokensInTurn(read=read, special_tokens=special_tokens)
             with found.hooks(hook_functions(sae, edits, tokens)):
                 yield
     finally:
@@ -535,12 +569,17 @@ def _attached(model: LanguageModel, sae: SAE[Any]) -> Attached:
     for other, found in reversed(_SPLICED.get(model, [])):
         if other is sae:
             return found
+    metadata = sae.cfg.metadata
     if not isinstance(model, HookedProxyLM) and any(other is sae for other in model.acts_to_saes.values()):
+        if metadata.hook_head_index is not None:
+            raise ValueError(
+                f"the SAE is of head {metadata.hook_head_index} of {metadata.hook_name!r}, and add_sae puts it in place of all "
+                "heads; use Splice(sae=sae).on(model), which leaves the others as they are"
+            )
         if isinstance(model, SAETransformerBridge):
-            return Attached(owner=model, prefix=model.get_sae_hook_name(sae, ""))
-        metadata = sae.cfg.metadata
-        return Attached(owner=model, prefix=f"{metadata.hook_name_out or metadata.hook_name}.")
+            return Attached(owner=model, prefix=model.get_sae_hook_name(sae, ""), model=model)
+        return Attached(owner=model, prefix=f"{metadata.hook_name_out or metadata.hook_name}.", model=model)
     raise ValueError(
-        f"the SAE for {sae.cfg.metadata.hook_name!r} is not at work in this model; put it there first, with "
+        f"the SAE for {metadata.hook_name!r} is not at work in this model; put it there first, with "
         "hooks.Splice(sae=sae).on(model) or model.add_sae(sae)"
     )

@@ -37,16 +37,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_nfm.common import ShortRepr
 from sae_nfm.interventions.intervene import Intervention, Splice, Substitution, TokenContext, counted_tokens, digest
 from sae_nfm.interventions.results import UNDER_TEST, ArmRole, Role
-from sae_nfm.models import LanguageModel
+from sae_nfm.models import LanguageModel, check_finite, real_batches, run_rows
 
 FLIPPED = -1.0
 SCALES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Activations:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Activations(ShortRepr):
     """Mean and covariance, float64, of the activations at a hook point, over the counted tokens of some text."""
 
     hook_name: str
@@ -54,6 +55,8 @@ class Activations:
     covariance: Float[Tensor, "d d"]
     tokens: int
     """Tokens they were computed from; fewer than d leave directions without variance."""
+    head: int | None = None
+    """The head they are of; None for all."""
 
     @cached_property
     def root(self) -> Float[Tensor, "d d"]:
@@ -68,9 +71,14 @@ class Activations:
 
 @torch.no_grad()
 def fit_activations(
-    model: LanguageModel, tokens: Int[Tensor, "rows pos"], hook_name: str, *, batch_rows: int = 16
+    model: LanguageModel,
+    tokens: Int[Tensor, "rows pos"],
+    hook_name: str,
+    *,
+    head: int | None = None,
+    batch_rows: int = 16,
 ) -> Activations:
-    """Mean and covariance at a hook point, by a name of either kind, on rows other than those evaluated on.
+    """Mean and covariance at a hook point, by a name of either kind, or of one head there, on rows other than those evaluated on.
 
     `held_out_rows` with `skip_tokens` gives such rows.
 
@@ -78,17 +86,19 @@ def fit_activations(
         ValueError: when there is no such hook point, or fewer than two tokens are counted.
     """
     total, products, n = torch.zeros(()), torch.zeros(()), 0
-    nothing = Substitution(at=hook_name, function=_nothing, description="nothing")
-    for batch in tokens.split(batch_rows):
+    nothing = Substitution(at=hook_name, head=head, function=_nothing, description="nothing")
+    for batch, real in real_batches(model, tokens, batch_rows):
         with nothing.on(model) as trace:
-            model(batch)
-        x = trace.x[counted_tokens(model, batch)].double()
+            run_rows(model, batch, real)
+        counted = counted_tokens(model, batch, real)
+        x = trace.x[counted].double()
+        check_finite(x, counted, f"activations at {hook_name!r}")
         total, products, n = total + x.sum(0).cpu(), products + (x.T @ x).cpu(), n + len(x)
     if n < 2:
         raise ValueError(f"a covariance needs two tokens, and {n} of {tokens.numel()} are counted; give more text")
     mean = total / n
     covariance = (products - n * mean.outer(mean)) / (n - 1)
-    return Activations(hook_name=hook_name, mean=mean, covariance=covariance, tokens=n)
+    return Activations(hook_name=hook_name, mean=mean, covariance=covariance, tokens=n, head=head)
 
 
 def control_arms(
@@ -106,10 +116,13 @@ def control_arms(
     Raises:
         ValueError: when the activations are from another hook point, or of another width.
     """
-    if (activations.hook_name, len(activations.mean)) != (under_test.hook_name, under_test.sae.cfg.d_in):
+    cfg, head = under_test.sae.cfg, under_test.sae.cfg.metadata.hook_head_index
+    found = (activations.hook_name, len(activations.mean), activations.head)
+    if found != (under_test.hook_name, cfg.d_in, head):
+        where = [f", head {one}" if one is not None else "" for one in (activations.head, head)]
         raise ValueError(
-            f"the activations are from {activations.hook_name!r} with {len(activations.mean)} dimensions, the arm under test "
-            f"is at {under_test.hook_name!r} with {under_test.sae.cfg.d_in}; fit them at its hook point"
+            f"the activations are from {activations.hook_name!r}{where[0]} with {len(activations.mean)} dimensions, the arm "
+            f"under test is at {under_test.hook_name!r}{where[1]} with {cfg.d_in}; fit them at its hook point"
         )
     fitted = digest({"mean": activations.mean, "covariance": activations.covariance})
     sweep = {f"error x {scale:g}": scale for scale in map(float, scales)}
@@ -127,6 +140,7 @@ def control_arms(
     for name, (rule, fit) in rules.items():
         arms[name] = Substitution(
             at=under_test.hook_name,
+            head=head,
             function=partial(_control, under_test, rule),
             description=f"{name} ({fit}) for {under_test.identity}",
             special_tokens=under_test.special_tokens,
@@ -142,12 +156,18 @@ def control_arms(
 
 def anchors(activations: Activations) -> dict[str, Substitution]:
     """No, zero and mean ablation of a hook point. Special tokens are kept; with "changed" the zero is SAELens's."""
-    at, mean = activations.hook_name, activations.mean
+    at, head, mean = activations.hook_name, activations.head, activations.mean
     return {
-        "none": Substitution(at=at, function=_nothing, description="nothing"),
-        "zero": Substitution(at=at, function=lambda x, context: torch.zeros_like(x), description="zero"),  # noqa: ARG005
+        "none": Substitution(at=at, head=head, function=_nothing, description="nothing"),
+        "zero": Substitution(
+            at=at,
+            head=head,
+            function=lambda x, context: torch.zeros_like(x),  # noqa: ARG005
+            description="zero",
+        ),
         "mean": Substitution(
             at=at,
+            head=head,
             function=lambda x, context: mean.to(x).expand_as(x),  # noqa: ARG005
             description=f"mean {digest({'mean': mean})}",
         ),

@@ -22,6 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths, Secondary, check_secondary, place_secondary, secondary_of
+from sae_nfm.common import ShortRepr
 from sae_nfm.interventions.edits import SAEEdit, TokensInTurn, at_work, hook_functions
 from sae_nfm.interventions.results import NO_ROLE, ArmRole
 from sae_nfm.loading import describe, digest
@@ -30,11 +31,17 @@ from sae_nfm.models import (
     HookFunction,
     LanguageModel,
     SpecialTokens,
+    TokensRead,
+    check_finite,
     claimed,
     counted_tokens,
-    is_special,
+    hooked,
     keeping,
+    on_head,
+    real_batches,
     reconstruction,
+    run_rows,
+    site_at,
     special_token_ids,
     splice,
     tokens_read,
@@ -56,8 +63,8 @@ class Trace:
     """Feature activations, where an SAE was at work."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Intervention(ABC):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Intervention(ShortRepr, ABC):
     """A change to what a language model computes at one hook point.
 
         with intervention.on(model, generator) as trace:
@@ -95,9 +102,23 @@ class Intervention(ABC):
         """
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Splice(Intervention):
-    """An SAE in place of the hook point that its metadata names.
+    """An SAE in place of the hook point that its metadata names, or of one head there (hook_head_index).
+
+        with Splice(sae=sae, edits=[Edit(at="hook_sae_acts_post", index=7, mode="clamp", value=10.0)]).on(model) as trace:
+            logits = model(tokens)
+        trace.x, trace.x_hat, trace.acts       # what came in, what went on, features
+
+    Unlike SAELens's `with model.saes(sae)` it keeps special tokens as they are, works on every kind of model and in `generate`,
+    and refuses to run where its hooks were taken away (docs/splicing.md).
+
+    Args:
+        sae: the SAE; it is used as it is, not copied.
+        ablated: paths that are written as zero (None) or as a vector.
+        use_error_term: add what the SAE does not reconstruct.
+        edits: changes of features, pairs and paths.
+        special_tokens: "kept" or "changed".
 
     A ValueError for a hook point the SAE does not have, a mean that is no vector, or an SAE that reads one and writes another.
     """
@@ -106,6 +127,9 @@ class Splice(Intervention):
     ablated: Mapping[str, Tensor | None] = field(default_factory=dict[str, "Tensor | None"])
     """Hook points of the SAE, such as "hook_nfm_linear", by what is written there at every token: None for zero, or a
     vector, such as the path's mean (`path_means`). Zero takes the mean of a path away with it; the mean leaves it in."""
+    use_error_term: bool = False
+    """Whether what the SAE does not reconstruct of its input is added, as by SAELens's `use_error_term`: then only what is
+    ablated and edited changes anything. Special tokens are kept or changed as without it."""
     edits: Sequence[SAEEdit] = ()
     """What else is changed inside the SAE, in this order, after what is ablated; special tokens are left out where they are
     kept. In `reconstruct` the activations given are the prompt."""
@@ -138,6 +162,8 @@ class Splice(Intervention):
         parts = {name: "zero" if value is None else digest({"": value}) for name, value in self.ablated.items()}
         ablated = json.dumps(parts, sort_keys=True)
         text = f"{describe(self.sae, f' at {self.hook_name}')}, ablated {ablated}, special tokens {self.special_tokens}"
+        if self.use_error_term:
+            text += ", with error term"
         if self.edits:
             text += f", edits {json.dumps([edit.identity for edit in self.edits])}"
         if (secondary := secondary_of(self.sae)) is not None:
@@ -159,7 +185,7 @@ class Splice(Intervention):
             trace.acts = value
 
         with (
-            splice(model, self.sae, self.special_tokens) as found,
+            splice(model, self.sae, self.special_tokens, use_error_term=self.use_error_term) as found,
             found.hooks({"hook_sae_input": x}),  # before anything is changed
             found.hooks(self._ablations()),
             at_work(model, self.sae, found, self.edits, self.special_tokens),
@@ -170,14 +196,15 @@ class Splice(Intervention):
     def reconstruct(self, x: Float[Tensor, "rows pos d"]) -> Float[Tensor, "rows pos d"]:
         """What the SAE makes of activations by itself, at every position, its paths ablated and edits made, heads flattened."""
         with Attached(owner=self.sae, prefix="").hooks(self._ablations()):
-            return reconstruction(self.sae, x, hook_functions(self.sae, self.edits, TokensInTurn()))
+            made = reconstruction(self.sae, x, hook_functions(self.sae, self.edits, TokensInTurn()))
+        return made + (x - reconstruction(self.sae, x, {})) if self.use_error_term else made
 
     def _ablations(self) -> dict[str, HookFunction]:
         return {name: writing(name, value) for name, value in self.ablated.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenContext:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TokenContext(ShortRepr):
     """Where the activations stand that a substitution is given; the generator, where one was given, is on the CPU."""
 
     counted: Bool[Tensor, "rows pos"]
@@ -185,9 +212,13 @@ class TokenContext:
     generator: torch.Generator | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Substitution(Intervention):
     """A function in place of a hook point.
+
+        half = Substitution(at="blocks.2.hook_resid_post", function=lambda x, context: x / 2, description="half")
+        with half.on(model):
+            logits = model(tokens)
 
     The function is given every position, position 0 and special tokens among them; what it returns at special tokens is then
     replaced by what was there, unless they are to be changed.
@@ -200,6 +231,8 @@ class Substitution(Intervention):
     shape. It must not write into what it is given."""
     description: str
     """What the function does and all it depends on: a resumed measurement knows the function by this text only."""
+    head: int | None = None
+    """A single head, at a hook point that has them: x is [rows pos d_head], the other heads keep their bits. None for all."""
 
     @property
     @override
@@ -209,30 +242,48 @@ class Substitution(Intervention):
     @property
     @override
     def identity(self) -> str:
-        return f"{self.description} at {self.at}, special tokens {self.special_tokens}"
+        at = self.at if self.head is None else f"{self.at}, head {self.head}"
+        return f"{self.description} at {at}, special tokens {self.special_tokens}"
 
     @override
     @contextmanager
     def on(self, model: LanguageModel, generator: torch.Generator | None = None) -> Generator[Trace]:
         trace = Trace()
+        d_head = 0 if self.head is None else site_at(model, self.at, self.head).d_in
         with claimed(model, self.at) as hook_name, tokens_read(model) as read:
 
-            def substitute(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-                tokens, x = read.on(value.device), value.flatten(2)
-                here = slice(tokens.shape[1] - x.shape[1], None)
-                counted = counted_tokens(model, tokens)[:, here]
-                x_hat = self.function(x, TokenContext(counted=counted, generator=generator))
+            def substituted(x: Tensor) -> Tensor:
+                special = read.special_on(x.device) if self.special_tokens == "kept" else None
+                x_hat = self.function(x, _Context(read, x.device, generator))
                 if x_hat.shape != x.shape:
                     raise ValueError(
                         f"{self.description!r} made {tuple(x_hat.shape)} of {tuple(x.shape)}; keep the shape"
                     )
-                if self.special_tokens == "kept":
-                    x_hat = torch.where(is_special(model, tokens[:, here])[..., None], x, x_hat)
+                if special is not None:
+                    x_hat = torch.where(special[..., None], x, x_hat)
                 trace.x, trace.x_hat = x, x_hat.to(x.dtype)
-                return trace.x_hat.reshape(value.shape)
+                return trace.x_hat
 
-            with model.hooks(fwd_hooks=[(hook_name, substitute)]):
+            def substitute(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+                read.check_shape(value)
+                if self.head is not None:
+                    return on_head(value, self.head, d_head, substituted)
+                return substituted(value.flatten(2)).reshape(value.shape)
+
+            with hooked(model, {hook_name: substitute}, model):
                 yield trace
+
+
+class _Context(TokenContext):
+    """Looks for the counted tokens when it is asked, since a run on activations does not know them."""
+
+    def __init__(self, read: TokensRead, device: torch.device, generator: torch.Generator | None) -> None:
+        self.__dict__.update(_read=read, _device=device, generator=generator)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "counted":
+            raise AttributeError(name)
+        return self.__dict__["_read"].counted_on(self.__dict__["_device"])
 
 
 @torch.no_grad()
@@ -246,20 +297,26 @@ def path_means(
     """
     Splice(sae=sae, ablated=dict.fromkeys(names))  # refuses unknown names
     sums, n = dict.fromkeys(names, torch.zeros(())), 0
-    for batch in tokens.split(batch_rows):
-        mask, seen = counted_tokens(model, batch), dict[str, Tensor]()
+    for batch, real in real_batches(model, tokens, batch_rows):
+        mask, seen = counted_tokens(model, batch, real), dict[str, Tensor]()
         with splice(model, sae) as found, found.hooks({name: keeping(seen, name) for name in names}):
-            model(batch)
+            run_rows(model, batch, real)
         n += int(mask.sum())
+        for name in names:
+            check_finite(seen[name][mask], mask, f"what passes {name!r}")
         sums = {name: sums[name] + seen[name][mask].flatten(1).sum(0, dtype=torch.float64).cpu() for name in names}
     if n == 0:
         raise ValueError(f"no token to average over: {tokens.numel()} tokens, all special or in position 0; give more")
     return {name: (total / n).float() for name, total in sums.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SecondarySplice(Splice):
-    """An SAE in place of its hook point, a secondary SAE in place of its hidden code (see `attach_secondary`)."""
+    """An SAE in place of its hook point, a secondary SAE in place of its hidden code (see `attach_secondary`).
+
+    with SecondarySplice(sae=sae, secondary=secondary, error_term=True).on(model):
+        logits = model(tokens)
+    """
 
     secondary: SAE[Any]
     error_term: bool = False

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,7 +27,7 @@ from sae_nfm.interventions.edits import READ_AT, PairEdit
 from sae_nfm.interventions.intervene import Substitution, TokenContext, counted_tokens, splice
 from sae_nfm.interventions.results import Steered, SteeringComparison
 from sae_nfm.loading import digest
-from sae_nfm.models import LanguageModel, keeping
+from sae_nfm.models import LanguageModel, check_finite, keeping, real_batches, real_tokens, run_rows
 
 READ, HIDDEN = READ_AT["interaction"], "hook_nfm_hidden_pre"
 SteeringArm = Literal["pair", "sum", "first", "second"]
@@ -46,12 +46,12 @@ def mean_gates(
     """
     PairEdit(pair=pair, mode="scale", value=1.0).check(sae)
     is_open, n = torch.zeros(sae.cfg.nfm_dim), 0
-    for batch in tokens.split(batch_rows):
+    for batch, real in real_batches(model, tokens, batch_rows):
         seen = dict[str, Tensor]()
         with splice(model, sae) as found, found.hooks({name: keeping(seen, name) for name in (READ, HIDDEN)}):
-            model(batch)
+            run_rows(model, batch, real)
         read = seen[READ][..., list(pair)]
-        both = (read != 0).all(-1) & counted_tokens(model, batch).to(read.device)
+        both = (read != 0).all(-1) & counted_tokens(model, batch, real).to(read.device)
         is_open += (seen[HIDDEN][both] > 0).sum(0).cpu()
         n += int(both.sum())
     if n == 0:
@@ -99,14 +99,14 @@ def directions(
     return {arm: direction.float() / direction.float().norm() for arm, direction in found.items()}
 
 
-def steering(at: str, direction: Float[Tensor, " d"], alpha: float) -> Substitution:
-    """The intervention that adds alpha times a direction at a hook point, at every token that is not special."""
+def steering(at: str, direction: Float[Tensor, " d"], alpha: float, *, head: int | None = None) -> Substitution:
+    """The intervention that adds alpha times a direction at a hook point (or one head there), at all tokens but special ones."""
     step = alpha * direction
 
     def add(x: Tensor, context: TokenContext) -> Tensor:  # noqa: ARG001
         return x + step.to(x)
 
-    return Substitution(at=at, function=add, description=f"steering by {digest({'': step})}")
+    return Substitution(at=at, head=head, function=add, description=f"steering by {digest({'': step})}")
 
 
 @torch.no_grad()
@@ -138,14 +138,17 @@ def compare_steering(
     found = directions(sae, pair, gates)
     generator = torch.Generator().manual_seed(seed)
     drawn = F.normalize(torch.randn(n_random, sae.cfg.d_in, generator=generator), dim=-1)
-    at = str(sae.cfg.metadata.hook_name)
+    at, head = str(sae.cfg.metadata.hook_name), sae.cfg.metadata.hook_head_index
     arms = {(arm, 0): direction for arm, direction in found.items()}
     arms |= {("random", draw): direction for draw, direction in enumerate(drawn)}
-    steered = {(*arm, float(alpha)): steering(at, arms[arm], float(alpha)) for arm in arms for alpha in alphas}
+    steered = {
+        (*arm, float(alpha)): steering(at, arms[arm], float(alpha), head=head) for arm in arms for alpha in alphas
+    }
     rows, sizes = list[Steered](), list[Tensor]()
-    starts = range(0, len(tokens), batch_rows)
+    starts, real = range(0, len(tokens), batch_rows), real_tokens(model, tokens)
     for start in tqdm(starts, desc="Steering", unit="batch", disable=not show_progress):
-        measured, norms = _measured(model, tokens[start : start + batch_rows], steered, target, start)
+        here = slice(start, start + batch_rows)
+        measured, norms = _measured(model, tokens[here], real[here], steered, target, start)
         rows += measured
         sizes.append(norms)
     return SteeringComparison(
@@ -164,20 +167,24 @@ def compare_steering(
 def _measured(
     model: LanguageModel,
     batch: Int[Tensor, "rows pos"],
+    real: Bool[Tensor, "rows pos"],
     arms: Mapping[tuple[str, int, float], Substitution],
     target: int | None,
     first: int,
 ) -> tuple[list[Steered], Float[Tensor, " tokens"]]:
-    mask, norms, found = counted_tokens(model, batch), torch.zeros(0), list[Steered]()
-    original = [logits[counted].float().log_softmax(-1) for logits, counted in zip(model(batch), mask, strict=True)]
+    mask, norms, found = counted_tokens(model, batch, real), torch.zeros(0), list[Steered]()
+    clean = run_rows(model, batch, real)
+    original = [logits[counted].float().log_softmax(-1) for logits, counted in zip(clean, mask, strict=True)]
+    check_finite(torch.cat(original), mask, "the model's own logits", first)
     for (arm, draw, alpha), intervention in arms.items():
         with intervention.on(model) as trace:
-            logits = model(batch)
+            logits = run_rows(model, batch, real)
         norms = trace.x[mask].float().norm(dim=-1).cpu()
         for row, p in enumerate(original):
             if not len(p):
                 continue
             q = logits[row][mask[row]].float().log_softmax(-1)
+            check_finite(q, mask[row][None], f"steered by {alpha:g} along {arm!r} the model's logits", first + row)
             kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean().item()
             change = None if target is None else (q[:, target] - p[:, target]).mean().item()
             where: dict[str, Any] = {"arm": arm, "draw": draw, "alpha": alpha, "row": first + row, "tokens": len(p)}

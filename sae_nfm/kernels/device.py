@@ -5,13 +5,14 @@
 import importlib.util
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial, reduce
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 TRITON_DEVICES: tuple[str, ...] = ("cuda",)
 """Types of the devices whose tensors Triton kernels work on. With its interpreter it could be "cpu"."""
@@ -41,9 +42,43 @@ def _has_triton() -> bool:
 def product_dtype(weight: Tensor) -> torch.dtype:
     """The type in which a matrix product with a weight is made: its own, or autocast's."""
     device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return weight.dtype
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, operations on a device have the type of their arguments."""
+    known = torch.amp.is_autocast_available(device.type)  # it is not for the meta device
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def autocast_as_now(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, later, operations on a device have the type that they have now."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (vmap, jvp, jacfwd, ...) or forward-mode differentiation is at work."""
+    # torch has no public question for either
+    transforms: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
+    return forward_ad._current_level >= 0 or transforms.peek_interpreter_stack() is not None  # pyright: ignore[reportPrivateUsage]
+
+
+def sees_numbers(*tensors: Tensor) -> bool:
+    """Whether what is computed of tensors may depend on the numbers in them and leave out what autograd alone needs not.
+
+    It may not on the meta device, of stand-ins (fake tensors), while a graph is compiled or traced, and under transforms.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or is_transformed()
+        or any(tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
+    )
 
 
 def promoted_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -5,7 +5,7 @@
 
 The sparse form makes neither [batch, d_sae] nor [batch, k, d_out], but for the encoder's product x W_enc, since all features
 have to be ranked: it is made in pieces that are not kept (`topk`). Everything else is three sums over the active entries
-(`sparse_sums`). The sparse form can be differentiated once; for second derivatives take the dense one.
+(`sparse_sums`). Second derivatives are those of the dense form.
 """
 
 from typing import Literal, NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae_nfm.kernels import reference
-from sae_nfm.kernels.device import device_rates, product_dtype, uses_triton
+from sae_nfm.kernels.device import autocast_off, device_rates, product_dtype, uses_triton
 from sae_nfm.kernels.heads import POOLS
 from sae_nfm.kernels.reference import Acts, Routing, SparseActs
 from sae_nfm.kernels.sparse_sums import BothDecoders, OfActive, PairPool, RowNorms, TopHiddenPre, WeightedRows, wide
@@ -91,8 +91,9 @@ def both_decoders(
 
     The dense form multiplies with the sum of the matrices. The sparse form reads the active rows of both, which costs less
     than adding all rows, and sums over the tokens of a feature once for both gradients. The norms n are those of the rows of
-    W_dec with `rescale_acts_by_decoder_norm`, else None.
+    W_dec with `rescale_acts_by_decoder_norm`, else None; a row of norm 0 contributes 0.
     """
+    norms = None if norms is None else reference.divisor(norms)
     if kernel == "dense" or not isinstance(acts, SparseActs):
         return weighted_rows(acts, W_lin + (W_dec if norms is None else W_dec / norms[:, None]), kernel="dense")
     rows = BothDecoders.apply(*_flat(acts), W_dec, norms, W_lin, routing)
@@ -116,7 +117,7 @@ def bi_interaction(
     if kernel == "dense":
         return reference.bi_interaction(to_dense(acts, len(V)), V)
     if uses_triton(V):
-        z = PairPool.apply(*_flat(acts), V, routing)
+        z = PairPool.apply(*_flat(acts), V.to(reference.ranged(V.dtype)), routing)
         return z.reshape(*acts.indices.shape[:-1], V.shape[-1])
     rows, values = wide(V), wide(acts.values)
     top = values.abs().argmax(dim=-1, keepdim=True)
@@ -124,7 +125,23 @@ def bi_interaction(
     others = SparseActs(acts.indices, values.scatter(-1, top, 0.0))
     rest = weighted_rows(others, rows, routing)
     squares = weighted_rows(reference.squared(others), rows.square(), routing)
-    return (strongest * rest + 0.5 * (rest.square() - squares)).to(V.dtype)
+    return (strongest * rest + 0.5 * (rest.square() - squares)).to(reference.ranged(V.dtype))
+
+
+def square_output(
+    acts: Acts,
+    U: Float[Tensor, "d_sae d_in"],
+    scale: float,
+    routing: Routing | None = None,
+    *,
+    kernel: Kernel = "sparse",
+) -> Float[Tensor, "*batch d_in"]:
+    """`(f^2 / scale) U` in at least float32, as `reference.square_output`; the other arguments as in `weighted_rows`."""
+    if not isinstance(acts, SparseActs):
+        return reference.square_output(acts, U, scale)
+    with autocast_off(U.device):
+        squares = SparseActs(acts.indices, wide(acts.values).square())
+        return (weighted_rows(squares, wide(U), routing, kernel=kernel) / scale).to(U.dtype)
 
 
 def pooled(
@@ -139,7 +156,7 @@ def pooled(
     if head == "fm":
         return bi_interaction(acts, V, routing, kernel=kernel)
     if head == "mlp" and kernel == "sparse":
-        return weighted_rows(acts, V, routing)
+        return weighted_rows(acts, V.to(reference.ranged(V.dtype)), routing)
     return POOLS[head](to_dense(acts, len(V)) if kernel == "dense" else acts, V)
 
 
@@ -187,8 +204,7 @@ def top_dead(
 
 def to_dense(acts: SparseActs, d_sae: int) -> Float[Tensor, "*batch d_sae"]:
     """The same activations as a dense tensor."""
-    zeros = acts.values.new_zeros(*acts.values.shape[:-1], d_sae)
-    return zeros.scatter_(-1, acts.indices, acts.values)
+    return reference.dense_acts(acts, d_sae)
 
 
 def to_coo(acts: SparseActs, d_sae: int) -> Tensor:

@@ -4,7 +4,7 @@
 
     head     pool                             z
     "fm"     `reference.bi_interaction`       sum_{i<j} f_i f_j v_i*v_j
-    "mlp"    `reference.weighted_rows`        sum_i f_i v_i, the same head without the product
+    "mlp"    `reference.summed`               sum_i f_i v_i, the same head without the product
     "none"   no interaction path
 
 `register_head` adds to them for as long as the process runs. A saved SAE has the name of its head, not the code: the module
@@ -15,11 +15,11 @@ from collections.abc import Callable
 
 import torch
 
-from sae_nfm.kernels.reference import Pool, at_least_float32, bi_interaction, top_n, weighted_rows
+from sae_nfm.kernels.reference import Pool, at_least_float32, bi_interaction, summed, top_n
 
 NONE = "none"
 """The head of an SAE without an interaction path."""
-POOLS: dict[str, Pool] = {"fm": bi_interaction, "mlp": weighted_rows}
+POOLS: dict[str, Pool] = {"fm": bi_interaction, "mlp": summed}
 """The pooling of each head, by name."""
 
 

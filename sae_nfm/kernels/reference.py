@@ -15,17 +15,25 @@ time); Rendle 2010 (factorization machines). The square path is this package's o
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from typing_extensions import override
+
+from sae_nfm.common import short_repr
+from sae_nfm.kernels.device import autocast_off, is_transformed, product_dtype
 
 
 class SparseActs(NamedTuple):
     """Active features of each token: which, and how strongly. The indices of one token are distinct."""
+
+    __repr__ = short_repr
 
     indices: Int[Tensor, "*batch k"]
     values: Float[Tensor, "*batch k"]
@@ -63,20 +71,84 @@ def sparse_acts_from_dense(feature_acts: Float[Tensor, "*batch d_sae"], k: int) 
 
 
 def top_n(acts: Acts, n: int) -> SparseActs:
-    """The n largest entries of each token's activations; among equal entries any choice is valid."""
+    """The n largest entries of each token's activations, all where there are fewer; among equal entries any choice is valid."""
     sparse = isinstance(acts, SparseActs)
-    values, position = (acts.values if sparse else acts).topk(n, dim=-1, sorted=False)
+    given = acts.values if sparse else acts
+    values, position = given.topk(min(n, given.shape[-1]), dim=-1, sorted=False)
     return SparseActs(acts.indices.gather(-1, position) if sparse else position, values)
+
+
+def dense_acts(acts: SparseActs, d_sae: int) -> Float[Tensor, "*batch d_sae"]:
+    """The same activations as a dense tensor."""
+    zeros = acts.values.new_zeros(*acts.values.shape[:-1], d_sae)
+    return zeros.scatter_(-1, acts.indices, acts.values)
+
+
+Backward = Callable[..., Any]
+
+
+def or_again(formula: Callable[..., Any]) -> Callable[[Backward], Backward]:
+    """Of a backward pass that cannot be differentiated: with `create_graph`, autograd's own of a formula takes its place.
+
+    The formula is given the saved tensors and returns the arguments of `forward` and what it makes of them by plain operations.
+    """
+
+    def decorate(backward: Backward) -> Backward:
+        once = once_differentiable(backward)
+
+        def either(ctx: Any, *grads: Tensor | None) -> Any:
+            if not torch.is_grad_enabled():
+                return once(ctx, *grads)
+            # aliases, since one argument may be made of another
+            args, made = formula(*(saved if saved is None else saved.view_as(saved) for saved in ctx.saved_tensors))
+            pairs = [(one, grad) for one, grad in zip(made, grads, strict=True) if one is not None and grad is not None]
+            wanted = [arg for arg, needed in zip(args, ctx.needs_input_grad, strict=True) if needed]
+            outputs, above = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, above, create_graph=True, materialize_grads=True))
+            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+
+        return either
+
+    return decorate
+
+
+class _Bag(torch.autograd.Function):
+    """`F.embedding_bag` by its own backward pass, which cannot be differentiated again."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, indices: Tensor, weight: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(indices, weight, values)
+        with torch.enable_grad():
+            ctx.own = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in (weight, values)]
+            ctx.rows = F.embedding_bag(indices, ctx.own[0], per_sample_weights=ctx.own[1], mode="sum")
+        return ctx.rows.detach()
+
+    @staticmethod
+    def _formula(indices: Tensor, weight: Tensor, values: Tensor) -> Any:
+        return (indices, weight, values), (dense_acts(SparseActs(indices, values), len(weight)) @ weight,)
+
+    @staticmethod
+    @override
+    @or_again(_formula)
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        wanted = [tensor for tensor in ctx.own if tensor.requires_grad]
+        found = iter(torch.autograd.grad(ctx.rows, wanted, grad, retain_graph=True))
+        return None, *(next(found) if tensor.requires_grad else None for tensor in ctx.own)
 
 
 def weighted_rows(acts: Acts, weight: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "*batch d_out"]:
     """`sum_i f_i weight_i`: a dense product, or a gather of the active rows."""
     if not isinstance(acts, SparseActs):
         return acts @ weight
+    if is_transformed():
+        return dense_acts(acts, len(weight)) @ weight
     k = acts.indices.shape[-1]
-    rows = F.embedding_bag(
-        acts.indices.reshape(-1, k), weight, per_sample_weights=acts.values.reshape(-1, k).to(weight.dtype), mode="sum"
-    )
+    indices, values = acts.indices.reshape(-1, k), acts.values.reshape(-1, k).to(weight.dtype)
+    if torch.is_grad_enabled() and (weight.requires_grad or values.requires_grad) and not torch.compiler.is_compiling():
+        rows = _Bag.apply(indices, weight, values)
+    else:
+        rows = F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
     return rows.reshape(*acts.indices.shape[:-1], weight.shape[-1])
 
 
@@ -96,15 +168,35 @@ def squared(acts: Acts) -> Acts:
 
 
 def at_least_float32(pool: Pool) -> Pool:
-    """A pooling computed in at least float32, also under autocast; the result has the dtype of V."""
+    """A pooling computed in at least float32, also under autocast; the result has the dtype of V, float32 for float16."""
 
     @wraps(pool)
     def widened(acts: Acts, V: Tensor) -> Tensor:
-        with torch.autocast(device_type=V.device.type, enabled=False):
+        with autocast_off(V.device):
             wide = V.to(torch.promote_types(V.dtype, torch.float32))
-            return pool(with_values(acts, lambda f: f.to(wide.dtype)), wide).to(V.dtype)
+            return pool(with_values(acts, lambda f: f.to(wide.dtype)), wide).to(ranged(V.dtype))
 
     return widened
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: for sums over many entries, products of activations, and operations that know no half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def ranged(dtype: torch.dtype) -> torch.dtype:
+    """float32 in place of float16, whose range ends at 65,504: the square of an activation of 256."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def in_range(weight: Tensor) -> AbstractContextManager[Any]:
+    """Within it, autocast makes no products with a weight in float16."""
+    return autocast_off(weight.device) if product_dtype(weight) == torch.float16 else nullcontext()
+
+
+def divisor(norms: Float[Tensor, " *rows"]) -> Float[Tensor, " *rows"]:
+    """Norms to divide by: infinity for one without a finite reciprocal, so that a dead row contributes 0, without gradient."""
+    return norms.masked_fill(~norms.reciprocal().isfinite(), torch.inf)
 
 
 @at_least_float32
@@ -120,27 +212,48 @@ def bi_interaction(acts: Acts, V: Float[Tensor, "d_sae nfm_dim"]) -> Float[Tenso
     return 0.5 * (weighted_rows(acts, V).square() - weighted_rows(squared(acts), V.square()))
 
 
+def summed(acts: Acts, V: Float[Tensor, "d_sae nfm_dim"]) -> Float[Tensor, "*batch nfm_dim"]:
+    """`weighted_rows` within the range of float32."""
+    with in_range(V):
+        return weighted_rows(with_values(acts, lambda f: f.to(ranged(f.dtype))), V.to(ranged(V.dtype)))
+
+
+def per_norm(acts: Tensor, W_dec: Float[Tensor, "d_sae d_in"]) -> Tensor:
+    """Activations, dense or COO, over the norms of their decoder rows; 0 for a dead row."""
+    return acts * (1 / divisor(W_dec.norm(dim=-1)))
+
+
 def hidden_pre(
     pooled: Float[Tensor, "*batch nfm_dim"], W_1: Float[Tensor, "nfm_dim nfm_dim"], b_1: Float[Tensor, " nfm_dim"]
 ) -> Float[Tensor, "*batch nfm_dim"]:
     """The interaction hidden pre-activation `h = z W_1 + b_1`, the code that a secondary SAE decomposes."""
-    return pooled @ W_1 + b_1
+    dtype = torch.promote_types(pooled.dtype, W_1.dtype)
+    with in_range(W_1):
+        return pooled.to(dtype) @ W_1.to(dtype) + b_1
 
 
 def interaction_output(
     hidden: Float[Tensor, "*batch nfm_dim"], W_2: Float[Tensor, "nfm_dim d_in"], b_2: Float[Tensor, " d_in"]
 ) -> Float[Tensor, "*batch d_in"]:
-    """What the nonlinear path writes: `ReLU(h) W_2 + b_2`."""
-    return hidden.relu() @ W_2 + b_2
+    """What the nonlinear path writes: `ReLU(h) W_2 + b_2`, in float16 where the weights are."""
+    dtype = torch.promote_types(hidden.dtype, W_2.dtype)
+    with in_range(W_2):
+        written = hidden.to(dtype).relu() @ W_2.to(dtype) + b_2
+    return written.half() if W_2.dtype == torch.float16 else written
 
 
 def square_output(acts: Acts, U: Float[Tensor, "d_sae d_in"], scale: float) -> Float[Tensor, "*batch d_in"]:
-    """What the square path writes, `(f^2 / scale) U`: how a feature's direction bends with its strength."""
-    return weighted_rows(squared(acts), U) / scale
+    """What the square path writes, `(f^2 / scale) U`, in at least float32: how a feature's direction bends with its strength."""
+    dtype = torch.promote_types(U.dtype, torch.float32)
+    with autocast_off(U.device):
+        squares = squared(with_values(acts, lambda f: f.to(dtype)))
+        return (weighted_rows(squares, U.to(dtype)) / scale).to(U.dtype)
 
 
 class Routing(NamedTuple):
     """The active entries ordered by feature, for sums over the tokens of a feature; made by `route`."""
+
+    __repr__ = short_repr
 
     entries: Int[Tensor, " n_entries"]
     """Positions in the flattened [n_tokens, k] activations; those of one feature are adjacent, in the order of tokens."""

@@ -6,8 +6,8 @@ With [bj] the j-th active feature of token b, f_bj its value, w_i the row of fea
     `sum_by_feature`    sum_b f_bi g_b       F.embedding_bag over the tokens of a feature: the same entries, ordered by `route`
     `dots`              <g_b, w_[bj]>        torch.sparse.sampled_addmm
 
-On a GPU with Triton they are the kernels of `triton_sums`. None of them makes [batch, d_sae] or [batch, k, d_out]. The
-functions can be differentiated once.
+On a GPU with Triton they are the kernels of `triton_sums`. None of them makes [batch, d_sae] or [batch, k, d_out]. Gradients
+that are to be differentiated again (`create_graph`) are those of the dense formula, by autograd (`or_again`).
 """
 
 import warnings
@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from typing_extensions import override
 
 from sae_nfm.kernels import topk
 from sae_nfm.kernels.device import product_dtype, uses_triton
-from sae_nfm.kernels.reference import Routing, route
+from sae_nfm.kernels.reference import Routing, SparseActs, bi_interaction, dense_acts, or_again, route, wide
 
 Grads = tuple[Tensor | None, ...]
 TRANSPOSED_BYTES = 3 * 2**23
@@ -42,15 +41,20 @@ class TopHiddenPre(torch.autograd.Function):
         ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, k: int, dense: bool
     ) -> tuple[Tensor, Tensor]:
         indices, values = topk.top_hidden_pre(x, W_enc, b_enc, scale, k)
-        ctx.save_for_backward(x, W_enc, scale, indices, values)
+        ctx.save_for_backward(x, W_enc, b_enc, scale, indices, values)
         ctx.product_dtype = product_dtype(x) if dense else None
         return indices, values
 
     @staticmethod
+    def _formula(*saved: Any) -> Any:
+        *args, indices, _ = saved
+        return (*args, None, None), (None, topk.hidden_pre(*args).gather(-1, indices))
+
+    @staticmethod
     @override
-    @once_differentiable
+    @or_again(_formula)
     def backward(ctx: Any, _: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, W_enc, scale, indices, values = ctx.saved_tensors
+        x, W_enc, _, scale, indices, values = ctx.saved_tensors
         grad, routing, grad_scale = wide(grad), route(indices, W_enc.shape[1]), None
         if scale is not None:
             chosen = wide(scale)[indices]
@@ -95,15 +99,19 @@ class OfActive(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, per_feature: Tensor, indices: Tensor, routing: Routing | None) -> Tensor:
-        ctx.save_for_backward(indices)
+        ctx.save_for_backward(per_feature, indices)
         ctx.routing, ctx.d_sae = routing, len(per_feature)
         return per_feature.index_select(0, indices.flatten()).reshape(indices.shape)
 
     @staticmethod
+    def _formula(per_feature: Tensor, indices: Tensor) -> Any:
+        return (per_feature, indices, None), (per_feature[indices],)
+
+    @staticmethod
     @override
-    @once_differentiable
+    @or_again(_formula)
     def backward(ctx: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (indices,) = ctx.saved_tensors
+        _, indices = ctx.saved_tensors
         return sum_values(ctx.routing or route(indices, ctx.d_sae), grad, indices), None, None
 
 
@@ -118,8 +126,12 @@ class WeightedRows(torch.autograd.Function):
         return sum_by_token(indices, values.to(weight.dtype), weight)
 
     @staticmethod
+    def _formula(indices: Tensor, values: Tensor, weight: Tensor) -> Any:
+        return (indices, values, weight, None), (_rows(indices, values, weight),)
+
+    @staticmethod
     @override
-    @once_differentiable
+    @or_again(_formula)
     def backward(ctx: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
         indices, values, weight = ctx.saved_tensors
         grad, grad_values, grad_weight = wide(grad), None, None
@@ -151,8 +163,15 @@ class BothDecoders(torch.autograd.Function):
         return direct.add_(sum_by_token(indices, values.to(W_lin.dtype), W_lin))
 
     @staticmethod
+    def _formula(indices: Tensor, values: Tensor, W_dec: Tensor, norms: Tensor | None, W_lin: Tensor) -> Any:
+        unscaled = values if norms is None else values / norms[indices]
+        return (indices, values, W_dec, norms, W_lin, None), (
+            _rows(indices, unscaled, W_dec) + _rows(indices, values, W_lin),
+        )
+
+    @staticmethod
     @override
-    @once_differentiable
+    @or_again(_formula)
     def backward(ctx: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
         indices, values, W_dec, norms, W_lin = ctx.saved_tensors
         _, needs_values, needs_W_dec, needs_norms, needs_W_lin, _ = ctx.needs_input_grad
@@ -191,8 +210,12 @@ class RowNorms(torch.autograd.Function):
         return norms, weight
 
     @staticmethod
+    def _formula(weight: Tensor, _: Tensor) -> Any:
+        return (weight,), (weight.norm(dim=-1), weight * 1)
+
+    @staticmethod
     @override
-    @once_differentiable
+    @or_again(_formula)
     def backward(ctx: Any, grad: Tensor | None, grad_weight: Tensor | None) -> Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, norms = ctx.saved_tensors
         if grad is None:
@@ -201,9 +224,9 @@ class RowNorms(torch.autograd.Function):
         return weight * factor if grad_weight is None else grad_weight.contiguous().addcmul_(weight, factor)
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """At least float32: for sums over many entries, and for operations that know no half precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _rows(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    """`sum_i f_i weight_i` as a dense product."""
+    return dense_acts(SparseActs(indices, values.to(weight.dtype)), len(weight)) @ weight
 
 
 def _transpose(source: Tensor, out: Tensor) -> None:
@@ -274,8 +297,12 @@ class PairPool(torch.autograd.Function):
         return z
 
     @staticmethod
+    def _formula(indices: Tensor, values: Tensor, V: Tensor, *_: Tensor) -> Any:
+        return (indices, values, V, None), (bi_interaction(dense_acts(SparseActs(indices, values), len(V)), V),)
+
+    @staticmethod
     @override
-    @once_differentiable
+    @or_again(_formula)
     def backward(ctx: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
         indices, values, V, top, strongest, rest = ctx.saved_tensors
         pooled = (top, strongest, rest)

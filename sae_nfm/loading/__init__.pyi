@@ -2,6 +2,7 @@ from .saelens import load_sae as load_sae
 from .saelens import quiet_saelens as quiet_saelens
 from .strict import SAVE_AGAIN as SAVE_AGAIN
 from .strict import check_folder as check_folder
+from .strict import check_sparsity as check_sparsity
 from .strict import check_state_dict as check_state_dict
 from .strict import describe as describe
 from .strict import digest as digest

@@ -8,8 +8,10 @@ from typing import Any
 
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.registry import SAE_CLASS_REGISTRY
 
-from sae_nfm.common import explained
+from sae_nfm.common import explained, read_json, reading
+from sae_nfm.loading.strict import SAVE_AGAIN
 
 
 def load_sae(sae: str, sae_id: str | None = None, device: str = "cpu", dtype: str | None = None) -> SAE[Any]:
@@ -26,7 +28,14 @@ def load_sae(sae: str, sae_id: str | None = None, device: str = "cpu", dtype: st
             inside = sorted(str(path.parent) for path in folder.glob(f"*/**/{SAE_CFG_FILENAME}"))
             remedy = f"give one of {', '.join(inside[:4])}" if inside else "give the folder of a saved SAE"
             raise FileNotFoundError(f"{sae!r} has no {SAE_CFG_FILENAME}, so no SAE is saved there; {remedy}")
-        return SAE.load_from_disk(folder, device=device, dtype=dtype)
+        with reading(folder, "a saved SAE that loads", remedy=SAVE_AGAIN):
+            architecture = read_json(folder / SAE_CFG_FILENAME).get("architecture")
+            if architecture not in (None, *SAE_CLASS_REGISTRY):
+                known = ", ".join(SAE_CLASS_REGISTRY)
+                raise ValueError(
+                    f"its architecture is {architecture!r}; import the package that has it, known are {known}"
+                )
+            return SAE.load_from_disk(folder, device=device, dtype=dtype)
     release, name = (sae, sae_id) if sae_id is not None else sae.partition(":")[::2]
     if not name:
         raise FileNotFoundError(f"{sae!r} is no folder; give that of a saved SAE, or release:sae_id of a released one")

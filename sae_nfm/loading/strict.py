@@ -6,14 +6,18 @@ The one error that is not ours to word comes where this package is not imported:
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from safetensors.torch import load_file
 from torch import Tensor
+
+from sae_nfm.common import reading
 
 NOTE_FILENAME = "README.md"
 NOTE = """# A sparse autoencoder of the architecture `{architecture}`
@@ -28,6 +32,8 @@ SAELens knows this architecture through a plugin, [sae-nfm](https://arxiv.org/ab
 
     sae = SAE.load_from_disk("this folder")
 """
+LARGEST_CONFIG = 64 * 2**20
+"""Bytes of a cfg.json that is read; metadata of every feature may stand in it."""
 SAVE_AGAIN = "save the SAE again (sae.save_model, or save_inference_model of a training SAE) or fetch it anew"
 
 
@@ -75,14 +81,31 @@ def check_folder(path: str | Path) -> None:
     for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{str(folder)!r} has no {name}: it is not a complete saved SAE; {SAVE_AGAIN}")
+    if (size := (folder / SAE_CFG_FILENAME).stat().st_size) > LARGEST_CONFIG:
+        raise ValueError(
+            f"{str(folder / SAE_CFG_FILENAME)!r} has {size:,} bytes: it is no config of an SAE; {SAVE_AGAIN}"
+        )
+
+
+def check_sparsity(folder: str | Path, d_sae: int) -> None:
+    """Raise a ValueError where the folder of an SAE has a sparsity file that is damaged, or not of its `d_sae` features."""
+    path = Path(folder) / SPARSITY_FILENAME
+    if not path.exists():
+        return
+    with reading(path, remedy=f"{SAVE_AGAIN}, or remove the file"):
+        sparsity = load_file(path)["sparsity"]
+        if tuple(sparsity.shape) != (d_sae,):
+            raise ValueError(f"sparsity has shape {tuple(sparsity.shape)}, the SAE makes it {(d_sae,)}")
+        if torch.isnan(sparsity).any():
+            raise ValueError("it holds NaN")
 
 
 def write_note(path: str | Path) -> None:
     """Say in a saved SAE's folder what loads it, unless a README.md (such as a model card) is there."""
     note = Path(path) / NOTE_FILENAME
-    if not note.exists():
-        architecture = json.loads((Path(path) / SAE_CFG_FILENAME).read_text())["architecture"]
-        note.write_text(NOTE.format(architecture=architecture))
+    if not os.path.lexists(note):  # a link to nowhere would be followed
+        architecture = json.loads((Path(path) / SAE_CFG_FILENAME).read_text(encoding="utf-8"))["architecture"]
+        note.write_text(NOTE.format(architecture=architecture), encoding="utf-8")
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -31,6 +31,9 @@ OFFLINE = "check the spelling and the connection, or stay offline with the embed
 HEADS = ("hook_z", "attn.o.hook_in")
 """How the names of hook points end whose heads have to be flattened."""
 
+WHICH_MODEL = ("revision", "checkpoint_index", "checkpoint_value", "checkpoint_label", "subfolder", "hf_model")
+"""Arguments of loaders that choose among models of one name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
@@ -89,14 +92,33 @@ def load_model(
         raise FileNotFoundError(f"model {name!r} could not be fetched from the hub; {OFFLINE}") from error
 
 
+def _only_own_tokens(model: Any) -> Any:
+    """Take back the BOS and EOS that TransformerLens gives a tokenizer that has none, where the model has no such token.
+
+    It reads text with padding, for which a tokenizer needs a token, if only one that no single text gets.
+    """
+    tokenizer, d_vocab = model.tokenizer, model.cfg.d_vocab
+    if tokenizer is None:
+        return model
+    for kind in ("bos", "eos"):
+        token = getattr(tokenizer, f"{kind}_token_id")
+        if token is None or token >= d_vocab:
+            setattr(tokenizer, f"{kind}_token", None)
+    if tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": tokenizer.eos_token or "<|endoftext|>"})
+    if tokenizer.bos_token_id is None:
+        model.cfg.default_prepend_bos = False
+    return model
+
+
 def _load_hooked(name: str, device: str, **kwargs: Any) -> HookedSAETransformer:
     if is_folder(name):
-        return hooked_from_folder(name, device, **kwargs)
+        return _only_own_tokens(hooked_from_folder(name, device, **kwargs))
     try:
         get_official_model_name(name)
     except ValueError as error:
         raise ValueError(f"TransformerLens knows no model {name!r}; {OFFLINE}") from error
-    return HookedSAETransformer.from_pretrained_no_processing(name, device=device, **kwargs)
+    return _only_own_tokens(HookedSAETransformer.from_pretrained_no_processing(name, device=device, **kwargs))
 
 
 def _load_bridge(name: str, device: str, **kwargs: Any) -> SAETransformerBridge:
@@ -105,7 +127,7 @@ def _load_bridge(name: str, device: str, **kwargs: Any) -> SAETransformerBridge:
     if isinstance(kwargs.get("dtype"), str):
         kwargs["dtype"] = str_to_dtype(kwargs["dtype"])
     with torch.random.fork_rng(devices=[]):  # it draws initial weights for the layers it splits
-        return SAETransformerBridge.boot_transformers(name, device=device, **kwargs).eval()
+        return _only_own_tokens(SAETransformerBridge.boot_transformers(name, device=device, **kwargs).eval())
 
 
 def _load_proxy(name: str, device: str, **kwargs: Any) -> HookedProxyLM:
@@ -180,13 +202,7 @@ def find_site(model: LanguageModel, hook_name: str) -> Site:
 
     Raises a ValueError when the model has no such hook point, or one of another shape; names like it are listed.
     """
-    own = resolve_hook_name(model, hook_name)
-    probe = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
-    with torch.no_grad():
-        _, cache = model.run_with_cache(probe, names_filter=[own])
-    if own not in cache:
-        raise ValueError(f"nothing passes through {hook_name!r} as one tensor; give the hook point of an output")
-    shape = cache[own].shape
+    own, shape = _shape_at(model, hook_name)
     if len(shape) != (4 if own.endswith(HEADS) else 3):
         raise ValueError(
             f"activations at {hook_name!r} have shape {tuple(shape)}; an SAE needs [batch, pos, d_in] "
@@ -196,22 +212,52 @@ def find_site(model: LanguageModel, hook_name: str) -> Site:
     return Site(hook_name=own, d_in=shape[2:].numel(), reshape_activations="hook_z" if own.endswith("_z") else "none")
 
 
+def _shape_at(model: LanguageModel, hook_name: str) -> tuple[str, torch.Size]:
+    """The model's own name of a hook point, and the shape of what passes there."""
+    own = resolve_hook_name(model, hook_name)
+    probe = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
+    with torch.no_grad():
+        _, cache = model.run_with_cache(probe, names_filter=[own])
+    if own not in cache:
+        raise ValueError(f"nothing passes through {hook_name!r} as one tensor; give the hook point of an output")
+    return own, cache[own].shape
+
+
 def site_at(model: LanguageModel, hook_name: str, head: int | None = None) -> Site:
     """A hook point, or a single head of it, as an SAE sees it. Raises a ValueError when the model has none."""
     if head is None:
         return find_site(model, hook_name)
-    shape: Any = getattr(model, "cfg", None)
-    if shape is None:
+    if isinstance(model, HookedProxyLM):
         raise ValueError("hook_head_index needs hook points with heads, which AutoModelForCausalLM lacks; leave it out")
-    if not 0 <= head < shape.n_heads:
-        raise ValueError(f"hook_head_index is {head}; the model has heads 0 to {shape.n_heads - 1}")
-    return Site(hook_name=resolve_hook_name(model, hook_name), d_in=shape.d_head, reshape_activations="none")
+    own, shape = _shape_at(model, hook_name)
+    if len(shape) == 3 and own.endswith(HEADS):  # a bridge that hands them to hooks flat
+        shape = torch.Size((*shape[:2], shape[2] // model.cfg.d_head, model.cfg.d_head))
+    if len(shape) != 4:
+        raise ValueError(
+            f"hook_head_index is {head}, but activations at {hook_name!r} have shape {tuple(shape)} and no heads; leave it out, "
+            "or give hook_z, hook_q, hook_k or hook_v"
+        )
+    if not 0 <= head < shape[2]:
+        raise ValueError(f"hook_head_index is {head}; {hook_name!r} has heads 0 to {shape[2] - 1}")
+    return Site(hook_name=own, d_in=shape[3], reshape_activations="none")
+
+
+def loader_kwargs(metadata: Any, name: str, model_class_name: str | None = None) -> dict[str, Any]:
+    """What an SAE's metadata give to the loader of its model; of another name or class what means the same there."""
+    kwargs = dict(metadata.model_from_pretrained_kwargs or {})
+    if model_class_name not in (None, metadata.model_class_name or "HookedTransformer"):
+        kwargs = {key: value for key, value in kwargs.items() if key in ("dtype", "torch_dtype")}
+    if name != metadata.model_name:
+        kwargs = {key: value for key, value in kwargs.items() if key not in WHICH_MODEL}
+    return kwargs
 
 
 def model_of(
     sae: SAE[Any], device: str, *, model_name: str | None = None, model_class_name: str | None = None
 ) -> tuple[LanguageModel, Site]:
     """The language model that an SAE's metadata name, or another name, folder or kind of it, and the SAE's hook point there.
+
+    Class, data type, revision and whatever else the model was loaded with for the training are those of the metadata.
 
     Raises a ValueError or FileNotFoundError when the metadata are silent, or the model is missing or has another width there.
     """
@@ -223,8 +269,7 @@ def model_of(
             "or save the SAE with a hook_name"
         )
     kind = model_class_name or metadata.model_class_name or "HookedTransformer"
-    same = model_name is None and model_class_name is None
-    kwargs = (metadata.model_from_pretrained_kwargs or {}) if same else {}
+    kwargs = loader_kwargs(metadata, name, kind)
     model = load_model(name, device, model_class_name=kind, **kwargs)
     site = site_at(model, metadata.hook_name, metadata.hook_head_index)
     if site.d_in != sae.cfg.d_in:

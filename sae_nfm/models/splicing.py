@@ -5,20 +5,29 @@ bypass the SAE in one way on all three: their ids are read on the way into the m
 put back at its output. (SAELens's `exclude_special_tokens` is for the first kind alone, and without effect in `generate`.)
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge
+from sae_lens.analysis.hooked_sae_transformer import get_deep_attr
 from sae_lens.load_model import HookedProxyLM
-from sae_lens.util import get_special_token_ids
+from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
 from torch import Tensor, nn
 
 from sae_nfm.models.load import LanguageModel, resolve_hook_name
+from sae_nfm.models.tokens_read import TokensRead as TokensRead
+from sae_nfm.models.tokens_read import check_counted as check_counted
+from sae_nfm.models.tokens_read import counted_tokens as counted_tokens
+from sae_nfm.models.tokens_read import is_special as is_special
+from sae_nfm.models.tokens_read import special_token_ids as special_token_ids
+from sae_nfm.models.tokens_read import token_text as token_text
+from sae_nfm.models.tokens_read import tokens_read as tokens_read
 
 HookFunction = Callable[..., Tensor | None]
 SpecialTokens = Literal["kept", "changed"]
@@ -36,29 +45,85 @@ class Attached:
     """Whose `hooks` reaches the hook points of the SAE."""
     prefix: str
     """What stands before their names there, such as "blocks.2.hook_resid_post."."""
+    model: LanguageModel | None = None
+    """The model, which sees to it that the functions are there when it runs; None where an SAE runs by itself."""
 
-    def hooks(self, functions: Mapping[str, HookFunction]) -> AbstractContextManager[Any]:
+    @contextmanager
+    def hooks(self, functions: Mapping[str, HookFunction]) -> Generator[None]:
         """Add functions of (value, hook) to hook points of the SAE, by their names on the SAE, for a while."""
-        named: list[Any] = [(self.prefix + name, function) for name, function in functions.items()]
-        return self.owner.hooks(fwd_hooks=named)
+        named = {self.prefix + name: function for name, function in functions.items()}
+        with hooked(self.owner, named, self.model):
+            yield
 
 
 @contextmanager
-def splice(model: LanguageModel, sae: SAE[Any], special_tokens: SpecialTokens = "kept") -> Generator[Attached]:
+def hooked(
+    owner: LanguageModel | SAE[Any], functions: Mapping[str, HookFunction], model: LanguageModel | None
+) -> Generator[None]:
+    """Add functions to hook points for a while; a run of the model that finds one gone is a ValueError."""
+    with owner.hooks(fwd_hooks=list[Any](functions.items())):
+        if model is None or not functions:
+            yield
+            return
+        points: list[Any] = [_hook_point(owner, name) for name in functions]
+        put = [(name, point, point.fwd_hooks[-1]) for name, point in zip(functions, points, strict=True)]
+
+        def missing() -> str | None:
+            for name, point, handle in put:
+                if _hook_point(owner, name) is not point or all(other is not handle for other in point.fwd_hooks):
+                    return f"what an intervention does at {name!r} was taken out"
+            return None
+
+        try:
+            with _guarded(model, missing):
+                yield
+        finally:  # also at points that are the model's no more
+            for _, point, handle in put:
+                handle.hook.remove()
+                point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
+
+
+@contextmanager
+def _guarded(model: LanguageModel, missing: Callable[[], str | None]) -> Generator[None]:
+    with tokens_read(model) as read:
+        read.guards.append(missing)
+        try:
+            yield
+        finally:
+            read.guards.remove(missing)
+
+
+def _hook_point(owner: Any, name: str) -> Any:
+    points = owner._hook_registry if isinstance(owner, SAETransformerBridge) else owner.hook_dict  # pyright: ignore[reportPrivateUsage] (quick)
+    return points.get(name)
+
+
+@contextmanager
+def splice(
+    model: LanguageModel, sae: SAE[Any], special_tokens: SpecialTokens = "kept", *, use_error_term: bool = False
+) -> Generator[Attached]:
     """Put the SAE in place of the hook point its metadata names, by a name of either kind; special tokens bypass it if "kept".
 
-    Raises a ValueError when the model has no such hook point, or something is in its place already.
+    An SAE of one head (hook_head_index) takes the place of that head; the others keep their bits. With an error term, what the
+    SAE does not reconstruct of its input is added, so that only what hooks change inside the SAE changes anything.
+
+    Raises a ValueError when the model has no such hook point, or something is in its place already or hooked to it.
     """
     hook_name = sae.cfg.metadata.hook_name
     if hook_name is None:
         raise ValueError("the SAE's metadata has no hook_name, so it is not known where to splice it in; set it")
     with claimed(model, hook_name) as hook_name:
         if isinstance(model, HookedProxyLM):
-            attached = _on_proxy(model, sae, hook_name)
+            attached = _on_proxy(model, sae, hook_name, use_error_term)
+        elif _hook_point(model, hook_name).fwd_hooks:
+            raise ValueError(
+                f"there are hook functions at {hook_name!r}, which would not run while an SAE is in its place; take them off "
+                "(model.reset_hooks()), or add them to the SAE's hook points within the splice"
+            )
         elif isinstance(model, SAETransformerBridge):
-            attached = _on_bridge(model, sae, hook_name)
+            attached = _on_bridge(model, sae, hook_name, use_error_term)
         else:
-            attached = _on_hooked(model, sae, hook_name)
+            attached = _on_hooked(model, sae, hook_name, use_error_term)
         with attached as found, nullcontext() if special_tokens == "changed" else _bypass(model, found):
             yield found
 
@@ -75,82 +140,6 @@ def claimed(model: LanguageModel, hook_name: str) -> Generator[str]:
         yield own
     finally:
         taken.remove(own)
-
-
-def special_token_ids(model: LanguageModel) -> list[int]:
-    """Ids of BOS, EOS, padding and separator tokens of the model's tokenizer; none without a tokenizer."""
-    tokenizer: Any = model.tokenizer
-    return sorted(get_special_token_ids(tokenizer)) if tokenizer is not None else []
-
-
-def special_tokens_words(model: LanguageModel, excluded: bool | Sequence[int] | None, otherwise: str) -> str:
-    """Which special tokens are left out, in a sentence; `otherwise`: what is done with them where none are."""
-    ids = list(special_token_ids(model) if excluded is True else excluded or ())
-    if ids:
-        named = ", ".join(f"{token_text(model, one)!r} ({one})" for one in ids[:8]) + (", ..." if len(ids) > 8 else "")
-        return f"special tokens left out: {named}"
-    own = [token_text(model, one) for one in special_token_ids(model)]
-    return f"special tokens ({', '.join(map(repr, own[:4])) or 'there are none'}) are not left out, but {otherwise}"
-
-
-def is_special(model: LanguageModel, tokens: Int[Tensor, "rows pos"]) -> Bool[Tensor, "rows pos"]:
-    """True at special tokens (BOS, EOS, padding, separators)."""
-    return torch.isin(tokens, torch.tensor(special_token_ids(model), dtype=tokens.dtype, device=tokens.device))
-
-
-def counted_tokens(model: LanguageModel, tokens: Int[Tensor, "rows pos"]) -> Bool[Tensor, "rows pos"]:
-    """True where a token enters the averages: not special (BOS, EOS, padding), not in position 0."""
-    mask = ~is_special(model, tokens)
-    mask[:, 0] = False
-    return mask
-
-
-def check_counted(counted: Bool[Tensor, "rows pos"]) -> None:
-    """Raise a ValueError where `counted_tokens` are none."""
-    if not counted.any():
-        raise ValueError(f"no tokens to read: all {counted.numel()} are special or at position 0; provide more text")
-
-
-def token_text(model: LanguageModel, *tokens: int) -> str:
-    """The text of some tokens; their numbers where the model has no tokenizer."""
-    tokenizer: Any = model.tokenizer
-    return " ".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(list(tokens))
-
-
-@dataclass
-class TokensRead:
-    """The token ids that went into a model in its last run, with those before them while `generate` goes on."""
-
-    ids: Tensor | None = None
-
-    def on(self, device: torch.device) -> Int[Tensor, "rows pos"]:
-        """The ids, on a device."""
-        assert self.ids is not None
-        return self.ids.to(device)
-
-
-@contextmanager
-def tokens_read(model: LanguageModel) -> Generator[TokensRead]:
-    """Read the token ids on their way into the model."""
-    entrance: nn.Module
-    if isinstance(model, HookedProxyLM):
-        entrance = model.model
-    else:
-        entrance = model.original_model if isinstance(model, SAETransformerBridge) else model.embed
-    found = TokensRead()
-
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
-        ids: Tensor = args[0] if args else kwargs["input_ids"]
-        before = found.ids
-        if before is not None and ids.shape[1] == 1 and len(ids) == len(before):  # `generate` goes on, or may
-            ids = torch.cat([before, ids], dim=1)
-        found.ids = ids
-
-    handle = entrance.register_forward_pre_hook(read, with_kwargs=True)
-    try:
-        yield found
-    finally:
-        handle.remove()
 
 
 def keeping(seen: dict[str, Tensor], name: str) -> HookFunction:
@@ -188,17 +177,17 @@ def reconstruction(sae: SAE[Any], x: Float[Tensor, "*batch d"], hooks: Mapping[s
 
 
 @contextmanager
-def _on_hooked(model: HookedSAETransformer, sae: SAE[Any], hook_name: str) -> Generator[Attached]:
+def _on_hooked(model: HookedSAETransformer, sae: SAE[Any], hook_name: str, use_error_term: bool) -> Generator[Attached]:
     """Attached under the name this kind of model looks for; the SAE flattens heads, also where a bridge did it for it."""
     cfg, flattens = sae.cfg, sae.hook_z_reshaping_mode
     given = cfg.metadata.hook_name, cfg.reshape_activations
     cfg.metadata.hook_name = hook_name
     try:
-        if hook_name.endswith("_z") and not flattens:
+        if hook_name.endswith("_z") and not flattens and cfg.metadata.hook_head_index is None:
             cfg.reshape_activations = "hook_z"
             sae.turn_on_forward_pass_hook_z_reshaping()
-        with model.saes([sae], use_error_term=False):
-            yield Attached(owner=model, prefix=f"{hook_name}.")
+        with model.saes([sae], use_error_term=use_error_term), _in_place(model, sae, hook_name):
+            yield Attached(owner=model, prefix=f"{hook_name}.", model=model)
     finally:
         cfg.metadata.hook_name, cfg.reshape_activations = given
         if not flattens:
@@ -206,11 +195,11 @@ def _on_hooked(model: HookedSAETransformer, sae: SAE[Any], hook_name: str) -> Ge
 
 
 @contextmanager
-def _on_bridge(model: SAETransformerBridge, sae: SAE[Any], hook_name: str) -> Generator[Attached]:
+def _on_bridge(model: SAETransformerBridge, sae: SAE[Any], hook_name: str, use_error_term: bool) -> Generator[Attached]:
     conversion = model.hook_dict[hook_name].hook_conversion
     try:
-        with model.saes([sae], use_error_term=False):
-            yield Attached(owner=model, prefix=f"{hook_name}.")
+        with model.saes([sae], use_error_term=use_error_term), _in_place(model, sae, hook_name):
+            yield Attached(owner=model, prefix=f"{hook_name}.", model=model)
     finally:
         # SAELens leaves a new hook point behind, under half its name (so that hooks would not be found) and without what
         # tells heads apart.
@@ -219,12 +208,45 @@ def _on_bridge(model: SAETransformerBridge, sae: SAE[Any], hook_name: str) -> Ge
 
 
 @contextmanager
-def _on_proxy(model: HookedProxyLM, sae: SAE[Any], hook_name: str) -> Generator[Attached]:
-    def run(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return sae.hook_sae_output(sae.decode(sae.encode(value)).to(value.dtype))
+def _in_place(model: Any, sae: SAE[Any], hook_name: str) -> Generator[None]:
+    """The SAE that SAELens has attached, on one head where it is of one, and for as long as nobody takes it off."""
+    wrapper, head = get_deep_attr(model, hook_name), sae.cfg.metadata.hook_head_index
+    if head is not None:
+        of_head: Callable[[Tensor], Tensor] = partial(type(wrapper).forward, wrapper)
 
-    with model.hooks(fwd_hooks=[(hook_name, run)]):
-        yield Attached(owner=sae, prefix="")
+        def on_one_head(value: Tensor) -> Tensor:
+            return on_head(value, head, sae.cfg.d_in, of_head)
+
+        wrapper.forward = on_one_head
+
+    def missing() -> str | None:
+        there = get_deep_attr(model, hook_name) is wrapper
+        return None if there else f"the SAE in place of {hook_name!r} was taken out"
+
+    with _guarded(model, missing):
+        yield
+
+
+def on_head(value: Tensor, head: int, d_head: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function applied to one head of activations [rows pos heads d_head], or with heads flattened; others keep their bits."""
+    heads = value.unflatten(-1, (-1, d_head)) if value.ndim == 3 else value
+    changed = function(heads[:, :, head]).to(value.dtype)
+    index = torch.tensor([head], device=value.device)
+    return heads.index_copy(2, index, changed[:, :, None]).reshape(value.shape)
+
+
+@contextmanager
+def _on_proxy(model: HookedProxyLM, sae: SAE[Any], hook_name: str, use_error_term: bool) -> Generator[Attached]:
+    def run(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        made = sae.decode(sae.encode(value))
+        if use_error_term:
+            with torch.no_grad(), _disable_hooks(sae):
+                error = value - sae.decode(sae.encode(value))
+            made = made + sae.hook_sae_error(error)
+        return sae.hook_sae_output(made.to(value.dtype))
+
+    with hooked(model, {hook_name: run}, model):
+        yield Attached(owner=sae, prefix="", model=model)
 
 
 @contextmanager
@@ -235,7 +257,8 @@ def _bypass(model: LanguageModel, found: Attached) -> Generator[None]:
     with tokens_read(model) as read:
 
         def restore(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-            special = is_special(model, read.on(value.device)[:, -value.shape[1] :])
+            read.check_shape(value)
+            special = read.special_on(value.device)
             original = seen["original"].reshape(value.shape).to(value.dtype)
             return torch.where(special.reshape(*special.shape, *[1] * (value.ndim - 2)), original, value)
 

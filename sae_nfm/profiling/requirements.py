@@ -55,6 +55,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from typing_extensions import override
 
 from sae_nfm.architectures import FEW_FEATURES, JointNFMTrainingSAEConfig
+from sae_nfm.common import check_numbers, reading
 from sae_nfm.comparison import training_flops
 from sae_nfm.kernels import TOKENS_AT_ONCE, dispatch
 from sae_nfm.models import LanguageModel, check_context, check_device, config_fields, is_folder, site_at
@@ -114,10 +115,8 @@ def load_experiment(source: str | Path) -> Experiment:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise FileNotFoundError(f"there is no experiment {str(source)!r}; give a .yaml file, or one of {known}")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+    with reading(path, "YAML", remedy="correct it; `sae-nfm dry-run --help` has an example"):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     _check_keys(path, "", content, SECTIONS, needed=("train", "device"))
     known = tuple(field.name for field in fields(Device))
     _check_keys(path, "device.", content["device"], known, needed=("name", "memory_gib"))
@@ -475,6 +474,10 @@ class DryRunConfig:
     """Memory of the device in GiB, in place of the file's."""
     measure_rates: bool = False
     """Measure the rates on the run's device, in place of the file's."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be."""
+        check_numbers(self)
 
 
 def check(config: DryRunConfig) -> DryRun:

@@ -13,7 +13,7 @@ from statistics import median, quantiles
 import torch
 
 from sae_nfm.architectures import parameter_count
-from sae_nfm.common import check_choice, check_positive, provenance
+from sae_nfm.common import check_choice, check_numbers, check_positive, check_writable, provenance
 from sae_nfm.models import check_device
 from sae_nfm.profiling.arms import (
     ARMS,
@@ -58,6 +58,7 @@ class SpeedConfig(Sizes):
     def __post_init__(self) -> None:
         """Refuse what cannot be timed."""
         check_positive(self, "batch", "repeats", "warm_up", "threads")
+        check_numbers(self)
         for arm in self.arms:
             check_choice("arms", arm, ARMS)
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
@@ -75,6 +76,7 @@ class SpeedConfig(Sizes):
 def measure_speed(config: SpeedConfig) -> SpeedResult:
     """Time the arms, or scan one size; writes `config.save` where that is given."""
     check_device(config.device)
+    check_writable(config.save)
     possible = tuple(arm for arm in ARMS if arm != JOINT_TORCH or torch.device(config.device).type == "cuda")
     arms = config.arms or (SCANNED if config.scan else possible)
     with _threads(config.threads):

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import pandas as pd
 import plotly.graph_objects as go
 
+from sae_nfm.common import not_held_out
 from sae_nfm.report.plots import Axis, Dot, dot_data, dot_rows
 from sae_nfm.report.run_folder import Found
 
@@ -110,6 +111,8 @@ def section_of(
     verdicts: list[str] = []
     for number, one in enumerate(found):
         own, told = list(blocks(one.result, number)), list(findings(one.result))
+        if own and (warned := not_held_out(getattr(one.result, "provenance", {}))):
+            own, told = [Prose(lines=warned), *own], [*told, *warned]
         if own and len(found) > 1:
             shown.append(Heading(text=one.label))
             told = [f"{one.label}: {finding}" for finding in told]

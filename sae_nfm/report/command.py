@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sae_nfm.common import whole
+from sae_nfm.common import check_writable, whole
 from sae_nfm.common.results import REPORT_FILENAME
 from sae_nfm.report.chapters import commands_for, sections
 from sae_nfm.report.page import page
@@ -57,6 +57,7 @@ def write_run_report(cfg: ReportConfig, damaged: Mapping[Path, str] | None = Non
     check_not_empty(run)
     run = replace(run, left_out=tuple(sorted(run.left_out)))
     path = Path(cfg.save or run.folder / REPORT_FILENAME)
+    check_writable(path)
     with whole(path) as partial:
         partial.write_text(page(run, there, missing), encoding="utf-8")
     return WrittenReport(

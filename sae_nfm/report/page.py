@@ -17,6 +17,7 @@ import pandas as pd
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
+from sae_nfm.common import final_path
 from sae_nfm.common.file_errors import printable
 from sae_nfm.evaluation.results import Evaluation
 from sae_nfm.report.blocks import Block, Embedded, Figure, Heading, Prose, Section, Table, Verbatim
@@ -43,7 +44,7 @@ def page(run: Run, there: Sequence[Section], missing: Sequence[Chapter]) -> str:
     """The page of a run whose sections are made, with what stands before and after them."""
     left_out = [what_is_left_out(run)] if run.left_out else []
     after = [*left_out, *([what_is_missing(missing, run)] if missing else []), provenance(run)]
-    title = f"{run.folder.resolve().name}: how features interact"
+    title = f"{final_path(run.folder).resolve().name}: how features interact"
     return render(title, subtitle(run), [summary(run, there), *there, *after])
 
 

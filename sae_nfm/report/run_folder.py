@@ -5,14 +5,16 @@ One file that cannot be read, or that another version wrote, is left out and nam
 
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from sae_nfm.analysis.results import NormsResult
 from sae_nfm.attribution.results import Attribution
+from sae_nfm.common import checked, differences, final_path, is_finished
 from sae_nfm.common.file_errors import DamagedFileError, cause_of, printable, reading
+from sae_nfm.common.files import DIGESTS_FILENAME
 from sae_nfm.common.results import KIND, RESULTS_FILENAME, SavedResult, as_result, kind_by_keys
 from sae_nfm.comparison.results import CompareResult
 from sae_nfm.evaluation.results import MANIFEST_FILENAME, Evaluation, FidelityTable, MeasuredKL
@@ -125,7 +127,8 @@ def read_run(folder: str | Path) -> Run:
         raise FileNotFoundError(
             f"there is no folder {str(folder)!r}; give the output folder of a run, such as runs/demo"
         )
-    if UNFINISHED in str(folder.resolve()):
+    being_made = final_path(folder) != folder
+    if UNFINISHED in str(folder.resolve()) and not being_made:
         raise ValueError(
             f"{str(folder)!r} is the folder of an unfinished run; run its command again, which goes on from it"
         )
@@ -138,6 +141,7 @@ def read_run(folder: str | Path) -> Run:
     files = [path for path in paths if path.is_file() and UNFINISHED not in str(path.relative_to(folder))]
     named = {name: tuple(path for path in files if path.name == name) for name in NAMES}
     results, damaged = _results(folder, files)
+    others = [] if being_made else list(_not_of_their_run(files))
     run = Run(
         folder=folder,
         results=tuple(results),
@@ -146,7 +150,26 @@ def read_run(folder: str | Path) -> Run:
         saes=tuple(p.parent for p in named[SAE_CFG_FILENAME] if is_saved_sae(p.parent, folder)),
         explorers=named[EXPLORER_FILENAME],
     )
-    return replace(run, left_out=tuple((run.label(path), why) for path, why in (*left_out, *damaged)))
+    for path, why in others:
+        if path not in dict(damaged):
+            run = run.without(path, why)
+    left_out = [(run.label(path), why) for path, why in (*left_out, *damaged)]
+    return replace(run, left_out=(*left_out, *run.left_out))
+
+
+def _not_of_their_run(files: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+    """Files and SAEs that are not as the run wrote them in whose folder they are, with the reason."""
+    seen: set[Path] = set()
+    roots = sorted((path.parent for path in files if path.name == DIGESTS_FILENAME), key=lambda root: len(root.parts))
+    for root in roots:
+        if seen.isdisjoint(root.parents):
+            seen.add(root)
+            try:
+                yield from ((root / name, why) for name, why in differences(root))
+                if not is_finished(root):
+                    yield root / DIGESTS_FILENAME, "what was begun since the last results is not finished: run it again"
+            except DamagedFileError as error:
+                yield root / DIGESTS_FILENAME, cause_of(error)
 
 
 def is_saved_sae(folder: Path, run: Path) -> bool:
@@ -172,7 +195,7 @@ def _results(folder: Path, files: Sequence[Path]) -> tuple[list[Found[Any]], lis
         if path.suffix != ".json":
             continue
         try:
-            with reading(path):
+            with reading(checked(path)):
                 result = _read(path)
         except (DamagedFileError, OSError) as error:
             damaged.append((path, cause_of(error.__cause__ or error)))

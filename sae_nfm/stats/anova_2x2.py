@@ -117,7 +117,10 @@ def factorial_test(values: Floats, cells: Cells, effect: Effect = "interaction")
 def partial_eta_squared(f: float, df: int, confidence: float = CONFIDENCE) -> Estimate:
     """F / (F + df) with the interval that noncentral F gives: l / (l + N), l the noncentralities at which F is a tail's edge.
 
-    F has 1 and df = N - 4 degrees of freedom. Source: Steiger 2004.
+    F has 1 and df = N - 4 degrees of freedom. An F near 0 is so improbable under any l that the upper end would be 0, as if an
+    effect were excluded. It is therefore at least -2 ln(tail), where F = 0 is as much less probable than without an effect.
+
+    Source: Steiger 2004; the bound is that of Read 2002, J. Physics G 28:2693 (CLs), at F = 0.
     """
     n, finite_f = df + 4, min(f, 1e8)  # beyond it noncentral F is no number, and the interval a point in all digits
 
@@ -134,6 +137,7 @@ def partial_eta_squared(f: float, df: int, confidence: float = CONFIDENCE) -> Es
         return float(root)
 
     low, high = (noncentrality(tail) for tail in ((1 + confidence) / 2, (1 - confidence) / 2))
+    high = max(high, -2 * float(np.log((1 - confidence) / 2)))
     return Estimate(
         estimate=f / (f + df),
         low=low / (low + n),

@@ -1,3 +1,5 @@
+from .activation_stream import DataLostError as DataLostError
+from .activation_stream import NotFiniteError as NotFiniteError
 from .fused_adam import fuse as fuse
 from .fused_adam import layer_trainer as layer_trainer
 from .multi_arm import StreamConfig as StreamConfig
@@ -12,6 +14,9 @@ from .results import TrainingCurves as TrainingCurves
 from .results import read_training_record as read_training_record
 from .results import record_line as record_line
 from .results import training_curves as training_curves
+from .resume import DivergedError as DivergedError
 from .resume import layer_runners as layer_runners
 from .run import TrainArguments as TrainArguments
 from .run import train_arguments as train_arguments
+from .settings import other_run as other_run
+from .settings import refuse_several_processes as refuse_several_processes

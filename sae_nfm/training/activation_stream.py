@@ -19,7 +19,7 @@ from sae_lens import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_nfm.data import check_ids, vocabulary_size
+from sae_nfm import data, models  # what they import themselves is loaded with the first stream
 
 Batch = Tensor | dict[str, Tensor]
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -88,13 +88,13 @@ class ActivationStream(Iterator[Batch]):
         self._epoch, self._sequences, self._last_sequence = 0, 0, torch.zeros(0, dtype=torch.long)
         self._hook_names: list[str] | None = self._store._hook_names
         self._widths: list[int] = []
+        rows_of_their_own = getattr(store, "is_dataset_tokenized", True) or store.disable_concat_sequences
+        self.text = data.SketchCollector(models.special_token_ids(self._store.model), joined=not rows_of_their_own)
         self._sequences_digest: Tensor | int = 0
         self._data_digest = digest_of_data(self._store)
         self._epoch_rows: int | None = None
         self._first_row = 0  # of this epoch, among all rows that were read
-        if self._store.dataset is not None and not isinstance(self._store.dataset, Dataset):
-            self._store.dataset = PersistentRows(self._store.dataset)
-            self._store.iterable_sequences = self._store._iterate_tokenized_sequences()
+        ask_again(store)
         self._drawn: deque[tuple[Tensor, int, int]] = deque(maxlen=store.store_batch_size_prompts)
         self._count_sequences()
         self._incoming = (
@@ -168,18 +168,14 @@ class ActivationStream(Iterator[Batch]):
             raise NotFiniteError(
                 f"{what} in row {row} (counted from 0) of {store.cached_activations_path}; remove that row"
             )
-        tokens = torch.stack([sequence for sequence, _, _ in self._drawn]).cpu()
-        positions = torch.arange(tokens.shape[1])[slice(*store.seqpos_slice)]
-        read = tokens[:, positions]
+        tokens = torch.stack([sequence for sequence, _, _ in self._drawn]).cpu()[:, slice(*store.seqpos_slice)]
         excluded = store.exclude_special_tokens
-        kept = torch.ones_like(read, dtype=torch.bool) if excluded is None else ~torch.isin(read, excluded.cpu())
-        prompt, place = kept.nonzero()[index].tolist()
-        sequence, first, last = self._drawn[prompt]
+        kept = torch.ones_like(tokens, dtype=torch.bool) if excluded is None else ~torch.isin(tokens, excluded.cpu())
+        _, first, last = self._drawn[int(kept.nonzero()[index, 0])]
         rows = f"row {last}" if first == last else f"rows {first} to {last}"
-        position = int(positions[place])
         raise NotFiniteError(
-            f"{what}, in {rows} of the data set (counted from 0{self._before_shuffling(last)}), at position {position} of "
-            f"{tokens.shape[1]} (token id {int(sequence[position])}); remove what is there, or load the language model in float32"
+            f"{what}, in a sequence of {store.context_size} tokens from {rows} of the data set (counted from 0"
+            f"{self._before_shuffling(last)}); remove what is there, or load the language model in float32"
         )
 
     def _before_shuffling(self, row: int) -> str:
@@ -223,16 +219,18 @@ class ActivationStream(Iterator[Batch]):
         self._epoch_rows = rows
 
     def _counted(self, sequences: Iterator[Tensor]) -> Generator[Tensor]:
-        size, context_size = vocabulary_size(self._store.model), self._store.context_size
+        size, context_size = data.vocabulary_size(self._store.model), self._store.context_size
         store, first = self._store, 0
         multipliers: Tensor | None = None
         for sequence in sequences:
+            ids = sequence.cpu()
+            data.check_ids(ids, self._sequences, size, context_size)  # before the model sees them
+            self.text.add(ids.numpy())
             if multipliers is None:
-                multipliers = (2 * torch.arange(len(sequence), device=sequence.device) + 1) * MIX
-            check_ids(sequence.cpu(), self._sequences, size, context_size)  # before the model sees them
+                multipliers = (2 * torch.arange(len(ids)) + 1) * MIX
             self._sequences, self._last_sequence = self._sequences + 1, sequence
-            # on its device, so that nothing waits: a polynomial in MIX, modulo 2^64
-            self._sequences_digest = self._sequences_digest * MIX + (sequence * multipliers).sum()
+            # a polynomial in MIX, modulo 2^64
+            self._sequences_digest = self._sequences_digest * MIX + (ids * multipliers).sum()
             last = store.n_dataset_processed - self._first_row
             self._drawn.append((sequence, last if store.is_dataset_tokenized else first, last))
             first = last
@@ -332,6 +330,14 @@ def digest_of_data(store: Any) -> str | None:
     return found.hexdigest()
 
 
+def ask_again(store: ActivationsStore) -> None:
+    """Let a store that has drawn nothing yet go on where its data set, if it is streamed, breaks off."""
+    fresh: Any = store
+    if fresh.dataset is not None and not isinstance(fresh.dataset, Dataset):
+        fresh.dataset = PersistentRows(fresh.dataset)
+        fresh.iterable_sequences = fresh._iterate_tokenized_sequences()
+
+
 class PersistentRows:
     """A streamed data set that is asked again where it breaks off, from the row that it had come to.
 
@@ -352,7 +358,7 @@ class PersistentRows:
                     given, pauses = given + 1, list(PAUSES)
                     yield row
                 break
-            except Exception as error:
+            except Exception as error:  # each library that fetches has its own; others are raised again
                 if not _of_a_connection(error):
                     raise
                 if not pauses:

@@ -11,7 +11,7 @@ An arm that diverges stands still, the others go on, and nothing of it is writte
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sae_lens import (
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
     SAETrainer,
+    SAETransformerBridge,
     TrainingSAE,
     TrainingSAEConfig,
 )
@@ -32,7 +33,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm.architectures import random_initialisation
-from sae_nfm.common import write_json
+from sae_nfm.common import final_path, read_json, seal, write_json
+from sae_nfm.common.files import begin
 from sae_nfm.loading import quiet_saelens
 from sae_nfm.training.recorder import record_training
 from sae_nfm.training.results import RECORD_FILENAME, TRAINED_FILENAME, Trained, read_training_record, record_line
@@ -80,6 +82,9 @@ class StreamConfig:
     fewest_steps_counted: int = 0
     """Last steps, at least, over which active features are counted for `sparsity.safetensors`; else the last half."""
     device: str = "cpu"
+    model_class_name: str = "HookedTransformer"
+    """How the language model was loaded, for the SAEs' metadata: its class, and what its loader was given."""
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def steps(self) -> int:
@@ -91,22 +96,18 @@ def train_arms(
     stream: StreamConfig,
     arms: Mapping[str, TrainingArm],
     learning_rates: Mapping[str, float],
-    model: HookedSAETransformer,
+    model: HookedSAETransformer | SAETransformerBridge,
     dataset: Any,
     folder: Path,
-    *,
-    may_diverge: bool = False,
-) -> Mapping[str, str]:
+) -> None:
     """Train those of the arms that are not finished, all at once, each into `folder/<name>`, at Adam's learning rates by name.
 
     Where an interrupted run left a checkpoint in `folder.partial`, its arms go on from there before the others begin. The data
     set has a `text` or a `tokens` column, in the order of this seed.
 
-    Returns: why, for each arm that diverged; the others are finished.
-
     Raises:
         ValueError: when an arm was trained, or begun, otherwise.
-        DivergedError: when an arm diverged, unless `may_diverge`; the others are finished first.
+        DivergedError: when arms diverged, which it names (`saes`); the others are finished first.
     """
     refuse_several_processes()
     failed: dict[str, str] = {}
@@ -118,10 +119,11 @@ def train_arms(
         shutil.rmtree(unfinished)
     if _unfinished(folder).is_dir() and not any(_unfinished(folder).iterdir()):
         _unfinished(folder).rmdir()
-    if failed and not may_diverge:
+    if failed:
         others = "; the others are finished" if len(failed) < len(arms) else ""
-        raise DivergedError(f"{'; '.join(failed.values())}{others}")
-    return failed
+        error = DivergedError(f"{'; '.join(failed.values())}{others}")
+        error.saes = failed
+        raise error
 
 
 def pending(
@@ -136,10 +138,10 @@ def pending(
 
 
 def _refuse_others(name: str, settings: Mapping[str, Any], was: Mapping[str, Any], when: str) -> None:
-    for field, value in settings.items():
-        if was.get(field) != value:
+    for key, value in settings.items():
+        if was.get(key) != value:
             raise ValueError(
-                f"{field} of {name!r} is {value!r}, and was {was.get(field)!r} when {when}; give it as it was, or another output "
+                f"{key} of {name!r} is {value!r}, and was {was.get(key)!r} when {when}; give it as it was, or another output "
                 "folder"
             )
 
@@ -147,7 +149,7 @@ def _refuse_others(name: str, settings: Mapping[str, Any], was: Mapping[str, Any
 def _claim_round(unfinished: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Write down the settings of arms that begin, or compare them with those that they began with."""
     file = unfinished / BEGUN_FILENAME
-    was = json.loads(file.read_text()) if file.is_file() else {}
+    was = read_json(file) if file.is_file() else {}
     for name, own in settings.items():
         _refuse_others(name, own, was.get(name, own), f"its training in {unfinished} was begun")
     write_json(file, was | dict(settings))
@@ -157,7 +159,9 @@ def _settings(stream: StreamConfig, arm: TrainingArm, learning_rate: float) -> d
     """All that the outcome depends on, as JSON has it."""
     own = {"learning_rate": learning_rate, "decoder_rate": arm.decoder_rate}
     everything = arm.sae.to_dict() | asdict(stream) | own
-    ignored = ("metadata", "n_checkpoints", "fewest_steps_counted")
+    ignored = ["metadata", "n_checkpoints", "fewest_steps_counted"]
+    ordinary = {"model_class_name": "HookedTransformer", "model_kwargs": {}}
+    ignored += [key for key, value in ordinary.items() if everything[key] == value]  # as before there were others
     kept = {key: value for key, value in everything.items() if key not in ignored}
     return json.loads(json.dumps(kept))
 
@@ -177,6 +181,8 @@ def _rounds(names: Sequence[str], unfinished: Path) -> list[tuple[list[str], Pat
         elif members := [name for name in left if (checkpoint / name).is_dir()]:
             rounds.append((members, begun))
             left = [name for name in left if name not in members]
+        else:  # all of them are finished
+            shutil.rmtree(begun)
     if left:
         taken = [int(path.name) for path in unfinished.iterdir()] if unfinished.is_dir() else []
         rounds.append((left, unfinished / str(max(taken, default=0) + 1)))
@@ -194,14 +200,14 @@ def _train_round(
     stream: StreamConfig,
     arms: Mapping[str, TrainingArm],
     learning_rates: Mapping[str, float],
-    model: HookedSAETransformer,
+    model: HookedSAETransformer | SAETransformerBridge,
     dataset: Any,
     folder: Path,
     unfinished: Path,
 ) -> Mapping[str, str]:
     """Train arms to their end; returns why, for those that diverged."""
     file = unfinished / DIVERGED_FILENAME
-    failed: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    failed: dict[str, str] = read_json(file) if file.is_file() else {}
     arms = {name: arm for name, arm in arms.items() if name not in failed}
     if not arms:
         return failed
@@ -229,15 +235,18 @@ def _train_round(
         made = unfinished / "saes" / name
         # SAELens's file of settings is of all SAEs that it trained together
         cfg = json.loads((made.parent / RUNNER_CFG_FILENAME).read_text())
-        rates = {"lr": learning_rates[name], "lr_end": learning_rates[name] / 10}
-        (made / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg | {"saes": {name: cfg["saes"][name]}} | rates))
+        own = {"lr": learning_rates[name], "lr_end": learning_rates[name] / 10, "saes": {name: cfg["saes"][name]}}
+        own |= {"output_path": str(final_path(folder / name)), "checkpoint_path": None, "resume_from_checkpoint": None}
+        (made / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg | own))
         (made / RECORD_FILENAME).write_text("".join(record_line(line) for line in lines if line["sae"] == name))
+        begin(made, {}, mark=False)
         Trained(
             arm=name,
             parameters=parameters[name],
             tokens_per_second=record.tokens_per_second(name),
             settings=_settings(stream, arm, learning_rates[name]),
         ).save(made / TRAINED_FILENAME)
+        seal(made)
         folder.mkdir(parents=True, exist_ok=True)
         made.rename(folder / name)
     return failed
@@ -252,7 +261,8 @@ def runner_config(
         saes={name: arm.sae for name, arm in arms.items()},
         hook_names=stream.hook_name,
         model_name=stream.model_name,
-        model_from_pretrained_kwargs={},
+        model_class_name=stream.model_class_name,
+        model_from_pretrained_kwargs=dict(stream.model_kwargs),
         dataset_path=stream.dataset,
         context_size=stream.context_size,
         seqpos_slice=(1, None),
@@ -310,7 +320,11 @@ class MatchedRunner(MultiSAETrainingRunner):
                 _set_learning_rate(one, self._learning_rates[name])
             multiply_decoder_steps(one, self._decoder_rates[name])
             _draw_apart(one, self.cfg.seed)
-        return super()._run_with_interruption_handling(trainer)
+        saes = super()._run_with_interruption_handling(trainer)
+        if self.cfg.total_training_steps <= self.cfg.dead_feature_window:
+            for sae in saes.values():  # SAELens's 0 would say nothing: none can count as dead so early
+                sae.cfg.metadata.num_dead_features = None
+        return saes
 
 
 def _set_learning_rate(trainer: SAETrainer[Any, Any], learning_rate: float) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor
 from sae_nfm.architectures import TrainedPaths
 from sae_nfm.common import check_positive
 from sae_nfm.loading import quiet_saelens
-from sae_nfm.training.results import read_training_record, record_line
+from sae_nfm.training.activation_stream import ask_again
+from sae_nfm.training.results import DEAD_WINDOW, read_training_record, record_line
 
 Runner = LanguageModelSAETrainingRunner | MultiSAETrainingRunner
 CHECKPOINT_RECORD = "record.jsonl"
@@ -105,11 +106,10 @@ def record_training(
         recorder = _Recorder(runner, file, every, held_out)
 
         def listen(trainer: Any) -> Any:
-            earlier: list[dict[str, Any]] = []
-            if left is not None:
-                # another run may have left that file; the checkpoint has the lines of its own, one of 0.1.0 has not
-                own = Path(str(runner.cfg.resume_from_checkpoint)) / CHECKPOINT_RECORD
-                earlier = read_training_record(own if own.is_file() else left, unfinished=True)
+            # the checkpoint has the lines of its own run, one of 0.1.0 has not; another run may have left that file
+            own = Path(str(runner.cfg.resume_from_checkpoint)) / CHECKPOINT_RECORD
+            source = own if own.is_file() else left
+            earlier = [] if source is None else read_training_record(source, unfinished=True)
             recorder.attach(trainer, earlier)
             return run_trainer(trainer)
 
@@ -221,7 +221,7 @@ def _in_own_units(trainer: SAETrainer[Any, Any], output: TrainStepOutput, batch:
     """What SAELens's log lacks: the squared error of the language model's activations, and when a feature counts as dead."""
     error = trainer.activation_scaler.unscale(output.sae_out).float() - batch.to(output.sae_out.device).float()
     window = trainer.cfg.dead_feature_window
-    return {"metrics/mse": float(error.square().sum(dim=-1).mean()), "details/dead_feature_window": window}
+    return {"metrics/mse": float(error.square().sum(dim=-1).mean()), DEAD_WINDOW: window}
 
 
 def _held_out_store(runner: Runner, dataset: Any, sae: SAE[Any]) -> ActivationsStore:
@@ -237,7 +237,7 @@ def _held_out_store(runner: Runner, dataset: Any, sae: SAE[Any]) -> ActivationsS
         "seqpos_slice",
     )
     same += ("disable_concat_sequences", "sequence_separator_token", "use_chat_formatting")
-    return ActivationsStore.from_config_multi_hook(
+    store = ActivationsStore.from_config_multi_hook(
         model=runner.model,
         dataset=dataset,
         hook_names=[hook_name],
@@ -248,6 +248,8 @@ def _held_out_store(runner: Runner, dataset: Any, sae: SAE[Any]) -> ActivationsS
         exclude_special_tokens=runner.activations_store.exclude_special_tokens,
         **{name: getattr(cfg, name) for name in same},
     )
+    ask_again(store)
+    return store
 
 
 def _now(device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -9,13 +10,17 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from typing_extensions import override
 
+from sae_nfm.common import checked
 from sae_nfm.common.results import SavedResult, with_kind, without_kind
 
+RUNNER_CFG_FILENAME = "runner_cfg.json"
+"""What SAELens calls the config of a run."""
 RECORD_KIND = "training/1"
 TRAINED_FILENAME, RECORD_FILENAME = "trained.json", "training.jsonl"
 LONGEST = 200
 """Points of a curve at most; the first and the last are always among them."""
 EXPLAINED, DIRECT = "metrics/explained_variance", "metrics/fvu_direct"
+DEAD_WINDOW = "details/dead_feature_window"
 DEAD, L0, SHARE = "sparsity/dead_features", "metrics/l0", "metrics/share_"
 HELD_OUT_KL = "held_out/model_behavior_preservation/kl_div_with_sae"
 
@@ -49,7 +54,8 @@ def record_line(line: Mapping[str, Any]) -> str:
 
 def read_training_record(path: str | Path, *, unfinished: bool = False) -> list[dict[str, Any]]:
     """The lines written by `record_training`; with `unfinished`, a last line that was cut is left out."""
-    lines = Path(path).read_text().splitlines(keepends=True)
+    text = Path(path).read_text(encoding="utf-8") if unfinished else checked(path).read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
     return [without_kind(RECORD_KIND, json.loads(line)) for line in lines if line.endswith("\n") or not unfinished]
 
 
@@ -74,6 +80,10 @@ class TrainingCurves:
     shares: Mapping[str, Curve]
     """By integration path, its part of the sum of their mean absolute values; empty for an SAE without."""
     dead: Curve | None
+    steps: int | None
+    """Training steps up to the last line."""
+    dead_feature_window: int | None
+    """Steps after which a silent feature counts as dead; None where neither the record nor the config beside it says so."""
     l0: Curve | None
     """Active features per token."""
     held_out_kl: Curve | None
@@ -86,11 +96,15 @@ def training_curves(path: str | Path) -> tuple[TrainingCurves, ...]:
         lines = read_training_record(path)
     except ValueError as error:
         raise ValueError(f"{path} is not a training record ({error}); train again, or remove it") from error
-    names = dict.fromkeys(line["sae"] for line in lines)
-    return tuple(_curves(sae, [line for line in lines if line["sae"] == sae]) for sae in names)
+    names, beside = dict.fromkeys(line["sae"] for line in lines), Path(path).with_name(RUNNER_CFG_FILENAME)
+    window = None
+    if beside.is_file():  # records of 0.1.0 do not say it
+        with suppress(ValueError, AttributeError):
+            window = json.loads(beside.read_text()).get("dead_feature_window")
+    return tuple(_curves(sae, [line for line in lines if line["sae"] == sae], window) for sae in names)
 
 
-def _curves(sae: str, lines: Sequence[Mapping[str, Any]]) -> TrainingCurves:
+def _curves(sae: str, lines: Sequence[Mapping[str, Any]], dead_feature_window: int | None) -> TrainingCurves:
     unexplained = _curve(lines, EXPLAINED)  # of every SAE, where only joint ones have metrics/fvu_all
     if unexplained is not None:
         unexplained = Curve(tokens=unexplained.tokens, values=tuple(1 - value for value in unexplained.values))
@@ -102,6 +116,8 @@ def _curves(sae: str, lines: Sequence[Mapping[str, Any]]) -> TrainingCurves:
         direct=_curve(lines, DIRECT),
         shares=shares,
         dead=_curve(lines, DEAD),
+        steps=lines[-1]["step"] + 1 if "step" in lines[-1] else None,
+        dead_feature_window=lines[-1].get(DEAD_WINDOW, dead_feature_window),
         l0=_curve(lines, L0),
         held_out_kl=_curve(lines, HELD_OUT_KL),
     )

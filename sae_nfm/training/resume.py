@@ -21,16 +21,18 @@ takes out of the training stream is then not repeated exactly (`record_training(
 
 import json
 import os
+import shlex
 import shutil
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,6 +44,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sae_nfm import data
+from sae_nfm.common import DamagedFileError, check_digests, locked, seal
 from sae_nfm.training.activation_stream import ActivationStream, DataLostError, NotFiniteError, StreamState
 from sae_nfm.training.settings import ALLOWED, RunnerConfig, check_settings, first_difference, read_settings
 
@@ -79,6 +83,8 @@ class DivergedError(FloatingPointError):
     """A training that cannot go on: a loss, a gradient or a weight is not finite."""
 
     exit_status = 1
+    saes: Mapping[str, str] = MappingProxyType({})
+    """Why, for each SAE that diverged, where others went on and are finished."""
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -104,12 +110,12 @@ def checkpoint_of(
         ValueError: when the checkpoint has other settings, or those in the folder, or several runs in it have these.
     """
     path, found = Path(path), _checkpoints(Path(path))
-    differences = {one: first_difference(one, cfg, saes, some=some) for one in found}
-    if found == [path] and (other := differences[path]) is not None:
+    if found == [path] and (other := first_difference(path, cfg, saes, some=some)) is not None:
         raise ValueError(
             f"{other.name} is {other.given!r}, and {other.saved!r} in the checkpoint {path}; {ALLOWED}. Give it as it "
             "was, or begin anew without resume_from_checkpoint"
         )
+    differences = {one: _difference_or_damage(one, cfg, saes, some) for one in found}
     fits = [one for one in found if differences[one] is None]
     runs = {one.parent: max((other for other in found if other.parent == one.parent), key=_age) for one in found}
     if not fits:
@@ -125,6 +131,16 @@ def checkpoint_of(
             f"{str(path)!r} has checkpoints of {len(several)} runs with these settings: {_listed(told)}; name one of them"
         )
     return max(fits, key=_age)
+
+
+def _difference_or_damage(
+    checkpoint: Path, cfg: RunnerConfig, saes: Mapping[str, TrainingSAE[Any]], some: bool
+) -> object | None:
+    """`first_difference`, or what is wrong with a checkpoint among others, which is no obstacle to resuming those."""
+    try:
+        return first_difference(checkpoint, cfg, saes, some=some)
+    except ValueError as error:
+        return f"a file that cannot be read: {error}"
 
 
 def _unrelated(checkpoints: Iterable[Path]) -> list[Path]:
@@ -149,6 +165,8 @@ def _told(checkpoint: Path) -> str:
 
 def _checkpoints(path: Path) -> list[Path]:
     """Those in a folder, named by token counts; or the folder itself, whatever its name."""
+    if path.name.endswith(".partial") and not any(path.glob(f"*/**/{RUNNER_CFG_FILENAME}")):
+        raise ValueError(f"the checkpoint {path} was not written to its end; resume from another one")
     if (path / RUNNER_CFG_FILENAME).is_file():
         return [path]
     found = [p.parent for p in sorted(path.glob(f"**/{RUNNER_CFG_FILENAME}")) if _tokens(p.parent) is not None]
@@ -203,7 +221,7 @@ class _ExactRun:
         self.steps_done = 0
         self.last_batch: Tensor | None = None
         self.last_batches: dict[str, Tensor] = {}
-        self.within_step = False
+        self.within_step = self.in_step = False
         self.resumed: Path | None = None
         self.random_states: dict[str, Tensor] = {}
         store: Any = runner.activations_store
@@ -221,6 +239,11 @@ class _ExactRun:
     def _resume(self, runner: Runner, folder: Path) -> None:
         """Before SAELens begins: with prefetching, its thread starts to draw before it reads the checkpoint."""
         runner.cfg.resume_from_checkpoint, self.saved = str(folder), folder
+        try:
+            for inside in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
+                check_digests(inside)
+        except DamagedFileError as error:
+            raise ValueError(f"{error}; or resume from another checkpoint") from error
         for name, sae in self.saes.items():
             _keep_folded(sae.cfg, folder / name / SAE_CFG_FILENAME)
         file = folder / STREAM_STATE_FILENAME
@@ -241,6 +264,8 @@ class _ExactRun:
             )
         self.resumed = file
         self.stream.restore(state)
+        if (text := data.TextSketch.load(folder)) is not None:  # of earlier epochs too
+            self.stream.text.add_sketch(text)
         store: Any = runner.activations_store
         # the stream stands further than at the row that SAELens would load
         store.load_from_checkpoint = lambda _path: None  # pyright: ignore[reportUnknownLambdaType]
@@ -270,6 +295,7 @@ class _ExactRun:
         behind = self.prefetching or self.broken_off
         state = self.stream.state_after(self.last_batch) if behind else self.stream.state()
         _write(folder / STREAM_STATE_FILENAME, state, self.steps_done, self.model_sample)
+        self.stream.text.sketch().save(folder)
 
     def fit(self, trainer: Any) -> Any:
         """SAELens's `trainer.fit`, interrupted between steps only, its checkpoints whole, its weights finite."""
@@ -298,7 +324,7 @@ class _ExactRun:
                 raise
             except DataLostError as lost:
                 self.broken_off = True
-                if self.last_batch is not None:
+                if self.last_batch is not None and not self.in_step:
                     self._save_now(trainer)
                 raise DataLostError(f"{lost}; {self._told_saved()}") from lost
             except NotFiniteError as found:
@@ -335,6 +361,7 @@ class _ExactRun:
         refuse_not_finite_steps(trainer, lambda what: self._diverges(name, trainer, what))
 
         def watched_step(batch: Tensor) -> Any:
+            self.in_step = True
             if name in self.diverged:  # it stands still, and the count goes on, which the trainer of several reads
                 trainer.n_training_samples += len(batch)
                 output: Any = SimpleNamespace(loss=torch.tensor(torch.nan))
@@ -348,6 +375,7 @@ class _ExactRun:
             self.steps_done = (
                 trainer.n_training_steps + 1
             )  # SAELens counts the step after it has written its checkpoint
+            self.in_step = False
             return output
 
         trainer.step = watched_step  # pyright: ignore[reportAttributeAccessIssue]
@@ -394,10 +422,17 @@ class _ExactRun:
                 save(checkpoint_name, **where, **kwargs)
                 return
             unfinished, finished = Path(base) / f"{checkpoint_name}.partial", Path(base) / checkpoint_name
+            if unfinished.is_symlink():  # whoever made it, nothing is written where it leads
+                unfinished.unlink()
             shutil.rmtree(unfinished, ignore_errors=True)
             save(unfinished.name, **where, **kwargs)
-            shutil.rmtree(finished, ignore_errors=True)
+            seal(unfinished)
+            older = Path(base) / f".{checkpoint_name}.older.partial"
+            if finished.is_dir():
+                shutil.rmtree(older, ignore_errors=True)
+                finished.rename(older)
             os.replace(unfinished, finished)
+            shutil.rmtree(older, ignore_errors=True)
             self.saved = finished
 
         trainer.save_checkpoint = save_whole
@@ -449,6 +484,8 @@ def _model_sample(model: torch.nn.Module) -> Tensor:
     """Some of each of the weights of a language model, [values]: by what it is known again, on any device."""
     parts: list[Tensor] = []
     for parameter in model.parameters():
+        if parameter.device.type == "meta":  # it is kept elsewhere until it is needed
+            continue
         flat = parameter.detach().reshape(-1)
         at = torch.linspace(0, len(flat) - 1, min(len(flat), SAMPLED), dtype=torch.float64).long()
         parts.append(flat[at.to(flat.device)].float().cpu())
@@ -528,7 +565,9 @@ def layer_runners(layer: Callable[[type, str, Callable[[Any], Any]], None], arch
             saes = self.saes.values() if isinstance(self, MultiSAETrainingRunner) else [self.sae]
             if any(sae.cfg.architecture() in architectures for sae in saes):
                 exact_resume(self)
-            return original(self, *args, **kwargs)
+            path = self.cfg.checkpoint_path if self in _RUNS else None
+            with nullcontext() if path is None else locked(Path(path), shlex.join(sys.argv)):
+                return original(self, *args, **kwargs)
 
         return exact_run
 
@@ -546,10 +585,30 @@ def layer_runners(layer: Callable[[type, str, Callable[[Any], Any]], None], arch
 
         return save_with_stream
 
-    for runner, fit_name, save_name in (
-        (LanguageModelSAETrainingRunner, "run_trainer_with_interruption_handling", "save_checkpoint"),
-        (MultiSAETrainingRunner, "_run_with_interruption_handling", "_save_runner_checkpoint_files"),
+    def finish(original: Any) -> Any:
+        def save_with_text(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if self not in _RUNS:
+                return
+            if isinstance(self, MultiSAETrainingRunner):
+                folders = [Path(str(self.cfg.output_path)) / name for name in args[0]]
+            else:
+                folders = [Path(kwargs["output_path"] if "output_path" in kwargs else args[1])]
+            for folder in folders:
+                _RUNS[self].stream.text.sketch().shortened().save(folder)
+
+        return save_with_text
+
+    for runner, fit_name, save_name, finish_name in (
+        (LanguageModelSAETrainingRunner, "run_trainer_with_interruption_handling", "save_checkpoint", "save_final_sae"),
+        (
+            MultiSAETrainingRunner,
+            "_run_with_interruption_handling",
+            "_save_runner_checkpoint_files",
+            "_save_final_outputs",
+        ),
     ):
         layer(runner, "run", run)
         layer(runner, fit_name, fit)
         layer(runner, save_name, save)
+        layer(runner, finish_name, finish)

@@ -43,7 +43,8 @@ from sae_nfm.architectures import (
     primary_digest,
 )
 from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.common import check_number, check_output, discard_unstarted, partial_folder, publish, remark
+from sae_nfm.common import check_number, check_output, partial_folder, publishing, remark
+from sae_nfm.common.file_errors import python_string
 from sae_nfm.convert import topk_by_name, warm_started, write_adapter
 from sae_nfm.data import (
     ActivationCache,
@@ -257,7 +258,8 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
     for config, options in names.items():
         hints = get_type_hints(config)
         found = {option: name for option, name in options.items() if option in values}
-        built[config] = {name: _checked(option, hints[name], values[option]) for option, name in found.items()}
+        ours = config.__module__.startswith(("sae_nfm.", "sae_lens."))
+        built[config] = {name: _checked(option, hints[name], values[option], ours) for option, name in found.items()}
     widths = "matryoshka_widths"  # SAELens has no default
     if widths in names[sae_class] and not built[sae_class].get(widths):
         built[sae_class][widths] = sorted({max(1, values["d_sae"] // part) for part in (8, 4, 2, 1)})
@@ -275,8 +277,8 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
     )
 
 
-def _checked(option: str, hint: Any, value: Any) -> Any:
-    """A value of the type that it should have."""
+def _checked(option: str, hint: Any, value: Any, known: bool) -> Any:
+    """A value of the type that it should have, in its range where the config is no other package's."""
     if hint is SAEMetadata:
         return SAEMetadata(**value)
     try:
@@ -284,7 +286,7 @@ def _checked(option: str, hint: Any, value: Any) -> Any:
     except ValidationError as error:
         raise ValueError(f"{option} is {value!r}: {error.errors()[0]['msg']}") from error
     if not (option in ("d_in", "d_sae") and checked == 0):  # those of the base
-        check_number(option.removeprefix("sae."), checked)
+        check_number(option.removeprefix("sae."), checked, known=known)
     return checked
 
 
@@ -317,7 +319,7 @@ class Trained:
         lines = [f"SAE:    {self.folder}", f"Record: {self.folder / RECORD_FILENAME}"]
         lines += [f"The SAE that was there before: {self.kept}"] if self.kept else []
         lines += [f"Checkpoints: {self.checkpoints}"] if self.checkpoints else []
-        load = ["import sae_nfm", "from sae_lens import SAE", f'sae = SAE.load_from_disk("{self.folder}")']
+        load = ["import sae_nfm", "from sae_lens import SAE", f"sae = SAE.load_from_disk({python_string(self.folder)})"]
         return "\n".join([*lines, "In Python:", *(f"    {line}" for line in load)])
 
 
@@ -348,7 +350,7 @@ def train(arguments: TrainArguments) -> Trained:
     """
     refuse_several_processes()
     cfg = arguments.cfg
-    check_output(cfg.output_path)
+    check_output(cfg.output_path, "output_path", only_sae=True)
     others = load_others(arguments.others, cfg)
     cache = _opened_cache(arguments)
     model = fit_to_model(arguments, others)
@@ -363,8 +365,16 @@ def train(arguments: TrainArguments) -> Trained:
         others.sign(runner.sae.cfg.metadata)
         _check_runner(runner, held_out)
         exact_resume(runner)
+        command = shlex.join(["sae-nfm", "train", *arguments.argv])
+        resumed = cfg.resume_from_checkpoint is not None
+        output = (
+            nullcontext()
+            if cfg.output_path is None
+            else publishing(cfg.output_path, "train", command=command, keep=resumed, leave=True)
+        )
         try:
-            _run(runner, arguments, held_out)
+            with output as made:
+                _run(runner, arguments, held_out, None if made is None else made.folder)
         except (KeyboardInterrupt, InterruptedException):
             raise InterruptedException(how_to_go_on(arguments, last_checkpoint(runner))) from None
         except DataLostError as lost:
@@ -372,32 +382,26 @@ def train(arguments: TrainArguments) -> Trained:
     checkpoints = Path(cfg.checkpoint_path) if cfg.checkpoint_path else None
     return Trained(
         folder=None if cfg.output_path is None else Path(cfg.output_path),
-        kept=None if cfg.output_path is None else publish(cfg.output_path),
+        kept=None if made is None else made.kept,
         checkpoints=checkpoints if checkpoints and checkpoints.is_dir() else None,
     )
 
 
-def _run(runner: WholeRunner, arguments: TrainArguments, held_out: Any) -> None:
+def _run(runner: WholeRunner, arguments: TrainArguments, held_out: Any, folder: Path | None) -> None:
     cfg, record = arguments.cfg, arguments.record
     recorded = nullcontext()
-    if cfg.output_path is not None:
-        partial = partial_folder(cfg.output_path)
-        if cfg.resume_from_checkpoint is None:  # else the record of the interrupted run goes on
-            shutil.rmtree(partial, ignore_errors=True)
+    if folder is not None:
         evaluated = None
         if held_out is not None:
             evaluated = HeldOut(dataset=held_out, every=record.evaluate_every, n_batches=cfg.n_eval_batches)
-        recorded = record_training(runner, partial / RECORD_FILENAME, every=record.record_every, held_out=evaluated)
+        recorded = record_training(runner, folder / RECORD_FILENAME, every=record.record_every, held_out=evaluated)
     try:
         with recorded:
             runner.run()
     except FloatingPointError:  # what is not finite is no result, and nothing goes on from it
-        if cfg.output_path is not None:
-            shutil.rmtree(partial_folder(cfg.output_path))
+        for left in [] if folder is None else folder.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         raise
-    finally:
-        if cfg.output_path is not None and partial_folder(cfg.output_path).is_dir():
-            discard_unstarted(cfg.output_path)
 
 
 def fit_to_model(arguments: TrainArguments, others: LoadedSAEs) -> LanguageModel | None:
@@ -456,6 +460,11 @@ def _check_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     k = getattr(cfg.sae, "k", None)
     if k is not None and not 0 < k <= cfg.sae.d_sae:
         raise ValueError(f"k is {k}; give a number from 1 to the d_sae = {cfg.sae.d_sae} features there are")
+    if cfg.training_tokens < cfg.train_batch_size_tokens:
+        raise ValueError(
+            f"training_tokens is {cfg.training_tokens}, less than one batch of {cfg.train_batch_size_tokens} tokens; raise it, "
+            "or lower train_batch_size_tokens"
+        )
     check_schedule(cfg)
 
 

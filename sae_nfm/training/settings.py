@@ -77,13 +77,8 @@ def check_settings(cfg: RunnerConfig, saes: Mapping[str, TrainingSAE[Any]]) -> N
 
 
 def check_schedule(cfg: RunnerConfig) -> None:
-    """Raise a ValueError for a run of no step, or a warm-up and decay that do not fit into it."""
+    """Raise a ValueError for a warm-up and decay that do not fit into a run: the rate would never be reached, or left."""
     steps = cfg.total_training_steps
-    if steps < 1:
-        raise ValueError(
-            f"training_tokens is {cfg.training_tokens}, less than one batch of {cfg.train_batch_size_tokens} tokens; raise it, "
-            "or lower train_batch_size_tokens"
-        )
     warm_up, decay = cfg.lr_warm_up_steps, cfg.lr_decay_steps
     if warm_up + decay > steps:
         raise ValueError(
@@ -173,8 +168,23 @@ def first_difference(
     return next((one for one in found if not (one.name == "training_tokens" and longer)), None)
 
 
+def other_run(one: Path, other: Path) -> Difference | None:
+    """The first setting in which the runs of two checkpoints differ; None also where a checkpoint does not say its run's."""
+    files = [folder / RUNNER_CFG_FILENAME for folder in (one, other)]
+    if not all(file.is_file() for file in files):
+        return None
+    then, now = map(read_settings, files)
+    found = [
+        *_differences(then, now, {}, ""),
+        *_differences(then.get("sae", {}), now.get("sae", {}), {}, "", of_sae=True),
+    ]
+    return next((d for d in found if d.name != "training_tokens" and not _fold(d)), None)
+
+
 def _fold(difference: Difference) -> bool:
-    return difference.name.rpartition(".")[2] in FOLDED and difference.saved in ("none", False)
+    return difference.name.rpartition(".")[2] in FOLDED and any(
+        v in ("none", False) for v in (difference.saved, difference.given)
+    )
 
 
 def _origins(made: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:

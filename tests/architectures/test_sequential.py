@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from builders import D_MODEL, D_SAE, HOOK, HOOK_Z, random_activations, saved_base, training_config
+from builders import D_MODEL, D_SAE, HOOK, HOOK_Z, inference_sae, random_activations, saved_base, training_config
 from sae_lens import SAE, SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
@@ -372,3 +372,15 @@ def test_a_base_that_was_never_loaded_is_not_trained_on():
     assert isinstance(sae, SequentialNFM)
     with pytest.raises(ValueError, match="base is not the one"):
         sae.training_forward_pass(step_input(random_activations()))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_tokens_with_fewer_features_than_the_nfm_reads(k):
+    """As of a jumprelu base on quiet text: all of them are read."""
+    sae = inference_sae(training_config("sequential_nfm", nfm_top_k=3, kernel="sparse", dtype="float64"))
+    acts = torch.zeros(5, D_SAE, dtype=torch.float64)
+    acts[:, 3 : 3 + k] = 1.5
+    with torch.no_grad():
+        found = sae.decode(acts)
+        sae.cfg.kernel = "dense"
+        torch.testing.assert_close(found, sae.decode(acts))

@@ -1,16 +1,18 @@
 """A training step on the active features alone is the dense step: losses, gradients, statistics, trajectory."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from builders import D_SAE, covering_pairs, random_activations, random_sae, trainer, training_config
 from kernel_inputs import Operations
-from sae_lens import SAETrainer
+from sae_lens import SAETrainer, TopKTrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.util import temporary_seed
-from step_forms import HOOK, both_kernels, for_every_architecture, step
+from step_forms import HOOK, both_kernels, for_every_architecture, of_sparse_step, step
 
+from sae_nfm.architectures import JointNFMTrainingSAE
 from sae_nfm.kernels import reference
 
 
@@ -39,14 +41,17 @@ def test_losses_and_gradients(architecture, paths, nfm_top_k, rescale, kernel):
     x = random_activations().double()
     with saelens.hooks(fwd_hooks=[HOOK]):
         ours, reference = step(sae, x), step(saelens, x)
-    assert ours.feature_acts.is_sparse == (kernel == "sparse")
-    assert not reference.feature_acts.is_sparse
-    ours.loss.backward()
-    reference.loss.backward()
+    assert of_sparse_step(ours) == (kernel == "sparse")
+    assert not of_sparse_step(reference)
+    for output in (ours, reference):
+        assert not output.feature_acts.is_sparse
+        # an addition of a subclass or a trainer to the loss reaches the weights through what the step returns
+        more = output.feature_acts.square().sum() + output.hidden_pre.square().mean()
+        (output.loss + more).backward()
     torch.testing.assert_close(ours.sae_out, reference.sae_out)
     torch.testing.assert_close(ours.loss, reference.loss)
-    torch.testing.assert_close(ours.feature_acts.to_dense(), reference.feature_acts)
-    assert ours.hidden_pre.shape == reference.hidden_pre.shape
+    torch.testing.assert_close(ours.feature_acts, reference.feature_acts)
+    torch.testing.assert_close(ours.hidden_pre, reference.hidden_pre)
     for name, parameter in saelens.named_parameters():
         torch.testing.assert_close(dict(sae.named_parameters())[name].grad, parameter.grad, msg=name)
         assert parameter.grad.abs().sum() > 0, name
@@ -215,10 +220,12 @@ def test_the_gradient_of_b_dec_is_summed_in_float32_under_autocast(architecture)
 @for_every_architecture
 @pytest.mark.parametrize(("nfm_top_k", "routes"), [(None, 1), (3, 2)])
 def test_a_sparse_step_orders_its_entries_once(architecture, nfm_top_k, routes):
-    """Once for all paths, once more for the features that the NFM reads, for the encoder, and for the statistics."""
+    """Once for all paths, once more for the features that the NFM reads, for the encoder, and for SAELens's statistics."""
     sae, _ = both_kernels(architecture, nfm_top_k=nfm_top_k)
-    with Operations() as operations:
-        step(sae, random_activations().double()).loss.backward()
+    with Operations() as operations, sae.counted():
+        output = step(sae, random_activations().double())
+        assert output.feature_acts.is_sparse
+        output.loss.backward()
     assert operations.count["argsort"] + operations.count["sort"] == routes + 2
 
 
@@ -332,3 +339,74 @@ def test_decoding_without_a_gradient_reads_the_active_features_alone(architectur
 def test_unknown_kernel():
     with pytest.raises(ValueError, match=r"kernel.*'auto', 'dense', 'sparse'.*'quick'"):
         training_config("joint_nfm", kernel="quick")
+
+
+def in_subclass(name, method):
+    return lambda sae: setattr(sae, "__class__", type("Changed", (type(sae),), {name: method}))
+
+
+def doubled(self, *args, **kwargs):
+    acts, hidden_pre = TopKTrainingSAE.encode_with_hidden_pre(self, *args, **kwargs)
+    return 2 * acts, hidden_pre
+
+
+CHANGES = {
+    "aux loss": in_subclass("calculate_aux_loss", lambda self, **_: {"mine": torch.tensor(7.0)}),
+    "aux loss of an instance": lambda sae: setattr(sae, "calculate_aux_loss", lambda **_: {"mine": torch.tensor(7.0)}),
+    "dead-feature loss": in_subclass("calculate_topk_aux_loss", lambda self, **_: torch.tensor(7.0)),
+    "encoder": in_subclass("encode_with_hidden_pre", doubled),
+    "decoder": in_subclass("decode", lambda self, acts: 0.5 * (acts @ self.W_dec)),
+    "paths": in_subclass("_interaction", lambda self, read: None),
+    "activation function": lambda sae: setattr(sae, "activation_fn", torch.nn.ReLU()),
+    "k of the activation function": lambda sae: setattr(sae.activation_fn, "k", 2),
+    "hidden code": lambda sae: setattr(sae, "hidden_code", lambda sae, hidden: 0 * hidden),
+}
+
+
+@for_every_architecture
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_subclass_changes_is_changed_in_every_step(architecture, change):
+    """SAELens documents which methods to override; none of them is passed by, at whatever number of features."""
+    outputs = []
+    x, dead = random_activations().double(), torch.arange(D_SAE) < 5
+    for sae in both_kernels(architecture):
+        usual = step(sae, x, dead)
+        CHANGES[change](sae)
+        outputs.append(step(sae, x, dead))
+        assert not torch.allclose(outputs[-1].loss, usual.loss)
+    ours, reference = outputs
+    assert ours.losses.keys() == reference.losses.keys()
+    torch.testing.assert_close(ours.loss, reference.loss, rtol=0, atol=0)  # both are SAELens's step
+
+
+@for_every_architecture
+def test_only_saelens_s_own_trainer_counts_a_coo_tensor(architecture):
+    """Whoever else reads the features of a step has them dense, a step that a subclass extends included."""
+    read = []
+
+    def extended(self, step_input):
+        output = JointNFMTrainingSAE.training_forward_pass(self, step_input)
+        read.append(output.feature_acts.is_sparse)
+        return output
+
+    sae = random_sae(training_config(architecture, kernel="sparse"))
+    counted = trainer(sae)
+    output = counted.step(random_activations())
+    assert of_sparse_step(output)
+    assert not output.feature_acts.is_sparse
+    in_subclass("training_forward_pass", extended)(sae)
+    counted.step(random_activations())
+    assert read == [False]
+
+
+@for_every_architecture
+def test_pre_activations_are_those_of_the_step_or_none(architecture):
+    sae = random_sae(training_config(architecture, kernel="sparse"))
+    output = step(sae, random_activations())
+    with torch.no_grad():
+        sae.W_enc.mul_(2)
+    with pytest.raises(RuntimeError, match="weights have changed"):
+        _ = output.hidden_pre
+    copied = dataclasses.replace(step(sae, random_activations()), loss=None)
+    assert copied.loss is None
+    assert copied.hidden_pre.shape == copied.feature_acts.shape == (24, D_SAE)

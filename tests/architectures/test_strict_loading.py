@@ -17,12 +17,14 @@ from builders import (
     token_dataset,
     training_config,
 )
-from sae_lens import SAE, LanguageModelSAETrainingRunner, TrainingSAE, registry
+from sae_lens import SAE, LanguageModelSAETrainingRunner, TopKSAE, TopKSAEConfig, TrainingSAE, registry
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.util import temporary_seed
 from safetensors.torch import load_file, save_file
 
 from sae_nfm import JointNFMSAE, JointNFMTrainingSAE
+from sae_nfm.common.files import DIGESTS_FILENAME
+from sae_nfm.loading import load_sae
 
 for_every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 DOORS = pytest.mark.parametrize("door", [SAE, JointNFMSAE], ids=["SAE", "JointNFMSAE"])
@@ -30,8 +32,9 @@ DOORS = pytest.mark.parametrize("door", [SAE, JointNFMSAE], ids=["SAE", "JointNF
 
 @pytest.fixture
 def saved(tmp_path):
-    """The folder of a sound SAE."""
+    """The folder of a sound SAE, without the digests that would show any change before it is read."""
     inference_sae(training_config("joint_nfm")).save_model(tmp_path)
+    (tmp_path / DIGESTS_FILENAME).unlink()
     return tmp_path
 
 
@@ -241,3 +244,24 @@ def test_other_architectures_load_as_before(tmp_path):
     change_config(tmp_path, a_key_of_the_future=1)
     x = random_activations()
     torch.testing.assert_close(SAE.load_from_disk(tmp_path)(x), sae(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cfg.json", b"{"),
+        ("cfg.json", b'{"architecture": "\xff"}'),
+        ("cfg.json", b"[]"),
+        ("cfg.json", b'{"architecture": "topk"}'),
+        ("cfg.json", b'{"architecture": "unheard_of", "d_in": 4}'),
+        ("cfg.json", b'{"architecture": ["topk"]}'),
+        ("sae_weights.safetensors", b"\x00" * 40),
+        ("sae_weights.safetensors", b""),
+        ("sae_weights.safetensors", b"\xff" * 8 + b"{}"),
+    ],
+)
+def test_a_damaged_sae_of_any_architecture_is_named(tmp_path, name, content):
+    TopKSAE(TopKSAEConfig(d_in=4, d_sae=8, k=2)).save_model(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        load_sae(str(tmp_path))

@@ -1,12 +1,15 @@
 """`sae-nfm attribute` on the packaged SAE: its figures are those of the functions, and what cannot work is said at once."""
 
+import importlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import sae_nfm
 from sae_nfm import demo
 from sae_nfm.architectures.nfm_paths import PathWeights
 from sae_nfm.attribution.pair_effects import run_prompt
@@ -35,6 +38,32 @@ def config(tmp_path_factory) -> AttributeConfig:
 @pytest.fixture(scope="module")
 def found(config) -> Attribution:
     return attribute(config, command="sae-nfm attribute")
+
+
+def test_one_call_gives_the_numbers_that_the_command_prints(loaded, found):
+    model, sae = loaded
+    table = sae_nfm.attribute(sae, model, PROMPT, token=("-1", " good"), logit=" as", top=3)
+    first = found.tokens[0]
+    pairs = table[(table["kind"] == "pair") & (table["position"] == first.position)]
+    for row, pair in zip(pairs.itertuples(), first.pairs, strict=True):
+        assert (row.term, row.norm, row.direct) == (pair.written.name, pair.written.norm, pair.written.direct)
+        assert (row.frozen, row.free, row.flipped) == (pair.frozen, pair.free, pair.flipped)
+    assert [len(table[table["position"] == one.position]) for one in found.tokens] == [3 + 3 + 3] * 2
+    assert list(table["kind"].unique()) == ["path", "pair", "feature"]
+    assert table[table["kind"] != "pair"]["free"].isna().all()
+    with pytest.raises(ValueError, match="no token 99"):
+        sae_nfm.attribute(sae, model, PROMPT, token="99")
+
+
+def test_the_old_module_of_that_name_is_no_obstacle(loaded):
+    model, sae = loaded
+    sys.modules.pop("sae_nfm.attribute", None)  # of a test before this one
+    with pytest.warns(FutureWarning, match=r"attribute is sae_nfm\.attribution"):
+        old = importlib.import_module("sae_nfm.attribute")
+    assert old.AttributeConfig is AttributeConfig
+    assert len(sae_nfm.attribute(sae, model, "The film", top=1)) == 5
+    sys.modules.pop("sae_nfm.attribute")
+    del sae_nfm.attribute
 
 
 def test_the_strongest_pairs_of_a_token_are_those_of_largest_norm(loaded, found):

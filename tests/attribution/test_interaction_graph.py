@@ -42,7 +42,7 @@ def test_a_saved_graph_is_the_same_when_read(tmp_path, suffix, directed):
     graph = random_graph(directed=directed)
     graph.save(tmp_path / f"graph.{suffix}")
     assert InteractionGraph.load(tmp_path / f"graph.{suffix}") == graph
-    assert [path.name for path in tmp_path.iterdir()] == [f"graph.{suffix}"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"graph.{suffix}", f"graph.{suffix}.sha256"]
 
 
 def test_networkx_reads_both(tmp_path):

@@ -1,6 +1,7 @@
 """The table of commands, their help and their examples."""
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from sae_lens import TopKSAE, TopKSAEConfig
 
 from sae_nfm import __version__
+from sae_nfm.common.options import RANGES, REAL, WHOLE
 from sae_nfm_cli import main
 from sae_nfm_cli.commands import COMMANDS, GROUPS, Command, imported
 from sae_nfm_cli.overview import answer, overview
@@ -167,3 +169,49 @@ def test_hidden_flags_are_accepted_and_not_shown(capsys):
     cfg = COMMANDS["train"].make_parser("train", argv).parse(argv).cfg
     assert cfg.hook_eval == "x"
     assert cfg.sae.metadata["a"] == 1
+
+
+REQUIRED = {
+    "attribute": {"prompt": "t1"},
+    "convert": {"source": "source", "output": "output"},
+    "dynamics": {"checkpoints": "folder"},
+    "evaluate": {"sae": "runs/mine"},
+}
+COMMANDS_AND_ARCHITECTURES = [
+    *((name, ()) for name in COMMANDS if name not in ("train", "completion")),
+    *(
+        ("train", ("--architecture", kind))
+        for kind in ("joint_nfm", "jumprelu", "gated", "batchtopk", "matching_pursuit")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "argv"), COMMANDS_AND_ARCHITECTURES)
+def test_every_number_has_a_range(name, argv):
+    """None of them accepts what is no number, or what no run can have; the error begins with the option."""
+    parser = COMMANDS[name].make_parser(name, argv)
+    usual = {option.name: option.default for option in parser.options} | REQUIRED.get(name, {})
+    seen = 0
+    for option in parser.options:
+        kinds = {kind for kind in (int, float) if re.search(rf"\b{kind.__name__}\b", str(option.type))}
+        if not kinds or "Literal" in str(option.type) or option.convert is not None:
+            continue
+        plain = option.name.rpartition(".")[2]
+        low, high = (
+            float(end.strip("[]()")) for end in RANGES.get(plain, WHOLE if kinds == {int} else REAL).split(", ")
+        )
+        wrong = [math.nan, math.inf] if float in kinds else []
+        wrong += [-1] if low > -1 else []
+        wrong += [10**12] if high < 10**12 else []
+        for value in wrong:
+            given = [value] if re.search("tuple|list", str(option.type)) else value
+            chosen = {"architecture": argv[1], option.name: given} if argv else usual | {option.name: given}
+            with pytest.raises(ValueError, match=rf"^{plain}s? (must be|is|are) |^seeds are .*{plain} is "):
+                parser.build(chosen, frozenset({"architecture", option.name}))
+        seen += 1
+    assert seen > 0 or name in ("report", "export", "push", "pull", "manifest")
+
+
+def test_a_number_out_of_its_range_is_a_mistake_in_the_command(capsys):
+    assert main(["compare", "--learning-rates", "1e-3", "nan"]) == 2
+    assert capsys.readouterr().err == "sae-nfm: learning_rates must be a finite number, got nan\n"

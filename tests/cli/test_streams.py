@@ -1,12 +1,15 @@
 """Standard streams that are full, closed or of few characters: a result that was saved is never lost by them."""
 
 import io
+import json
 import os
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from sae_nfm.cli.main import Lenient
+from sae_nfm.cli.main import Lenient, as_json
 from sae_nfm.common.file_errors import FileError
 from sae_nfm_cli import ClosedStream, main
 from sae_nfm_cli.commands import COMMANDS, Command
@@ -117,3 +120,28 @@ def test_statuses(saved, monkeypatch, capsys):
         out, err = capsys.readouterr()
         assert told in err
         assert (out, err.count("\n")) == ("", 1)
+
+
+def test_text_that_is_no_text_is_json():
+    @dataclass
+    class Odd:
+        name: str
+        path: Path
+        nothing: float
+
+    content = json.loads(as_json(Odd("na\udcc3", Path("\udcff"), float("nan"))))
+    assert content == {"name": "na\udcc3", "path": "\udcff", "nothing": None}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["attribute x --save", "report . --save", "train --output_path", "compare --output", "convert a", "export a"],
+)
+def test_a_place_that_cannot_be_written_is_told_at_once(line, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sae_nfm_cli.commands.Command.result", lambda *args: pytest.fail("it began"))
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "x.jsonl"
+    assert main([*line.split(), str(place)]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"sae-nfm: '{place}' cannot be written: not a directory; a part of the path"
+    )

@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from sae_nfm.common import whole
 from sae_nfm.common.file_errors import (
     DamagedFileError,
     FileError,
@@ -159,3 +160,20 @@ def test_printable_leaves_no_character_that_acts():
     assert printable(f"a{acting}é漢") == "a\\x1b[2J\\r\\n\\x9b\\u202e\\u2066\\u2028\\x7f\\u200b\\udc80é漢"
     assert printable("a\nb\x07", keep="\n") == "a\nb\\x07"
     assert quoted('a"\u202e\n') == "'a\"\\u202e\\n'"
+
+
+def test_a_saved_file_names_its_path_and_replaces_no_device(tmp_path, no_room):
+    with (
+        pytest.raises(FileError, match=rf"^'{tmp_path}/x' cannot be written: file too large"),
+        whole(tmp_path / "x") as partial,
+    ):
+        partial.write_bytes(LARGE.tobytes())
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileError, match="no regular file"), whole(tmp_path / "pipe"):
+        pass
+    with (
+        pytest.raises(FileError, match=r"/pipe/x' cannot be written: .*a part of the path is a file"),
+        whole(tmp_path / "pipe" / "x"),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]

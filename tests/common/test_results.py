@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from builders import edited
 
 import sae_nfm
 from sae_nfm.common.results import SavedResult, as_result, kind_by_keys, with_kind, without_kind
@@ -29,7 +30,7 @@ LENGTHS = Lengths(rows=(0.1 + 0.2, 3.0))
 def saved(folder: Path, **changes: object) -> Path:
     path = folder / "results.json"
     LENGTHS.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edited(path, json.dumps(json.loads(path.read_text()) | changes))
     return path
 
 

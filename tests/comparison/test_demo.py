@@ -132,14 +132,22 @@ def test_results_file_says_how_to_repeat_it(finished):
     assert not list(output.rglob("*.partial"))
 
 
-def test_a_second_run_replaces_the_first(finished, tmp_path):
+def test_a_second_run_takes_the_place_of_the_first_which_is_kept(finished, tmp_path):
     cfg, output, _ = finished
     copytree(output, tmp_path / "run")
-    (tmp_path / "run" / "saes.partial.partial").mkdir()  # of a run that was interrupted
+    left = tmp_path / "run.partial" / "saes" / "topk"  # of a run with other settings that was interrupted
+    left.mkdir(parents=True)
     smaller = replace(cfg, output=str(tmp_path / "run"), d_sae=64, held_out_tokens=cfg.context_size)
     compare_once(smaller)
     assert SAE.load_from_disk(tmp_path / "run" / "saes" / "topk").cfg.d_sae == 64
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["results.json", "saes", "training.jsonl"]
+    assert SAE.load_from_disk(tmp_path / "run.1" / "saes" / "topk").cfg.d_sae == cfg.d_sae
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.1", "run.1.partial"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "digests.json",
+        "results.json",
+        "saes",
+        "training.jsonl",
+    ]
 
 
 def test_the_canonical_gauge_row_exists_where_all_features_are_read():
@@ -172,7 +180,7 @@ def test_command_line_on_a_text_file_prints_the_table_and_both_figures(commanded
     assert printed.count("The fair comparison") == 2
     assert "One seed (0)" in printed
     assert "no evidence about real text" not in printed
-    files = ["explorer.json.gz", "norms.json", "report.html", "results.json", "saes", "training.jsonl"]
+    files = ["digests.json", "explorer.json.gz", "norms.json", "report.html", "results.json", "saes", "training.jsonl"]
     assert sorted(path.name for path in output.iterdir()) == files
 
 

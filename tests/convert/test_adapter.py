@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_nfm.architectures.sequential_config import SequentialNFMTrainingSAEConfig
 from sae_nfm.architectures.sequential_training import SequentialNFMTrainingSAE
+from sae_nfm.common.manifest import ManifestConfig, accept
 from sae_nfm.convert.adapter import load_adapter, save_adapter
 from sae_nfm.hub.release import FolderSource, register_release, release_entry
 
@@ -34,6 +35,7 @@ def other_weights(folder: Path, change) -> None:
     weights = load_file(folder / SAE_WEIGHTS_FILENAME)
     change(weights)
     save_file(weights, folder / SAE_WEIGHTS_FILENAME)
+    accept(ManifestConfig(path=str(folder / SAE_WEIGHTS_FILENAME)))  # what the SAE itself notices
 
 
 def test_an_adapter_is_the_nfm_alone_and_loads_as_the_same_function(sae, tmp_path):
@@ -128,7 +130,7 @@ def test_a_base_without_one_of_its_files(base, name):
 def test_a_truncated_base(base):
     weights = base / SAE_WEIGHTS_FILENAME
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"\bbase '{re.escape(str(base))}' is damaged\b.*\brestore\b"):
+    with pytest.raises(ValueError, match=rf"'{re.escape(str(base))}' is not a saved SAE that loads\b"):
         SequentialNFMTrainingSAEConfig(base=str(base))
 
 
@@ -151,7 +153,9 @@ def test_a_pickle_is_not_executed(base, where, tmp_path):
     else:
         source = tmp_path / "base.pt"
         source.write_bytes(harmful)
-    with pytest.raises((ValueError, FileNotFoundError), match=rf"'{re.escape(str(source))}' is (damaged|no folder)"):
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=rf"'{re.escape(str(source))}' is (not a saved SAE that loads|no folder)"
+    ):
         SequentialNFMTrainingSAEConfig(base=str(source))
     assert not made.exists()
     pickle.loads(harmful)  # it would have

@@ -56,7 +56,7 @@ def test_the_command_line_says_what_is_and_what_is_not_known(tmp_path: Path) -> 
         "    from sae_lens import SAE",
         f'    sae = SAE.load_from_disk("{out}")',
     ]
-    assert {path.name for path in out.iterdir()} == {"cfg.json", "sae_weights.safetensors", "README.md"}
+    assert {path.name for path in out.iterdir()} == {"cfg.json", "digests.json", "sae_weights.safetensors", "README.md"}
     line += ["--model", "gpt2", "--context-size", "128", "--no-prepend-bos", "--k", "9", "--nfm-top-k", "9"]
     words = COMMAND.result(COMMAND.make_parser("convert").parse(line)).words().splitlines()
     assert words[:2] == [

@@ -226,7 +226,7 @@ def test_the_tokens_are_those_that_were_searched_for_passages_of_the_corpus():
     for path, digest in SEARCHED.items():
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         assert found == digest, (
-            f"{path.name} has changed: run `python -m pytest -m slow tests/test_demo_data.py`, and when that passes put "
+            f"{path.name} has changed: run `python -m pytest -m slow tests/demo/test_demo_data.py`, and when that passes put "
             f"{found} in SEARCHED"
         )
 

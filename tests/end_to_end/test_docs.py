@@ -154,3 +154,17 @@ def test_the_site_builds_without_warnings(tmp_path):
         )
     assert "<math" in (tmp_path / "concepts.html").read_text()
     assert "JointNFMTrainingSAEConfig" in (tmp_path / "api" / "training.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_table_of_splicing_is_what_its_code_prints(capsys):
+    """Each way of splicing does what the page says, to the printed digits: the packaged SAE, on the CPU."""
+    page = (DOCS / "splicing.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(code, "splicing.md", "exec"), {})
+    said = re.findall(r"^    ((?:model|Splice).*?)  +([\d.]+) +([\d.]+)$", page, re.MULTILINE)
+    found = re.findall(r"^((?:model|Splice).*?)  +([\d.]+) +([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, *_ in found] == [name for name, *_ in said]
+    assert len(said) == 6
+    for (_, *numbers), (_, *expected) in zip(found, said, strict=True):
+        assert [*map(float, numbers)] == pytest.approx([*map(float, expected)], abs=2e-3)  # float32 on another machine

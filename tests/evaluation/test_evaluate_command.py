@@ -15,10 +15,12 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.training.activation_scaler import ActivationScaler
 from tiny_models import write_checkpoint
 
+import sae_nfm
 from sae_nfm.data.datasets import local_dataset
+from sae_nfm.evaluation.fidelity import Arm, evaluate
 from sae_nfm.evaluation.results import Evaluation
-from sae_nfm.evaluation.saelens_evals import EvaluateConfig, evaluate_saved
-from sae_nfm.loading.saelens import quiet_saelens
+from sae_nfm.evaluation.saelens_evals import EvaluateConfig, evaluate_saved, notes_on
+from sae_nfm.loading.saelens import load_sae, quiet_saelens
 from sae_nfm.models.load import load_model
 from sae_nfm_cli import main
 
@@ -142,7 +144,8 @@ def test_what_it_was_measured_on_is_written_down(shared, tmp_path):
     assert list(tmp_path.rglob("*.partial")) == []
     assert "model_behavior_preservation" not in written["metrics"]
     assert written["feature_metrics"] == {}  # SAELens gives 0 / 0 for each feature where they are not asked for
-    assert (written["data"], written["passes"], written["architecture"]) == (data, 1, "joint_nfm")
+    assert written["data"].startswith(f"{data}: training tokens (the SAE's metadata name")
+    assert (written["passes"], written["architecture"]) == (1, "joint_nfm")
     rows = torch.tensor(local_dataset(data)["tokens"])  # all 12, in order: 3 + 3 batches of 2
     provenance = written["provenance"]
     assert provenance["tokens_sha256"] == hashlib.sha256(rows.numpy().tobytes()).hexdigest()
@@ -277,3 +280,92 @@ def test_metadata_that_says_too_little(shared, tmp_path):
         folder = saved(shared, tmp_path / field, inference_sae(bare), **{field: None})
         with pytest.raises(ValueError, match=message):
             evaluate_saved(EvaluateConfig(sae=folder))
+
+
+def test_several_saved_saes_in_one_table(shared, tmp_path):
+    """Each as `evaluate` has it alone, on the same tokens."""
+    made = {"joint_nfm": inference_sae(training_config("joint_nfm"), seed=1), "standard": other_sae(StandardSAEConfig)}
+    folders = [saved(shared, tmp_path / name, sae) for name, sae in made.items()]
+    data = str(shared / "tokens.parquet")
+    table = sae_nfm.evaluation_table(folders, held_out=data)
+    assert list(table.index) == folders
+    assert list(table["architecture"]) == ["joint_nfm", "standard"]
+    model, rows = load_model(shared / "model"), torch.tensor(local_dataset(data)["tokens"])
+    for folder in folders:
+        alone = evaluate(model, rows, [Arm(name="x", sae=load_sae(folder).eval())], show_progress=False)["x"]
+        assert {name: table.loc[folder, name] for name in vars(alone)} == pytest.approx(vars(alone), rel=1e-6)
+    assert table["text"].str.startswith("training tokens").all()
+    with pytest.raises(ValueError, match="each once"):
+        sae_nfm.evaluation_table([folders[0], folders[0]])
+    saved(shared, tmp_path / "standard", made["standard"], model_name="other")
+    with pytest.raises(ValueError, match=r"models .*other"):
+        sae_nfm.evaluation_table(folders, held_out=data)
+
+
+def evaluated(folder: str, capsys, *more: str) -> tuple[dict[str, float], str]:
+    assert main(["evaluate", folder, *FEW, *more]) == 0
+    printed = capsys.readouterr().out
+    return figures(printed), printed
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_and_an_sae_in_16_bits_are_measured_in_float32(shared, tmp_path, dtype, capsys):
+    """Per-token losses of a 16-bit model would be rounded to steps of 1/64 and more, and their mean once more."""
+    sae = inference_sae(training_config("joint_nfm"))
+    found, _ = evaluated(saved(shared, tmp_path / "whole", copy.deepcopy(sae)), capsys)
+    half = saved(
+        shared, tmp_path / "half", sae.to(getattr(torch, dtype)), model_from_pretrained_kwargs={"dtype": dtype}
+    )
+    ours, _ = evaluated(half, capsys)
+    # a 16-bit number is rounded by 4e-3 at most, which tokens average
+    for name in ("ce_loss_without_sae", "ce_loss_with_ablation", "l2_norm_in", "l1"):
+        assert ours[name] == pytest.approx(found[name], rel=4e-3), name
+    rounded = {name: float(torch.tensor(ours[name]).to(getattr(torch, dtype))) for name in ("ce_loss_with_sae", "l1")}
+    assert all(abs(value - ours[name]) > 6e-5 for name, value in rounded.items())  # printed with four decimals
+
+
+def test_scores_outside_of_their_range_have_a_sentence():
+    def notes(**values):
+        usual = {
+            "ce_loss_with_ablation": 8.0,
+            "ce_loss_without_sae": 4.0,
+            "ce_loss_with_sae": 5.0,
+            "ce_loss_score": 0.75,
+        }
+        return notes_on({"group": usual | values})
+
+    assert notes() == ()
+    assert notes(ce_loss_score=0.0) == notes(ce_loss_score=1.0) == ()
+    (note,) = notes(ce_loss_score=1.25, ce_loss_with_sae=3.0)
+    assert "above 1" in note
+    (note,) = notes(ce_loss_score=-0.5, ce_loss_with_sae=10.0)
+    assert "below 0" in note
+    (note,) = notes(ce_loss_with_ablation=4.001, ce_loss_score=2.0)
+    assert "0.001 nats" in note
+    (note,) = notes(ce_loss_with_ablation=3.0, ce_loss_score=2.0)
+    assert "-1 nats" in note
+    (note,) = notes(kl_div_with_ablation=1e-6, kl_div_with_sae=1e-6, kl_div_score=0.0)
+    assert note.startswith("kl_div_score divides")
+    (note,) = notes(explained_variance_legacy=float("-inf"), cossim=float("nan"))
+    assert note.startswith("cossim, explained_variance_legacy: not defined")
+
+
+def test_a_note_is_printed_and_saved(shared, tmp_path, capsys):
+    """An SAE that writes one long vector at every token is worse than the ablation."""
+    sae = inference_sae(training_config("joint_nfm"))
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.zero_()
+        sae.b_dec.copy_(torch.linspace(-1e3, 1e3, D_MODEL))
+    _, printed = evaluated(saved(shared, tmp_path / "sae", sae), capsys, "--save", str(tmp_path / "found.json"))
+    notes = json.loads((tmp_path / "found.json").read_text())["notes"]
+    assert notes
+    assert all(f"\n* {note}." in printed for note in notes)
+
+
+def test_logits_that_are_not_finite_name_the_condition(shared, tmp_path, capsys):
+    sae = inference_sae(training_config("joint_nfm"))
+    with torch.no_grad():
+        sae.b_dec.fill_(3e38)
+    assert main(["evaluate", saved(shared, tmp_path / "sae", sae), *ONE]) != 0
+    assert "with the SAE in place the model's logits are not finite" in capsys.readouterr().err

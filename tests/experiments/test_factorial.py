@@ -140,7 +140,7 @@ def test_result_as_json(experiments, tmp_path):
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["arms"][0]["tests"]["items"].keys() == set(SCALES)
     assert content == json.loads(json.dumps({"kind": result.kind} | dataclasses.asdict(result)))
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.json.sha256"]
 
 
 SENTENCES = 300
@@ -315,7 +315,11 @@ def test_the_command_writes_whole_files(tmp_path):
         output=str(tmp_path / "out"),
     )
     result = run_factorial(cfg, command="sae-nfm factorial")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["changes.parquet", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "changes.parquet",
+        "digests.json",
+        "results.json",
+    ]
     rows = pd.read_parquet(tmp_path / "out" / "changes.parquet")
     assert len(rows) == len(result.arms) * 12 * 8  # 3 of 5 stimuli of each cell are tested on
     assert result.items == (8, 12)

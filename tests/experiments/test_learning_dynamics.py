@@ -291,6 +291,17 @@ def test_checkpoints_of_two_runs(tmp_path):
         checkpoints_of_run(tmp_path)
 
 
+def test_checkpoints_of_two_runs_in_one_folder(tmp_path):
+    save(tmp_path, [joint([0.5] * 8)] * 2)
+    first, second = (one.folder for one in checkpoints_of_run(tmp_path))
+    for folder, rate in ((first, 1e-3), (second, 5e-3)):
+        (folder / "runner_cfg.json").write_text(json.dumps({"lr": rate, "output_path": str(rate), "sae": {"k": 4}}))
+    with pytest.raises(
+        ValueError, match=rf"{second} is of another run than {first}: lr is 0.005 there, and 0.001 here"
+    ):
+        checkpoints_of_run(tmp_path)
+
+
 def test_a_checkpoint_without_its_normalisation(tmp_path):
     folder = save(tmp_path, [joint([0.5] * 8)] * 2, scale=None)
     with pytest.raises(ValueError, match=r"activation_scaler\.json"):

@@ -184,7 +184,7 @@ def test_a_finished_comparison_is_read(config, result, tmp_path):
             assert one == replace(before, controlled=None, control=f"{before.control}: there is none here")
         else:
             assert one == before
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.json", "rows"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["digests.json", "results.json", "rows"]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_refused_before_anything_is_done():
         ReproduceConfig(fit_tokens=0)
     with pytest.raises(ValueError, match=r"\bsentences\b.*\b4\b.*\b0\b.*\b3\b"):
         ReproduceConfig(sentences=3)
-    with pytest.raises(ValueError, match=r"\blearning_rates\b.*-1\.0"):
+    with pytest.raises(ValueError, match=r"\blr\b.*-1\.0"):
         ReproduceConfig(lr=-1.0)
 
 

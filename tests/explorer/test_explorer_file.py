@@ -127,7 +127,9 @@ def test_what_is_written_is_read_to_four_digits_and_gives_the_same_bytes(tmp_pat
     assert size == len(first)
     # gzip's header (RFC 1952): no flags, so no file name; time 0
     assert first[3:8] == bytes(5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json.gz", "two.json.gz"]
+    assert sorted(path.name for path in tmp_path.glob("*.gz*")) == [
+        f"{name}.json.gz{end}" for name in ("one", "two") for end in ("", ".sha256")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Push and pull through the real hub client, against a hub on a loopback socket: what arrives is what was sent, or an error."""
 
+import ast
 import hashlib
 import json
 import re
@@ -19,12 +20,14 @@ from invented_comparison import compared_once
 from sae_lens import SAE, TopKSAEConfig
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes.sae import SAEMetadata
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sae_nfm import JointNFMSAE
+from sae_nfm.common import FileError, seal
+from sae_nfm.common.manifest import ManifestConfig, accept
 from sae_nfm.hub import release as releases
-from sae_nfm.hub.push_pull import PullConfig, PushConfig, pull, push
-from sae_nfm.hub.release import HubSource, register_release, register_releases
+from sae_nfm.hub.push_pull import PullConfig, PushConfig, Pushed, pull, push
+from sae_nfm.hub.release import HubSource, register_release, register_releases, sha256
 
 REPO, ID = "user/saes", "blocks.0.hook_resid_post"
 
@@ -106,7 +109,13 @@ def test_what_is_pulled_loads_from_disk_bit_by_bit(hub, saved, tmp_path):
     pulled = pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
     files = {str(path.relative_to(pulled.folder)) for path in pulled.folder.rglob("*") if path.is_file()}
     names = ("cfg.json", "sae_weights.safetensors", "runner_cfg.json")
-    assert files == {"README.md", "pretrained.yaml", *(f"mine/{name}" for name in names)}
+    assert files == {
+        "README.md",
+        "pretrained.yaml",
+        "digests.json",
+        "mine/digests.json",
+        *(f"mine/{name}" for name in names),
+    }
     assert all((pulled.folder / "mine" / name).read_bytes() == (saved / name).read_bytes() for name in names)
     sae = SAE.load_from_disk(pulled.folder / "mine")
     assert same_weights(sae, saved)
@@ -121,7 +130,7 @@ def test_demo_output_goes_with_its_table_and_report(hub, demo_output, tmp_path):
     push(PushConfig(source=demo_output, repo_id=REPO))
     folder = pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled")).folder
     assert {path.name for path in folder.iterdir()} == {
-        "joint", "topk", "README.md", "pretrained.yaml", "results.json", "report.html",
+        "joint", "topk", "README.md", "pretrained.yaml", "results.json", "report.html", "digests.json",
     }  # fmt: skip
     assert (folder / "report.html").read_text() == "<p>report</p>"
     listed = yaml.safe_load((folder / "pretrained.yaml").read_text())[REPO]["saes"]
@@ -136,6 +145,29 @@ def test_demo_output_goes_with_its_table_and_report(hub, demo_output, tmp_path):
     only = pull(PullConfig(repo_id=REPO, output=tmp_path / "only", saes=("topk",))).folder
     assert not (only / "joint").exists()
     assert (only / "topk" / "cfg.json").is_file()
+
+
+def test_files_of_two_runs_are_not_published_together(hub, demo_output):
+    """As where one SAE is another's: told apart by the digests of the run, and by the weights that its results name."""
+    other = inference_sae(training_config("joint_nfm"), seed=5)
+    seal(demo_output / "saes" / "joint")
+    seal(demo_output)
+    other.save_model(demo_output / "saes" / "joint")  # whole in itself
+    with pytest.raises(ValueError, match=r"does not belong together: saes/joint: it is not the one that the run wrote"):
+        push(PushConfig(source=demo_output, repo_id=REPO))
+    weights = {
+        f"saes/{name}": sha256(demo_output / "saes" / name / "sae_weights.safetensors") for name in ("joint", "topk")
+    }
+    result = compared_once()
+    replace(result, provenance=result.provenance | {"saes": weights | {"saes/joint": "0"}}).save(
+        demo_output / "results.json"
+    )
+    accept(ManifestConfig(path=str(demo_output)))
+    with pytest.raises(ValueError, match=r"results\.json is not of the SAE in saes/joint"):
+        push(PushConfig(source=demo_output, repo_id=REPO))
+    assert not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
+    replace(result, provenance=result.provenance | {"saes": weights}).save(demo_output / "results.json")
+    push(PushConfig(source=demo_output, repo_id=REPO))
 
 
 def test_a_second_push_keeps_what_is_there(hub, demo_output, saved):
@@ -304,6 +336,90 @@ def test_a_release_may_not_write_outside_its_folder(hub, saved, tmp_path):
         pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
 
 
+def altered_release(hub, saved, old: bytes, new: bytes) -> None:
+    """A repository whose list of SAEs somebody has edited."""
+    push(PushConfig(source=saved, repo_id=REPO))
+    files = hub.repositories[REPO].commits[hub.repositories[REPO].head]
+    assert old in files["pretrained.yaml"]
+    files["pretrained.yaml"] = files["pretrained.yaml"].replace(old, new)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc", "a/../../b", "..", ".", "a\\\\..\\\\b", "C:/x", '"a\\nb"', '"a\\e[2Jb"', '"a\\u202Eb"', "[a]", "1", "''"],
+)
+def test_paths_that_no_release_has(hub, saved, tmp_path, path):
+    altered_release(hub, saved, f"path: {ID}".encode(), f"path: {path}".encode())
+    with pytest.raises(ValueError, match=r"pretrained\.yaml.*\bpath\b.*; ") as caught:
+        pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
+    assert str(caught.value).isprintable()
+    assert not list(tmp_path.glob("*pulled*"))
+
+
+def test_an_id_is_a_string_in_the_code_that_is_printed(hub, saved, tmp_path, capsys):
+    altered_release(hub, saved, f"id: {ID}".encode(), b"""id: 'x"); import os; os.system("rm'""")
+    pulled = pull(PullConfig(repo_id=REPO, output=tmp_path / 'a"b'))
+    call = ast.parse(pulled.words().splitlines()[-1].strip()).body[0].value
+    assert (call.func.attr, call.args[0].value) == ("load_from_disk", f'{tmp_path}/a"b/{ID}')
+    names = replace(pulled.release, source=HubSource(repo_id=REPO))
+    call = ast.parse(Pushed(url="", release=names).words().splitlines()[-1].strip()).body[0].value
+    assert [one.value for one in call.args] == [REPO, 'x"); import os; os.system("rm']
+
+
+def test_a_pull_removes_nothing_and_follows_no_link(hub, saved, tmp_path):
+    push(PushConfig(source=saved, repo_id=REPO))
+    mine = tmp_path / "pulled.partial"
+    mine.mkdir()
+    (mine / "mine.txt").write_text("mine")
+    pull(PullConfig(repo_id=REPO, output=tmp_path / "pulled"))
+    mine = tmp_path / "pulled.1.partial"  # out of the way
+    assert (mine / "mine.txt").read_text() == "mine"
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"link'.*exists"):
+        pull(PullConfig(repo_id=REPO, output=tmp_path / "link"))
+    with pytest.raises(FileError, match=r"mine\.txt/x' cannot be written: not a directory"):
+        pull(PullConfig(repo_id=REPO, output=mine / "mine.txt" / "x"))
+    assert (tmp_path / "pulled").stat().st_mode & 0o777 == mine.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("name", ["sparsity.safetensors", "runner_cfg.json", "cfg.json", "sae_weights.safetensors"])
+def test_a_damaged_or_linked_file_is_not_published(hub, saved, tmp_path, name):
+    save_file({"sparsity": torch.zeros(32)}, saved / "sparsity.safetensors")
+    path, elsewhere = saved / name, tmp_path / "elsewhere" / name
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(str(saved))):
+            push(PushConfig(source=saved, repo_id=REPO))
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(whole)
+    path.unlink()
+    path.symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=rf"{name}' is a link to '{re.escape(str(elsewhere))}'.*nothing was published"):
+        push(PushConfig(source=saved, repo_id=REPO))
+    assert not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
+
+
+def test_sparsity_of_another_sae_is_not_published(hub, saved):
+    for wrong in (torch.zeros(31), torch.full((32,), torch.nan)):
+        save_file({"sparsity": wrong}, saved / "sparsity.safetensors")
+        with pytest.raises(ValueError, match=r"sparsity\.safetensors' is damaged \(.*(32,|NaN)"):
+            push(PushConfig(source=saved, repo_id=REPO))
+
+
+def test_what_is_not_finished_is_not_published(hub, demo_output, tmp_path):
+    (demo_output / "saes" / "joint").rename(demo_output / "saes" / "joint.partial")
+    with pytest.raises(ValueError, match=r"no SAE joint\.partial; it has topk$"):
+        push(PushConfig(source=demo_output, repo_id=REPO, saes=("joint.partial",)))
+    demo_output.rename(tmp_path / "x.partial")
+    with pytest.raises(ValueError, match=r"x\.partial' is unfinished"):
+        push(PushConfig(source=tmp_path / "x.partial", repo_id=REPO))
+    (tmp_path / "x.partial").rename(demo_output)
+    (demo_output / "report.html").write_text("<!doctype html><html><body>")
+    with pytest.raises(ValueError, match=r"report\.html' ends early"):
+        push(PushConfig(source=demo_output, repo_id=REPO, saes=("topk",)))
+
+
 def test_sources_that_are_nothing_to_push(hub, saved, demo_output, tmp_path):
     for arguments, message in (
         ({"source": tmp_path / "empty"}, r"empty'.*`sae-nfm demo`"),
@@ -317,7 +433,7 @@ def test_sources_that_are_nothing_to_push(hub, saved, demo_output, tmp_path):
         PushConfig(source=saved, repo_id="saes")
     weights = saved / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(saved))}'.*damaged"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(saved))}.*damaged"):
         push(PushConfig(source=saved, repo_id=REPO))
     assert not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
 

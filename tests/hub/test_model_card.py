@@ -1,5 +1,6 @@
 """The card: its header is what the hub reads, its figures are the run's, its Python runs."""
 
+import ast
 import re
 from dataclasses import replace
 
@@ -18,7 +19,11 @@ CONFIG = {
     },
 }  # fmt: skip
 ENTRY = ReleasedSAE(
-    id="mine", path="mine", sha256={"cfg.json": "0", "sae_weights.safetensors": "1"}, variance_explained=0.91, l0=4.0
+    id="mine",
+    path="mine",
+    sha256={"cfg.json": "0" * 64, "sae_weights.safetensors": "1" * 64},
+    variance_explained=0.91,
+    l0=4.0,
 )
 SAE_OF_CARD = CardSAE(entry=ENTRY, config=CONFIG, runner={"training_tokens": 5_000_000, "lr": 0.003})
 
@@ -62,6 +67,57 @@ def test_figures_are_the_runs_and_the_fair_one_stands_beside_the_papers():
     assert "averaged over 1,000 held-out tokens" in card
     assert "- seeds: 7" in card
     assert "- tokens trained on: 400\n" in card  # the run's, as its results say
+
+
+HOSTILE = 'x`\n```\x1b[2J\u202e|<img src=x onerror=alert(1)>[a](http://b)"); import os#'
+
+
+def test_no_text_of_a_file_becomes_markup_or_code():
+    """A config and ids of somebody else: nothing leaves its line, its cell, its code or its string."""
+    metadata = {"model_name": HOSTILE, "hook_name": HOSTILE, "dataset_path": HOSTILE, "context_size": HOSTILE}
+    config = {"architecture": HOSTILE, "d_in": HOSTILE, "d_sae": 1, "k": HOSTILE, "base": HOSTILE, "metadata": metadata}
+    entry = replace(ENTRY, id="it's `\"|x", path="it's `\"|x")
+    card = model_card(
+        "user/saes", [CardSAE(entry=entry, config=config, runner={"lr": HOSTILE, "training_tokens": HOSTILE})]
+    )
+    assert HOSTILE in ModelCard(card).data.tags  # YAML knows how to quote it
+    body = card.split("---\n", 2)[2]
+    assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", body)
+    text = r"x\`\\n\`\`\`\\x1b\[2J\\u202e\|&lt;img src=x onerror=alert(1)>\[a\](http&#58;//b)" + '"); import os#'
+    code = r"````x`\n```\x1b[2J\u202e\|<img src=x onerror=alert(1)>[a](http://b)" + '"); import os#````'
+    row = ("``it's `\"\\|x``", text, 'b)"); import os#', code, text, "1", text, "4.0", "0.9100")
+    assert f"| {' | '.join(row)} |\n" in body
+    assert re.findall("(?m)^```.*", body) == ["```python", "```"]
+    (code,) = re.findall(r"```python\n(.*?)\n```", body, re.DOTALL)
+    call = ast.parse(code).body[-1].value
+    assert [argument.value for argument in call.args] == ["user/saes", "it's `\"|x"]
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("/home/me/corpus", "corpus"),
+        ("/home/me/secret-folder/", "secret-folder"),
+        ("C:\\Users\\me\\corpus.parquet", "corpus.parquet"),
+        ("~/corpus", "corpus"),
+        ("../me/corpus", "corpus"),
+        ("me/data/corpus", "corpus"),
+        ("data/corpus.jsonl.gz", "corpus.jsonl.gz"),
+        ("file:///home/me/corpus", "corpus"),
+        ("https://me:token@host/corpus?key=1", "corpus"),
+        ("NeelNanda/pile-10k", "NeelNanda/pile-10k"),
+        ("gemma:layer_12/width/16k", "gemma:layer_12/width/16k"),
+        ("gpt2", "gpt2"),
+        ("", ""),
+    ],
+)
+def test_no_folder_of_a_machine_is_stated(source, told):
+    names = {"model_name": source, "dataset_path": source}
+    config = CONFIG | {"metadata": CONFIG["metadata"] | names, "architecture": "sequential_nfm", "base": source}
+    card = model_card("user/saes", [replace(SAE_OF_CARD, config=config)])
+    assert f"| {told} | `blocks.0.mlp`" in card
+    assert "/me" not in card
+    assert "Users" not in card
 
 
 @pytest.mark.parametrize("architecture", ["joint_nfm", "topk"])

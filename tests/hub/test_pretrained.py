@@ -3,6 +3,9 @@
 import hashlib
 import json
 import re
+import sys
+from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -235,7 +238,7 @@ def test_entry_has_the_digests_of_the_files(saved):
     assert release_entry(saved, path="a/b").path == "a/b"
     assert dict(entry.sha256) == {name: hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in FILES}
     (saved / "sae_weights.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(saved))}'.*damaged"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(saved))}.*damaged"):
         release_entry(saved)
     with pytest.raises(FileNotFoundError, match=re.escape(str(saved / "none"))):
         release_entry(saved / "none")
@@ -272,6 +275,57 @@ def test_yaml_round_trip(saved, tmp_path):
     path.write_text(yaml.safe_dump({"a-release-from-yaml": content["disk"]}))
     register_releases(path)
     assert same_tensors(SAE.from_pretrained("a-release-from-yaml", entry.id), saved)
+
+
+BOMB = reduce(
+    lambda inner, names: f"&{names[1]} [{inner}{f', *{names[0]}' * 8}]",
+    pairwise("abcdefghi"),
+    "&a [x, x, x, x, x, x, x, x, x]",
+)
+"""Aliases of aliases: written out, it has 9^9 words."""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("id: mine", f"id: {BOMB}", r"id of a release is a list"),
+        ("id: mine", 'id: "a\\nb"', r"id of a release is 'a\\nb'"),
+        ("model: tiny", 'model: "a\\x1b[2J"', r"model of a release is 'a\\x1b\[2J'"),
+        ("model: tiny", f"model: {BOMB}", r"model of a release is a list"),
+        ("mine-release:", '"a\\u202E":', r"release of a release is 'a\\u202e'"),
+        ("l0: null", "l0: .nan", r"l0 nan"),
+        ("l0: null", f"l0: {BOMB}", r"l0 a list"),
+        ("cfg.json: ", "cfg.json: 0", r"64 hexadecimal digits"),
+        ("cfg.json: ", f"cfg.json: {BOMB} #", r"64 hexadecimal digits"),
+        ("package: sae_nfm\n  folder: demo", "repo_id: ../../x #", r"repo_id is '\.\./\.\./x'"),
+        ("folder: demo", "folder: ../../..", r"path '\.\./\.\./\.\.'"),
+    ],
+)
+def test_a_release_of_somebody_else_is_text_and_numbers(saved, tmp_path, old, new, told):
+    entry = release_entry(saved, sae_id="mine")
+    source = PackageSource(package="sae_nfm", folder="demo")
+    path = write_releases(
+        [Release(name="mine-release", model="tiny", source=source, saes=(entry,))], tmp_path / "releases.yaml"
+    )
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=rf"releases\.yaml' is not a list of releases \(.*{told}") as caught:
+        read_releases(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+def test_a_release_imports_nothing(saved, tmp_path, monkeypatch):
+    (tmp_path / "hostile.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = release_entry(saved, sae_id="mine")
+    for name in ("hostile", "sae_nfm.hostile", "this"):
+        source = PackageSource(package=name, folder="saes")
+        register_release("an-importing-release", model="tiny", source=source, saes=[entry], replace=True)
+        with pytest.raises(ValueError, match=rf"'{name}'.*not imported.*`import {name}`"):
+            SAE.from_pretrained("an-importing-release", "mine")
+        assert name not in sys.modules
 
 
 @pytest.mark.parametrize(

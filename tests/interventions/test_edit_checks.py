@@ -1,14 +1,19 @@
 """Edits that are refused, with what the message says."""
 
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from builders import inference_sae, random_sae, training_config
 from sae_lens import SAE
 
+from sae_nfm.attribution import TokenPairs
+from sae_nfm.interventions import SecondarySplice, Substitution
 from sae_nfm.interventions.edits import Edit, PairEdit, ReadEdit, TokensInTurn, hook_functions
 from sae_nfm.interventions.intervene import Splice
+from sae_nfm.kernels import SparseActs
 from sae_nfm.models.splicing import Attached
 
 FEATURES = "hook_sae_acts_post"
@@ -99,3 +104,23 @@ def test_decode_by_itself_has_no_features_to_read():
         sae.decode(torch.zeros(1, 2, 32))
     with Attached(owner=sae, prefix="").hooks(hook_functions(sae, [READ], TokensInTurn())):
         sae.decode(torch.zeros(1, 2, 32))  # the other paths' reading is part of decode
+
+
+def test_one_entry_and_short_reprs():
+    """One number is as good as a tuple of it, in every kind of sequence; what holds tensors is printed in a line."""
+    given = {"at": "hook_sae_acts_post", "mode": "add", "value": 1.0}
+    for several in (3, [3], range(3, 4), np.int64(3), np.array([3]), torch.tensor([3]), torch.tensor(3)):
+        edit = Edit(**given, index=several, where=several)
+        assert (edit.index, edit.where) == ((3,), (3,))
+        assert edit.identity == Edit(**given, index=(3,), where=(3,)).identity
+    for wrong in ("3", 1.5, [1.5], True, (), [[1]]):
+        with pytest.raises(ValueError, match=r"\bindex is\b.*\bgive different entries\b"):
+            Edit(**given, index=wrong)
+        with pytest.raises(ValueError, match=r"\bwhere is\b.*\bgive positions\b"):
+            Edit(**given, where=wrong)
+    pairs = TokenPairs.of(SparseActs(torch.arange(4).expand(3, 4), torch.ones(3, 4)))
+    assert repr(pairs) == "TokenPairs(first=int64[3, 6], second=int64[3, 6], product=float32[3, 6])"
+    edit = replace(READ, value=torch.ones(1), where=torch.ones(2, 90, dtype=torch.bool))
+    assert repr(edit).startswith("ReadEdit(mode='add', value=float32[1], where=bool[2, 90]")
+    for entry in (Splice, Edit, PairEdit, ReadEdit, Substitution, SecondarySplice):
+        assert "(" in entry.__doc__.partition("\n\n")[2]  # an example, not the fields' types alone

@@ -1,6 +1,7 @@
 """Edits of an SAE at work in a language model of every kind: their effect, nesting, `generate`, and nothing left behind."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,8 +165,12 @@ def test_an_sae_that_the_user_attached(models, tokens, kind, use_error_term):
 @for_kinds
 @pytest.mark.parametrize("where", [None, (-1, 2, 7), (-2,), "mask"])
 def test_generating_is_running_again_and_again(models, tokens, kind, where):
-    """Greedy generation under edits, with and without a cache, against full runs of the sequence so far."""
+    """Greedy generation under edits, with and without a cache, against full runs of the sequence so far.
+
+    Outside `generate` every run is a prompt of its own: there the edited positions are counted from the beginning.
+    """
     model, sae, prompt, n = models[kind], sae_at(kind), tokens[2:, :5], 4
+    absolute = {None: None, (-1, 2, 7): (4, 2, 7), (-2,): (3,), "mask": (1, 3, 4)}[where]
     if where == "mask":
         where = torch.tensor([[False, True, False, True, True]])
     strong = {"where": where, "mode": "clamp", "value": 6.0}
@@ -180,7 +185,7 @@ def test_generating_is_running_again_and_again(models, tokens, kind, where):
         generate = {c: lambda c=c: model.generate(prompt, use_past_kv_cache=c, **inner) for c in (True, False)}
     plain = generate[True]().tolist()
     sequence, steps = prompt, []
-    with Splice(sae=sae, edits=edits).on(model) as trace:
+    with Splice(sae=sae, edits=[replace(edit, where=absolute) for edit in edits]).on(model) as trace:
         for _ in range(n):
             logits = model(sequence)[:, -1]
             logits[:, 0] = -torch.inf if kind == "AutoModelForCausalLM" else logits[:, 0]  # min_new_tokens forbids EOS

@@ -1,9 +1,11 @@
 """A whole step of the kernels in every data type, under autocast and in every memory layout."""
 
+import copy
 from typing import Literal
 
 import pytest
 import torch
+from builders import inference_sae, random_activations, training_config
 from kernel_inputs import D_IN, D_SAE, TIGHT, encoder, gradients, random_acts, randoms, relative
 from torch import Tensor
 
@@ -146,3 +148,84 @@ def test_a_gradient_that_is_one_number_expanded():
     inputs = step_inputs(torch.float64)
     sparse, dense = (torch.autograd.grad(whole_step(inputs, 4, kernel).sum(), inputs) for kernel in ("sparse", "dense"))
     torch.testing.assert_close(sparse, dense, **TIGHT)
+
+
+def loud(strength: float, dtype: torch.dtype, **settings):
+    """An SAE for activations of a size whose squares and pair products float16 does not hold, but whose outputs it does."""
+    sae = inference_sae(training_config("joint_nfm", rescale_acts_by_decoder_norm=False, nfm_top_k=None, **settings))
+    with torch.no_grad():
+        for name, scale in {"W_dec": 1, "W_lin": 1, "V": 3e-2, "U": 3 / strength, "W_2": 30 / strength}.items():
+            getattr(sae, name).mul_(scale)
+    acts = torch.zeros(6, len(sae.W_dec))
+    acts[:, 3:7] = strength * torch.tensor([1.0, 0.5, 0.25, 0.8])
+    return sae.to(dtype), acts.to(dtype)
+
+
+@pytest.mark.parametrize("strength", [300, 3_000, 30_000])
+@pytest.mark.parametrize("head", ["fm", "mlp"])
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        (torch.float16, None),
+        (torch.bfloat16, None),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+def test_loud_activations_in_16_bits(strength, head, kernel, dtype, autocast):
+    """A 16-bit number is rounded by 5e-4 (float16) or 4e-3 (bfloat16); a path has some roundings of terms that partly cancel."""
+    sae, acts = loud(strength, dtype, head=head, kernel=kernel)
+    exact = copy.deepcopy(sae).double().decode_paths(acts.double()).present()
+    assert max(path.abs().max() for path in exact.values()) < 60_000
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            found = sae.decode_paths(acts.requires_grad_(wanted)).present()
+        for name, path in exact.items():
+            ours = found[name].double()
+            assert relative(ours, path) < (0.02 if torch.bfloat16 in (dtype, autocast) else 0.003), name
+
+
+@pytest.mark.parametrize("form", ["sparse", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_loud_activations_in_the_kernels(form, dtype):
+    sae, acts = loud(30_000, dtype)
+    active = reference.sparse_acts_from_dense(acts, 4)
+    exact = SparseActs(active.indices, active.values.double())
+    square = dispatch.square_output(active, sae.U, 2.0, kernel=form)
+    assert square.dtype == dtype
+    # rounded once
+    assert relative(square, reference.square_output(exact, sae.U.double(), 2.0)) < 2 * torch.finfo(dtype).eps
+    for head, tolerance in {"fm": 1, "mlp": 4}.items():
+        z = dispatch.pooled(head, active, sae.V, kernel=form)
+        expected = dispatch.pooled(head, exact, sae.V.double(), kernel="dense")
+        assert relative(z, expected) < tolerance * torch.finfo(dtype).eps
+    assert expected.abs().max() < 65_504 < dispatch.pooled("fm", exact, sae.V.double()).abs().max()
+
+
+@pytest.mark.parametrize("normalisation", ["constant_norm_rescale", "layer_norm"])
+@pytest.mark.parametrize("architecture", ["joint_nfm", "sequential_nfm"])
+def test_normalisation_of_loud_and_silent_tokens_in_float16(architecture, normalisation):
+    """The norm of 16 activations of 30,000 is no float16 number. A token of norm 0 has none to be divided by."""
+    sae = inference_sae(training_config(architecture, normalize_activations=normalisation, head="none"))
+    x = 12_000 * random_activations(rows=4).clamp(-2.5, 2.5)
+    x[2] = 0
+    with torch.no_grad():
+        for weight in (sae.W_dec, sae.W_lin, sae.U):
+            weight.mul_(0.1)
+    exact = copy.deepcopy(sae).double()(x.double())
+    half = sae.half()(x.half())
+    assert exact.abs().max() < 60_000
+    assert relative(half, exact) < 0.01
+    assert (exact[2].abs() < 1).all()
+
+
+@pytest.mark.parametrize("normalisation", ["constant_norm_rescale", "layer_norm"])
+@pytest.mark.parametrize("architecture", ["joint_nfm", "sequential_nfm"])
+def test_a_copy_keeps_its_own_normalisation(architecture, normalisation):
+    """What encode leaves for decode belongs to one SAE: another one may encode in between."""
+    sae = inference_sae(training_config(architecture, normalize_activations=normalisation))
+    copied, x = copy.deepcopy(sae), random_activations()
+    expected, acts = sae(x), copied.encode(x)
+    sae.encode(3 * random_activations(seed=9))
+    torch.testing.assert_close(copied.decode(acts), expected)

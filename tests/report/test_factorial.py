@@ -8,7 +8,9 @@ from report_inputs import CELLS, LEVELS, RUN, factorial_experiment, figures_by_n
 from report_runs import run_of
 from scipy import stats
 
+from sae_nfm.experiments.factorial.clamps import arms as planned_arms
 from sae_nfm.experiments.factorial.clamps import cell_estimates, contrast_estimate
+from sae_nfm.experiments.factorial.results import Unit, few_stimuli
 from sae_nfm.report.blocks import Table
 from sae_nfm.report.chapters import factorial as factorial_chapter
 from sae_nfm.report.page import section_html
@@ -26,19 +28,62 @@ def test_an_interval_by_hand():
     first, second, _, single = cell_estimates(values, cells)
     half = stats.t.ppf(0.975, 2) * np.sqrt(7.0) / np.sqrt(3)  # of 1, 2, 6: mean 3, variance 7
     assert isinstance(first, Estimate)
-    assert isinstance(second, Estimate)
     assert (first.estimate, first.low, first.high) == pytest.approx((3.0, 3 - half, 3 + half), rel=1e-12)
-    assert (second.low, second.high) == (5.0, 5.0)
+    assert second == 5.0  # two alike: no spread, and no interval
     assert single == 2.0
 
 
 def test_the_contrasts_interval_is_of_the_pooled_error():
     values = np.random.default_rng(1).normal(size=len(CELLS))
-    found = contrast_estimate(factorial_test(values, CELLS))
+    found = contrast_estimate(factorial_test(values, CELLS), values, CELLS)
     means = np.array([values[cell == CELLS].mean() for cell in range(4)])
     error = np.sqrt(np.square(values - means[CELLS]).sum() / 16 * 4 / 5)
     half = stats.t.ppf(0.975, 16) * error
     assert (found.low, found.high) == pytest.approx((found.estimate - half, found.estimate + half), rel=1e-9)
+
+
+def test_a_contrast_of_0_has_an_interval():
+    """F is 0 then, so that it says nothing of the error."""
+    values = np.tile([1.0, -1.0], len(CELLS) // 2)
+    values = np.where(np.isin(CELLS, (0, 3)), values, 2 * values)[: len(CELLS)]
+    values -= np.array([values[cell == CELLS].mean() for cell in range(4)])[CELLS]
+    found = contrast_estimate(factorial_test(values, CELLS), values, CELLS)
+    assert isinstance(found, Estimate)
+    error = np.sqrt(np.square(values).sum() / 16 * 4 / 5)
+    assert found.high == pytest.approx(stats.t.ppf(0.975, 16) * error, rel=1e-9)
+    assert found.low == pytest.approx(-found.high, rel=1e-9)
+    assert contrast_estimate(factorial_test(0 * values, CELLS), 0 * values, CELLS) == 0.0
+
+
+def test_what_old_files_have_for_an_f_near_0_is_not_defined():
+    result = factorial_experiment()
+    one = result.selected[0]
+    none = replace(one.test.held_out.partial_eta_squared, estimate=0.0, low=0.0, high=0.0)
+    old = replace(one, test=replace(one.test, held_out=replace(one.test.held_out, partial_eta_squared=none)))
+    old_result = replace(result, selected=(old,))
+    assert "0.000 [not defined]" in old_result.words()
+    assert "0.000 [not defined]" in section_html(factorial_chapter.section(run_of(RUN, old_result)))
+
+
+def test_a_feature_selected_for_both_factors_is_told_of_and_clamped_once():
+    unit = Unit(kind="feature", index=(5,), role="a (main effect)", control=False, typical=2.0, frequency=0.5)
+    units = [unit, replace(unit, role="b (main effect)")]
+    planned = planned_arms(None, units, [1.0, 4.0], [2.0], ("a (main effect)", "b (main effect)"))
+    assert [arm.edits[0].value for arm in planned] == [2.0, 8.0]  # 2 is 1 x typical
+    result = factorial_experiment()
+    chosen = tuple(replace(result.selected[0], unit=one) for one in units)
+    told = "Feature 5 was selected for a and b alike"
+    assert told in replace(result, selected=chosen).words()
+    assert told in section_html(factorial_chapter.section(run_of(RUN, replace(result, selected=chosen))))
+    assert told not in result.words()
+
+
+def test_few_stimuli_deserve_a_warning():
+    result = factorial_experiment()
+    cells = [{"sentences": ["x"] * n} for n in (20, 5, 20, 20)]
+    few = {**result.provenance, "stimuli": {**result.provenance["stimuli"], "cells": cells}}
+    assert "A cell has 3 stimuli to test on, fewer than 8" in replace(result, provenance=few).words()
+    assert few_stimuli(8) == ""
 
 
 def test_lines_of_a_panel_are_the_cells(run):

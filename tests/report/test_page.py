@@ -217,7 +217,7 @@ def test_what_cannot_be_drawn_is_left_out_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(fidelity, "section", section)
     written = write_run_report(ReportConfig(run=str(run)))
     assert fidelity.TITLE in written.sections
-    assert written.left_out == (("odd/results.json", "no rows"),)
+    assert written.left_out == (("odd/results.json", "cannot be drawn (ZeroDivisionError: no rows)"),)
 
 
 def test_names_in_files_do_not_become_ids(tmp_path):
@@ -236,7 +236,7 @@ def test_the_page_of_a_run_has_its_verdicts_its_command_and_what_is_missing(tmp_
     assert len(titles) == len(set(titles)) == len(ORDER)
     assert set(written.sections) | {title for title, _ in written.missing} == set(titles)
     assert written.size == len(html.encode())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "page.html.sha256", "run"]
     anchors = re.findall(r'<li><a href="#([^"]+)">', html)
     assert set(anchors) <= set(Page(html).ids)
     assert anchors[0] == "summary"

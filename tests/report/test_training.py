@@ -77,6 +77,21 @@ def test_an_sae_without_paths_or_dead_features_has_one_figure(tmp_path):
     assert list(prose.lines) == ["At the end no feature counted as dead in any of these 1 SAEs."]
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["in the record", "in the config beside it"])
+def test_a_run_in_which_no_feature_can_count_as_dead(beside, tmp_path):
+    """A feature counts once it was silent for more steps than the window has."""
+    window = {} if beside else {"details/dead_feature_window": 1_000}
+    path = record(
+        tmp_path / "training.jsonl", [line | {"step": 97, "sparsity/dead_features": 0} | window for line in TOPK]
+    )
+    if beside:
+        path.with_name("runner_cfg.json").write_text(json.dumps({"dead_feature_window": 98}))
+    there = section(run_of(tmp_path, records=[path]))
+    (told,) = (line for block in there.blocks if isinstance(block, Prose) for line in block.lines)
+    assert told.startswith("No feature could count as dead, however many never fired")
+    assert f"topk ({98 if beside else '1,000'} of 98 steps)" in told
+
+
 def test_sparsity_that_changes_is_drawn(tmp_path):
     lines = [{"sae": "standard", "tokens": t, "metrics/l0": l0} for t, l0 in ((1, 200.0), (2, 40.0))]
     (figure,) = figures(section(run_of(tmp_path, records=[record(tmp_path / "training.jsonl", lines)])))

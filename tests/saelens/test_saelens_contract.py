@@ -243,7 +243,8 @@ def test_record_has_what_saelens_would_log(run):
     sae.keep_paths = True
     saelens = trainer(sae)
     logged = saelens.build_train_step_log_dict(saelens.step(random_activations()), n_training_samples=24)
-    assert set(run.lines[0]) - {"sae", "step", "tokens", "seconds"} == set(logged)
+    ours = {"metrics/mse", "details/dead_feature_window"}
+    assert set(run.lines[0]) - {"sae", "step", "tokens", "seconds"} == set(logged) | ours
     assert {"losses/mse_loss", "metrics/explained_variance", "metrics/l0", "metrics/fvu_direct"} < set(logged)
     assert [line["step"] for line in run.lines] == [*range(0, 60, 7), 59]  # the last step always
     assert run.lines[-1]["tokens"] == run.record.tokens["sae"] == 60 * 64

@@ -139,6 +139,20 @@ def test_histograms_are_the_row_norms(architecture):
 
 
 @for_every_architecture
+@pytest.mark.parametrize("norm", [1.0, 0.1, 300.0])
+def test_wandb_draws_norms_that_differ_by_rounding_alone(architecture, norm):
+    """Those of unit-norm decoders: numpy finds no room for 64 bins between 0.99999994 and 1.0000001."""
+    sae = random_sae(training_config(architecture))
+    with torch.no_grad():
+        sae.W_dec.mul_(norm / sae.W_dec.norm(dim=-1, keepdim=True))
+    assert sae.W_dec.norm(dim=-1).unique().numel() > 1
+    drawn = {key: wandb.Histogram(values) for key, values in sae.log_histograms().items()}
+    edges = drawn["weights/W_dec_norms"].bins
+    assert edges[0] < norm < edges[-1]
+    assert len(drawn) == 4
+
+
+@for_every_architecture
 def test_wandb_gets_what_it_gets_of_a_topk_and_the_paths(architecture, tmp_path, monkeypatch):
     """wandb itself is replaced by a list: it is not ours, and it would go to the network."""
     configs = {"ours": training_config(architecture), "topk": TopKTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, k=4)}

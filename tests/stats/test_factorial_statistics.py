@@ -72,7 +72,17 @@ def test_interval_of_partial_eta_squared():
     limit = float(stats.f.isf(0.05, 1, 76))
     assert partial_eta_squared(limit * 1.001, 76).low > 0
     assert partial_eta_squared(limit * 0.999, 76).low == 0
-    assert partial_eta_squared(0.0, 76).high == 0
+
+
+@pytest.mark.parametrize("f", [0.0, 1e-9, 1e-3, 0.05, 0.5])
+def test_an_f_near_0_excludes_no_effect_that_it_could_have_missed(f):
+    """Inverting noncentral F would give 0 to 0.06: an upper end of 0 reads as proof that there is no effect."""
+    found = partial_eta_squared(f, 76)
+    bound = -2 * np.log(0.05)  # the noncentrality at which F = 0 is 0.05 times as probable as without an effect
+    assert found.low == 0
+    assert found.high == pytest.approx(bound / (bound + 80), rel=1e-12)
+    density = stats.ncf.pdf(1e-9, 1, 76, bound) / stats.f.pdf(1e-9, 1, 76)
+    assert density == pytest.approx(0.05, rel=1e-3)  # at 1e-9, as the density at 0 is infinite
 
 
 def test_interval_of_partial_eta_squared_covers():

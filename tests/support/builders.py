@@ -36,6 +36,15 @@ from transformer_lens import HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
 import sae_nfm  # noqa: F401  (registers the architectures)
+from sae_nfm.common.manifest import ManifestConfig, accept
+
+
+def edited(path: Path, content: str | bytes) -> Path:
+    """A file with other content, accepted as by `sae-nfm manifest`."""
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    accept(ManifestConfig(path=str(path)))
+    return path
+
 
 ARCHITECTURES = ("joint_nfm", "sequential_nfm")
 """Every architecture that the package registers."""

@@ -78,7 +78,7 @@ def factorial_experiment() -> FactorialResult:
                 control=one.control,
                 tests=tests,
                 cells=cell_estimates(outcome, CELLS),
-                contrast=contrast_estimate(tests.items[PRIMARY_SCALE]),
+                contrast=contrast_estimate(tests.items[PRIMARY_SCALE], outcome, CELLS),
             )
         )
     selection = Selection(index=0, f=9.0, p_value=0.2, candidates=7)

@@ -6,6 +6,8 @@ import pytest
 from builders import WITH_ENCODER, random_sae, training_config
 from sae_lens.saes.sae import TrainStepInput
 
+from sae_nfm.architectures.joint_training import SparseStepOutput
+
 HOOK = ("hook_sae_acts_post", lambda value, hook: None)
 """Changes nothing, and has a step made as SAELens makes it."""
 for_every_architecture = pytest.mark.parametrize("architecture", WITH_ENCODER)
@@ -15,6 +17,11 @@ def step(sae, x, dead=None, logging=False):
     return sae.training_forward_pass(
         TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=logging)
     )
+
+
+def of_sparse_step(output):
+    """Whether a step worked on the active features alone."""
+    return isinstance(output, SparseStepOutput)
 
 
 def both_kernels(cfg, **overrides):

@@ -73,6 +73,28 @@ def test_figures_are_those_of_saelens_on_the_final_sae(tmp_path, architecture, h
         assert found[name] == pytest.approx(flat[name], rel=2e-4), name
 
 
+@pytest.mark.parametrize(
+    "normalize_activations", ["none", "expected_average_only_in", "covariance_whitening", "layer_norm"]
+)
+def test_the_squared_error_of_a_record_is_in_the_model_s_units(normalize_activations, tmp_path):
+    """That of the folded SAE on the same activations, as `run_evals` has it; the loss is in the trainer's units."""
+    sae_cfg = training_config("joint_nfm", normalize_activations=normalize_activations)
+    cfg = runner_config(sae_cfg, tmp_path / "out", steps=3, lr=0.0, lr_end=0.0, activations_mixing_fraction=0.0)
+    with temporary_seed(0):
+        runner = LanguageModelSAETrainingRunner(cfg, override_dataset=token_dataset(80), override_model=tiny_model())
+        served, step = [], ActivationScaler.scale
+        with pytest.MonkeyPatch.context() as patch, record_training(runner, tmp_path / "record.jsonl", every=1):
+            patch.setattr(ActivationScaler, "scale", lambda self, acts: step(self, served.append(acts) or acts))
+            runner.run()
+    lines, sae = read_training_record(tmp_path / "record.jsonl"), SAE.load_from_disk(tmp_path / "out")
+    errors = [float((sae(acts) - acts).square().sum(dim=-1).mean()) for acts in served]
+    # the SAE did not change; its fold, in float32, rounds
+    assert [line["metrics/mse"] for line in lines] == pytest.approx(errors, rel=1e-3)
+    same = normalize_activations in ("none", "layer_norm")
+    assert (lines[0]["metrics/mse"] == pytest.approx(lines[0]["losses/mse_loss"], rel=1e-5)) == same
+    assert {line["details/dead_feature_window"] for line in lines} == {1_000}
+
+
 def test_evaluated_on_the_same_rows_each_time(tmp_path):
     cfg = runner_config(training_config("joint_nfm"), tmp_path / "out", steps=4, lr=0.0, lr_end=0.0)
     _, lines = train(cfg, tmp_path / "record.jsonl", HeldOut(dataset=HELD_OUT, every=1, n_batches=1))

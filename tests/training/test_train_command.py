@@ -21,6 +21,8 @@ from small_training import SIZES
 from sae_nfm import read_training_record
 from sae_nfm.cli.train import parse
 from sae_nfm.data.datasets import local_dataset
+from sae_nfm.evaluation.saelens_evals import EvaluateConfig, evaluate_saved
+from sae_nfm.explorer.run import ExploreConfig, run_explore
 from sae_nfm.models.load import load_model
 from sae_nfm.training.run import how_to_go_on
 from sae_nfm_cli import main
@@ -177,7 +179,10 @@ def test_the_newest_checkpoint_of_a_folder_is_resumed(shared):
     assert main([*argv, "--output_path", "a"]) == 0
     newest = max(Path("kept").glob("*/*"), key=lambda path: int(path.name))
     assert main([*argv, "--output_path", "b", "--resume_from_checkpoint", "kept"]) == 0
-    assert record("b")[0]["tokens"] > int(newest.name) > 64 * 4  # it did not begin anew
+    assert int(newest.name) > 64 * 4
+    before, after = (read_training_record(f"{output}/training.jsonl") for output in ("a", "b"))
+    assert before[0] == after[0]  # the seconds, too: it did not begin anew
+    assert record("a") == record("b")
     assert same("a", "b")
 
 
@@ -234,7 +239,7 @@ def test_checkpoints_are_named(shared, capsys):
     [
         (["--hook_name", "blocks.0.hook_resid_pst"], r"'blocks\.0\.hook_resid_pst'.*\bblocks\.0\.hook_resid_post\b"),
         (["--hook_name", "blocks.0.attn.hook_pattern"], r"shape \(1, 2, 2, 2\).*\[batch, pos, d_in\]"),
-        (["--hook_head_index", "2"], r"hook_head_index is 2\b.*\b0 to 1\b"),
+        (["--hook_head_index", "2"], r"hook_head_index is 2\b.*\bheads\b"),
         (["--model_name", "no-such-model"], "model 'no-such-model'"),
         (["--model_class_name", "GPT"], "model_class_name .*'HookedTransformer'.*'GPT'"),
         (["--dataset_path="], "embedded tokens.*--dataset"),
@@ -325,6 +330,46 @@ def test_a_token_id_beyond_the_vocabulary_of_a_stream(tmp_path):
     runner = LanguageModelSAETrainingRunner(cfg, override_model=tiny_model(), override_dataset=stream)
     with pytest.raises(ValueError, match=r"row 41\b.* -1 at position 3\b"):
         runner.run()
+
+
+@pytest.mark.slow
+def test_the_text_of_a_training_is_known_again(shared, tmp_path, capsys):
+    """Under another name, in another kind of file, as a part of a larger one; other text is not."""
+    lines = (shared / "text.jsonl").read_text().splitlines(keepends=True)
+    texts = [json.loads(line)["text"] for line in lines]
+    Path("train.jsonl").write_text("".join(lines[:75]))
+    assert main(flags(shared, "--dataset_path", "train.jsonl", "--training_tokens", "4096")) == 0
+    Path("train.jsonl").rename("copy.jsonl")  # what the metadata name is gone
+    Dataset.from_dict({"text": texts[:75][::-1]}).to_parquet("same.parquet")
+    Path("other.jsonl").write_text("".join(lines[75:]))
+    Path("larger.jsonl").write_text("".join(lines[75:] + lines[:75]))
+    few = {"sae": "output", "batch_size_prompts": 32, "n_eval_reconstruction_batches": 5}
+    few |= {"n_eval_sparsity_variance_batches": 5, "compute_l2_norms": False, "compute_ce_loss": False}
+    told = {
+        name: evaluate_saved(EvaluateConfig(**few, held_out=name))
+        for name in ("copy.jsonl", "same.parquet", "other.jsonl", "larger.jsonl")
+    }
+    kinds = {name: one.data.partition(": ")[2].partition(" (")[0] for name, one in told.items()}
+    assert kinds == {
+        "copy.jsonl": "training tokens",
+        "same.parquet": "training tokens",
+        "other.jsonl": "held-out tokens",
+        "larger.jsonl": "tokens that are training tokens in part",
+    }
+    assert "Special tokens ('<bos>') are not left out, but counted." in told["copy.jsonl"].words()
+    explored = run_explore(ExploreConfig(sae="output", held_out="copy.jsonl", output="explored", n_tokens=2_000))
+    assert "text: training tokens (" in explored.words()
+
+
+@pytest.mark.slow
+def test_a_resumed_run_leaves_the_sketch_of_an_uninterrupted_one(shared):
+    """Text of several epochs, resumed in a later one."""
+    argv = flags(shared, "--training_tokens", "8192", "--n_checkpoints", "2", "--wandb_id", "x")
+    assert main([*argv, "--output_path", "a"]) == 0
+    first, *_ = sorted(Path("checkpoints/x").iterdir(), key=lambda path: int(path.name.removeprefix("final_")))
+    assert main([*argv, "--output_path", "b", "--resume_from_checkpoint", str(first)]) == 0
+    one, other = (Path(name, "training_text.safetensors").read_bytes() for name in ("a", "b"))
+    assert one == other
 
 
 def test_kinds_of_data(shared, tmp_path):

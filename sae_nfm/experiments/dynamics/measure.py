@@ -34,7 +34,8 @@ from torch import Tensor
 
 from sae_nfm.analysis import FeatureEnergies, feature_energies, gauge, token_paths, varies
 from sae_nfm.architectures import UNFOLDED
-from sae_nfm.convert import damage_explained, fold_normalisation, read_json
+from sae_nfm.common import ShortRepr, reading
+from sae_nfm.convert import FETCH_ANEW, fold_normalisation, read_json
 from sae_nfm.experiments.dynamics.results import (
     CANONICAL,
     QUANTITIES,
@@ -46,6 +47,7 @@ from sae_nfm.experiments.dynamics.results import (
 )
 from sae_nfm.loading import check_folder
 from sae_nfm.stats import Estimate, Floats, StudentT, interval
+from sae_nfm.training import other_run
 
 RUN, REFERENCE = "joint_nfm", "topk"
 """Architectures of a run and of its reference, by which they are named in results."""
@@ -70,7 +72,7 @@ def checkpoints_of_run(path: str | Path) -> list[Checkpoint]:
 
     Raises:
         FileNotFoundError: when there is no such folder, or it has fewer than two checkpoints.
-        ValueError: when it has those of several runs.
+        ValueError: when it has those of several runs, in folders of their own or in one.
     """
     found = [
         Checkpoint(tokens=int(tokens), folder=file.parent)
@@ -86,7 +88,15 @@ def checkpoints_of_run(path: str | Path) -> list[Checkpoint]:
             f"{str(path)!r} has {len(by_tokens)} checkpoints of an SAE, and at least 2 are needed; train with "
             "--n_checkpoints, and give the folder whose folders are named by tokens, such as checkpoints/<id>"
         )
-    return [by_tokens[tokens] for tokens in sorted(by_tokens)]
+    ordered = [by_tokens[tokens] for tokens in sorted(by_tokens)]
+    for one in ordered[1:]:
+        difference = other_run(ordered[0].folder, one.folder)
+        if difference is not None:
+            raise ValueError(
+                f"{one.folder} is of another run than {ordered[0].folder}: {difference.name} is {difference.given!r} there, and "
+                f"{difference.saved!r} here; give a folder with the checkpoints of one run"
+            )
+    return ordered
 
 
 def load_checkpoint(checkpoint: Checkpoint, architecture: str = RUN, device: str = "cpu") -> SAE[Any]:
@@ -100,7 +110,7 @@ def load_checkpoint(checkpoint: Checkpoint, architecture: str = RUN, device: str
     found = read_json(folder / SAE_CFG_FILENAME).get("architecture")
     if found != architecture:
         raise ValueError(f"{str(folder)!r} is a checkpoint of a {found} SAE; give those of a {architecture} one")
-    with damage_explained(folder):
+    with reading(folder, "a checkpoint that loads", remedy=FETCH_ANEW):
         sae = SAE.load_from_disk(folder, device=device).eval()
     if sae.cfg.normalize_activations in UNFOLDED:
         fold_normalisation(sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
@@ -145,8 +155,8 @@ def _counted(observed: int, drawn: NDArray[Any]) -> Counted:
     return Counted(observed=observed, expected=float(drawn.mean()), low=low, high=high, p_value=p_value)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GroupedTokens:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GroupedTokens(ShortRepr):
     """Activations and the group of documents that each is from."""
 
     x: Float[Tensor, "tokens d_in"]
@@ -162,8 +172,8 @@ class GroupedTokens:
         return cls(x=x, groups=number % GROUPS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GroupedEnergies:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GroupedEnergies(ShortRepr):
     """Sums of energies by group of documents."""
 
     tokens: Int[Tensor, " groups"]
@@ -195,8 +205,8 @@ class GroupedEnergies:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeanShares:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MeanShares(ShortRepr):
     """A mean over features on all tokens and without each group of documents."""
 
     whole: float
@@ -250,8 +260,8 @@ def grouped_energies(sae: SAE[Any], tokens: GroupedTokens) -> GroupedEnergies:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Measured(ShortRepr):
     """One checkpoint, feature by feature; [d_sae] each."""
 
     run: str

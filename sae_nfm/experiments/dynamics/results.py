@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sae_nfm.common.results import SavedResult
+from sae_nfm.common.results import SavedResult, not_held_out
 from sae_nfm.stats import Estimate
 
 LEVELS = ("identity", "mixed", "integration")
@@ -109,6 +109,8 @@ class DynamicsResult(SavedResult):
     def words(self) -> str:
         """Tables of checkpoints, of rank stability and of transitions, and what they say."""
         head = f"{self.features:,} features at {self.hook_name}, on {self.tokens:,} held-out tokens in {self.documents} documents"
+        if told := not_held_out(self.provenance):
+            head = f"{head.replace('held-out tokens', 'tokens')}. {told[0]}"
         sections = [self._shares(), self._stability(), self._transitions(), self.findings(), self._caveats()]
         return "\n\n".join([head, *("\n".join(lines) for lines in sections)])
 

@@ -14,18 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_nfm import demo
 from sae_nfm.analysis import gauge, read_activations
-from sae_nfm.common import check_positive, provenance, whole
+from sae_nfm.common import check_numbers, check_output, check_positive, provenance, publishing, write_parquet
 from sae_nfm.common.options import SavedSAEOptions
-from sae_nfm.data import held_out_rows, open_dataset
+from sae_nfm.data import held_out_rows, open_dataset, told_of_text
 from sae_nfm.experiments.dynamics import measure
 from sae_nfm.experiments.dynamics.results import DynamicsResult
-from sae_nfm.models import check_context, check_device, load_model
+from sae_nfm.models import check_context, check_device, model_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class DynamicsConfig(SavedSAEOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         check_positive(self, "held_out_tokens", "n_permutations")
+        check_numbers(self)
         if self.context_size is not None and self.context_size < 2:
             raise ValueError(f"context_size is {self.context_size}; give at least 2: position 0 is left out")
 
@@ -64,12 +66,22 @@ def run_dynamics(cfg: DynamicsConfig, *, command: str | None = None) -> Dynamics
         ValueError, FileNotFoundError: for folders without checkpoints, of another architecture or hook point, a model or text
             that does not work; nothing is written.
     """
+    check_output(cfg.output)
+    with publishing(cfg.output, "dynamics", command=command) as made:
+        result, features = _dynamics(cfg, command)
+        write_parquet(features, made.folder / "features.parquet")
+        result.save(made.folder / "results.json")
+    return result
+
+
+def _dynamics(cfg: DynamicsConfig, command: str | None) -> tuple[DynamicsResult, pd.DataFrame]:
+    """The result, and a row for each run, checkpoint and feature."""
     check_device(cfg.device)
     runs = {measure.RUN: measure.checkpoints_of_run(cfg.checkpoints)}
     if cfg.reference is not None:
         runs[measure.REFERENCE] = measure.checkpoints_of_run(cfg.reference)
     first = measure.load_checkpoint(runs[measure.RUN][0], measure.RUN, cfg.device)
-    x, documents = _activations(cfg, first)
+    x, documents, told = _activations(cfg, first, runs[measure.RUN][-1].folder)
     tokens, every = measure.GroupedTokens.of(x, documents), [(name, one) for name, own in runs.items() for one in own]
     progress = tqdm(every, desc="Measuring checkpoints", unit="checkpoint")
     found = [measure.measured(name, checkpoint, first, tokens, cfg.device) for name, checkpoint in progress]
@@ -88,15 +100,13 @@ def run_dynamics(cfg: DynamicsConfig, *, command: str | None = None) -> Dynamics
         steps=tuple(measure.movement(*pair, edges, **draws) for pair in pairs),
         overall=tuple(measure.movement(run[0], run[-1], edges, **draws) for run in runs),
         edges=edges,
-        provenance=provenance(cfg, command=command, sae_config=first.cfg.to_dict()),
+        provenance=provenance(cfg, command=command, text=told, sae_config=first.cfg.to_dict()),
     )
-    with whole(Path(cfg.output) / "features.parquet") as partial:
-        measure.trajectories(found).to_parquet(partial, index=False)
-    result.save(Path(cfg.output) / "results.json")
-    return result
+    return result, measure.trajectories(found)
 
 
-def _activations(cfg: DynamicsConfig, sae: SAE[Any]) -> tuple[Tensor, Tensor]:
+def _activations(cfg: DynamicsConfig, sae: SAE[Any], last: Path) -> tuple[Tensor, Tensor, str]:
+    """Activations, their documents, and whether the last checkpoint was trained on them."""
     metadata = sae.cfg.metadata
     name = cfg.model or metadata.model_name
     if name is None or metadata.hook_name is None:
@@ -105,11 +115,11 @@ def _activations(cfg: DynamicsConfig, sae: SAE[Any]) -> tuple[Tensor, Tensor]:
         )
     if cfg.held_out is None and name != demo.MODEL_NAME:
         raise ValueError(f"the embedded tokens suit the embedded model only; give --held-out for {name!r}")
-    model = load_model(name, cfg.device, model_class_name=metadata.model_class_name or "HookedTransformer")
+    model, _ = model_of(sae, cfg.device, model_name=cfg.model)
     context_size = cfg.context_size or metadata.context_size or 256
     check_context(model, context_size)
     text = demo.load_tokens("validation") if cfg.held_out is None else open_dataset(cfg.held_out, split="validation")
     rows = held_out_rows(model, text, context_size, cfg.held_out_tokens)
     x, documents = read_activations(model, sae, rows.tokens, rows.documents)
     assert documents is not None
-    return x, documents
+    return x, documents, told_of_text(model, rows.tokens, metadata=metadata, folder=last, source=cfg.held_out)

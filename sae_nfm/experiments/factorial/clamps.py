@@ -108,7 +108,8 @@ def arms(
 ) -> list[Arm]:
     """Every clamp of every unit, at multiples of its typical activation and at absolute values; controls at multiples only.
 
-    The two primary features, of these roles, are clamped together too, and through the linear path only.
+    The two primary features, of these roles, are clamped together too, and through the linear path only. What would be clamped
+    to the same value twice, such as a feature that was selected for both factors, is clamped once.
     """
     multiples, values = [(True, time) for time in times], [(False, value) for value in absolute]
     found = [
@@ -122,7 +123,7 @@ def arms(
         if isinstance(sae, NFMPaths) and sae.cfg.use_linear_path:
             role = "both, linear path only"
             found += [Arm.of(both, role, clamp, control=True, path=True) for clamp in multiples + values]
-    return found
+    return [arm for number, arm in enumerate(found) if all(arm.edits != other.edits for other in found[:number])]
 
 
 def clamp_tests(
@@ -148,19 +149,23 @@ def clamp_tests(
 
 
 def cell_estimates(values: Floats, cells: Cells) -> tuple[Estimate | float, ...]:
-    """The mean of each cell over its stimuli, by Student's t; a cell of one stimulus has no interval."""
+    """The mean of each cell over its stimuli, by Student's t; without an interval where they are one, or all alike."""
     own = [values[cells == cell] for cell in range(4)]
     return tuple(
         float(one.mean())
-        if len(one) < 2
+        if len(one) < 2 or not np.ptp(one)
         else replace(paired_t(one, confidence=CONFIDENCE), test="mean, t interval over stimuli", p_value=None)
         for one in own
     )
 
 
-def contrast_estimate(test: FactorialTest) -> Estimate:
-    """The interaction's contrast with its interval: F is the square of L over its standard error."""
-    error = abs(test.contrast) / test.f**0.5 if test.f else 0.0
+def contrast_estimate(test: FactorialTest, values: Floats, cells: Cells) -> Estimate | float:
+    """The interaction's contrast of values with its interval; without one where they do not vary within cells."""
+    counts = np.bincount(cells, minlength=4)
+    spread = values - (np.bincount(cells, values, minlength=4) / counts)[cells]
+    error = float(np.sqrt(np.square(spread).sum() / test.df * (1 / counts).sum()))
+    if error <= 1e-12 * np.abs(values).max(initial=0):
+        return test.contrast
     low, high = interval(test.contrast, error, StudentT(df=test.df).critical(CONFIDENCE))
     return Estimate(
         estimate=test.contrast,

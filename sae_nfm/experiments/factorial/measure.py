@@ -25,11 +25,12 @@ from torch import Tensor
 
 from sae_nfm.architectures import NFMPaths, PathWeights, attach_secondary
 from sae_nfm.attribution import TokenPairs, norms, reading, reads_of
+from sae_nfm.common import ShortRepr
 from sae_nfm.experiments.factorial.results import Kind
 from sae_nfm.experiments.factorial.stimuli import StimulusSet
 from sae_nfm.interventions import Intervention, counted_tokens
 from sae_nfm.kernels import top_n
-from sae_nfm.models import LanguageModel, device_of, keeping, splice
+from sae_nfm.models import LanguageModel, check_finite, device_of, keeping, splice
 from sae_nfm.stats import SIGNS, Cells, Floats, Half, effect_t
 
 Scale = Literal["log_prob", "prob", "logit"]
@@ -50,8 +51,8 @@ class TokenizedStimuli:
     """Token ids of each target word, as it follows a space."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scores:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Scores(ShortRepr):
     """Scores of every word after every stimulus, [items, words] each."""
 
     log_prob: Floats
@@ -79,7 +80,7 @@ def tokenized(model: LanguageModel, stimuli: StimulusSet, *, prepend_bos: bool =
     def ids(text: str) -> Ids:
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    start = (tokenizer.bos_token_id,) if prepend_bos else ()
+    start = (tokenizer.bos_token_id,) if prepend_bos and tokenizer.bos_token_id is not None else ()
     prompts, words = tuple(start + ids(sentence) for sentence in stimuli.sentences), list[Ids]()
     before = ids(stimuli.sentences[0])
     for word in stimuli.words:
@@ -119,8 +120,8 @@ class WordScorer:
         self._ends = [len(prompt) - 1 for prompt in prompts]
 
     @torch.no_grad()
-    def scores(self, intervention: Intervention) -> Scores:
-        """The scores under an intervention; a ValueError where the logits are not finite."""
+    def scores(self, intervention: Intervention, name: str = "this intervention") -> Scores:
+        """The scores under an intervention; a ValueError with its name where the logits are not finite."""
         log_prob, logit = (np.zeros(self._shape) for _ in range(2))
         with intervention.on(self._model):
             for jobs, tokens in self._batches:
@@ -129,7 +130,10 @@ class WordScorer:
                     depth, token, word = self._entries[leaf]
                     ahead = row[self._ends[item] :][: int(depth.max()) + 1].float()
                     if not ahead.isfinite().all():
-                        raise ValueError("the model's logits are not finite under this intervention; clamp at less")
+                        raise ValueError(
+                            f"the model's logits are not finite under {name!r}, for stimulus {item} of the held-out half; clamp "
+                            "at less, or load the model in a data type of wider range (bfloat16 or float32)"
+                        )
                     for out, values in ((logit, ahead), (log_prob, ahead.log_softmax(-1))):
                         found = values[depth, token].double().cpu().numpy()
                         out[item] += np.bincount(word, found, minlength=self._shape[1])
@@ -147,8 +151,8 @@ def _entries(words: Sequence[Ids], leaves: list[Ids]) -> list[tuple[Tensor, Tens
     return [(torch.from_numpy(depth.copy()), torch.from_numpy(token.copy()), word) for depth, token, word in columns]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Candidates:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Candidates(ShortRepr):
     """Features, or pairs of them, on stimuli."""
 
     kind: Kind
@@ -292,6 +296,7 @@ def _dense(
         with splice(model, sae) as found, found.hooks({hook_point: keeping(seen, "acts")}):
             model(tokens)
         acts = seen["acts"].to_dense()
+        check_finite(acts[counted], counted, "the SAE's features, nothing edited,", items[0])
         values |= dict(zip(items, _pooled(acts, counted, pool), strict=True))
         here = acts[counted].double()
         sums.append((here.sum(0).cpu().numpy(), (here != 0).sum(0).double().cpu().numpy(), len(here)))

@@ -96,7 +96,7 @@ class ArmResult:
     tests: ClampTests
     cells: tuple[Estimate | float, ...] | None = None
     """Mean change of log-probability by cell, nats, with an interval where it has more stimuli; None in files of 0.1.0."""
-    contrast: Estimate | None = None
+    contrast: Estimate | float | None = None
     """m_0 - m_1 - m_2 + m_3 of these, nats: its interval leaves out 0 exactly where F is significant; None likewise."""
 
 
@@ -156,7 +156,22 @@ class FactorialResult(SavedResult):
 
     def findings(self) -> list[str]:
         """What the stages show, in sentences."""
-        return [self._shuffled(), self._interactions(), *self._beside_controls()]
+        return [*self._design_limits(), self._shuffled(), self._interactions(), *self._beside_controls()]
+
+    def _design_limits(self) -> list[str]:
+        """What was found out about the design, and keeps it from showing much."""
+        cells = self.provenance.get("stimuli", {}).get("cells", ())
+        fewest = min((len(cell["sentences"]) - len(cell["sentences"]) // 2 for cell in cells), default=FEW)
+        told = [few_stimuli(fewest)] if few_stimuli(fewest) else []
+        roles: dict[str, list[str]] = {}
+        for one in self.selected:
+            roles.setdefault(one.unit.name, []).append(one.unit.role.partition(" (")[0])
+        return told + [
+            f"{name[0].upper()}{name[1:]} was selected for {' and '.join(own)} alike: it tells nothing of the two apart, and its "
+            "clamps are counted once."
+            for name, own in roles.items()
+            if len(own) > 1
+        ]
 
     def _stage_1(self) -> list[str]:
         lines = [
@@ -169,10 +184,10 @@ class FactorialResult(SavedResult):
             chosen, held = one.test.selection, one.test.held_out
             who = f"{one.unit.role}: {_number(one.unit)}"
             lines.append(
-                f"   {who:<{WIDTH}}{chosen.candidates:>6}{chosen.f:>11.1f}{chosen.p_value:>8.3f}{held.f:>12.2f}"
-                f"{held.p_value:>8.3f}  {_eta(held.partial_eta_squared):<21}{one.null.p_value:>11.3f}"
+                f"   {who:<{WIDTH}}{chosen.candidates:>6}{chosen.f:>11.1f}{p_text(chosen.p_value):>8}{held.f:>12.2f}"
+                f"{p_text(held.p_value):>8}  {eta_text(held.partial_eta_squared):<21}{p_text(one.null.p_value):>11}"
             )
-        return [*lines, f"   {self._shuffled()}"]
+        return [*lines, *(f"   {told}" for told in (*self._design_limits(), self._shuffled()))]
 
     def _shuffled(self) -> str:
         valid, same = (
@@ -230,7 +245,10 @@ class FactorialResult(SavedResult):
 
     def _caveats(self) -> list[str]:
         config = self.provenance["config"]
+        stimuli = str(self.provenance.get("stimuli_text", ""))
+        told = f"* The stimuli, to the SAE, are {stimuli}."
         return [
+            *([told] if "training tokens" in stimuli else []),
             "* F and p: the change of the words' own interaction pattern, by the cells of the stimuli, which are the units: "
             "intervals (90 %) are over other sentences like these, with these words.",
             "* `any p`: the same in any combination of the four buckets. `words p`: words as units, whether the clamp moves the "
@@ -268,14 +286,29 @@ def _line(arm: ArmResult) -> str:
     tests, main = arm.tests, arm.tests.items[PRIMARY_SCALE]
     return (
         f"   {who(arm):<{WIDTH}}{arm.clamp:<14}{tests.mean_absolute_change:>9.4f}"
-        f"{main.contrast:>+10.4f}{main.f:>8.2f}{main.p_value:>8.3f}{_p(tests.items_p_adjusted):>7}  "
-        f"{_eta(main.partial_eta_squared):<21}"
-        f"{tests.removability.words:<15}{_p(tests.any_bucket_p):>7}{_p(tests.words.p_value):>9}{tests.published_f:>12.2f}"
+        f"{main.contrast:>+10.4f}{main.f:>8.2f}{p_text(main.p_value):>8}{p_text(tests.items_p_adjusted):>7}  "
+        f"{eta_text(main.partial_eta_squared):<21}"
+        f"{tests.removability.words:<15}{p_text(tests.any_bucket_p):>7}{p_text(tests.words.p_value):>9}{tests.published_f:>12.2f}"
     )
 
 
-def _p(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def p_text(value: float | None) -> str:
+    """A p-value; none is 0."""
+    return "" if value is None else "<0.001" if value < 0.0005 else f"{value:.3f}"
+
+
+FEW = 8
+"""Test stimuli of a cell; fewer deserve a warning."""
+
+
+def few_stimuli(fewest: int) -> str:
+    """A warning where a cell has few stimuli to test on; else empty."""
+    if fewest >= FEW:
+        return ""
+    return (
+        f"A cell has {fewest} stimuli to test on, fewer than {FEW}: the tests rest on their being normal, and find large effects "
+        f"only; give at least {2 * FEW} sentences a cell."
+    )
 
 
 def _number(unit: Unit) -> str:
@@ -287,5 +320,8 @@ def who(arm: ArmResult) -> str:
     return f"{arm.role}: {' and '.join(map(_number, arm.units))}"
 
 
-def _eta(estimate: Estimate) -> str:
+def eta_text(estimate: Estimate) -> str:
+    """With its interval; files before 0.3 have an upper end of 0 where F is near 0, and it is none."""
+    if not estimate.high:
+        return f"{estimate.estimate:.3f} [not defined]"
     return f"{estimate.estimate:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

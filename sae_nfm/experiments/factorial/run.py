@@ -13,7 +13,6 @@ Source: arXiv 2507.00269 (2x2 experiment), with the tests done over.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,9 @@ from sae_lens import SAE
 from tqdm.auto import tqdm
 
 from sae_nfm.architectures import NFMPaths
-from sae_nfm.common import check_positive, provenance, whole
+from sae_nfm.common import check_numbers, check_output, check_positive, provenance, publishing, remark, write_parquet
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions
+from sae_nfm.data import told_of_text
 from sae_nfm.experiments.factorial import clamps, measure
 from sae_nfm.experiments.factorial.results import (
     PRIMARY_SCALE,
@@ -32,6 +32,7 @@ from sae_nfm.experiments.factorial.results import (
     SecondaryShift,
     SelectedUnit,
     Unit,
+    few_stimuli,
     with_holm,
 )
 from sae_nfm.experiments.factorial.stimuli import StimulusSet, load_stimuli
@@ -81,6 +82,7 @@ class FactorialConfig(SavedSAEOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         check_positive(self, "min_stimuli", "max_pairs", "n_permutations", "batch_rows")
+        check_numbers(self)
         if not self.clamps and not self.absolute:
             raise ValueError("there is nothing to clamp at; give --clamps or --absolute")
         for name in ("clamps", "absolute"):
@@ -95,15 +97,16 @@ def run_factorial(cfg: FactorialConfig, *, command: str | None = None) -> Factor
     Raises:
         ValueError, FileNotFoundError: for stimuli, an SAE or a model that do not work or do not go together.
     """
+    check_output(cfg.output)
     check_device(cfg.device)
     stimuli = load_stimuli(cfg.stimuli)
     sae = load_sae(cfg.sae, device=cfg.device).eval()
     secondary = None if cfg.secondary is None else load_sae(cfg.secondary, device=cfg.device).eval()
     model, _ = model_of(sae, cfg.device, model_name=cfg.model)
-    result, rows = factorial(model, sae, stimuli, cfg, secondary=secondary, command=command)
-    with whole(Path(cfg.output) / "changes.parquet") as partial:
-        rows.to_parquet(partial)
-    result.save(Path(cfg.output) / "results.json")
+    with publishing(cfg.output, "factorial", command=command) as made:
+        result, rows = factorial(model, sae, stimuli, cfg, secondary=secondary, command=command)
+        write_parquet(rows, made.folder / "changes.parquet")
+        result.save(made.folder / "results.json")
     return result
 
 
@@ -128,6 +131,8 @@ def factorial(
     tokens = measure.tokenized(model, stimuli, prepend_bos=metadata.prepend_bos is not False)
     cells, word_cells = stimuli.cell_of_sentence, stimuli.cell_of_word
     half = halves(cells, np.random.default_rng([cfg.seed, 0]))
+    if told := few_stimuli(int(np.bincount(cells[~half]).min())):
+        remark(told)
     found: list[measure.Candidates | None] = [measure.feature_candidates(model, sae, tokens.prompts, cfg.pool)]
     found.append(measure.pair_candidates(model, sae, tokens.prompts, cfg.pool, cfg.max_pairs))
     if secondary is not None:
@@ -138,17 +143,17 @@ def factorial(
     selected, units = _select(pools, cells, half, roles, cfg)
     held_out = [prompt for prompt, chosen in zip(tokens.prompts, half, strict=True) if not chosen]
     scorer = measure.WordScorer(model, held_out, tokens.words, cfg.batch_rows)
-    baseline = scorer.scores(clamps.spliced(sae, secondary))
+    baseline = scorer.scores(clamps.spliced(sae, secondary), "the SAE in place, nothing clamped")
     results, frames = list[ArmResult](), list[pd.DataFrame]()
     planned = clamps.arms(sae, units, cfg.clamps, cfg.absolute, roles)
     for number, arm in enumerate(tqdm(planned, desc="Clamping", unit="arm")):
-        changes = scorer.scores(clamps.spliced(sae, secondary, arm.edits)).less(baseline)
+        changes = scorer.scores(clamps.spliced(sae, secondary, arm.edits), arm.name).less(baseline)
         rng = np.random.default_rng([cfg.seed, 1, number])
         tests = clamps.clamp_tests({**changes}, word_cells, cells[~half], rng, cfg.n_permutations)
         pattern = word_pattern(by_bucket(changes[PRIMARY_SCALE], word_cells))
         same: Any = {name: getattr(arm, name) for name in ("name", "role", "units", "clamp", "times", "control")}
         means = clamps.cell_estimates(pattern, cells[~half])
-        contrast = clamps.contrast_estimate(tests.items[PRIMARY_SCALE])
+        contrast = clamps.contrast_estimate(tests.items[PRIMARY_SCALE], pattern, cells[~half])
         results.append(ArmResult(**same, tests=tests, cells=means, contrast=contrast))
         frames.append(_changes_table(arm, changes, np.flatnonzero(~half), stimuli))
     result = FactorialResult(
@@ -158,7 +163,12 @@ def factorial(
         arms=with_holm(results),
         secondary_shifts=_secondary_shifts(model, sae, secondary, planned, units, held_out),
         provenance=provenance(
-            cfg, command=command, packages=("statsmodels",), stimuli=asdict(stimuli), sae_config=sae.cfg.to_dict()
+            cfg,
+            command=command,
+            packages=("statsmodels",),
+            stimuli=asdict(stimuli),
+            sae_config=sae.cfg.to_dict(),
+            stimuli_text=told_of_text(model, tokens.prompts, metadata=metadata, folder=cfg.sae),
         ),
     )
     return result, pd.concat(frames, ignore_index=True)

@@ -24,6 +24,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from sae_nfm.common import reading
+
 PACKAGED = Path(__file__).parent / "stimulus_sets"
 """Sets that come with the package; each goes by its name without .yaml, too."""
 FEWEST_SENTENCES = 4
@@ -97,10 +99,8 @@ def load_stimuli(source: str | Path) -> StimulusSet:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PACKAGED.glob("*.yaml")))
         raise FileNotFoundError(f"there are no stimuli {str(source)!r}; give a .yaml file, or one of {known}")
-    try:
+    with reading(path, "YAML", remedy="correct it; docs/factorial.md has an example"):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
     try:
         return _stimulus_set(path.stem, content)
     except ValueError as error:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from sae_nfm.analysis.results import Figure, Statistic
-from sae_nfm.common.results import SavedResult
+from sae_nfm.common.results import SavedResult, not_held_out
 from sae_nfm.comparison.results import renamed
 from sae_nfm.stats import Estimate
 
@@ -282,7 +282,7 @@ class ReproduceResult(SavedResult):
         ]
         if config["dataset"] is None:
             told.append("The tokens were sampled from the embedded model itself: no evidence about real text.")
-        return told
+        return [*told, *not_held_out(self.provenance)]
 
     @override
     @classmethod

@@ -31,12 +31,13 @@ from torch import Tensor
 from sae_nfm import demo
 from sae_nfm.analysis import FigureRow, gains_of_arms, linear_part
 from sae_nfm.architectures import SequentialNFMTrainingSAEConfig, check_primary, primary_digest
+from sae_nfm.common import final_path
 from sae_nfm.comparison import ablations
 from sae_nfm.comparison.results import Answer, ArmName, ClaimKind, Paths
 from sae_nfm.data import TokenRows
 from sae_nfm.evaluation import error_ratios, read_rows
 from sae_nfm.experiments.factorial import PRIMARY_SCALE, FactorialConfig, factorial, load_stimuli
-from sae_nfm.experiments.factorial.results import ArmResult, FactorialResult
+from sae_nfm.experiments.factorial.results import ArmResult, FactorialResult, p_text
 from sae_nfm.experiments.reproduce import results as published
 from sae_nfm.experiments.reproduce.results import NoVerdict, ReproducedRow, Section, Unit, of_part, reproduced_row
 from sae_nfm.experiments.secondary import activations_of, default_k, secondary_config
@@ -191,7 +192,7 @@ def train_sequential(
     base, joint = (Trained.load(folder / name).settings for name in (BASE, ArmName.JOINT))
     stream = _stream(base)
     nfm: dict[str, Any] = {name: joint[name] for name in ("nfm_dim", "nfm_top_k", "nfm_dropout")}
-    nfm |= {"base": str((folder / BASE).resolve()), "device": device}
+    nfm |= {"base": str(final_path(folder / BASE).resolve()), "device": device}
     saes = {
         SEQUENTIAL: SequentialNFMTrainingSAEConfig(**nfm),
         ADAPTER: SequentialNFMTrainingSAEConfig(**nfm, head="none"),
@@ -388,10 +389,15 @@ def factorial_rows(
     whole = load_stimuli("sentiment-register" if stream.model_name == demo.MODEL_NAME else "formality-emotion")
     stimuli = replace(whole, cells=tuple(replace(cell, sentences=cell.sentences[:sentences]) for cell in whole.cells))
     secondary = _trained(model, joint, dataset, stream, settings["learning_rate"], output)
-    names: Any = {"sae": str(ArmName.JOINT), "model": stream.model_name, "stimuli": whole.name, "output": str(output)}
+    names: Any = {
+        "sae": str(ArmName.JOINT),
+        "model": stream.model_name,
+        "stimuli": whole.name,
+        "output": str(final_path(output)),
+    }
     cfg = FactorialConfig(
         **names,
-        secondary=str(output / SECONDARY),
+        secondary=str(final_path(output / SECONDARY)),
         clamps=(CLAMP,),
         absolute=(),
         min_stimuli=min(FactorialConfig.min_stimuli, sentences),
@@ -433,7 +439,7 @@ def _rows(result: FactorialResult) -> Iterator[ReproducedRow]:
         clamped.tests.published_f,
         selected.test.held_out.f,
         f"its own activation, selected on {result.items[0]} stimuli, F on the other {result.items[1]}; p = "
-        f"{selected.null.p_value:.3f} against select and test on shuffled cells",
+        f"{p_text(selected.null.p_value)} against select and test on shuffled cells",
     )
     for arm in stage.values():
         if arm.control:
@@ -443,9 +449,9 @@ def _rows(result: FactorialResult) -> Iterator[ReproducedRow]:
 def _of_arm(name: str, arm: ArmResult, result: FactorialResult) -> Iterator[ReproducedRow]:
     """The author's statistic beside tests with other units."""
     tests, main = arm.tests, arm.tests.items[PRIMARY_SCALE]
-    clamp = f"{result.design}; {arm.role}, {arm.units[0].name} at {arm.clamp}, author's p = {tests.published_p:.3f}"
-    of_stimuli = f"{clamp}: interaction F, stimuli as units, p = {main.p_value:.3f}"
+    clamp = f"{result.design}; {arm.role}, {arm.units[0].name} at {arm.clamp}, author's p = {p_text(tests.published_p)}"
+    of_stimuli = f"{clamp}: interaction F, stimuli as units, p = {p_text(main.p_value)}"
     yield _factorial(name, tests.published_f, main.f, of_stimuli)
     if not arm.control:
-        of_words = f"the same, words as units, averaged over stimuli, p = {tests.words.p_value:.3f}"
+        of_words = f"the same, words as units, averaged over stimuli, p = {p_text(tests.words.p_value)}"
         yield _factorial(name, tests.published_f, tests.words.f, of_words)

@@ -18,10 +18,10 @@ from typing import Any
 from sae_lens import SAE, HookedSAETransformer
 
 from sae_nfm.analysis import figure_rows, gauge_report, read_activations
-from sae_nfm.common import check_positive
+from sae_nfm.common import check_extension, check_numbers, check_positive, publishing
 from sae_nfm.comparison import CompareConfig, SizeOptions, ablations, in_canonical_gauge, run_compare
 from sae_nfm.comparison.results import ArmName, CompareResult, Paths
-from sae_nfm.data import TokenRows, datasets, held_out_rows
+from sae_nfm.data import TokenRows, datasets, held_out_rows, told_of_text
 from sae_nfm.evaluation import measure
 from sae_nfm.experiments.factorial import FEWEST_SENTENCES
 from sae_nfm.experiments.reproduce import rows as statistics
@@ -29,11 +29,13 @@ from sae_nfm.experiments.reproduce.results import ReproducedRow, ReproduceResult
 from sae_nfm.interventions import UNDER_TEST, Intervention, Splice, control_arms, fit_activations
 from sae_nfm.models import LanguageModel, load_model
 from sae_nfm.stats import Bootstrap
-from sae_nfm.training import Trained
+from sae_nfm.training import Trained, refuse_several_processes
 
 BESIDE = tuple(map(str, (ArmName.MATCHED, ArmName.TOPK, ArmName.MATCHED_FOLDED, ArmName.WITHOUT_NONLINEAR)))
 """Arms that the joint one is compared with."""
 JOINT = str(ArmName.JOINT)
+PARTS = ("compare", "sequential", "2x2", "rows")
+"""What lies in the output folder beside the results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class ReproduceConfig(SizeOptions):
         """Refuse what cannot work."""
         super().__post_init__()
         check_positive(self, "fit_tokens", "n_permutations")
+        check_numbers(self)
         if self.sentences and self.sentences < FEWEST_SENTENCES:
             raise ValueError(
                 f"sentences must be at least {FEWEST_SENTENCES}, for two halves with a spread, or 0 to leave the 2x2 experiment "
@@ -88,9 +91,17 @@ def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> Reprod
         ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work, for a folder that is no
             finished comparison or has no such seed or arm.
     """
-    output = Path(cfg.output)
+    refuse_several_processes()
+    check_extension(cfg.output, "reproduce", PARTS)
+    with publishing(cfg.output, "reproduce", command=command, extend=PARTS) as made:
+        result = _reproduce(cfg, made.folder, command)
+        result.save(made.folder / "results.json")
+    return result
+
+
+def _reproduce(cfg: ReproduceConfig, output: Path, command: str | None) -> ReproduceResult:
     if cfg.compare is None:
-        comparison = run_compare(cfg.comparison())
+        comparison = run_compare(cfg.comparison(), folder=output / "compare")
     elif (path := Path(cfg.compare) / "results.json").exists():
         comparison = CompareResult.load(path)
         cfg = _as_compared(cfg, comparison)
@@ -103,19 +114,22 @@ def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> Reprod
     train = train.shuffle(seed=cfg.seed)  # as for the comparison's SAEs of this seed
     if statistics.BASE in saes:
         saes |= statistics.train_sequential(folder, model, train, output / "sequential", cfg.device)
-    rows, behaviour = _behaviour(cfg, model, saes, validation, comparison)
+    rows, behaviour = _behaviour(cfg, model, saes, validation, comparison, output / "rows")
     settings = Trained.load(folder / JOINT).settings
     options = {"sentences": cfg.sentences, "n_permutations": cfg.n_permutations}
-    result = ReproduceResult(
+    return ReproduceResult(
         rows=(
             *behaviour.rows(),
             *_rows_of_paths(cfg, model, saes, rows, behaviour),
             *statistics.factorial_rows(model, saes[JOINT], train, settings, output / "2x2", **options),
         ),
-        provenance={"config": asdict(cfg), "command": command, "comparison": comparison.provenance},
+        provenance={
+            "config": asdict(cfg),
+            "command": command,
+            "comparison": comparison.provenance,
+            "text": told_of_text(model, rows.tokens, metadata=saes[JOINT].cfg.metadata, folder=folder / JOINT),
+        },
     )
-    result.save(output / "results.json")
-    return result
 
 
 def _behaviour(
@@ -124,13 +138,14 @@ def _behaviour(
     saes: dict[str, SAE[Any]],
     validation: Any,
     comparison: CompareResult,
+    folder: Path,
 ) -> tuple[TokenRows, statistics.Behaviour]:
     """The held-out text, and a measurement of every arm on it."""
     context_size = min(cfg.context_size, model.cfg.n_ctx)
     rows = held_out_rows(model, validation, context_size, cfg.held_out_tokens)
     fitted = held_out_rows(model, validation, context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     arms = behaviour_arms(model, saes, fitted)
-    folder = measure(model, rows, arms, Path(cfg.output) / "rows", seed=cfg.seed)
+    folder = measure(model, rows, arms, folder, seed=cfg.seed)
     bootstrap = Bootstrap(seed=cfg.seed)
     return rows, statistics.Behaviour(folder=folder, arms=tuple(arms), answers=comparison.answers, bootstrap=bootstrap)
 

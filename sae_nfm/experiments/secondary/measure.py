@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae_nfm.analysis import CELLS, read_activations
 from sae_nfm.architectures import HIDDEN
+from sae_nfm.common import ShortRepr
 from sae_nfm.data import TokenRows
 from sae_nfm.evaluation import measure, read_rows
 from sae_nfm.experiments.secondary.results import MEAN, PRIMARY, ZERO, Reconstruction, SecondaryRow
@@ -29,8 +30,8 @@ from sae_nfm.models import LanguageModel, keeping, reconstruction
 from sae_nfm.stats import Bootstrap, Estimate, clustered_mean, mean_difference, paired_by_token, ratio_of_means
 
 
-@dataclass(frozen=True, kw_only=True)
-class Passing:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Passing(ShortRepr):
     """What passes through a primary on held-out tokens, and whose the tokens are."""
 
     x: Float[Tensor, "tokens d_in"]
@@ -53,6 +54,7 @@ def replaced(primary: SAE[Any], at: str, by: SAE[Any]) -> tuple[Substitution, Ca
     state = digest(dict(primary.state_dict()) | {f"by.{k}": v for k, v in by.state_dict().items()})
     in_model = Substitution(
         at=str(primary.cfg.metadata.hook_name),
+        head=primary.cfg.metadata.hook_head_index,
         function=lambda x, context: reconstruct(x),  # noqa: ARG005
         description=f"SAE whose {at} another reconstructs, {state}",
     )

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import pandas as pd
 
-from sae_nfm.common.results import SavedResult
+from sae_nfm.common.results import SavedResult, not_held_out
 from sae_nfm.stats import Estimate
 
 TrainedOn = Literal["hidden code", "permuted hidden code", "linear path", "residual"]
@@ -45,7 +45,8 @@ class Reconstruction:
     l0: float
     """Active features per token, on the activations that are replaced."""
     dead: int | None
-    """Features that no token of about the last quarter of the training activated, as its metadata has it."""
+    """Features that no token of about the last quarter of the training activated, as its metadata has it; None where the
+    training was too short for any to count."""
     explained: Estimate
     """Fraction of variance explained of what it was trained on; the interval of a permuted code's is over tokens."""
     explained_true: Estimate | None
@@ -134,6 +135,7 @@ class SecondaryResult(SavedResult):
         )
         if config["dataset"] is None:
             yield "The tokens were sampled from the embedded model itself: no evidence about real text."
+        yield from not_held_out(self.provenance)
 
 
 def _effect_of_mean(mean: SecondaryRow) -> str:

@@ -9,17 +9,25 @@ finished is not done again.
 from dataclasses import dataclass
 from pathlib import Path
 
+from sae_lens.load_model import HookedProxyLM
+from sae_lens.saes.sae import SAEMetadata
+from torch import Tensor
+
 from sae_nfm import demo
 from sae_nfm.architectures import check_primary, primary_digest
-from sae_nfm.common import check_positive, provenance
+from sae_nfm.common import check_extension, check_numbers, check_positive, provenance, publishing
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions, TextOptions
-from sae_nfm.data import check_data, datasets, held_out_rows
+from sae_nfm.common.results import HELD_OUT
+from sae_nfm.data import check_data, datasets, held_out_rows, told_of_text
 from sae_nfm.experiments.secondary.measure import secondary_rows
 from sae_nfm.experiments.secondary.results import SecondaryResult
 from sae_nfm.experiments.secondary.training import default_k, train_secondaries
 from sae_nfm.loading import digest, load_sae
-from sae_nfm.models import check_device, load_model
-from sae_nfm.training import StreamConfig
+from sae_nfm.models import LanguageModel, check_device, loader_kwargs, model_of
+from sae_nfm.training import StreamConfig, refuse_several_processes
+
+PARTS = ("saes", "rows")
+"""What lies in the output folder beside the results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +61,13 @@ class SecondaryConfig(SavedSAEOptions, TextOptions):
     def __post_init__(self) -> None:
         """Refuse sizes that cannot work."""
         check_positive(self, "expansion", "training_tokens", "held_out_tokens", "fit_tokens", "batch_size")
+        check_numbers(self)
         if self.training_tokens < self.batch_size:
             raise ValueError(
                 f"training_tokens is {self.training_tokens}, less than one batch of {self.batch_size}; raise it"
             )
+        if self.context_size < 2:
+            raise ValueError(f"context_size must be at least 2, got {self.context_size}: position 0 is left out")
 
 
 def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> SecondaryResult:
@@ -65,16 +76,23 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
     Raises:
         ValueError, FileNotFoundError: for a primary, model, data set or size that does not work, or a folder of another run.
     """
+    refuse_several_processes()
+    check_extension(cfg.output, "secondary", PARTS)
     check_device(cfg.device)
     primary = load_sae(cfg.primary, device=cfg.device).eval()
-    checked, metadata, output = check_primary(primary), primary.cfg.metadata, Path(cfg.output)
+    checked, metadata = check_primary(primary), primary.cfg.metadata
     name = cfg.model or metadata.model_name
     if name is None or metadata.hook_name is None:
         raise ValueError(
             f"the metadata of {cfg.primary!r} has no model_name or no hook_name, so it is not known what it reads; give "
             "--model, or save the SAE with a hook_name"
         )
-    model = load_model(name, cfg.device)
+    model, _ = model_of(primary, cfg.device, model_name=cfg.model)
+    if isinstance(model, HookedProxyLM):
+        raise ValueError(
+            "the primary was trained on a model of class AutoModelForCausalLM, in which an SAE's own hook points cannot be "
+            "trained on; give a primary of a HookedTransformer or a TransformerBridge"
+        )
     train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, name, cfg.seed)
     stream = StreamConfig(
         model_name=name,
@@ -85,17 +103,35 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
         batch_size=cfg.batch_size,
         seed=cfg.seed,
         device=cfg.device,
+        model_class_name=metadata.model_class_name or "HookedTransformer",
+        model_kwargs=loader_kwargs(metadata, name),
     )
     check_data(model, train, stream.context_size, cfg.dataset)
     rows = held_out_rows(model, validation, stream.context_size, cfg.held_out_tokens)
     fitted = held_out_rows(model, validation, stream.context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     ks = tuple(sorted(set(cfg.k or default_k(checked.cfg.nfm_dim))))
-    trained = train_secondaries(stream, cfg.expansion, ks, cfg.lr, model, primary, train, output / "saes")
     described = {"architecture": primary.cfg.architecture(), "digest": primary_digest(primary)}
     described |= {"d_sae": primary.cfg.d_sae, "nfm_dim": primary.cfg.nfm_dim}
-    result = SecondaryResult(
-        rows=secondary_rows(model, primary, trained, rows, fitted, output / "rows", seed=cfg.seed),
-        provenance=provenance(cfg, command=command, primary=described, held_out_tokens=digest({"tokens": rows.tokens})),
-    )
-    result.save(output / "results.json")
+    with publishing(cfg.output, "secondary", command=command, extend=PARTS) as made:
+        output = made.folder
+        trained = train_secondaries(stream, cfg.expansion, ks, cfg.lr, model, primary, train, output / "saes")
+        result = SecondaryResult(
+            rows=secondary_rows(model, primary, trained, rows, fitted, output / "rows", seed=cfg.seed),
+            provenance=provenance(
+                cfg,
+                command=command,
+                primary=described,
+                held_out_tokens=digest({"tokens": rows.tokens}),
+                text=_told(model, rows.tokens, cfg, metadata, output / "saes" / "hidden-code" / f"k{ks[0]}"),
+            ),
+        )
+        result.save(output / "results.json")
     return result
+
+
+def _told(model: LanguageModel, tokens: Tensor, cfg: SecondaryConfig, metadata: SAEMetadata, secondary: Path) -> str:
+    """Whether the primary, or a secondary SAE, was trained on the tokens."""
+    own = SAEMetadata(dataset_path=cfg.dataset or demo.MODEL_NAME, context_size=cfg.context_size)
+    told = told_of_text(model, tokens, metadata=metadata, folder=cfg.primary, source=cfg.held_out)
+    of_secondary = told_of_text(model, tokens, metadata=own, folder=secondary)
+    return of_secondary if told.startswith(HELD_OUT) else f"{told}, for the primary"

@@ -15,7 +15,6 @@ An arm ends in `<folder>/<source>/k<k>`, written whole by `matched_training`: in
 Source: arXiv 2507.00269, secondary SAE; the permuted control is this package's own.
 """
 
-import json
 import zlib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -26,14 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from sae_lens import SAE, HookedSAETransformer, TopKTrainingSAEConfig
+from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge, TopKTrainingSAEConfig
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 from sae_nfm.architectures import HIDDEN, PRIMARY_DIGEST, check_primary, primary_digest
+from sae_nfm.common import read_json
 from sae_nfm.experiments.secondary.results import TrainedOn
-from sae_nfm.models import HookFunction, counted_tokens, find_site, splice, tokens_read
+from sae_nfm.models import HookFunction, site_at, splice, tokens_read
 from sae_nfm.training import StreamConfig, TrainingArm, train_arms
 
 CODES: tuple[TrainedOn, ...] = ("hidden code", "permuted hidden code")
@@ -65,7 +65,7 @@ def train_secondaries(
     expansion: int,
     ks: Sequence[int],
     learning_rate: float,
-    model: HookedSAETransformer,
+    model: HookedSAETransformer | SAETransformerBridge,
     primary: SAE[Any],
     dataset: Any,
     folder: Path,
@@ -82,7 +82,7 @@ def train_secondaries(
     checked = check_primary(primary)
     known = primary_digest(primary)
     refuse_other_primary(folder, known)
-    site = find_site(model, stream.hook_name)
+    site = site_at(model, stream.hook_name, primary.cfg.metadata.hook_head_index)
     trained: list[TrainedSecondary] = []
     for trained_on, hook in HOOKS.items():
         if hook not in checked.hook_dict:
@@ -111,7 +111,7 @@ def train_secondaries(
 def refuse_other_primary(folder: Path, known: str) -> None:
     """Raise a ValueError where a folder has SAEs that were trained on another primary than the one of this digest."""
     for path in sorted(folder.glob(f"*/*/{SAE_CFG_FILENAME}")):
-        found = json.loads(path.read_text())["metadata"].get(PRIMARY_DIGEST)
+        found = read_json(path)["metadata"].get(PRIMARY_DIGEST)
         if found != known:
             raise ValueError(
                 f"{str(path.parent)!r} was trained on another primary ({PRIMARY_DIGEST} {found}, this one's is {known}); give "
@@ -137,20 +137,24 @@ def secondary_config(k: int, d_in: int, expansion: int, device: str, known: str)
 
 
 @contextmanager
-def activations_of(model: HookedSAETransformer, primary: SAE[Any], trained_on: TrainedOn, seed: int) -> Generator[str]:
+def activations_of(
+    model: HookedSAETransformer | SAETransformerBridge, primary: SAE[Any], trained_on: TrainedOn, seed: int
+) -> Generator[str]:
     """Within it these activations pass through the hook point of the model whose name is given.
 
     The primary is spliced in meanwhile, unless it is the residual that is trained on. The seed is that of the permutation.
     """
-    site = find_site(model, str(primary.cfg.metadata.hook_name)).hook_name
-    if trained_on == "residual":
-        yield site
+    metadata = primary.cfg.metadata
+    if (
+        trained_on == "residual" and metadata.hook_head_index is None
+    ):  # else what the primary reads is seen in its splice only
+        yield site_at(model, str(metadata.hook_name)).hook_name
         return
     with splice(model, primary) as found, tokens_read(model) as read:
 
         def permute(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-            tokens = read.on(value.device)
-            return permuted(value, counted_tokens(model, tokens), _generator_for(tokens, seed))
+            read.check_shape(value)
+            return permuted(value, read.counted_on(value.device), _generator_for(read.ids_on(value.device), seed))
 
         functions: dict[str, HookFunction] = {HIDDEN: permute} if trained_on == "permuted hidden code" else {}
         with found.hooks(functions):

@@ -62,12 +62,18 @@ def _drawn(chapter: Chapter, run: Run) -> tuple[Section | None, Run]:
         for path in run.paths():
             try:
                 chapter.section(run.alone(path))
-            except Exception as error:
-                run = run.without(path, cause_of(error))
+            except Exception as error:  # the page names this file, with the reason
+                run = run.without(path, _reason(error))
     try:
         return chapter.section(run), run
-    except Exception as error:
-        return None, replace(run, left_out=(*run.left_out, (chapter.TITLE, cause_of(error))))
+    except Exception as error:  # likewise of the chapter, where no single file is at fault
+        return None, replace(run, left_out=(*run.left_out, (chapter.TITLE, _reason(error))))
+
+
+def _reason(error: Exception) -> str:
+    """Why something could not be drawn: the sentence of a reader, or what went wrong on the way."""
+    told = isinstance(error, ValueError | OSError)
+    return cause_of(error) if told else f"cannot be drawn ({type(error).__name__}: {cause_of(error)})"
 
 
 def commands_for(chapter: Chapter, run: Run) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
+from sae_nfm.common import checked, text_of
 from sae_nfm.explorer.results import Explorer
 from sae_nfm.report.blocks import Block, Embedded, Prose, Section
 from sae_nfm.report.run_folder import Run
@@ -36,10 +37,12 @@ def section(run: Run) -> Section | None:
 def about(explorer: Explorer) -> str:
     """Which SAE, on what."""
     active = f" (k = {explorer.k})" if explorer.k else ""
+    kind, _, details = text_of(explorer.provenance).partition(" (")
+    told = details and f" ({details}"
     return (
         f"{explorer.sae}: {explorer.d_sae:,} features of a {explorer.architecture}{active} at {explorer.hook_name} of "
-        f"{explorer.model_name}, on {explorer.tokens:,} held-out tokens of {explorer.documents:,} documents. Activations, norms "
-        "and contexts describe where a feature fires; what the model does with it, an intervention measures."
+        f"{explorer.model_name}, on {explorer.tokens:,} {kind}, of {explorer.documents:,} documents{told}. Activations, "
+        "norms and contexts describe where a feature fires; what the model does with it, an intervention measures."
     )
 
 
@@ -58,7 +61,7 @@ def verdicts(explorer: Explorer) -> list[str]:
 
 
 def _embedded(run: Run, path: Path) -> Block:
-    data = path.read_bytes()
+    data = checked(path).read_bytes()
     size = len(get_plotlyjs()) + REST + 4 * -(-len(data) // 3)
     if size <= LARGEST_PAGE:
         return Embedded(id="explorer", data=data, fallback=FALLBACK)

@@ -7,7 +7,15 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_nfm.experiments.factorial.results import PRIMARY_SCALE, ArmResult, FactorialResult, SelectedUnit, who
+from sae_nfm.experiments.factorial.results import (
+    PRIMARY_SCALE,
+    ArmResult,
+    FactorialResult,
+    SelectedUnit,
+    eta_text,
+    p_text,
+    who,
+)
 from sae_nfm.report.blocks import Block, Figure, Prose, Section, Table, dots_figure, section_of
 from sae_nfm.report.plots import Axis, Dot, bars, ends, line, styled, wrapped
 from sae_nfm.report.run_folder import Run
@@ -120,17 +128,16 @@ def _selection(result: FactorialResult) -> Table:
 
 def _selected(one: SelectedUnit) -> tuple[str, ...]:
     chosen, held = one.test.selection, one.test.held_out
-    eta = held.partial_eta_squared
     return (
         one.unit.role,
         " x ".join(map(str, one.unit.index)),
         f"{chosen.candidates:,}",
         f"{chosen.f:.1f}",
-        f"{chosen.p_value:.3f}",
+        p_text(chosen.p_value),
         f"{held.f:.2f}",
-        f"{held.p_value:.3f}",
-        f"{eta.estimate:.3f} [{eta.low:.3f}, {eta.high:.3f}]",
-        f"{one.null.p_value:.3f}",
+        p_text(held.p_value),
+        eta_text(held.partial_eta_squared),
+        p_text(one.null.p_value),
     )
 
 
@@ -142,8 +149,8 @@ def _arms(result: FactorialResult) -> Table:
             arm.clamp,
             f"{main.contrast:+.4f}",
             f"{main.f:.2f}",
-            f"{main.p_value:.3f}",
-            "control" if arm.tests.items_p_adjusted is None else f"{arm.tests.items_p_adjusted:.3f}",
+            p_text(main.p_value),
+            p_text(arm.tests.items_p_adjusted) or "control",
             arm.tests.removability.words,
             f"{arm.tests.published_f:.2f}",
         )

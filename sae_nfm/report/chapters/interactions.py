@@ -16,6 +16,7 @@ from sae_nfm.attribution.results import (
     Point,
     TokenAttribution,
 )
+from sae_nfm.common import not_held_out
 from sae_nfm.report.blocks import Block, Figure, Heading, Prose, Section, Table, dots_figure
 from sae_nfm.report.plots import AXIS, PALETTE, Axis, Dot, styled
 from sae_nfm.report.run_folder import Found, Run
@@ -81,8 +82,9 @@ def section(run: Run) -> Section | None:
         blocks.append(Heading(text=f"{run.label(one.path)}: {one.result.sae}"))
         corpus = one.result.corpus
         if corpus is not None:
-            blocks += _corpus(corpus, number)
-            verdicts += findings(corpus)
+            warned = not_held_out(one.result.provenance)
+            blocks += [*([Prose(lines=warned)] if warned else []), *_corpus(corpus, number)]
+            verdicts += [*findings(corpus), *warned]
         blocks += _prompt(one, number)
     return Section(id="interactions", title=TITLE, lead=LEAD, blocks=blocks, verdicts=verdicts) if blocks else None
 

@@ -67,12 +67,30 @@ def _blocks(named: Sequence[tuple[str, TrainingCurves]], number: int) -> Iterato
     drawn = dict(named[:MOST])
     figures = (unexplained_figure, shares_figure, l0_figure, held_out_figure, dead_figure)
     yield from (figure for draw in figures if (figure := draw(drawn, number)) is not None)
-    dead = {name: curves.dead.values[-1] for name, curves in named if curves.dead is not None}
-    if dead and not any(dead.values()):
-        yield Prose(lines=[f"At the end no feature counted as dead in any of these {len(dead)} SAEs."])
+    too_short = {name: own for name, own in named if own.dead is not None and _never_dead(own)}
+    counted = [own.dead.values[-1] for name, own in named if own.dead is not None and name not in too_short]
+    if counted and not any(counted):
+        yield Prose(lines=[f"At the end no feature counted as dead in any of these {len(counted)} SAEs."])
+    if too_short:
+        windows = ", ".join(
+            f"{name} ({own.dead_feature_window:,} of {own.steps:,} steps)" for name, own in too_short.items()
+        )
+        yield Prose(
+            lines=[
+                "No feature could count as dead, however many never fired: the steps for which it has to be silent "
+                f"(dead_feature_window) are no fewer than those of the run, for {windows}. The explorer counts features "
+                "that fire on no held-out token."
+            ]
+        )
     if len(named) > MOST:
         left = ", ".join(name for name, _ in named[MOST:])
         yield Prose(lines=[f"The first {MOST} of {len(named)} training records are drawn; not: {left}."])
+
+
+def _never_dead(curves: TrainingCurves) -> bool:
+    """Whether the run was too short for a feature to count as dead."""
+    window, steps = curves.dead_feature_window, curves.steps
+    return window is not None and steps is not None and steps <= window
 
 
 def unexplained_figure(curves: Named, number: int) -> Figure | None:
