@@ -128,12 +128,12 @@ TRAIN = {
         "of SAELens's CacheActivationsRunner. `train` and `compare` read them with --activations. An interrupted run "
         "resumes when the command is called again.",
         examples=(
-            ("the embedded model's tokens, offline", "sae-nfm cache --tokens 100000 --output runs/activations"),
             (
-                "two hook points of another model, in half the space",
-                "sae-nfm cache --model gpt2 --hook blocks.5.hook_resid_post blocks.8.hook_resid_post --dataset train.parquet "
-                "--tokens 4000000 --dtype float16 --output runs/gpt2",
+                "the embedded model, two hook points",
+                "sae-nfm cache --hook blocks.1.hook_mlp_out blocks.2.hook_resid_post",
             ),
+            ("another model, in half the space", "sae-nfm cache --model gpt2 --dataset a.parquet --dtype float16"),
+            ("then train on it", "sae-nfm train --activations runs/activations --hook blocks.1.hook_mlp_out"),
         ),
         config="sae_nfm.data.activation_cache:CacheConfig",
         run="sae_nfm.data.activation_cache:run_cache",

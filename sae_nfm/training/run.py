@@ -45,14 +45,16 @@ from sae_nfm.architectures import (
 from sae_nfm.architectures.joint_config import ARCHITECTURE
 from sae_nfm.common import check_number, check_output, partial_folder, publishing, remark
 from sae_nfm.common.file_errors import python_string
+from sae_nfm.common.options import CacheOptions
 from sae_nfm.convert import topk_by_name, warm_started, write_adapter
 from sae_nfm.data import (
     ActivationCache,
-    CacheOptions,
     check_data,
     held_out_tokens,
     open_dataset,
+    opened_cache,
     read_from_cache,
+    read_identity,
     training_data,
 )
 from sae_nfm.loading import load_sae, quiet_saelens, refuse_not_finite
@@ -253,7 +255,10 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
     unknown = set(given).difference(("architecture",), *names.values())
     if unknown:
         raise ValueError(f"`sae-nfm train` has no option {sorted(unknown)[0]}; `sae-nfm train --help` has every option")
-    values = defaults(sae_class, given.get("model_name", demo.MODEL_NAME)) | dict(given)
+    cache = CacheOptions(**{name: given[name] for name in ("activations", "shuffle_rows") if name in given})
+    measured = _of_cache(cache, given)
+    model_name = given.get("model_name", measured.get("model_name", demo.MODEL_NAME))
+    values = defaults(sae_class, model_name) | measured | dict(given)
     built: dict[type, dict[str, Any]] = {}
     for config, options in names.items():
         hints = get_type_hints(config)
@@ -271,10 +276,26 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
         cfg=cfg,
         record=RecordConfig(**built[RecordConfig]),
         others=OtherSAEs(**built[OtherSAEs]),
-        cache=CacheOptions(**built[CacheOptions]),
+        cache=cache,
         given=frozenset(given),
         argv=tuple(argv),
     )
+
+
+def _of_cache(options: CacheOptions, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cache of activations says of a run. A ValueError where a data set was given that is not its own."""
+    options.check_cache()
+    if options.activations is None:
+        return {}
+    own = read_identity(options.activations)
+    if given.get("dataset_path", own.dataset) != own.dataset:
+        raise ValueError(
+            f"dataset_path is {given['dataset_path']!r}, and {own.dataset!r} in the cache {options.activations!r}, which has its "
+            "own rows; leave one of the two out"
+        )
+    found = {"model_name": own.model, "model_class_name": own.model_class_name, "context_size": own.context_size}
+    found |= {"dataset_path": own.dataset}
+    return found | ({"hook_name": next(iter(own.hooks))} if len(own.hooks) == 1 else {})
 
 
 def _checked(option: str, hint: Any, value: Any, known: bool) -> Any:
@@ -352,15 +373,14 @@ def train(arguments: TrainArguments) -> Trained:
     cfg = arguments.cfg
     check_output(cfg.output_path, "output_path", only_sae=True)
     others = load_others(arguments.others, cfg)
-    cache = _opened_cache(arguments)
+    cache = opened_cache(arguments.cache, cfg.seed)
     model = fit_to_model(arguments, others)
     dataset, held_out = _data(arguments, cache)
     with temporary_seed(cfg.seed), quiet_saelens(), _expected_overrides():
         sae = others.starting_sae(cfg, arguments.given)
         runner = WholeRunner(cfg, override_dataset=dataset, override_model=cast(Any, model), override_sae=sae)
         if cache is not None:
-            cache.check(cast(LanguageModel, model), cfg.hook_name, cfg.context_size)
-            read_from_cache(runner.activations_store, cache)
+            read_from_cache(runner, cache)
         runner.saves_adapter = arguments.others.adapter
         others.sign(runner.sae.cfg.metadata)
         _check_runner(runner, held_out)
@@ -489,26 +509,6 @@ def _check_runner(runner: WholeRunner, held_out: Any) -> None:
             "context_size"
         )
     store.n_dataset_processed = 0  # nothing was taken from the training's own sequences
-
-
-def _opened_cache(arguments: TrainArguments) -> ActivationCache | None:
-    """The cache of activations; what was not given is as in it. A ValueError where a data set was given, too."""
-    cfg, folder = arguments.cfg, arguments.cache.activations
-    if folder is None:
-        return None
-    for name in ("dataset_path", "use_cached_activations"):
-        if name in arguments.given:
-            raise ValueError(f"both --activations and --{name} given; a cache has its own text, leave one out")
-    cache = ActivationCache(folder)
-    own = cache.identity
-    measured = {"model_name": own.model, "model_class_name": own.model_class_name, "context_size": own.context_size}
-    if len(own.hooks) == 1:
-        measured["hook_name"] = next(iter(own.hooks))
-    for name, value in measured.items():
-        if name not in arguments.given:
-            setattr(cfg, name, value)
-    cfg.dataset_path = own.dataset
-    return cache
 
 
 def _data(arguments: TrainArguments, cache: ActivationCache | None) -> tuple[Any, Any]:
