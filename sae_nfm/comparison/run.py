@@ -43,7 +43,6 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_nfm import demo
 from sae_nfm.common import (
     check_extension,
     check_output,
@@ -105,6 +104,7 @@ class Prepared:
         """
         refuse_several_processes()
         model = load_model(cfg.model, cfg.device)
+        assert cfg.hook is not None  # its config has put the model's default there
         site = find_site(model, cfg.hook)
         seed = 0 if cfg.shuffle else cfg.seeds[0]
         train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, cfg.model, seed)
@@ -138,7 +138,7 @@ class Prepared:
         return StreamConfig(
             model_name=cfg.model,
             hook_name=self.site.hook_name,
-            dataset=cfg.dataset or demo.MODEL_NAME,
+            dataset=cfg.dataset or cfg.model,
             training_tokens=tokens,
             context_size=self.held_out.tokens.shape[1],
             seed=seed,
@@ -156,7 +156,7 @@ class Prepared:
 
     def provenance(self, command: str | None, folder: Path, trained: Path) -> dict[str, Any]:
         """What a result of this configuration has to say for itself; the folder has its SAEs, `trained` is one of them."""
-        metadata = SAEMetadata(dataset_path=self.cfg.dataset or demo.MODEL_NAME, context_size=self.cfg.context_size)
+        metadata = SAEMetadata(dataset_path=self.cfg.dataset or self.cfg.model, context_size=self.cfg.context_size)
         weights = sorted(folder.rglob(SAE_WEIGHTS_FILENAME))
         return provenance(
             json.loads(json.dumps(asdict(self.cfg) | {"arms": self.cfg.chosen_arms})),

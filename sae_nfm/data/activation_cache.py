@@ -41,7 +41,6 @@ from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_nfm import demo
 from sae_nfm.common import (
     check_choice,
     check_digests,
@@ -57,10 +56,10 @@ from sae_nfm.common import (
     write_json,
 )
 from sae_nfm.common.files import digests
-from sae_nfm.common.options import EMBEDDED_MODEL, CacheOptions, check_numbers
+from sae_nfm.common.options import DEFAULT_HOOK, DEFAULT_HOOKS, EMBEDDED_MODEL, CacheOptions, check_numbers
 from sae_nfm.common.outputs import final_place
 from sae_nfm.common.results import SavedResult
-from sae_nfm.data.datasets import TOKEN_COLUMNS, check_data, data_column, first_rows, training_data
+from sae_nfm.data.datasets import TOKEN_COLUMNS, check_data, data_column, first_rows, own_text, training_data
 from sae_nfm.loading import sha256_of
 from sae_nfm.models import LanguageModel, check_context, check_device, device_of, load_model, passing, shape_at
 
@@ -133,13 +132,15 @@ class CacheConfig:
     """Whose activations to compute, on what text, and where they go."""
 
     model: str = EMBEDDED_MODEL
-    """TransformerLens model name or local Hugging Face folder; by default the embedded model."""
+    """TransformerLens model name, local Hugging Face folder or smollm2; by default the embedded model."""
     model_class_name: str = "HookedTransformer"
     """HookedTransformer, TransformerBridge or AutoModelForCausalLM."""
-    hook: tuple[str, ...] = ("blocks.2.hook_resid_post",)
-    """Hook points; one pass of the model serves all of them."""
+    hook: tuple[str, ...] = ()
+    """Hook points; one pass of the model serves all of them. By default blocks.2.hook_resid_post, of smollm2
+    blocks.9.hook_resid_post."""
     dataset: str | None = None
-    """Training text or tokens, as for `sae-nfm compare`; by default tokens sampled from the embedded model."""
+    """Training text or tokens, as for `sae-nfm compare`; by default text sampled from the model itself, which the embedded one
+    and smollm2 have."""
     held_out: str | None = None
     """Held-out text of the trainings to come, as for `sae-nfm compare`: documents of the data set that are held out are not
     cached."""
@@ -160,8 +161,8 @@ class CacheConfig:
         """Refuse what cannot work."""
         check_numbers(self)
         check_choice("dtype", self.dtype, get_args(StoredDtype))
-        if not self.hook or len(set(self.hook)) < len(self.hook):
-            raise ValueError(f"hook is {list(self.hook)}; give at least one hook point, each once")
+        if len(set(self.hook)) < len(self.hook):
+            raise ValueError(f"hook is {list(self.hook)}; give each hook point once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,23 +195,22 @@ def run_cache(cfg: CacheConfig, *, command: str | None = None) -> WrittenCache:
     """
     check_output(cfg.output)
     check_device(cfg.device)
-    if cfg.dataset is None and cfg.model != demo.MODEL_NAME:
-        raise ValueError(f"the embedded tokens suit the embedded model only; give --dataset for {cfg.model!r}")
-    model = load_model(cfg.model, cfg.device, model_class_name=cfg.model_class_name)
-    for hook in cfg.hook:
-        shape_at(model, hook)  # there is one, before the text is read
-    check_context(model, cfg.context_size)
     held_out = cfg.dataset if cfg.held_out is None else cfg.held_out
     if cfg.dataset is None:
-        dataset = demo.load_tokens("train")
+        dataset = own_text(cfg.model, "train", seed=cfg.seed)
     else:
         dataset = training_data(cfg.dataset, held_out, seed=cfg.seed)
-    name = cfg.dataset or demo.MODEL_NAME
+    model = load_model(cfg.model, cfg.device, model_class_name=cfg.model_class_name)
+    hooks = cfg.hook or (DEFAULT_HOOKS.get(cfg.model, DEFAULT_HOOK),)
+    for hook in hooks:
+        shape_at(model, hook)  # there is one, before the text is read
+    check_context(model, cfg.context_size)
+    name = cfg.dataset or cfg.model
     rows = rows_of(model, dataset, cfg.context_size, cfg.tokens, name)
     origin: dict[str, Any] = {"model_name": cfg.model, "model_class_name": cfg.model_class_name}
     origin |= {"dataset": name, "held_out": held_out, "seed": cfg.seed, "dtype": cfg.dtype}
     origin |= {"joined": data_column(dataset) not in TOKEN_COLUMNS}
-    return write_cache(model, rows, identity_of(model, cfg.hook, rows, **origin), cfg.output, command=command)
+    return write_cache(model, rows, identity_of(model, hooks, rows, **origin), cfg.output, command=command)
 
 
 def rows_of(

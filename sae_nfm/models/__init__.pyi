@@ -15,6 +15,9 @@ from .load import shape_at as shape_at
 from .load import site_at as site_at
 from .local_hf import config_fields as config_fields
 from .local_hf import is_folder as is_folder
+from .smollm2 import cache_folder as cache_folder
+from .smollm2 import fetch as fetch
+from .smollm2 import fetched_folder as fetched_folder
 from .splicing import Attached as Attached
 from .splicing import HookFunction as HookFunction
 from .splicing import SpecialTokens as SpecialTokens
