@@ -13,6 +13,7 @@ from .load import refuse_heads_of_a_bridge as refuse_heads_of_a_bridge
 from .load import resolve_hook_name as resolve_hook_name
 from .load import shape_at as shape_at
 from .load import site_at as site_at
+from .load import synchronize as synchronize
 from .local_hf import config_fields as config_fields
 from .local_hf import is_folder as is_folder
 from .smollm2 import cache_folder as cache_folder

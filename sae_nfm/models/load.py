@@ -313,6 +313,12 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device!r} cannot be used here ({reason}); give another") from error
 
 
+def synchronize(device: str) -> None:
+    """Wait until the device has done what was asked of it."""
+    if torch.device(device).type in ("cuda", "mps", "xpu"):
+        torch.accelerator.synchronize(device)
+
+
 def refuse_heads_of_a_bridge(model: LanguageModel, hook_name: str) -> None:
     """Raise a ValueError where SAELens's evaluation would not flatten heads: it goes by names that a bridge does not use."""
     if isinstance(model, SAETransformerBridge) and hook_name.endswith(HEADS):
