@@ -70,11 +70,6 @@ class CacheOptions:
     shuffle_rows: bool = False
     """Read the rows of the cache in an order drawn from the seed; else in their own, as without a cache."""
 
-    def check_cache(self) -> None:
-        """Raise a ValueError for options that say nothing without a cache."""
-        if self.shuffle_rows and self.activations is None:
-            raise ValueError("shuffle_rows is for the rows of a cache; give --activations too, or leave it out")
-
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutOptions:

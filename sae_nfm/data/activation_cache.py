@@ -59,7 +59,16 @@ from sae_nfm.common.files import digests
 from sae_nfm.common.options import DEFAULT_HOOK, DEFAULT_HOOKS, EMBEDDED_MODEL, CacheOptions, check_numbers
 from sae_nfm.common.outputs import final_place
 from sae_nfm.common.results import SavedResult
-from sae_nfm.data.datasets import TOKEN_COLUMNS, check_data, data_column, first_rows, own_text, training_data
+from sae_nfm.data.datasets import (
+    TOKEN_COLUMNS,
+    check_data,
+    data_column,
+    first_rows,
+    load_splits,
+    open_dataset,
+    own_text,
+    training_data,
+)
 from sae_nfm.loading import sha256_of
 from sae_nfm.models import LanguageModel, check_context, check_device, device_of, load_model, passing, shape_at
 
@@ -144,6 +153,8 @@ class CacheConfig:
     held_out: str | None = None
     """Held-out text of the trainings to come, as for `sae-nfm compare`: documents of the data set that are held out are not
     cached."""
+    split: str = "train"
+    """Split of the data set; that of held-out text is for `sae-nfm dynamics`, and nothing to train on."""
     tokens: int | None = None
     """Tokens to run the model over, rounded up to whole rows; unless given all of the data set, 400,000 at most."""
     context_size: int = 256
@@ -197,7 +208,9 @@ def run_cache(cfg: CacheConfig, *, command: str | None = None) -> WrittenCache:
     check_device(cfg.device)
     held_out = cfg.dataset if cfg.held_out is None else cfg.held_out
     if cfg.dataset is None:
-        dataset = own_text(cfg.model, "train", seed=cfg.seed)
+        dataset = own_text(cfg.model, cfg.split, seed=cfg.seed)
+    elif cfg.split != "train":
+        dataset = open_dataset(cfg.dataset, split=cfg.split, seed=cfg.seed)
     else:
         dataset = training_data(cfg.dataset, held_out, seed=cfg.seed)
     model = load_model(cfg.model, cfg.device, model_class_name=cfg.model_class_name)
@@ -205,7 +218,7 @@ def run_cache(cfg: CacheConfig, *, command: str | None = None) -> WrittenCache:
     for hook in hooks:
         shape_at(model, hook)  # there is one, before the text is read
     check_context(model, cfg.context_size)
-    name = cfg.dataset or cfg.model
+    name = (cfg.dataset or cfg.model) + ("" if cfg.split == "train" else f" ({cfg.split})")
     rows = rows_of(model, dataset, cfg.context_size, cfg.tokens, name)
     origin: dict[str, Any] = {"model_name": cfg.model, "model_class_name": cfg.model_class_name}
     origin |= {"dataset": name, "held_out": held_out, "seed": cfg.seed, "dtype": cfg.dtype}
@@ -437,11 +450,38 @@ class ActivationCache:
 
 
 def opened_cache(options: CacheOptions, seed: int) -> ActivationCache | None:
-    """The cache that options name, its rows in the order that they ask for; None where they name none. Raises as that."""
-    options.check_cache()
+    """The cache that options name, its rows in the order that they ask for; None where they name none.
+
+    Raises as `ActivationCache`, and a ValueError for a data set beside it that is not its own, or `shuffle_rows` without it.
+    """
     if options.activations is None:
+        if options.shuffle_rows:
+            raise ValueError("shuffle_rows is for the rows of a cache; give activations too, or leave it out")
         return None
-    return ActivationCache(options.activations, order_seed=seed if options.shuffle_rows else None)
+    cache = ActivationCache(options.activations, order_seed=seed if options.shuffle_rows else None)
+    own, given = cache.identity.dataset, getattr(options, "dataset", None)
+    if given not in (None, own):
+        raise ValueError(
+            f"dataset is {given!r}, and {own!r} in the cache {quoted(cache.folder)}, which has its own rows; leave one out"
+        )
+    return cache
+
+
+def cached_splits(cache: ActivationCache, held_out: str | None) -> tuple[Dataset, Any]:
+    """Training and held-out data of trainings on a cache, as `load_splits` has them without one.
+
+    Raises as that, and a ValueError where held-out documents are among those cached.
+    """
+    own = cache.identity
+    if own.dataset in (held_out, own.model) or (held_out is None and own.held_out == own.dataset):
+        if held_out is not None and own.held_out != held_out:
+            raise ValueError(
+                f"held_out is {held_out!r}, and {own.held_out!r} when {quoted(cache.folder)} was cached, so that it has those "
+                f"documents; give other held-out text, or {ANEW} with --held-out {held_out!r}"
+            )
+        named = None if own.dataset == own.model else own.dataset
+        return cache.dataset(), load_splits(named, None, own.model)[1]
+    return cache.dataset(), open_dataset(str(held_out or own.held_out), split="validation")
 
 
 class _Rows:

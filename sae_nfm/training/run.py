@@ -291,7 +291,6 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
 
 def _of_cache(options: CacheOptions, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a cache of activations says of a run. A ValueError where a data set was given that is not its own."""
-    options.check_cache()
     if (
         options.activations is None or not (Path(options.activations) / IDENTITY_FILENAME).is_file()
     ):  # said when it is opened
