@@ -16,6 +16,7 @@ from .local_hf import config_fields as config_fields
 from .local_hf import is_folder as is_folder
 from .splicing import Attached as Attached
 from .splicing import HookFunction as HookFunction
+from .splicing import SharedPrefix as SharedPrefix
 from .splicing import SpecialTokens as SpecialTokens
 from .splicing import claimed as claimed
 from .splicing import hooked as hooked
