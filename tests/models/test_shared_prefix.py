@@ -118,6 +118,11 @@ def test_outcomes_are_those_of_each_arm_alone(folders, kind):
     for name, arm in arms.items():
         alone = dict(outcomes(model, tokens, {name: arm}, attention_mask=mask))[name]
         assert alone.kl_nats.min() > 0
+        with arm.on(model):
+            expected, prefix = run_rows(model, tokens, mask), SharedPrefix(model, [arm.hook_name])
+            for _ in range(2):  # without a run before them
+                with prefix.shared(arm.hook_name):
+                    assert torch.equal(run_rows(model, tokens, mask), expected)
         for column, values in together[name].columns().items():
             torch.testing.assert_close(values, alone.columns()[column], rtol=0, atol=0, equal_nan=True)
 
