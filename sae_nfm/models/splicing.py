@@ -341,8 +341,11 @@ class SharedPrefix:
         hooks = [hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
         if torch.is_grad_enabled() or any(getattr(hook, "__self__", None) is not self for hook in hooks):
             return None
-        kept = (HookPoint, type(self._blocks[0]))
-        return [(part, vars(part).get("forward")) for part in parts if type(part) not in kept]
+        skipped = (HookPoint, type(self._blocks[0]))
+        weights = [w for part in parts for w in part.parameters(recurse=False)]
+        return [(id(w), None if w.is_inference() else w._version) for w in weights] + [
+            (part, vars(part).get("forward")) for part in parts if type(part) not in skipped
+        ]
 
 
 def _blocks_before(hook_name: str) -> int:

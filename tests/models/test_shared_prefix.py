@@ -163,6 +163,12 @@ def torch_hook(model, stack):
     stack.callback(handle.remove)
 
 
+def weights(model, stack):
+    weight = model.blocks[0].mlp.W_out
+    stack.callback(weight.copy_, weight.clone())
+    weight[:3] = 0
+
+
 CHANGES = {
     "hook": hooked("blocks.0.hook_mlp_out"),
     "embedding": hooked("hook_embed"),
@@ -171,6 +177,7 @@ CHANGES = {
     "block": patched(None),
     "attention module": patched("attn"),
     "torch": torch_hook,
+    "weights": weights,
 }
 
 
