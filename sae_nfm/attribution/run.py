@@ -101,6 +101,7 @@ def attribute(config: AttributeConfig, *, command: str | None = None) -> Attribu
         provenance=provenance(
             config,
             command=command,
+            model_name=config.model or sae.cfg.metadata.model_name,
             tokens_sha256=hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
             text=told_of_text(model, tokens, metadata=sae.cfg.metadata, folder=config.sae, source=config.held_out),
         ),

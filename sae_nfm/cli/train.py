@@ -15,6 +15,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_nfm import demo
 from sae_nfm.architectures.joint_config import ARCHITECTURE
 from sae_nfm.cli.parser import CommandParser, Option, options_of, respelt, typed
+from sae_nfm.common.options import FETCHED_MODEL
 from sae_nfm.training.run import SAELENS_SAE, TrainArguments, defaults, option_names, train_arguments, trainable
 
 SAE, WANDB = "SAE", "Weights & Biases"
@@ -51,13 +52,13 @@ HIDDEN = ("hook_eval", "metadata", "sae_lens_version", "sae_lens_training_versio
 """SAELens flags that have no effect here or are unsupported; they are accepted and not shown."""
 
 TOLD = {
-    "model_name": f"The language model: {demo.MODEL_NAME} (embedded in the package, offline), a local Hugging Face folder, "
-    "or a name on the hub.",
+    "model_name": f"The language model: {demo.MODEL_NAME} (embedded in the package, offline), smollm2 (once "
+    "`sae-nfm models fetch smollm2` has fetched it), a local Hugging Face folder, or a name on the hub.",
     "model_class_name": "HookedTransformer, TransformerBridge or AutoModelForCausalLM; with the last, hook names are the "
     "module names of Hugging Face.",
     "dataset_path": "Training text or tokens: a .parquet, .arrow, .jsonl, .json, .csv or .txt file (also .gz, .zst), a folder of "
-    "them, a data set saved by `datasets`, or a hub name (name or name:config). Without it: tokens of the embedded model, with "
-    "that model.",
+    "them, a data set saved by `datasets`, or a hub name (name or name:config). Without it: the text of their own that the "
+    "embedded model and smollm2 have.",
     "seed": "Seed of initialisation and data order, on the CPU and the GPU. (SAELens has the flag and reads it nowhere.)",
     "d_in": "Width of the hook point. It is measured; give it only as a check.",
     "d_sae": "Number of features.",
@@ -97,8 +98,8 @@ of `python -m sae_lens.llm_sae_training_runner`; dashes may stand for underscore
 model and its tokens, offline, in about a minute.
 
 The defaults below are those for {architecture} on {model}. Others: `sae-nfm train --architecture gated --model_name gpt2 --help`;
-on another model than the embedded one they are SAELens's, but for wandb, which is off, a buffer that holds a batch, and rows no
-longer than the model reads. SAELens's default trains on special tokens too; the embedded model's leaves them out."""
+on another model than the embedded one and smollm2 they are SAELens's, but for wandb, which is off, a buffer that holds a batch,
+and rows no longer than the model reads. SAELens's default trains on special tokens too; those of the two leave them out."""
 EPILOG = """\
 Ctrl-C or SIGTERM saves a checkpoint and prints the command that goes on from it. Exit status: 0 done, 1 the training
 diverged or its data were lost (it says what to do), 2 a mistake in the command (nothing is written), 130 interrupted."""
@@ -119,7 +120,8 @@ def make_parser(argv: Sequence[str] = (), *, examples: Sequence[tuple[str, str]]
     def build(values: Mapping[str, Any], given: frozenset[str]) -> TrainArguments:
         return train_arguments({name: value for name, value in values.items() if name in given}, argv=argv)
 
-    model = "the embedded model" if chosen["model_name"] == demo.MODEL_NAME else "a model given by name"
+    names = {demo.MODEL_NAME: "the embedded model", FETCHED_MODEL: FETCHED_MODEL}
+    model = names.get(chosen["model_name"], "a model given by name")
     return CommandParser(
         prog="sae-nfm train",
         description=DESCRIPTION.format(architecture=chosen["architecture"], model=model),

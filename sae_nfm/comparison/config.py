@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sae_nfm.common import check_number, check_numbers, check_positive
-from sae_nfm.common.options import ModelOptions, TextOptions
+from sae_nfm.common.options import DEFAULT_HOOK, DEFAULT_HOOKS, ModelOptions, TextOptions
 from sae_nfm.comparison.results import ArmName
 
 A = ArmName
@@ -36,7 +36,9 @@ class SizeOptions(TextOptions, ModelOptions):
     """Tokens per row, BOS included; at most the model's context."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot work."""
+        """Refuse sizes that cannot work; the hook point is the model's default unless given."""
+        if self.hook is None:
+            object.__setattr__(self, "hook", DEFAULT_HOOKS.get(self.model, DEFAULT_HOOK))
         for name in ("d_sae", "nfm_dim", "training_tokens", "held_out_tokens", "batch_size"):
             check_number(name, getattr(self, name))
         if self.context_size < 2:

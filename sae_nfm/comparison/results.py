@@ -18,6 +18,7 @@ import pandas as pd
 from typing_extensions import override
 
 from sae_nfm.common import aligned, whole
+from sae_nfm.common.options import EMBEDDED_MODEL, sampled_text
 from sae_nfm.common.results import SavedResult, not_held_out
 from sae_nfm.stats import Verdict, corrected_verdicts, paired_t, verdict_from_rows
 
@@ -391,9 +392,13 @@ class CompareResult(SavedResult):
             told += [f"Diverged in the sweep, and scored with an infinite FVU: {', '.join(failed)}."] if failed else []
         else:
             told.append(f"One learning rate ({rates[0]:g}) for all SAEs; none was tuned by itself.")
-        if config["dataset"] is None:
-            told.append("The tokens were sampled from the embedded model itself: no evidence about real text.")
-        return [*told, *not_held_out(self.provenance), *([PUBLISHED] if self.changes else [])]
+        sampled = sampled_text(config.get("model", EMBEDDED_MODEL), config["dataset"])
+        return [
+            *told,
+            *([sampled] if sampled else []),
+            *not_held_out(self.provenance),
+            *([PUBLISHED] if self.changes else []),
+        ]
 
 
 def _changes_in_words(found: Sequence[Change]) -> list[str]:

@@ -6,6 +6,7 @@ from .datasets import held_out_tokens as held_out_tokens
 from .datasets import load_splits as load_splits
 from .datasets import local_dataset as local_dataset
 from .datasets import open_dataset as open_dataset
+from .datasets import own_text as own_text
 from .datasets import read_documents as read_documents
 from .datasets import refuse_without_tokenizer as refuse_without_tokenizer
 from .datasets import training_data as training_data

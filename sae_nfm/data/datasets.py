@@ -39,6 +39,7 @@ from torch import Tensor
 from sae_nfm import demo
 from sae_nfm.common import remark
 from sae_nfm.common.file_errors import reading
+from sae_nfm.common.options import FETCHED_MODEL, SAMPLED
 from sae_nfm.loading import quiet_saelens
 from sae_nfm.models import OFFLINE, LanguageModel, device_of
 
@@ -63,6 +64,8 @@ DESCRIPTIONS = {
     "manifest.json",
 }
 """JSON files in folders of data that are no data."""
+SMOLLM2_TEXT = Path(__file__).with_name("smollm2")
+"""The packaged folder of documents sampled from SmolLM2; its README.md says how."""
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
@@ -309,11 +312,7 @@ def load_splits(dataset: str | None, validation: str | None, model_name: str, se
     Raises a ValueError or FileNotFoundError for a source that is missing, empty or unreadable, or only half given.
     """
     if dataset is None and validation is None:
-        if model_name != demo.MODEL_NAME:
-            raise ValueError(
-                f"the embedded tokens suit the embedded model only; {model_name!r} needs --dataset and --held-out"
-            )
-        return demo.load_tokens("train"), demo.load_tokens("validation")
+        return own_text(model_name, "train", seed=seed), own_text(model_name, "validation")
     if dataset is None:
         raise ValueError(f"--held-out is {validation!r} but there is no --dataset to train on; give both")
     splits = _splits(dataset, seed=seed, streaming=True)
@@ -321,6 +320,21 @@ def load_splits(dataset: str | None, validation: str | None, model_name: str, se
         raise ValueError(f"--dataset is the file {dataset!r}; give held-out text too, with --held-out FILE")
     train = _training_part(splits, dataset, validation or dataset)
     return train, open_dataset(validation or dataset, split="validation")
+
+
+def own_text(model_name: str | None, split: str, *, seed: int = 0) -> Any:
+    """What comes with a model and was sampled from it: tokens of the embedded one, documents of SmolLM2 (shuffled with `seed`).
+
+    A line says so of SmolLM2's. Raises a ValueError for any other model.
+    """
+    if model_name == demo.MODEL_NAME:
+        return demo.load_tokens(split)
+    if model_name != FETCHED_MODEL:
+        wanted = "held-out text with --held-out" if split == "validation" else "--dataset and --held-out"
+        raise ValueError(f"the embedded tokens suit the embedded model only; give {wanted} for {model_name!r}")
+    if split == "train":
+        remark(f"training text: {SAMPLED[FETCHED_MODEL]}")
+    return open_dataset(str(SMOLLM2_TEXT), split=split, seed=seed)
 
 
 def training_data(dataset: str, held_out: str | None, *, seed: int = 0, streaming: bool = True) -> Any:

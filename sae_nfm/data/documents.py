@@ -14,9 +14,8 @@ from sae_lens import SAE, ActivationsStore
 from torch import Tensor
 from typing_extensions import override
 
-from sae_nfm import demo
 from sae_nfm.common import ShortRepr
-from sae_nfm.data.datasets import check_data, first_rows, open_dataset
+from sae_nfm.data.datasets import check_data, first_rows, open_dataset, own_text
 from sae_nfm.models import LanguageModel, check_context, device_of, special_token_ids
 
 NO_DOCUMENT = -1
@@ -115,15 +114,13 @@ def held_out_corpus(
     """Rows of held-out text with their documents, of at most n_tokens (at least one row).
 
     The SAE's metadata name the model and the length of a row, unless `model_name` and `context_size` do; without a dataset_path
-    (a file, a folder, or a data set on disk or the hub) it is the embedded model's held-out tokens.
+    (a file, a folder, or a data set on disk or the hub) it is the model's own held-out text.
     """
     metadata = sae.cfg.metadata
     if dataset_path is not None:
         dataset = open_dataset(dataset_path, split=split)
-    elif (model_name or metadata.model_name) == demo.MODEL_NAME:
-        dataset = demo.load_tokens("validation")
     else:
-        raise ValueError("the embedded tokens suit the embedded model only; give held-out text with --held-out")
+        dataset = own_text(model_name or metadata.model_name, "validation")
     size = context_size or metadata.context_size
     if size is None:
         raise ValueError("the SAE's metadata has no context_size; give --context-size")

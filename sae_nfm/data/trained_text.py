@@ -26,7 +26,8 @@ from torch import Tensor
 from sae_nfm import demo
 from sae_nfm.common import checked, whole
 from sae_nfm.common.file_errors import reading
-from sae_nfm.data.datasets import TOKEN_COLUMNS, data_column, first_rows, local_dataset
+from sae_nfm.common.options import FETCHED_MODEL
+from sae_nfm.data.datasets import SMOLLM2_TEXT, TOKEN_COLUMNS, data_column, first_rows, local_dataset
 from sae_nfm.models import LanguageModel, special_token_ids
 
 FILENAME = "training_text.safetensors"
@@ -195,7 +196,7 @@ def _sketch_of(model: LanguageModel, context_size: int | None, name: str) -> tup
         rows: Any = np.stack(cast(Any, demo.load_tokens("train").with_format("numpy"))["tokens"][:])
         return TextSketch.of(rows, special), True
     try:
-        dataset = local_dataset(name)
+        dataset = local_dataset(str(SMOLLM2_TEXT) if name == FETCHED_MODEL else name)
     except (FileNotFoundError, ValueError):  # gone, or another thing by now
         return None, False
     if dataset is None or context_size is None:

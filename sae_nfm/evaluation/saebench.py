@@ -30,10 +30,9 @@ import tyro
 from sae_lens import SAE, ActivationsStore, HookedSAETransformer, TrainingSAE
 from sae_lens.util import temporary_seed
 
-from sae_nfm import demo
 from sae_nfm.common import check_choice, check_positive, check_writable, listed, whole, write_json
 from sae_nfm.common.options import SavedSAEOptions
-from sae_nfm.data import check_data, open_dataset
+from sae_nfm.data import check_data, open_dataset, own_text
 from sae_nfm.evaluation.saelens_evals import store_as_in_training
 from sae_nfm.loading import load_sae, quiet_saelens
 from sae_nfm.models import check_context, check_device, load_model, loader_kwargs, site_at
@@ -192,7 +191,7 @@ def _core(name: str, sae: SAE[Any], model: HookedSAETransformer, config: SAEBenc
         batch_size_prompts=config.batch_size_prompts,
         n_eval_reconstruction_batches=config.batches,
         n_eval_sparsity_variance_batches=config.batches,
-        dataset=config.held_out or demo.MODEL_NAME,
+        dataset=config.held_out or config.model or sae.cfg.metadata.model_name,
         context_size=config.context_size or sae.cfg.metadata.context_size,
         exclude_special_tokens_from_reconstruction=excluded,
         **dict.fromkeys(computed, True),
@@ -271,7 +270,7 @@ def _mdl(name: str, sae: SAE[Any], model: HookedSAETransformer, config: SAEBench
     )
     mdl.config = settings  # its functions read a global that its own command line alone sets
     with temporary_seed(config.seed), torch.no_grad():
-        rows = mdl.run_eval_single_sae(settings, sae, model, config.device, _dataset(config))
+        rows = mdl.run_eval_single_sae(settings, sae, model, config.device, _dataset(sae, config))
     file = Path(mdl.general_utils.get_results_filepath(str(folder / "mdl"), name, sae_id))
     content = {"eval_config": asdict(settings), "eval_results": rows, "sae_cfg_dict": sae.cfg.to_dict()}
     write_json(file, content)
@@ -280,7 +279,7 @@ def _mdl(name: str, sae: SAE[Any], model: HookedSAETransformer, config: SAEBench
 
 
 def _store(sae: SAE[Any], model: HookedSAETransformer, config: SAEBenchConfig) -> ActivationsStore:
-    metadata, dataset = sae.cfg.metadata, _dataset(config)
+    metadata, dataset = sae.cfg.metadata, _dataset(sae, config)
     context_size = config.context_size or metadata.context_size
     if context_size is None:
         raise ValueError("the SAE's metadata has no context_size; give --context-size")
@@ -292,8 +291,10 @@ def _store(sae: SAE[Any], model: HookedSAETransformer, config: SAEBenchConfig) -
         )
 
 
-def _dataset(config: SAEBenchConfig) -> Any:
-    return open_dataset(config.held_out, split="validation") if config.held_out else demo.load_tokens("validation")
+def _dataset(sae: SAE[Any], config: SAEBenchConfig) -> Any:
+    if config.held_out is not None:
+        return open_dataset(config.held_out, split="validation")
+    return own_text(config.model or sae.cfg.metadata.model_name, "validation")
 
 
 def _digest(sae: SAE[Any], config: SAEBenchConfig) -> str:

@@ -29,9 +29,17 @@ from typing_extensions import override
 
 from sae_nfm import demo
 from sae_nfm.common import check_numbers, check_positive, check_writable, provenance
-from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions
+from sae_nfm.common.options import HeldOutOptions, SavedSAEOptions, sampled_text
 from sae_nfm.common.results import HELD_OUT
-from sae_nfm.data import SketchCollector, check_ids, held_out_tokens, open_dataset, told_of_text, vocabulary_size
+from sae_nfm.data import (
+    SketchCollector,
+    check_ids,
+    held_out_tokens,
+    open_dataset,
+    own_text,
+    told_of_text,
+    vocabulary_size,
+)
 from sae_nfm.evaluation.results import Evaluation
 from sae_nfm.kernels import wide
 from sae_nfm.loading import load_sae, quiet_saelens
@@ -59,8 +67,8 @@ class EvaluateConfig(SavedSAEOptions, HeldOutOptions):
     """Id of the SAE in its release."""
     held_out: str | None = None
     """Held-out text or tokens: a .parquet, .arrow, .jsonl, .json, .csv or .txt file (also .gz, .zst), a folder, a data set on
-    disk or on the hub (name or name:config). By default the embedded model's held-out tokens with that model, else the data set
-    the SAE was trained on."""
+    disk or on the hub (name or name:config). By default the model's own, which the embedded one and smollm2 have, else the data
+    set the SAE was trained on."""
     model_class_name: str | None = None
     """HookedTransformer, TransformerBridge or AutoModelForCausalLM; the one in the SAE's metadata unless given."""
     batch_size_prompts: int = 16
@@ -170,8 +178,13 @@ def _data(sae: SAE[Any], config: EvaluateConfig) -> tuple[Any, str]:
     trained_on = sae.cfg.metadata.dataset_path
     if config.held_out is not None:
         return open_dataset(config.held_out, split=config.split), config.held_out
-    if (config.model or sae.cfg.metadata.model_name) == demo.MODEL_NAME:
-        return demo.load_tokens("validation"), "held-out tokens of the embedded model"
+    if sampled := sampled_text(name := config.model or sae.cfg.metadata.model_name, None):
+        what = (
+            "held-out tokens of the embedded model"
+            if name == demo.MODEL_NAME
+            else f"held-out text of {name}. {sampled}"
+        )
+        return own_text(name, "validation"), what
     if not trained_on:
         raise ValueError("the SAE's metadata names no data set; give held-out text with --held-out")
     label = f"{trained_on}, on which the SAE was trained: not held out (give --held-out)"

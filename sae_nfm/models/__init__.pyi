@@ -12,8 +12,12 @@ from .load import model_of as model_of
 from .load import refuse_heads_of_a_bridge as refuse_heads_of_a_bridge
 from .load import resolve_hook_name as resolve_hook_name
 from .load import site_at as site_at
+from .load import synchronize as synchronize
 from .local_hf import config_fields as config_fields
 from .local_hf import is_folder as is_folder
+from .smollm2 import cache_folder as cache_folder
+from .smollm2 import fetch as fetch
+from .smollm2 import fetched_folder as fetched_folder
 from .splicing import Attached as Attached
 from .splicing import HookFunction as HookFunction
 from .splicing import SharedPrefix as SharedPrefix

@@ -23,8 +23,10 @@ from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
 from sae_nfm import demo
 from sae_nfm.common import check_choice
+from sae_nfm.common.options import FETCHED_MODEL
 from sae_nfm.demo.model import MODEL_DIR
 from sae_nfm.models.local_hf import has_tokenizer, hooked_from_folder, is_folder
+from sae_nfm.models.smollm2 import fetched_folder, take_over_rotation
 
 LanguageModel = HookedSAETransformer | SAETransformerBridge | HookedProxyLM
 OFFLINE = "check the spelling and the connection, or stay offline with the embedded model (leave the option out)"
@@ -56,29 +58,38 @@ def load_model(name: str | Path, device: str = ..., *, model_class_name: str, **
 def load_model(
     name: str | Path, device: str = "cpu", *, model_class_name: str = "HookedTransformer", **from_pretrained_kwargs: Any
 ) -> LanguageModel:
-    """A language model: the embedded one by its own name, a local Hugging Face folder, or a name from the hub.
+    """A language model: the embedded one or SmolLM2 by its own name, a local Hugging Face folder, or a name from the hub.
 
     Weights are neither folded nor centred unless asked for. A folder without a tokenizer gives a `HookedTransformer` that
     reads token ids only; the other two classes need one.
 
     Args:
-        name: "sae-nfm-demo", a folder with config.json, or a name that TransformerLens or the hub knows.
+        name: "sae-nfm-demo", "smollm2" (once `sae-nfm models fetch smollm2` has fetched it), a folder with config.json, or a
+            name that TransformerLens or the hub knows.
         model_class_name: "HookedTransformer", "TransformerBridge" or "AutoModelForCausalLM".
         from_pretrained_kwargs: as that class's loader takes them, e.g. `dtype="bfloat16"`.
 
     Raises:
-        ValueError: for another class, a name TransformerLens does not know, or a folder it cannot convert exactly.
-        FileNotFoundError: for an incomplete folder, or when the hub cannot be reached or does not have the model.
+        ValueError: for another class, a name TransformerLens does not know, a folder it cannot convert exactly, or a fetched
+            model that is damaged.
+        FileNotFoundError: for an incomplete folder, a model that was not fetched, or when the hub cannot be reached or does not
+            have the model.
     """
     check_choice("model_class_name", model_class_name, _LOADERS)
     load = _LOADERS[model_class_name]
-    if name == demo.MODEL_NAME:
-        if model_class_name == "HookedTransformer" and not from_pretrained_kwargs:
-            return demo.load_model(device)
-        kwargs = {"dtype": torch.float32} | from_pretrained_kwargs  # it is half precision on disk
-        model = load(str(MODEL_DIR), device, **kwargs)
+    if name == demo.MODEL_NAME and model_class_name == "HookedTransformer" and not from_pretrained_kwargs:
+        return demo.load_model(device)
+    if name in (demo.MODEL_NAME, FETCHED_MODEL):
+        if name == FETCHED_MODEL and is_folder(name):
+            raise ValueError(
+                f"{name!r} is the fetched model and a folder here; give './{name}' for the folder, or rename it for the model"
+            )
+        kwargs = {"dtype": torch.float32} | from_pretrained_kwargs  # the embedded model is half precision on disk
+        model = load(str(MODEL_DIR if name == demo.MODEL_NAME else fetched_folder()), device, **kwargs)
         if not isinstance(model, HookedProxyLM):
-            model.cfg.model_name = demo.MODEL_NAME
+            model.cfg.model_name = name
+        if name == FETCHED_MODEL and isinstance(model, HookedSAETransformer):
+            take_over_rotation(model, fetched_folder())
         return model
     if is_folder(name):
         return load(str(name), device, **from_pretrained_kwargs)
@@ -300,6 +311,12 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {device!r} cannot be used here ({reason}); give another") from error
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what was asked of it."""
+    if torch.device(device).type in ("cuda", "mps", "xpu"):
+        torch.accelerator.synchronize(device)
 
 
 def refuse_heads_of_a_bridge(model: LanguageModel, hook_name: str) -> None:

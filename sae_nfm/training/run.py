@@ -45,8 +45,9 @@ from sae_nfm.architectures import (
 from sae_nfm.architectures.joint_config import ARCHITECTURE
 from sae_nfm.common import check_number, check_output, partial_folder, publishing, remark
 from sae_nfm.common.file_errors import python_string
+from sae_nfm.common.options import DEFAULT_HOOKS, FETCHED_MODEL
 from sae_nfm.convert import topk_by_name, warm_started, write_adapter
-from sae_nfm.data import check_data, held_out_tokens, open_dataset, training_data
+from sae_nfm.data import check_data, held_out_tokens, open_dataset, own_text, training_data
 from sae_nfm.loading import load_sae, quiet_saelens, refuse_not_finite
 from sae_nfm.models import (
     LanguageModel,
@@ -165,6 +166,11 @@ EMBEDDED = {
 """Defaults on the embedded model, where they differ from SAELens's."""
 EMBEDDED_SAE = {"d_sae": 2_048, "k": 32, "normalize_activations": "expected_average_only_in"}
 """Defaults of the SAE on the embedded model, for the architectures that have such a field."""
+SMOLLM2 = EMBEDDED | {"hook_name": DEFAULT_HOOKS[FETCHED_MODEL], "training_tokens": 100_000}
+SMOLLM2_SAE = EMBEDDED_SAE | {"d_sae": 2_304}
+"""The same on SmolLM2: four features a dimension."""
+OURS = {demo.MODEL_NAME: (EMBEDDED, EMBEDDED_SAE), FETCHED_MODEL: (SMOLLM2, SMOLLM2_SAE)}
+"""Defaults by model; on any other they are SAELens's."""
 SAELENS_SAE = {"d_in": 512, "d_sae": 1_024}
 """SAELens's own command line gives these to fields that have no default."""
 
@@ -176,8 +182,8 @@ class RecordConfig:
     record_every: int = 10
     """Steps from one line of training.jsonl (losses and metrics, no wandb needed) to the next."""
     held_out: str | None = None
-    """Held-out text, evaluated on while training: as dataset_path. Without it: with the embedded model on its own tokens,
-    tokens held out from them; else none."""
+    """Held-out text, evaluated on while training: as dataset_path. Without it: with the embedded model or smollm2 on its own
+    text, text held out from that; else none."""
     evaluate_every: int = 100
     """Steps from one held-out evaluation to the next; the last step is always evaluated. 0: never."""
 
@@ -218,13 +224,13 @@ def option_names(sae_class: type[TrainingSAEConfig]) -> dict[type, dict[str, str
 
 def defaults(sae_class: type[TrainingSAEConfig], model_name: str) -> dict[str, Any]:
     """Our defaults by option, where SAELens has others or none."""
-    embedded = model_name == demo.MODEL_NAME
+    own, own_sae = OURS.get(model_name, ({}, {}))
     ours: dict[str, Any] = {"log_to_wandb": False}
-    if embedded:  # the model as it is loaded: nothing folded, nothing centred
-        ours |= {"model_name": demo.MODEL_NAME, "model_from_pretrained_kwargs": {}} | EMBEDDED
+    if own:  # the model as it is loaded: nothing folded, nothing centred
+        ours |= {"model_name": model_name, "model_from_pretrained_kwargs": {}} | own
     names = {f.name for f in fields(sae_class)}
     if "base" not in names:  # one that stands on another SAE takes its sizes from that
-        sae = SAELENS_SAE | (EMBEDDED_SAE if embedded else {})
+        sae = SAELENS_SAE | own_sae
         ours |= {name: value for name, value in sae.items() if name in names}
     return ours
 
@@ -477,16 +483,21 @@ def _check_runner(runner: WholeRunner, held_out: Any) -> None:
 def _data(arguments: TrainArguments) -> tuple[Any, Any]:
     """The data sets for training and for evaluation (None: there is none)."""
     cfg, held_out = arguments.cfg, arguments.record.held_out
-    embedded = cfg.dataset_path in ("", demo.MODEL_NAME)
-    if embedded and cfg.model_name != demo.MODEL_NAME:
+    own = cfg.dataset_path == "" or cfg.dataset_path == cfg.model_name in OURS
+    if cfg.dataset_path == demo.MODEL_NAME != cfg.model_name or (own and cfg.model_name not in OURS):
         raise ValueError(f"the embedded tokens suit the embedded model only; give --dataset for {cfg.model_name!r}")
-    if embedded:
-        cfg.dataset_path = demo.MODEL_NAME
+    if own:
+        cfg.dataset_path = cfg.model_name
     streaming: dict[str, Any] = {"seed": cfg.seed, "streaming": cfg.streaming}
-    dataset = demo.load_tokens("train") if embedded else training_data(cfg.dataset_path, held_out, **streaming)
-    if arguments.record.evaluate_every == 0 or (held_out is None and not embedded):
+    if own:
+        dataset = own_text(cfg.model_name, "train", seed=cfg.seed)
+    else:
+        dataset = training_data(cfg.dataset_path, held_out, **streaming)
+    if arguments.record.evaluate_every == 0 or (held_out is None and not own):
         return dataset, None
-    return dataset, demo.load_tokens("validation") if held_out is None else open_dataset(held_out, split="validation")
+    if held_out is None:
+        return dataset, own_text(cfg.model_name, "validation")
+    return dataset, open_dataset(held_out, split="validation")
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """Tests mirror the package, and modules of 0.1.0 that its documentation named are importable for one version."""
 
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from fresh_process import an_old_name, seen
 
 import sae_nfm
 from sae_nfm._old_names import MOVED
@@ -34,7 +34,6 @@ def test_documented_names_of_0_1_0(old, recwarn):
     assert all(f"is sae_nfm.{MOVED[old].split()[0]} now" in text for text in warned)
 
 
-def test_the_warning_is_the_user_s_line():
-    code = "import sae_nfm\nfrom sae_nfm.baselines import training_arms"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "<string>:2: FutureWarning: sae_nfm.baselines is sae_nfm.comparison.arms now" in done.stderr
+def test_the_warning_is_the_user_s_line(once):
+    told = "sae_nfm.baselines is sae_nfm.comparison.arms now; the old name goes with 0.3"
+    assert seen(once, an_old_name) == [["user.py", 2, told]]

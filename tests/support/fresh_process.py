@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,15 @@ def directory_of_releases(folder: Path) -> dict[str, Any]:
     return {"loadable": loadable, "early": early, "late": list(late())}
 
 
+def an_old_name(folder: Path) -> list[Any]:
+    """File and line of each warning where user.py imports a module by its name in 0.1.0, on its second line."""
+    code = compile("import sae_nfm\nfrom sae_nfm.baselines import training_arms", "user.py", "exec")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", FutureWarning)
+        exec(code, {})
+    return [(one.filename, one.lineno, str(one.message)) for one in warned if one.category is FutureWarning]
+
+
 def through_the_hub(folder: Path) -> dict[str, bool]:
     """By HF_ENDPOINT and HF_TOKEN, as a user has it: which ways give the weights that were saved."""
     import torch
@@ -147,6 +157,7 @@ PARTS: tuple[Callable[[Path], Any], ...] = (
     without_the_import,
     as_the_note_says,
     directory_of_releases,
+    an_old_name,
     through_the_hub,
     trained_by_saelens_command_line,
 )

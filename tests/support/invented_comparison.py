@@ -133,6 +133,7 @@ ONCE = (
 def compared_once(rows: tuple[CompareRow, ...] = ONCE, dataset: str | None = "corpus.parquet") -> CompareResult:
     """The result of a demo."""
     config = {
-        "model": "m", "hook": "blocks.0.hook_resid_post", "dataset": dataset, "training_tokens": 400, "learning_rates": [0.001],
+        "model": "m" if dataset else "sae-nfm-demo", "hook": "blocks.0.hook_resid_post", "dataset": dataset,
+        "training_tokens": 400, "learning_rates": [0.001],
     }  # fmt: skip
     return CompareResult(rows=rows, changes=changes(rows), provenance={"config": config, "seeds": [7]})

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sae_nfm.common.options import sampled_text
 from sae_nfm.common.results import SavedResult, not_held_out
 from sae_nfm.stats import Estimate
 
@@ -172,7 +173,9 @@ class DynamicsResult(SavedResult):
             "* canonical: all that is linear counts as direct; integration is the interaction (and square) path alone."
         )
         edges = "; ".join(f"{gauge} {low:.3f} and {high:.3f}" for gauge, (low, high) in self.edges.items())
+        sampled = sampled_text(self.provenance.get("model_name"), self.provenance["config"].get("held_out"))
         return [
+            *([f"* {sampled}"] if sampled else []),
             "* One run, one seed: intervals (95 %) are over documents, and say nothing about other trainings. The first "
             "checkpoint is not the initialisation.",
             "* raw: how much of a feature is in W_dec and how much in W_lin is set by initialisation and learning rate where "

@@ -19,11 +19,10 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_nfm import demo
 from sae_nfm.analysis import gauge, read_activations
 from sae_nfm.common import check_numbers, check_output, check_positive, provenance, publishing, write_parquet
 from sae_nfm.common.options import SavedSAEOptions
-from sae_nfm.data import held_out_rows, open_dataset, told_of_text
+from sae_nfm.data import held_out_rows, open_dataset, own_text, told_of_text
 from sae_nfm.experiments.dynamics import measure
 from sae_nfm.experiments.dynamics.results import DynamicsResult
 from sae_nfm.models import check_context, check_device, model_of
@@ -100,7 +99,13 @@ def _dynamics(cfg: DynamicsConfig, command: str | None) -> tuple[DynamicsResult,
         steps=tuple(measure.movement(*pair, edges, **draws) for pair in pairs),
         overall=tuple(measure.movement(run[0], run[-1], edges, **draws) for run in runs),
         edges=edges,
-        provenance=provenance(cfg, command=command, text=told, sae_config=first.cfg.to_dict()),
+        provenance=provenance(
+            cfg,
+            command=command,
+            model_name=cfg.model or first.cfg.metadata.model_name,
+            text=told,
+            sae_config=first.cfg.to_dict(),
+        ),
     )
     return result, measure.trajectories(found)
 
@@ -113,12 +118,10 @@ def _activations(cfg: DynamicsConfig, sae: SAE[Any], last: Path) -> tuple[Tensor
         raise ValueError(
             f"the metadata in {cfg.checkpoints!r} have no model_name or no hook_name; give --model, or checkpoints with both"
         )
-    if cfg.held_out is None and name != demo.MODEL_NAME:
-        raise ValueError(f"the embedded tokens suit the embedded model only; give --held-out for {name!r}")
+    text = own_text(name, "validation") if cfg.held_out is None else open_dataset(cfg.held_out, split="validation")
     model, _ = model_of(sae, cfg.device, model_name=cfg.model)
     context_size = cfg.context_size or metadata.context_size or 256
     check_context(model, context_size)
-    text = demo.load_tokens("validation") if cfg.held_out is None else open_dataset(cfg.held_out, split="validation")
     rows = held_out_rows(model, text, context_size, cfg.held_out_tokens)
     x, documents = read_activations(model, sae, rows.tokens, rows.documents)
     assert documents is not None

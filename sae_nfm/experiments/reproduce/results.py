@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from sae_nfm.analysis.results import Figure, Statistic
+from sae_nfm.common.options import EMBEDDED_MODEL, sampled_text
 from sae_nfm.common.results import SavedResult, not_held_out
 from sae_nfm.comparison.results import renamed
 from sae_nfm.stats import Estimate
@@ -280,9 +281,8 @@ class ReproduceResult(SavedResult):
             f"One SAE of {config['d_sae']:,} features and {config['training_tokens']:,} training tokens; the paper's has "
             "50,000 and 5M, on OpenLLaMA-3B, and reads the strongest half of its features where this one reads all.",
         ]
-        if config["dataset"] is None:
-            told.append("The tokens were sampled from the embedded model itself: no evidence about real text.")
-        return [*told, *not_held_out(self.provenance)]
+        sampled = sampled_text(config.get("model", EMBEDDED_MODEL), config["dataset"])
+        return [*told, *([sampled] if sampled else []), *not_held_out(self.provenance)]
 
     @override
     @classmethod

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import pandas as pd
 
+from sae_nfm.common.options import EMBEDDED_MODEL, sampled_text
 from sae_nfm.common.results import SavedResult, not_held_out
 from sae_nfm.stats import Estimate
 
@@ -133,8 +134,9 @@ class SecondaryResult(SavedResult):
             "and 300, on OpenLLaMA-3B, with a secondary SAE of 7,500 features, and it reports a negligible gain from the linear "
             "path's output (not measured here)."
         )
-        if config["dataset"] is None:
-            yield "The tokens were sampled from the embedded model itself: no evidence about real text."
+        sampled = sampled_text(self.provenance.get("model_name", EMBEDDED_MODEL), config["dataset"])
+        if sampled:
+            yield sampled
         yield from not_held_out(self.provenance)
 
 

@@ -13,7 +13,6 @@ from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
-from sae_nfm import demo
 from sae_nfm.architectures import check_primary, primary_digest
 from sae_nfm.common import check_extension, check_numbers, check_positive, provenance, publishing
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions, TextOptions
@@ -97,7 +96,7 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
     stream = StreamConfig(
         model_name=name,
         hook_name=metadata.hook_name,
-        dataset=cfg.dataset or demo.MODEL_NAME,
+        dataset=cfg.dataset or name,
         training_tokens=cfg.training_tokens,
         context_size=min(cfg.context_size, model.cfg.n_ctx),
         batch_size=cfg.batch_size,
@@ -120,6 +119,7 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
             provenance=provenance(
                 cfg,
                 command=command,
+                model_name=name,
                 primary=described,
                 held_out_tokens=digest({"tokens": rows.tokens}),
                 text=_told(model, rows.tokens, cfg, metadata, output / "saes" / "hidden-code" / f"k{ks[0]}"),
@@ -131,7 +131,8 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
 
 def _told(model: LanguageModel, tokens: Tensor, cfg: SecondaryConfig, metadata: SAEMetadata, secondary: Path) -> str:
     """Whether the primary, or a secondary SAE, was trained on the tokens."""
-    own = SAEMetadata(dataset_path=cfg.dataset or demo.MODEL_NAME, context_size=cfg.context_size)
+    trained_on = cfg.dataset or cfg.model or metadata.model_name
+    own = SAEMetadata(dataset_path=trained_on, context_size=cfg.context_size)
     told = told_of_text(model, tokens, metadata=metadata, folder=cfg.primary, source=cfg.held_out)
     of_secondary = told_of_text(model, tokens, metadata=own, folder=secondary)
     return of_secondary if told.startswith(HELD_OUT) else f"{told}, for the primary"
