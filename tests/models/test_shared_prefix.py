@@ -1,15 +1,20 @@
 """Blocks before an intervention run once for all interventions: the bits of a run from the tokens, or that run itself."""
 
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
 from builders import D_MODEL, HOOK, inference_sae, rows_of_tokens, training_config
+from sae_lens.evals import get_recons_loss
 from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.activation_scaler import ActivationScaler
 from tiny_models import write_checkpoint
 from transformer_lens.components import TransformerBlock
 
 from sae_nfm.evaluation.fidelity import outcomes
+from sae_nfm.evaluation.saelens_evals import _in_float32
+from sae_nfm.experiments.factorial.measure import WordScorer
 from sae_nfm.interventions import Edit, Splice, Substitution
 from sae_nfm.models import SharedPrefix, load_model, real_tokens, run_rows
 
@@ -248,3 +253,26 @@ def test_gradients_reach_the_tokens(folders):
     assert found[0].abs().sum() > 0
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@torch.no_grad()
+def test_saelens_evaluation_and_word_scores(llama, runs):
+    """Two batches of SAELens's three conditions; words scored under one intervention after another."""
+    at = "blocks.1.hook_resid_post"
+    sae, batches, scaler = inference_sae(training_config("joint_nfm", at)), padded()[0].split(2), ActivationScaler()
+    expected = [get_recons_loss(sae, llama, scaler, tokens, True, True) for tokens in batches]
+    runs.clear()
+    with _in_float32(sae, llama):
+        found = [get_recons_loss(sae, llama, scaler, tokens, True, True) for tokens in batches]
+    assert len(runs) == 2 * len(llama.blocks)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    given: Any = {"prompts": [(0, 3, 4), (0, 5, 6), (0, 1, 2, 7)], "words": [(8,), (9, 10)]}
+    scorer, arms = WordScorer(llama, **given), [moved(at), Splice(sae=sae), moved("blocks.1.hook_mlp_out")]
+    for arm in (*arms, *arms):
+        scored, alone = scorer.scores(arm), WordScorer(llama, **given).scores(arm)
+        assert all((getattr(scored, name) == getattr(alone, name)).all() for name in ("log_prob", "prob", "logit"))
+    runs.clear()
+    scorer.scores(arms[0])
+    assert not runs
