@@ -64,7 +64,6 @@ from sae_nfm.data.datasets import (
     check_data,
     data_column,
     first_rows,
-    load_splits,
     open_dataset,
     own_text,
     training_data,
@@ -215,8 +214,9 @@ def run_cache(cfg: CacheConfig, *, command: str | None = None) -> WrittenCache:
         dataset = training_data(cfg.dataset, held_out, seed=cfg.seed)
     model = load_model(cfg.model, cfg.device, model_class_name=cfg.model_class_name)
     hooks = cfg.hook or (DEFAULT_HOOKS.get(cfg.model, DEFAULT_HOOK),)
-    for hook in hooks:
-        shape_at(model, hook)  # there is one, before the text is read
+    places = [shape_at(model, hook)[0] for hook in hooks]  # there are such, before the text is read
+    if len(set(places)) < len(places):
+        raise ValueError(f"hook is {list(hooks)}, of which two are one place ({', '.join(places)}); give each once")
     check_context(model, cfg.context_size)
     name = (cfg.dataset or cfg.model) + ("" if cfg.split == "train" else f" ({cfg.split})")
     rows = rows_of(model, dataset, cfg.context_size, cfg.tokens, name)
@@ -473,15 +473,13 @@ def cached_splits(cache: ActivationCache, held_out: str | None) -> tuple[Dataset
     Raises as that, and a ValueError where held-out documents are among those cached.
     """
     own = cache.identity
-    if own.dataset in (held_out, own.model) or (held_out is None and own.held_out == own.dataset):
-        if held_out is not None and own.held_out != held_out:
-            raise ValueError(
-                f"held_out is {held_out!r}, and {own.held_out!r} when {quoted(cache.folder)} was cached, so that it has those "
-                f"documents; give other held-out text, or {ANEW} with --held-out {held_out!r}"
-            )
-        named = None if own.dataset == own.model else own.dataset
-        return cache.dataset(), load_splits(named, None, own.model)[1]
-    return cache.dataset(), open_dataset(str(held_out or own.held_out), split="validation")
+    named = None if own.dataset == own.model else own.dataset
+    if held_out is not None and held_out == named != own.held_out:
+        raise ValueError(
+            f"held_out is {held_out!r}, and was {own.held_out!r} when {quoted(cache.folder)} was written, so that it has those "
+            f"documents; give other held-out text, or {ANEW} with --held-out {held_out!r}"
+        )
+    return cache.dataset(), held_out_data(named, held_out or own.held_out, own.model)
 
 
 class _Rows:
