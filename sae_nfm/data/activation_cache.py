@@ -64,6 +64,7 @@ from sae_nfm.data.datasets import (
     check_data,
     data_column,
     first_rows,
+    held_out_data,
     open_dataset,
     own_text,
     training_data,
