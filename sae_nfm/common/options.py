@@ -60,6 +60,10 @@ class TextOptions:
     training split only, or the model's own text."""
 
 
+ACTIVATIONS = "activations"
+"""Key of an SAE's metadata: the cache that it was trained on, by `data.ActivationCache.name`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
     """Activations that were computed before, for commands that train."""

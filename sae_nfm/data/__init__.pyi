@@ -1,4 +1,3 @@
-from .activation_cache import ACTIVATIONS as ACTIVATIONS
 from .activation_cache import ActivationCache as ActivationCache
 from .activation_cache import CacheConfig as CacheConfig
 from .activation_cache import CacheIdentity as CacheIdentity

@@ -56,7 +56,7 @@ from sae_nfm.common import (
     write_json,
 )
 from sae_nfm.common.files import digests
-from sae_nfm.common.options import DEFAULT_HOOK, DEFAULT_HOOKS, EMBEDDED_MODEL, CacheOptions, check_numbers
+from sae_nfm.common.options import ACTIVATIONS, DEFAULT_HOOK, DEFAULT_HOOKS, EMBEDDED_MODEL, CacheOptions, check_numbers
 from sae_nfm.common.outputs import final_place
 from sae_nfm.common.results import SavedResult
 from sae_nfm.data.datasets import (
@@ -544,8 +544,6 @@ def _outer(hook_name: str, attached: Mapping[str, Any]) -> str:
     return next((hook for hook in attached if hook_name.startswith(f"{hook}.")), hook_name)
 
 
-ACTIVATIONS = "activations"
-"""Key of an SAE's metadata: the cache that it was trained on, by `ActivationCache.name`."""
 HOW_ROWS_ARE_MADE: dict[str, Any] = {
     "prepend_bos": True,
     "sequence_separator_token": "bos",

@@ -13,12 +13,13 @@ from builders import D_MODEL, inference_sae, tiny_model, token_dataset, training
 from sae_lens import SAE
 
 from sae_nfm import demo
+from sae_nfm.common.options import ACTIVATIONS
 from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS, CompareConfig
 from sae_nfm.comparison.plan import Costs, Step, duration, words
 from sae_nfm.comparison.results import CLAIMS, ArmName, ClaimKind, CompareResult, RowKind, SweepRow, answers
 from sae_nfm.comparison.run import Prepared, _claim_folder, chosen_rates, of_cache, run_compare
 from sae_nfm.comparison.table import _interpolated
-from sae_nfm.data import ACTIVATIONS, CacheConfig, datasets, run_cache
+from sae_nfm.data import CacheConfig, datasets, run_cache
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import SUMS, Arm, evaluate, fidelity_of, held_out_sums
 from sae_nfm.training.multi_arm import train_arms
