@@ -172,7 +172,9 @@ def test_the_words_name_ablations_and_limits(finished):
     assert "Learning rates by a sweep of 0.005, 0.01 for every arm." in words
 
 
-def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(finished, tmp_path, monkeypatch, capsys):
+def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(
+    finished, tmp_path, monkeypatch, capsys, caplog
+):
     cfg, output, result = finished
     cfg = replace(cfg, output=str(copytree(output, tmp_path / "copy")))
     names: list[str] = []
@@ -187,6 +189,9 @@ def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(finish
     assert names == []
     assert "the plan" not in capsys.readouterr().err
     more = run_compare(replace(cfg, arms=("topk", "batchtopk"), seeds=(1, 2)))
+    assert not [
+        entry for entry in caplog.records if "reproducible" in entry.getMessage()
+    ]  # SAELens of overrides: ours are
     planned = [line.split()[:5] for line in capsys.readouterr().err.splitlines() if line.startswith("k 16")]
     assert planned == [
         ["k", "16,", "rate", "0.005", "1"],
