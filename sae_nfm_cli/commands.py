@@ -139,6 +139,22 @@ TRAIN = {
         parser="sae_nfm.cli.train:make_parser",
         run="sae_nfm.training.run:train",
     ),
+    "cache": Command(
+        summary="compute a model's activations once, for every training on them",
+        description="Run a language model over a text once and write its activations at one or more hook points, in the format "
+        "of SAELens's CacheActivationsRunner. `train` and `compare` read them with --activations. An interrupted run "
+        "resumes when the command is called again.",
+        examples=(
+            (
+                "the embedded model, two hook points",
+                "sae-nfm cache --hook blocks.1.hook_mlp_out blocks.2.hook_resid_post",
+            ),
+            ("another model, in half the space", "sae-nfm cache --model gpt2 --dataset a.parquet --dtype float16"),
+            ("then train on it", "sae-nfm train --activations runs/activations"),
+        ),
+        config="sae_nfm.data.activation_cache:CacheConfig",
+        run="sae_nfm.data.activation_cache:run_cache",
+    ),
     "convert": Command(
         summary="turn a checkpoint of another package into a SAELens folder",
         description="Turn a checkpoint of the paper's author, of dictionary_learning, sparsify or SAELens into a SAELens "

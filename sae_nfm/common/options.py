@@ -61,6 +61,22 @@ class TextOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """Activations that were computed before, for commands that train."""
+
+    activations: str | None = None
+    """Folder of `sae-nfm cache`: its activations in place of the model's, its rows in place of a data set. Model, hook point
+    and row length are its own."""
+    shuffle_rows: bool = False
+    """Read the rows of the cache in an order drawn from the seed; else in their own, as without a cache."""
+
+    def check_cache(self) -> None:
+        """Raise a ValueError for options that say nothing without a cache."""
+        if self.shuffle_rows and self.activations is None:
+            raise ValueError("shuffle_rows is for the rows of a cache; give --activations too, or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeldOutOptions:
     """The text, for commands that take a trained SAE."""
 

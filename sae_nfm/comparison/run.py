@@ -40,6 +40,7 @@ from jaxtyping import Int
 from sae_lens import SAE, HookedSAETransformer
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAEMetadata
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -49,6 +50,7 @@ from sae_nfm.common import (
     provenance,
     publishing,
     read_json,
+    remark,
     seal,
     whole,
     write_json,
@@ -59,6 +61,7 @@ from sae_nfm.common.outputs import Publication
 from sae_nfm.common.results import RESULTS_FILENAME, with_kind, without_kind
 from sae_nfm.comparison.arms import ArmSizes, interpolation_weights, training_arms
 from sae_nfm.comparison.config import CompareConfig, DemoConfig
+from sae_nfm.comparison.plan import Step, measured_costs, words
 from sae_nfm.comparison.results import CompareResult, SweepRow, answers, changes, renamed
 from sae_nfm.comparison.table import evaluated, evaluated_once, tidy
 from sae_nfm.data import TokenRows, check_data, datasets, held_out_rows, told_of_text
@@ -144,6 +147,12 @@ class Prepared:
             seed=seed,
             **{name: getattr(cfg, name) for name in ("batch_size", "n_checkpoints", "device")},
         )
+
+    def read(self, tokens: Int[Tensor, "rows pos"]) -> Tensor:
+        """The activations of rows [rows, pos, ...], as training reads them."""
+        hook = self.site.hook_name
+        stop = extract_stop_at_layer_from_tlens_hook_name(hook)
+        return self.model.run_with_cache(tokens, names_filter=[hook], stop_at_layer=stop, prepend_bos=False)[1][hook]
 
     def data(self, seed: int) -> Any:
         """The training data in the order of a seed."""
@@ -239,6 +248,7 @@ def _run_compare(prepared: Prepared, output: Path, command: str | None) -> Compa
     cfg = prepared.cfg
     all_arms = {k: prepared.arms(k, cfg.training_tokens) for k in cfg.k}
     _claim_folder(output, prepared)
+    _say_plan(prepared, all_arms, output)
     swept: list[SweepRow] = []
     rounds = len(cfg.learning_rates) if cfg.sweeps else 0
     total = sum(map(len, all_arms.values())) * (rounds + len(cfg.seeds))
@@ -266,6 +276,38 @@ def _run_compare(prepared: Prepared, output: Path, command: str | None) -> Compa
     result.save_rows(output / "rows.csv")
     result.save(output / RESULTS_FILENAME)
     return result
+
+
+def _say_plan(prepared: Prepared, all_arms: Mapping[int, Mapping[str, TrainingArm]], output: Path) -> None:
+    """Say what is left to do and how long it will take, unless there is nothing left."""
+    cfg, steps, left = prepared.cfg, list[Step](), dict[str, TrainingArm]()
+    evaluated_on = prepared.held_out.tokens.numel()
+    for k, arms in all_arms.items():
+        folder = output / f"k{k}"
+        swept = read_sweep(folder / "sweep.json") if (folder / "sweep.json").is_file() else []
+        done: dict[str, set[str]] = {}
+        if cfg.sweeps:
+            rates = cfg.learning_rates
+            done |= {f"rate {rate:g}": {row.arm for row in swept if row.learning_rate == rate} for rate in rates}
+        n_sweeps = len(done)
+        done |= {f"seed {seed}": {n for n in arms if (folder / f"seed-{seed}" / n).exists()} for seed in cfg.seeds}
+        for i, (what, finished) in enumerate(done.items()):
+            sizes = (
+                (cfg.sweep_tokens, cfg.sweep_held_out_tokens) if i < n_sweeps else (cfg.training_tokens, evaluated_on)
+            )
+            own = {f"{name} {k}": arm for name, arm in arms.items() if name not in finished}
+            steps.append(Step(what=f"k {k}, {what}", arms=tuple(own), tokens=sizes[0], held_out_tokens=sizes[1]))
+            left |= own
+    if left:
+        costs = measured_costs(
+            left,
+            prepared.held_out.tokens,
+            read=prepared.read,
+            forward=prepared.model,
+            batch_size=cfg.batch_size,
+            device=cfg.device,
+        )
+        remark(f"the plan:\n{words(steps, costs, cfg.batch_size)}")
 
 
 def sweep(

@@ -11,7 +11,9 @@ from .load import loader_kwargs as loader_kwargs
 from .load import model_of as model_of
 from .load import refuse_heads_of_a_bridge as refuse_heads_of_a_bridge
 from .load import resolve_hook_name as resolve_hook_name
+from .load import shape_at as shape_at
 from .load import site_at as site_at
+from .load import synchronize as synchronize
 from .local_hf import config_fields as config_fields
 from .local_hf import is_folder as is_folder
 from .smollm2 import cache_folder as cache_folder
@@ -24,6 +26,7 @@ from .splicing import claimed as claimed
 from .splicing import hooked as hooked
 from .splicing import keeping as keeping
 from .splicing import on_head as on_head
+from .splicing import passing as passing
 from .splicing import reconstruction as reconstruction
 from .splicing import splice as splice
 from .splicing import writing as writing

@@ -5,7 +5,7 @@ bypass the SAE in one way on all three: their ids are read on the way into the m
 put back at its output. (SAELens's `exclude_special_tokens` is for the first kind alone, and without effect in `generate`.)
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge
 from sae_lens.analysis.hooked_sae_transformer import get_deep_attr
 from sae_lens.load_model import HookedProxyLM
@@ -247,6 +247,18 @@ def _on_proxy(model: HookedProxyLM, sae: SAE[Any], hook_name: str, use_error_ter
 
     with hooked(model, {hook_name: run}, model):
         yield Attached(owner=sae, prefix="", model=model)
+
+
+def passing(
+    model: LanguageModel, hook_name: str, x: Tensor, tokens: Int[Tensor, "rows pos"], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """What passes hook points of the SAE in place of one, by their names on the model, had it come there with activations x."""
+    seen: dict[str, Tensor] = {}
+    with tokens_read(model) as read, hooked(model, {name: keeping(seen, name) for name in names}, model):
+        read.begin()
+        read.enter(tokens, (len(tokens), tokens.shape[1]), 0, None)
+        get_deep_attr(model, hook_name)(x)
+    return seen
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from typing_extensions import override
 
 from sae_nfm.architectures import JointNFMTrainingSAE, JointNFMTrainingSAEConfig, Kernel, SequentialNFMTrainingSAE
 from sae_nfm.kernels import dispatch, reference, without_triton
+from sae_nfm.models import synchronize
 from sae_nfm.profiling.results import TOPK, Rates
 from sae_nfm.training import fuse
 
@@ -228,12 +229,6 @@ def time_cases(
     return timings, Rates(
         flop_per_second=2 * _rate_size(sizes) ** 3 / product, bytes_per_second=2 * COPIED_BYTES / copy
     )
-
-
-def synchronize(device: str) -> None:
-    """Wait until the device has done what was asked of it."""
-    if torch.device(device).type in ("cuda", "mps", "xpu"):
-        torch.accelerator.synchronize(device)
 
 
 def _run(jobs: list[Job], device: str, *, keep: bool) -> None:

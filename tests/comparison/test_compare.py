@@ -14,6 +14,7 @@ from sae_lens import SAE
 
 from sae_nfm import demo
 from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS, CompareConfig
+from sae_nfm.comparison.plan import Costs, Step, duration, words
 from sae_nfm.comparison.results import CLAIMS, ArmName, ClaimKind, CompareResult, RowKind, SweepRow, answers
 from sae_nfm.comparison.run import chosen_rates, run_compare
 from sae_nfm.comparison.table import _interpolated
@@ -170,7 +171,7 @@ def test_the_words_name_ablations_and_limits(finished):
     assert "Learning rates by a sweep of 0.005, 0.01 for every arm." in words
 
 
-def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(finished, tmp_path, monkeypatch):
+def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(finished, tmp_path, monkeypatch, capsys):
     cfg, output, result = finished
     cfg = replace(cfg, output=str(copytree(output, tmp_path / "copy")))
     names: list[str] = []
@@ -182,10 +183,33 @@ def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(finish
     monkeypatch.setattr("sae_nfm.comparison.run.train_arms", watched)
     assert run_compare(cfg).table() == result.table()
     assert names == []
+    assert "the plan" not in capsys.readouterr().err
     more = run_compare(replace(cfg, arms=("topk", "batchtopk"), seeds=(1, 2)))
+    planned = [line.split()[:5] for line in capsys.readouterr().err.splitlines() if line.startswith("k 16")]
+    assert planned == [
+        ["k", "16,", "rate", "0.005", "1"],
+        ["k", "16,", "rate", "0.01", "1"],
+        ["k", "16,", "seed", "1", "1"],
+        ["k", "16,", "seed", "2", "2"],
+    ]
     assert names == ["1000 batchtopk"] * 2 + ["1 batchtopk", "2 topk", "2 batchtopk"]
     (one,) = (row for row in more.table() if (row.seed, row.arm) == (1, "topk"))
     assert one in result.table()
+
+
+def test_the_expected_time_by_hand():
+    costs = Costs(read_seconds=2e-3, forward_seconds=5e-3, step_seconds={"a": 0.5, "b": 1.0, "c": 99.0})
+    step = Step(what="k 8, seed 0", arms=("a", "b"), tokens=100_000, held_out_tokens=1_000)
+    training, evaluation = 200 + 50 * 1.5, 5 * 4  # passes of a and b, of the model as it is and of its mean
+    assert step.seconds(costs, batch_size=2_000) == pytest.approx(training + evaluation)
+    finished = replace(step, what="k 8, seed 1", arms=())
+    assert finished.seconds(costs, batch_size=2_000) == 0
+    _, one, other, total = words([step, finished], costs, 2_000).splitlines()
+    assert one == "k 8, seed 0              2      100,000     5 min"
+    assert other == "k 8, seed 1              0      100,000  finished"
+    assert total.startswith("About 5 min ")
+    assert duration(89.4) == "89 s"
+    assert duration(3_600 * 26 + 59 * 60 + 40) == "27 h 0 min"
 
 
 def test_held_out_sums_by_hand():

@@ -42,7 +42,7 @@ FOREIGN = re.compile(
 )
 """What is not there: a fetched model, checkpoints of other packages, files that a reader would write."""
 WHERE = {"model": "model", "model_name": "model", "hook": HOOK, "hook_name": HOOK, "device": "cpu"}
-BOUND = {"nfm_top_k": "2"}
+BOUND = {"nfm_top_k": "2", "lr_decay_steps": "2"}
 """What has to fit to the tiny sizes."""
 TEXTS = {"dataset": "hub", "dataset_path": "hub", "held_out": "held_out.parquet"}
 """What stands in for a model and its text."""
@@ -81,7 +81,7 @@ def made_small(line: str) -> list[str]:
             position += 1
         name = name_of(argument)
         if name not in fixed:
-            standing_in = (WHERE | TEXTS if elsewhere else {"device": "cpu"} | BOUND).get(name)
+            standing_in = (BOUND | (WHERE | TEXTS if elsewhere else {"device": "cpu"})).get(name)
             kept += [argument, *([standing_in] if standing_in else values)]
     tiny = TINY[command]
     if elsewhere and command == "demo" and "--hook" not in kept:  # the default is in a layer that the tiny model lacks

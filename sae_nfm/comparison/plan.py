@@ -1,0 +1,136 @@
+"""What a comparison is about to do, and about how long it will take: said before it starts.
+
+A forward pass of the language model and one training step of every arm are timed, and multiplied by what is left to do.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAETrainer
+from sae_lens.config import SAETrainerConfig
+from sae_lens.util import temporary_seed
+from torch import Tensor
+
+from sae_nfm.architectures import random_initialisation
+from sae_nfm.models import synchronize
+from sae_nfm.training import TrainingArm
+
+ROWS_TIMED = 4
+"""Rows of tokens in the forward pass that is timed."""
+BESIDE_THE_ARMS = 2
+"""Forward passes of an evaluation beside those of the SAEs: the model as it is, and the mean of its activations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What things cost on this machine."""
+
+    read_seconds: float
+    """Activations of one training token: of the language model up to the hook point, or of a cache."""
+    forward_seconds: float
+    """The whole language model, for one token."""
+    step_seconds: Mapping[str, float]
+    """One training step, by arm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """SAEs that are trained together on one stream of activations, and then evaluated."""
+
+    what: str
+    arms: tuple[str, ...]
+    """Those that are not yet finished."""
+    tokens: int
+    """Activations that each is trained on."""
+    held_out_tokens: int
+
+    def seconds(self, costs: Costs, batch_size: int) -> float:
+        """Expected."""
+        if not self.arms:
+            return 0.0
+        steps = max(1, self.tokens // batch_size)
+        training = self.tokens * costs.read_seconds + steps * sum(costs.step_seconds[name] for name in self.arms)
+        return training + self.held_out_tokens * costs.forward_seconds * (len(self.arms) + BESIDE_THE_ARMS)
+
+
+def measured_costs(
+    arms: Mapping[str, TrainingArm],
+    tokens: Int[Tensor, "rows pos"],
+    *,
+    read: Callable[[Int[Tensor, "rows pos"]], Float[Tensor, "rows pos *site"]],
+    forward: Callable[[Int[Tensor, "rows pos"]], object],
+    batch_size: int,
+    device: str,
+) -> Costs:
+    """Time each once, after once that does not count; the caller's random state is left as it was.
+
+    Args:
+        tokens: some rows of the text.
+        read: the activations of rows, as training reads them.
+        forward: the whole language model.
+    """
+    rows = tokens[:ROWS_TIMED]
+    with temporary_seed(0):
+        with torch.no_grad():
+            x = read(rows).flatten(0, 1).flatten(1).to(device, torch.float32)
+            passes = [_seconds(partial(one, rows), device) / rows.numel() for one in (read, forward)]
+        batch = x[torch.arange(batch_size, device=x.device) % len(x)]
+        return Costs(
+            read_seconds=passes[0],
+            forward_seconds=passes[1],
+            step_seconds={name: _step_seconds(arm, batch, device) for name, arm in arms.items()},
+        )
+
+
+def _step_seconds(arm: TrainingArm, batch: Float[Tensor, "tokens d_in"], device: str) -> float:
+    settings = SAETrainerConfig(
+        n_checkpoints=0,
+        checkpoint_path=None,
+        save_final_checkpoint=False,
+        total_training_samples=10**9,
+        device=device,
+        autocast=False,
+        lr=1e-4,
+        lr_end=1e-4,
+        train_batch_size_samples=len(batch),
+    )
+    trainer = SAETrainer(settings, random_initialisation(arm.sae, 0), iter(()))
+    return _seconds(partial(trainer.step, batch), device)
+
+
+def _seconds(job: Callable[[], object], device: str) -> float:
+    """Of the second of two calls."""
+    job()
+    synchronize(device)
+    begin = time.perf_counter()
+    job()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def words(steps: Sequence[Step], costs: Costs, batch_size: int) -> str:
+    """The plan as it is printed."""
+    width = max(len(step.what) for step in steps)
+    lines = [f"{'':{width}}  SAEs to train  tokens each  expected"]
+    for step in steps:
+        seconds = step.seconds(costs, batch_size)
+        expected = duration(seconds) if step.arms else "finished"
+        lines.append(f"{step.what:{width}}  {len(step.arms):13}  {step.tokens:11,}  {expected:>8}")
+    total = sum(step.seconds(costs, batch_size) for step in steps)
+    lines.append(
+        f"About {duration(total)} on this machine if it does nothing else. The SAEs of a line train side by side on one "
+        "stream of activations. It can be interrupted at any time: the same command goes on."
+    )
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Such as "40 s", "12 min" or "3 h 20 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
