@@ -203,11 +203,12 @@ TRUST = {
     "compare": Command(
         summary="matched SAEs over several seeds, with a verdict for each claim",
         description="Train joint_nfm, its controls and SAEs on their own at matched width, parameters and FLOPs over several "
-        "seeds, each at its own learning rate, and judge every claim over seeds and documents. An interrupted run resumes "
-        "when the command is called again.",
+        "seeds, each at its own learning rate, and judge every claim over seeds and documents. What is left to do, and the time "
+        "that it is expected to take, are printed first. An interrupted run resumes when the command is called again.",
         examples=(
             ("the embedded model, offline", "sae-nfm compare"),
             ("a first look: no verdicts", "sae-nfm compare --arms joint_nfm topk --seeds 0 --learning-rates 5e-3"),
+            ("on activations computed once (sae-nfm cache)", "sae-nfm compare --activations runs/activations"),
         ),
         config="sae_nfm.comparison.run:CompareConfig",
         run="sae_nfm.comparison.run:run_compare",

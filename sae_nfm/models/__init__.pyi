@@ -21,6 +21,7 @@ from .smollm2 import fetch as fetch
 from .smollm2 import fetched_folder as fetched_folder
 from .splicing import Attached as Attached
 from .splicing import HookFunction as HookFunction
+from .splicing import SharedPrefix as SharedPrefix
 from .splicing import SpecialTokens as SpecialTokens
 from .splicing import claimed as claimed
 from .splicing import hooked as hooked

@@ -169,7 +169,7 @@ def test_the_canonical_gauge_row_exists_where_all_features_are_read():
 def test_the_data_are_in_their_own_order_and_the_settings_those_of_compare():
     cfg = DemoConfig(**TINY, seed=3, nfm_top_fraction=0.25)
     prepared = Prepared.of(cfg.comparison())
-    assert prepared.data(3)[0]["tokens"] == demo.load_tokens("train")[0]["tokens"]
+    assert prepared.training(3, 1024)["dataset"][0]["tokens"] == demo.load_tokens("train")[0]["tokens"]
     joint = prepared.arms(8, 1024)["joint_nfm"].sae
     assert (joint.nfm_top_k, joint.d_sae, prepared.cfg.seeds, prepared.cfg.sweeps) == (2, 96, (3,), False)
 
