@@ -297,6 +297,7 @@ def run_compare(cfg: CompareConfig, *, command: str | None = None, folder: Path 
     if folder is None:
         check_extension(cfg.output, "compare", PARTS)
     prepared = Prepared.of(cfg)
+    prepared.held_out.check_documents()
     if folder is None:
         with publishing(cfg.output, "compare", command=command, extend=PARTS) as made:
             return _run_compare(prepared, made.folder, command)

@@ -123,6 +123,7 @@ def _activations(cfg: DynamicsConfig, sae: SAE[Any], last: Path) -> tuple[Tensor
     context_size = cfg.context_size or metadata.context_size or 256
     check_context(model, context_size)
     rows = held_out_rows(model, text, context_size, cfg.held_out_tokens)
+    rows.check_documents()
     x, documents = read_activations(model, sae, rows.tokens, rows.documents)
     assert documents is not None
     return x, documents, told_of_text(model, rows.tokens, metadata=metadata, folder=last, source=cfg.held_out)
