@@ -60,6 +60,10 @@ class TextOptions:
     training split only, or the model's own text."""
 
 
+ACTIVATIONS = "activations"
+"""Key of an SAE's metadata: the cache that it was trained on, by `data.ActivationCache.name`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
     """Activations that were computed before, for commands that train."""
@@ -69,11 +73,6 @@ class CacheOptions:
     and row length are its own."""
     shuffle_rows: bool = False
     """Read the rows of the cache in an order drawn from the seed; else in their own, as without a cache."""
-
-    def check_cache(self) -> None:
-        """Raise a ValueError for options that say nothing without a cache."""
-        if self.shuffle_rows and self.activations is None:
-            raise ValueError("shuffle_rows is for the rows of a cache; give --activations too, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

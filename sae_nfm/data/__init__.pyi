@@ -1,8 +1,8 @@
-from .activation_cache import ACTIVATIONS as ACTIVATIONS
 from .activation_cache import ActivationCache as ActivationCache
 from .activation_cache import CacheConfig as CacheConfig
 from .activation_cache import CacheIdentity as CacheIdentity
 from .activation_cache import cached_runner as cached_runner
+from .activation_cache import cached_splits as cached_splits
 from .activation_cache import opened_cache as opened_cache
 from .activation_cache import read_from_cache as read_from_cache
 from .activation_cache import read_identity as read_identity

@@ -56,10 +56,19 @@ from sae_nfm.common import (
     write_json,
 )
 from sae_nfm.common.files import digests
-from sae_nfm.common.options import DEFAULT_HOOK, DEFAULT_HOOKS, EMBEDDED_MODEL, CacheOptions, check_numbers
+from sae_nfm.common.options import ACTIVATIONS, DEFAULT_HOOK, DEFAULT_HOOKS, EMBEDDED_MODEL, CacheOptions, check_numbers
 from sae_nfm.common.outputs import final_place
 from sae_nfm.common.results import SavedResult
-from sae_nfm.data.datasets import TOKEN_COLUMNS, check_data, data_column, first_rows, own_text, training_data
+from sae_nfm.data.datasets import (
+    TOKEN_COLUMNS,
+    check_data,
+    data_column,
+    first_rows,
+    held_out_data,
+    open_dataset,
+    own_text,
+    training_data,
+)
 from sae_nfm.loading import sha256_of
 from sae_nfm.models import LanguageModel, check_context, check_device, device_of, load_model, passing, shape_at
 
@@ -144,6 +153,8 @@ class CacheConfig:
     held_out: str | None = None
     """Held-out text of the trainings to come, as for `sae-nfm compare`: documents of the data set that are held out are not
     cached."""
+    split: str = "train"
+    """Split of the data set; that of held-out text is for `sae-nfm dynamics`, and nothing to train on."""
     tokens: int | None = None
     """Tokens to run the model over, rounded up to whole rows; unless given all of the data set, 400,000 at most."""
     context_size: int = 256
@@ -197,15 +208,18 @@ def run_cache(cfg: CacheConfig, *, command: str | None = None) -> WrittenCache:
     check_device(cfg.device)
     held_out = cfg.dataset if cfg.held_out is None else cfg.held_out
     if cfg.dataset is None:
-        dataset = own_text(cfg.model, "train", seed=cfg.seed)
+        dataset = own_text(cfg.model, cfg.split, seed=cfg.seed)
+    elif cfg.split != "train":
+        dataset = open_dataset(cfg.dataset, split=cfg.split, seed=cfg.seed)
     else:
         dataset = training_data(cfg.dataset, held_out, seed=cfg.seed)
     model = load_model(cfg.model, cfg.device, model_class_name=cfg.model_class_name)
     hooks = cfg.hook or (DEFAULT_HOOKS.get(cfg.model, DEFAULT_HOOK),)
-    for hook in hooks:
-        shape_at(model, hook)  # there is one, before the text is read
+    places = [shape_at(model, hook)[0] for hook in hooks]  # there are such, before the text is read
+    if len(set(places)) < len(places):
+        raise ValueError(f"hook is {list(hooks)}, of which two are one place ({', '.join(places)}); give each once")
     check_context(model, cfg.context_size)
-    name = cfg.dataset or cfg.model
+    name = (cfg.dataset or cfg.model) + ("" if cfg.split == "train" else f" ({cfg.split})")
     rows = rows_of(model, dataset, cfg.context_size, cfg.tokens, name)
     origin: dict[str, Any] = {"model_name": cfg.model, "model_class_name": cfg.model_class_name}
     origin |= {"dataset": name, "held_out": held_out, "seed": cfg.seed, "dtype": cfg.dtype}
@@ -437,11 +451,36 @@ class ActivationCache:
 
 
 def opened_cache(options: CacheOptions, seed: int) -> ActivationCache | None:
-    """The cache that options name, its rows in the order that they ask for; None where they name none. Raises as that."""
-    options.check_cache()
+    """The cache that options name, its rows in the order that they ask for; None where they name none.
+
+    Raises as `ActivationCache`, and a ValueError for a data set beside it that is not its own, or `shuffle_rows` without it.
+    """
     if options.activations is None:
+        if options.shuffle_rows:
+            raise ValueError("shuffle_rows is for the rows of a cache; give activations too, or leave it out")
         return None
-    return ActivationCache(options.activations, order_seed=seed if options.shuffle_rows else None)
+    cache = ActivationCache(options.activations, order_seed=seed if options.shuffle_rows else None)
+    own, given = cache.identity.dataset, getattr(options, "dataset", None)
+    if given not in (None, own):
+        raise ValueError(
+            f"dataset is {given!r}, and {own!r} in the cache {quoted(cache.folder)}, which has its own rows; leave one out"
+        )
+    return cache
+
+
+def cached_splits(cache: ActivationCache, held_out: str | None) -> tuple[Dataset, Any]:
+    """Training and held-out data of trainings on a cache, as `load_splits` has them without one.
+
+    Raises as that, and a ValueError where held-out documents are among those cached.
+    """
+    own = cache.identity
+    named = None if own.dataset == own.model else own.dataset
+    if held_out is not None and held_out == named != own.held_out:
+        raise ValueError(
+            f"held_out is {held_out!r}, and was {own.held_out!r} when {quoted(cache.folder)} was written, so that it has those "
+            f"documents; give other held-out text, or {ANEW} with --held-out {held_out!r}"
+        )
+    return cache.dataset(), held_out_data(named, held_out or own.held_out, own.model)
 
 
 class _Rows:
@@ -505,8 +544,6 @@ def _outer(hook_name: str, attached: Mapping[str, Any]) -> str:
     return next((hook for hook in attached if hook_name.startswith(f"{hook}.")), hook_name)
 
 
-ACTIVATIONS = "activations"
-"""Key of an SAE's metadata: the cache that it was trained on, by `ActivationCache.name`."""
 HOW_ROWS_ARE_MADE: dict[str, Any] = {
     "prepend_bos": True,
     "sequence_separator_token": "bos",

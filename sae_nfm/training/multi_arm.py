@@ -42,6 +42,8 @@ from sae_nfm.training.results import RECORD_FILENAME, TRAINED_FILENAME, Trained,
 from sae_nfm.training.resume import DivergedError, checkpoint_folder, diverged, exact_resume
 from sae_nfm.training.settings import refuse_several_processes
 
+ORDINARY: dict[str, Any] = {"model_class_name": "HookedTransformer", "model_kwargs": {}, "activations": None}
+"""Settings that are not written down where they have these values."""
 BEGUN_FILENAME, DIVERGED_FILENAME = "begun.json", "diverged.json"
 """In the folder of arms that are being trained: the settings of each, and why some stand still."""
 
@@ -143,8 +145,9 @@ def pending(
 
 
 def _refuse_others(name: str, settings: Mapping[str, Any], was: Mapping[str, Any], when: str) -> None:
-    for key, value in settings.items():
-        if was.get(key) != value:
+    left_out = {key: value for key, value in ORDINARY.items() if key in was}
+    for key, value in (left_out | dict(settings)).items():
+        if was.get(key, ORDINARY.get(key)) != value:
             raise ValueError(
                 f"{key} of {name!r} is {value!r}, and was {was.get(key)!r} when {when}; give it as it was, or another output "
                 "folder"
@@ -165,8 +168,7 @@ def _settings(stream: StreamConfig, arm: TrainingArm, learning_rate: float) -> d
     own = {"learning_rate": learning_rate, "decoder_rate": arm.decoder_rate}
     everything = arm.sae.to_dict() | asdict(stream) | own
     ignored = ["metadata", "n_checkpoints", "fewest_steps_counted"]
-    ordinary = {"model_class_name": "HookedTransformer", "model_kwargs": {}, "activations": None}
-    ignored += [key for key, value in ordinary.items() if everything[key] == value]  # as before there were others
+    ignored += [key for key, value in ORDINARY.items() if everything[key] == value]  # as before there were others
     kept = {key: value for key, value in everything.items() if key not in ignored}
     return json.loads(json.dumps(kept))
 

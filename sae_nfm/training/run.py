@@ -5,11 +5,10 @@
 What does not work is said before anything is written.
 """
 
-import logging
 import shlex
 import shutil
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -296,7 +295,6 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
 
 def _of_cache(options: CacheOptions, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a cache of activations says of a run. A ValueError where a data set was given that is not its own."""
-    options.check_cache()
     if (
         options.activations is None or not (Path(options.activations) / IDENTITY_FILENAME).is_file()
     ):  # said when it is opened
@@ -390,7 +388,7 @@ def train(arguments: TrainArguments) -> Trained:
     cache = opened_cache(arguments.cache, cfg.seed)
     model = fit_to_model(arguments, others)
     dataset, held_out = _data(arguments, cache)
-    with temporary_seed(cfg.seed), quiet_saelens(), _expected_overrides():
+    with temporary_seed(cfg.seed), quiet_saelens():
         sae = others.starting_sae(cfg, arguments.given)
         runner = WholeRunner(cfg, override_dataset=dataset, override_model=cast(Any, model), override_sae=sae)
         if cache is not None:
@@ -545,21 +543,6 @@ def _data(arguments: TrainArguments, cache: ActivationCache | None) -> tuple[Any
     if held_out is None:
         return dataset, own_text(cfg.model_name, "validation")
     return dataset, open_dataset(held_out, split="validation")
-
-
-@contextmanager
-def _expected_overrides() -> Generator[None]:
-    """Hide SAELens's warning that a run with a given model or data set is not described by its config: ours is."""
-
-    def expected(entry: logging.LogRecord) -> bool:
-        return not entry.getMessage().startswith("You just passed in a ")
-
-    logger = logging.getLogger("sae_lens")
-    logger.addFilter(expected)
-    try:
-        yield
-    finally:
-        logger.removeFilter(expected)
 
 
 def how_to_go_on(arguments: TrainArguments, saved: Path | None = None, why: str = "interrupted") -> str:

@@ -17,8 +17,8 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
 from sae_nfm.architectures import PRIMARY_DIGEST, UNFOLDED
 from sae_nfm.common import check_numbers
+from sae_nfm.common.options import ACTIVATIONS
 from sae_nfm.convert import WARM_START_DIGEST
-from sae_nfm.data import ACTIVATIONS
 from sae_nfm.loading import refuse_not_finite
 
 RunnerConfig = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig

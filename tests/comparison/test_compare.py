@@ -13,12 +13,13 @@ from builders import D_MODEL, inference_sae, tiny_model, token_dataset, training
 from sae_lens import SAE
 
 from sae_nfm import demo
+from sae_nfm.common.options import ACTIVATIONS
 from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS, CompareConfig
 from sae_nfm.comparison.plan import Costs, Step, duration, words
 from sae_nfm.comparison.results import CLAIMS, ArmName, ClaimKind, CompareResult, RowKind, SweepRow, answers
 from sae_nfm.comparison.run import Prepared, _claim_folder, chosen_rates, of_cache, run_compare
 from sae_nfm.comparison.table import _interpolated
-from sae_nfm.data import ACTIVATIONS, CacheConfig, datasets, run_cache
+from sae_nfm.data import CacheConfig, datasets, run_cache
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import SUMS, Arm, evaluate, fidelity_of, held_out_sums
 from sae_nfm.training.multi_arm import train_arms
@@ -171,7 +172,9 @@ def test_the_words_name_ablations_and_limits(finished):
     assert "Learning rates by a sweep of 0.005, 0.01 for every arm." in words
 
 
-def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(finished, tmp_path, monkeypatch, capsys):
+def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(
+    finished, tmp_path, monkeypatch, capsys, caplog
+):
     cfg, output, result = finished
     cfg = replace(cfg, output=str(copytree(output, tmp_path / "copy")))
     names: list[str] = []
@@ -186,6 +189,9 @@ def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(finish
     assert names == []
     assert "the plan" not in capsys.readouterr().err
     more = run_compare(replace(cfg, arms=("topk", "batchtopk"), seeds=(1, 2)))
+    assert not [
+        entry for entry in caplog.records if "reproducible" in entry.getMessage()
+    ]  # SAELens of overrides: ours are
     planned = [line.split()[:5] for line in capsys.readouterr().err.splitlines() if line.startswith("k 16")]
     assert planned == [
         ["k", "16,", "rate", "0.005", "1"],

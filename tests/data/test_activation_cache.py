@@ -1,6 +1,7 @@
 """Cached activations: those of the model, found by tokens, whole after any kill, and never those of something else."""
 
 import dataclasses
+import resource
 import shutil
 from collections import namedtuple
 
@@ -12,8 +13,8 @@ from kills import forked, killed_at
 from sae_lens import ActivationsStore, LanguageModelSAETrainingRunner
 from sae_lens.util import temporary_seed
 
-from sae_nfm.common import partial_folder
-from sae_nfm.data import ActivationCache, activation_cache, cached_runner
+from sae_nfm.common import FileError, locked, partial_folder
+from sae_nfm.data import ActivationCache, CacheConfig, activation_cache, cached_runner, run_cache
 from sae_nfm.data.activation_cache import identity_of, rows_of, write_cache
 
 OTHER_HOOK = "blocks.0.hook_mlp_out"
@@ -236,6 +237,31 @@ def test_what_it_refuses(folder, tmp_path, monkeypatch):
         write(tmp_path / "full")
     monkeypatch.undo()
     write(tmp_path / "full", dtype="float16")  # what was refused has left nothing that is in the way
+
+
+def test_two_processes(folder, tmp_path):
+    with locked(tmp_path / "cache", "sae-nfm cache"), pytest.raises(ValueError, match=r"being written by process \d+"):
+        write(tmp_path / "cache")
+    write(tmp_path / "cache")
+    assert files(tmp_path / "cache") == files(folder)
+
+
+def test_one_place_by_two_names(tmp_path):
+    hooks = ("blocks.1.hook_resid_post", "blocks.1.hook_out")
+    with pytest.raises(ValueError, match="two are one place"):
+        run_cache(CacheConfig(hook=hooks, output=str(tmp_path / "cache")))
+
+
+def test_no_room(tmp_path):
+    """A limit on the size of a file stands for a full disk: one sentence, nothing that is half a shard."""
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        with pytest.raises(FileError, match=r"cache' cannot be written: file too large"):
+            write(tmp_path / "cache")
+
+    assert forked(limited, tmp_path)[0] == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_of_saelens_says_nothing_about_its_model(folder, tmp_path):
