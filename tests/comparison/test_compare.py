@@ -446,7 +446,6 @@ def test_each_seed_has_the_rows_of_a_cache_in_an_order_of_its_own(cached, tmp_pa
         ({"context_size": 64}, {}, r"context_size is 64, and 32 in the cache"),
         ({"dataset": "a.parquet"}, {"dataset": "b.parquet"}, r"dataset is 'a.parquet', and 'b.parquet' in the cache"),
         ({}, {"model_class_name": "TransformerBridge"}, "is of a TransformerBridge"),
-        ({"held_out": "b"}, {"dataset": "b", "held_out": "c"}, "whose held-out documents are among those of the cache"),
     ],
 )
 def test_what_does_not_fit_a_cache(cached, given, own, said):

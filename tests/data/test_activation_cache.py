@@ -109,7 +109,7 @@ def test_a_kill_at_any_shard(folder, tmp_path, monkeypatch, killed_at_shard):
 
 def test_a_kill_while_a_shard_is_written(folder, tmp_path, monkeypatch):
     """At write events spread over the whole: what is there afterwards is no cache, and the next call makes one."""
-    for nth in (1, 4, 9, 14, 20, 29, 40, 60):
+    for nth in (1, 9, 20, 40, 60):
         output = tmp_path / str(nth) / "cache"
         killed = killed_at(monkeypatch, nth, lambda output=output: write(output))
         assert killed == (not output.exists())

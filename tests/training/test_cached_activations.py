@@ -201,3 +201,18 @@ def test_a_secondary_sae_on_a_cache_of_what_its_primary_reads(shared, ours, tmp_
     assert main([*flags(shared, live, "--dataset_path", str(shared / "text.jsonl")), *more]) == 0
     assert main([*flags(shared, cached, "--activations", ours), *more]) == 0
     assert_same(live, cached)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "hook"), [("TransformerBridge", HOOKED), ("AutoModelForCausalLM", HF_BLOCK["gpt2"])]
+)
+def test_every_class_of_model(shared, tmp_path, model_class, hook):
+    where = ["--model", str(shared / "model"), "--dataset", str(shared / "text.jsonl"), "--hook", hook]
+    cached = [*where, "--model-class-name", model_class, "--context-size", str(CONTEXT), "--tokens", str(80 * CONTEXT)]
+    assert main(["cache", *cached, "--output", str(tmp_path / "cache")]) == 0
+    more = ["--hook_name", hook, "--model_class_name", model_class, "--evaluate_every", "0", "--training_tokens", "128"]
+    assert main([*flags(shared, tmp_path / "live", "--dataset_path", str(shared / "text.jsonl")), *more]) == 0
+    own_hook = more if model_class == "AutoModelForCausalLM" else more[2:]  # the bridge's own name is the cache's
+    argv = [arg for arg in flags(shared, tmp_path / "cached") if arg not in ("--hook_name", HOOKED)]
+    assert main([*argv, *own_hook, "--activations", str(tmp_path / "cache")]) == 0
+    assert_same(tmp_path / "live", tmp_path / "cached")
