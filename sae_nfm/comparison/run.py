@@ -65,7 +65,16 @@ from sae_nfm.comparison.config import CompareConfig, DemoConfig
 from sae_nfm.comparison.plan import ROWS_TIMED, Step, measured_costs, words
 from sae_nfm.comparison.results import CompareResult, SweepRow, answers, changes, renamed
 from sae_nfm.comparison.table import evaluated, evaluated_once, tidy
-from sae_nfm.data import ActivationCache, CacheIdentity, TokenRows, check_data, datasets, held_out_rows, told_of_text
+from sae_nfm.data import (
+    ActivationCache,
+    CacheIdentity,
+    TokenRows,
+    cached_splits,
+    check_data,
+    datasets,
+    held_out_rows,
+    told_of_text,
+)
 from sae_nfm.evaluation import Arm, evaluate
 from sae_nfm.models import Site, find_site, load_model
 from sae_nfm.training import (
@@ -121,7 +130,7 @@ class Prepared:
             check_data(model, train, context_size, cfg.dataset)
         else:
             cache.check(model, [site.hook_name], context_size)
-            train, validation = cache.dataset(), datasets.held_out_data(cfg.dataset, cfg.held_out, cfg.model)
+            train, validation = cached_splits(cache, cfg.held_out)
         held_out = swept = held_out_rows(model, validation, context_size, cfg.held_out_tokens)
         if cfg.sweeps:
             skipped = held_out.tokens.numel()
@@ -207,10 +216,7 @@ class Prepared:
 
 
 def of_cache(cfg: CompareConfig, own: CacheIdentity) -> CompareConfig:
-    """The configuration with model, hook point, row length and text of a cache.
-
-    Raises a ValueError, with both values, where another was given, or held-out text that was cached for training.
-    """
+    """The configuration with model, hook point, row length and text of a cache; a ValueError, with both values, for others."""
     dataset = None if own.dataset == own.model else own.dataset
     found = {"model": own.model, "dataset": dataset, "context_size": own.context_size}
     unless_given = {field.name: field.default for field in fields(CompareConfig)}
@@ -222,11 +228,6 @@ def of_cache(cfg: CompareConfig, own: CacheIdentity) -> CompareConfig:
     if own.model_class_name != "HookedTransformer":
         raise ValueError(
             f"the cache {cfg.activations!r} is of a {own.model_class_name}, and a comparison runs a HookedTransformer; cache that"
-        )
-    if cfg.held_out is not None and cfg.held_out == dataset and own.held_out != dataset:
-        raise ValueError(
-            f"held_out is {cfg.held_out!r}, whose held-out documents are among those of the cache {cfg.activations!r}; give "
-            f"other text, or cache with --held-out {cfg.held_out}"
         )
     hook = cfg.hook
     if hook is None:
@@ -297,6 +298,7 @@ def run_compare(cfg: CompareConfig, *, command: str | None = None, folder: Path 
     if folder is None:
         check_extension(cfg.output, "compare", PARTS)
     prepared = Prepared.of(cfg)
+    prepared.held_out.check_documents()
     if folder is None:
         with publishing(cfg.output, "compare", command=command, extend=PARTS) as made:
             return _run_compare(prepared, made.folder, command)

@@ -176,7 +176,12 @@ EMBEDDED = {
 """Defaults on the embedded model, where they differ from SAELens's."""
 EMBEDDED_SAE = {"d_sae": 2_048, "k": 32, "normalize_activations": "expected_average_only_in"}
 """Defaults of the SAE on the embedded model, for the architectures that have such a field."""
-SMOLLM2 = EMBEDDED | {"hook_name": DEFAULT_HOOKS[FETCHED_MODEL], "training_tokens": 100_000}
+SMOLLM2 = EMBEDDED | {
+    "hook_name": DEFAULT_HOOKS[FETCHED_MODEL],
+    "training_tokens": 100_000,
+    "train_batch_size_tokens": 512,
+    "lr": 2e-3,
+}
 SMOLLM2_SAE = EMBEDDED_SAE | {"d_sae": 2_304}
 """The same on SmolLM2: four features a dimension."""
 OURS = {demo.MODEL_NAME: (EMBEDDED, EMBEDDED_SAE), FETCHED_MODEL: (SMOLLM2, SMOLLM2_SAE)}

@@ -352,6 +352,8 @@ def test_bad_input_leaves_nothing(tmp_path):
         run_compare(CompareConfig(**(TINY | {"k": (200,)}), output=str(output)))
     with pytest.raises(ValueError, match=r"\bone row of 32 tokens\b.*\bskip_tokens\b"):
         run_compare(CompareConfig(**(TINY | {"held_out_tokens": 10**9}), output=str(output)))
+    with pytest.raises(ValueError, match=r"one document.*--held-out-tokens"):
+        run_compare(CompareConfig(**(TINY | {"held_out_tokens": 1}), output=str(output)))
     assert not output.exists()
     output.mkdir()
     (output / "thesis.txt").write_text("mine")
@@ -444,7 +446,6 @@ def test_each_seed_has_the_rows_of_a_cache_in_an_order_of_its_own(cached, tmp_pa
         ({"context_size": 64}, {}, r"context_size is 64, and 32 in the cache"),
         ({"dataset": "a.parquet"}, {"dataset": "b.parquet"}, r"dataset is 'a.parquet', and 'b.parquet' in the cache"),
         ({}, {"model_class_name": "TransformerBridge"}, "is of a TransformerBridge"),
-        ({"held_out": "b"}, {"dataset": "b", "held_out": "c"}, "whose held-out documents are among those of the cache"),
     ],
 )
 def test_what_does_not_fit_a_cache(cached, given, own, said):

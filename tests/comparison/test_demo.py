@@ -19,6 +19,7 @@ from sae_nfm.comparison.results import CompareResult, RowKind
 from sae_nfm.comparison.run import Prepared, compare_once
 from sae_nfm.comparison.table import ablations, in_canonical_gauge
 from sae_nfm.data import datasets
+from sae_nfm.explorer import Explorer
 from sae_nfm.training.results import read_training_record
 from sae_nfm_cli import main
 
@@ -191,6 +192,11 @@ def test_one_seed_gives_one_page(commanded):
     assert any(name.startswith("fidelity-") for name in first)
     assert any(name.startswith("training-") for name in first)
     assert base64.b64decode(first["explorer-data"]) == (output / "explorer.json.gz").read_bytes()
+    explorer = Explorer.load(output)
+    assert explorer.sampled == ""  # a text file was given
+    assert explorer.provenance["config"]["held_out"]
+    own = replace(explorer, model_name="smollm2", provenance={"config": {"held_out": None}})
+    assert "no evidence about real text" in own.sampled
 
 
 def data_of(page: Path) -> dict[str, str]:

@@ -125,6 +125,7 @@ def _activations(cfg: DynamicsConfig, sae: SAE[Any], last: Path) -> tuple[Tensor
     context_size = cfg.context_size or metadata.context_size or 256
     check_context(model, context_size)
     rows = held_out_rows(model, text, context_size, cfg.held_out_tokens)
+    rows.check_documents()
     cache = None if cfg.activations is None else ActivationCache(cfg.activations)
     if cache is not None:
         cache.check(model, [site.hook_name], context_size)

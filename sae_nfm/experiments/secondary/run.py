@@ -117,6 +117,7 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
     )
     check_data(model, train, stream.context_size, cfg.dataset)
     rows = held_out_rows(model, validation, stream.context_size, cfg.held_out_tokens)
+    rows.check_documents()
     fitted = held_out_rows(model, validation, stream.context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     ks = tuple(sorted(set(cfg.k or default_k(checked.cfg.nfm_dim))))
     described = {"architecture": primary.cfg.architecture(), "digest": primary_digest(primary)}
