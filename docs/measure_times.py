@@ -48,7 +48,8 @@ HEAD = """\
 
 How long commands take, the start of Python and its imports included: wall seconds, and CPU seconds of all cores. Every
 command with its defaults on the embedded model, offline, by itself on the machine. What is not in the table was not measured.
-Other pages and the help texts state no times; `make times` measures these anew.
+Other pages and the help texts state no times, but for the CPU minutes of `make demo-smollm2`; `make times` measures these
+anew.
 
 | command | what it does | wall (s) | CPU (s) |
 |---|---|---|---|

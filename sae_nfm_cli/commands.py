@@ -139,6 +139,22 @@ TRAIN = {
         parser="sae_nfm.cli.train:make_parser",
         run="sae_nfm.training.run:train",
     ),
+    "cache": Command(
+        summary="compute a model's activations once, for every training on them",
+        description="Run a language model over a text once and write its activations at one or more hook points, in the format "
+        "of SAELens's CacheActivationsRunner. `train` and `compare` read them with --activations. An interrupted run "
+        "resumes when the command is called again.",
+        examples=(
+            (
+                "the embedded model, two hook points",
+                "sae-nfm cache --hook blocks.1.hook_mlp_out blocks.2.hook_resid_post",
+            ),
+            ("another model, in half the space", "sae-nfm cache --model gpt2 --dataset a.parquet --dtype float16"),
+            ("then train on it", "sae-nfm train --activations runs/activations"),
+        ),
+        config="sae_nfm.data.activation_cache:CacheConfig",
+        run="sae_nfm.data.activation_cache:run_cache",
+    ),
     "convert": Command(
         summary="turn a checkpoint of another package into a SAELens folder",
         description="Turn a checkpoint of the paper's author, of dictionary_learning, sparsify or SAELens into a SAELens "
@@ -187,11 +203,12 @@ TRUST = {
     "compare": Command(
         summary="matched SAEs over several seeds, with a verdict for each claim",
         description="Train joint_nfm, its controls and SAEs on their own at matched width, parameters and FLOPs over several "
-        "seeds, each at its own learning rate, and judge every claim over seeds and documents. An interrupted run resumes "
-        "when the command is called again.",
+        "seeds, each at its own learning rate, and judge every claim over seeds and documents. What is left to do, and the time "
+        "that it is expected to take, are printed first. An interrupted run resumes when the command is called again.",
         examples=(
             ("the embedded model, offline", "sae-nfm compare"),
             ("a first look: no verdicts", "sae-nfm compare --arms joint_nfm topk --seeds 0 --learning-rates 5e-3"),
+            ("on activations computed once (sae-nfm cache)", "sae-nfm compare --activations runs/activations"),
         ),
         config="sae_nfm.comparison.run:CompareConfig",
         run="sae_nfm.comparison.run:run_compare",

@@ -41,9 +41,18 @@ from sae_nfm.analysis.gauge import as_read, canonical, has_canonical
 from sae_nfm.analysis.weight_norms import PathRows
 from sae_nfm.architectures import NFMDecoder, NFMPaths, Paths
 from sae_nfm.common import ShortRepr
+from sae_nfm.data import ActivationCache
 from sae_nfm.interventions import counted_tokens, splice
 from sae_nfm.kernels import SparseActs, reference, wide
-from sae_nfm.models import LanguageModel, check_counted, check_finite, real_batches, real_tokens, run_rows
+from sae_nfm.models import (
+    LanguageModel,
+    check_counted,
+    check_finite,
+    real_batches,
+    real_tokens,
+    resolve_hook_name,
+    run_rows,
+)
 
 CELLS = 2**24
 """Numbers in the largest tensor of a chunk of tokens: 64 MiB in float32."""
@@ -73,12 +82,15 @@ def read_activations(
     tokens: Int[Tensor, "rows pos"],
     documents: Int[Tensor, "rows pos"] | None = None,
     *,
+    cache: ActivationCache | None = None,
     batch_rows: int = 16,
 ) -> tuple[Float[Tensor, "tokens d_in"], Int[Tensor, " tokens"] | None]:
     """Activations at the SAE's hook point and their documents, counted tokens only (not special, not in position 0).
 
+    With a cache, which is looked into for these rows, the model computes nothing.
+
     Raises:
-        ValueError: when the model has no such hook point, or no token is counted.
+        ValueError: when the model has no such hook point, no token is counted, or rows are not in the cache.
     """
     real, read = real_tokens(model, tokens), list[Tensor]()
     counted = counted_tokens(model, tokens, real)
@@ -87,11 +99,19 @@ def read_activations(
     def keep(value: Tensor, hook: Any) -> None:  # noqa: ARG001
         read.append(value.flatten(2))
 
-    with splice(model, sae) as found, found.hooks({"hook_sae_input": keep}):
-        for batch, part in real_batches(model, tokens, batch_rows, real):
-            run_rows(model, batch, part)
+    metadata = sae.cfg.metadata
+    if cache is not None:
+        value, head = (
+            cache.activations(tokens, resolve_hook_name(model, str(metadata.hook_name))),
+            metadata.hook_head_index,
+        )
+        read.append((value if head is None else value[:, :, head]).flatten(2))
+    else:
+        with splice(model, sae) as found, found.hooks({"hook_sae_input": keep}):
+            for batch, part in real_batches(model, tokens, batch_rows, real):
+                run_rows(model, batch, part)
     x = torch.cat(read)[counted]
-    check_finite(x, counted, f"activations at {sae.cfg.metadata.hook_name!r}")
+    check_finite(x, counted, f"activations at {metadata.hook_name!r}")
     return x, None if documents is None else documents[counted.to(documents.device)]
 
 

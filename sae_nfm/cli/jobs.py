@@ -1,6 +1,6 @@
 """The jobs of `sae-nfm report` and `sae-nfm demo`, which join packages that may not import one another."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sae_lens import SAE
@@ -12,7 +12,7 @@ from sae_nfm.common.file_errors import FORBIDDEN, check_writable
 from sae_nfm.common.results import REPORT_FILENAME, RESULTS_FILENAME, text_of
 from sae_nfm.comparison import DemoConfig, Prepared, compare_once, publishing_demo
 from sae_nfm.comparison.results import ArmName, CompareResult
-from sae_nfm.explorer import FILENAME, explore
+from sae_nfm.explorer import FILENAME, ExplorerSizes, explore
 from sae_nfm.report.command import ReportConfig, WrittenReport, write_run_report
 from sae_nfm.report.run_folder import is_saved_sae
 
@@ -76,6 +76,7 @@ def run_demo(cfg: DemoConfig, *, command: str | None = None) -> Demo:
             rows.tokens[:n_rows],
             rows.documents[:n_rows],
             name=str(ArmName.JOINT),
+            settings=asdict(ExplorerSizes()) | {"held_out": cfg.held_out or cfg.dataset},
             text=text_of(found.provenance),
         )
         explored.save(made.folder / FILENAME)

@@ -27,7 +27,14 @@ SECTIONS = {
     "data": (
         *("dataset_path", "context_size", "training_tokens", "exclude_special_tokens", "seqpos_slice", "prepend_bos"),
         *("sequence_separator_token", "disable_concat_sequences", "is_dataset_tokenized", "use_chat_formatting"),
-        *("streaming", "dataset_trust_remote_code", "use_cached_activations", "cached_activations_path"),
+        *(
+            "streaming",
+            "activations",
+            "shuffle_rows",
+            "dataset_trust_remote_code",
+            "use_cached_activations",
+            "cached_activations_path",
+        ),
     ),
     SAE: (),
     "training": (

@@ -34,6 +34,8 @@ DIGESTS_FILENAME, DIGESTS_KIND, SIDECAR = "digests.json", "digests/1", ".sha256"
 PARTIAL, LOCK = ".partial", ".lock"
 ANCESTORS = 8
 """Folders above a file in which its digest is looked for."""
+UNLISTED = ".arrow"
+"""Suffix of files without a digest: too large to be read twice, they have a checksum of each row."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 Digest = dict[str, Any]
 """sha256 and bytes of a file, and as `before` those of the file that it replaces."""
@@ -59,6 +61,10 @@ def whole(path: str | Path) -> Generator[Path]:
 @contextmanager
 def _whole(path: Path) -> Generator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == UNLISTED:
+        with _replacing(path) as temporary:
+            yield temporary
+        return
     begun = [folder for folder in _begun if path.absolute().is_relative_to(folder)]
     if begun and not _sidecar(path).exists():
         with _replacing(path) as temporary:
@@ -420,5 +426,6 @@ def _files(folder: Path) -> Iterator[Path]:
         for path in (here / name for name in sorted(names)):
             hidden = path.name.startswith(".") and path.suffix in (PARTIAL, LOCK)
             own = path == folder / DIGESTS_FILENAME or path.name.endswith(SIDECAR) or _sidecar(path).exists()
+            own = own or path.suffix == UNLISTED
             if not hidden and not own and path not in covered and path.is_file():
                 yield path

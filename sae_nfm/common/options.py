@@ -60,6 +60,21 @@ class TextOptions:
     training split only, or the model's own text."""
 
 
+ACTIVATIONS = "activations"
+"""Key of an SAE's metadata: the cache that it was trained on, by `data.ActivationCache.name`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """Activations that were computed before, for commands that train."""
+
+    activations: str | None = None
+    """Folder of `sae-nfm cache`: its activations in place of the model's, its rows in place of a data set. Model, hook point
+    and row length are its own."""
+    shuffle_rows: bool = False
+    """Read the rows of the cache in an order drawn from the seed; else in their own, as without a cache."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeldOutOptions:
     """The text, for commands that take a trained SAE."""

@@ -37,7 +37,7 @@ class SizeOptions(TextOptions, ModelOptions):
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot work; the hook point is the model's default unless given."""
-        if self.hook is None:
+        if self.hook is None and getattr(self, "activations", None) is None:  # else it is the cache's
             object.__setattr__(self, "hook", DEFAULT_HOOKS.get(self.model, DEFAULT_HOOK))
         for name in ("d_sae", "nfm_dim", "training_tokens", "held_out_tokens", "batch_size"):
             check_number(name, getattr(self, name))
@@ -54,6 +54,9 @@ class SizeOptions(TextOptions, ModelOptions):
 class CompareConfig(SizeOptions):
     """What to compare, on what, and where the results go."""
 
+    activations: str | None = None
+    """Folder of `sae-nfm cache` to train on: its activations in place of the model's, its rows in place of --dataset. Model,
+    hook point, row length and held-out text are those of the cache unless given."""
     arms: tuple[str, ...] = DEFAULT_ARMS
     """Which arms, in quotes where a name has spaces; "all" takes every one there is (`sae_nfm.comparison.arms`)."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -63,7 +66,8 @@ class CompareConfig(SizeOptions):
     nfm_top_fraction: float = 1.0
     """Share of the k active features that the linear and the interaction path read; 1 gives the model a canonical gauge."""
     shuffle: bool = True
-    """Whether each seed has the training data in another order; without, only the documents of a file are shuffled."""
+    """Whether each seed has the training data in another order (the rows of a cache); without, only the documents of a file are
+    shuffled."""
     learning_rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2)
     """Adam's learning rates to try for each arm; a single one is taken as it is, for all."""
     sweep_tokens: int = 200_000

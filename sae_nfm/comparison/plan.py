@@ -61,7 +61,7 @@ def measured_costs(
     arms: Mapping[str, TrainingArm],
     tokens: Int[Tensor, "rows pos"],
     *,
-    read: Callable[[Int[Tensor, "rows pos"]], Float[Tensor, "rows pos *site"]],
+    read: Callable[[], Float[Tensor, "rows pos *site"]],
     forward: Callable[[Int[Tensor, "rows pos"]], object],
     batch_size: int,
     device: str,
@@ -69,19 +69,19 @@ def measured_costs(
     """Time each once, after once that does not count; the caller's random state is left as it was.
 
     Args:
-        tokens: some rows of the text.
-        read: the activations of rows, as training reads them.
+        tokens: some rows of the text, for the whole language model.
+        read: activations of as many rows, as training reads them.
         forward: the whole language model.
     """
-    rows = tokens[:ROWS_TIMED]
     with temporary_seed(0):
         with torch.no_grad():
-            x = read(rows).flatten(0, 1).flatten(1).to(device, torch.float32)
-            passes = [_seconds(partial(one, rows), device) / rows.numel() for one in (read, forward)]
+            x = read().flatten(0, 1).flatten(1).to(device, torch.float32)
+            read_seconds = _seconds(read, device) / len(x)
+            forward_seconds = _seconds(partial(forward, tokens), device) / tokens.numel()
         batch = x[torch.arange(batch_size, device=x.device) % len(x)]
         return Costs(
-            read_seconds=passes[0],
-            forward_seconds=passes[1],
+            read_seconds=read_seconds,
+            forward_seconds=forward_seconds,
             step_seconds={name: _step_seconds(arm, batch, device) for name, arm in arms.items()},
         )
 

@@ -392,6 +392,8 @@ class CompareResult(SavedResult):
             told += [f"Diverged in the sweep, and scored with an infinite FVU: {', '.join(failed)}."] if failed else []
         else:
             told.append(f"One learning rate ({rates[0]:g}) for all SAEs; none was tuned by itself.")
+        if cached := self.provenance.get("cached_activations"):
+            told.append(f"Trained on cached activations: {cached}.")
         sampled = sampled_text(config.get("model", EMBEDDED_MODEL), config["dataset"])
         return [
             *told,

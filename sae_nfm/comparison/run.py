@@ -28,9 +28,9 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,24 @@ from sae_nfm.common import (
     write_parquet,
 )
 from sae_nfm.common.files import sha256_of_file
+from sae_nfm.common.options import DEFAULT_HOOK, DEFAULT_HOOKS
 from sae_nfm.common.outputs import Publication
 from sae_nfm.common.results import RESULTS_FILENAME, with_kind, without_kind
 from sae_nfm.comparison.arms import ArmSizes, interpolation_weights, training_arms
 from sae_nfm.comparison.config import CompareConfig, DemoConfig
-from sae_nfm.comparison.plan import Step, measured_costs, words
+from sae_nfm.comparison.plan import ROWS_TIMED, Step, measured_costs, words
 from sae_nfm.comparison.results import CompareResult, SweepRow, answers, changes, renamed
 from sae_nfm.comparison.table import evaluated, evaluated_once, tidy
-from sae_nfm.data import TokenRows, check_data, datasets, held_out_rows, told_of_text
+from sae_nfm.data import (
+    ActivationCache,
+    CacheIdentity,
+    TokenRows,
+    cached_splits,
+    check_data,
+    datasets,
+    held_out_rows,
+    told_of_text,
+)
 from sae_nfm.evaluation import Arm, evaluate
 from sae_nfm.models import Site, find_site, load_model
 from sae_nfm.training import (
@@ -97,6 +107,8 @@ class Prepared:
     train: Any
     held_out: TokenRows
     sweep_held_out: TokenRows
+    cache: CacheIdentity | None = None
+    """What training reads in place of the model's activations."""
 
     @classmethod
     def of(cls, cfg: CompareConfig) -> "Prepared":
@@ -106,19 +118,26 @@ class Prepared:
             ValueError, FileNotFoundError: for a model, hook point, data set or size that does not work.
         """
         refuse_several_processes()
+        cache = None if cfg.activations is None else ActivationCache(cfg.activations)
+        cfg = cfg if cache is None else of_cache(cfg, cache.identity)
         model = load_model(cfg.model, cfg.device)
-        assert cfg.hook is not None  # its config has put the model's default there
+        assert cfg.hook is not None  # its config, or the cache, has put one there
         site = find_site(model, cfg.hook)
-        seed = 0 if cfg.shuffle else cfg.seeds[0]
-        train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, cfg.model, seed)
         context_size = min(cfg.context_size, model.cfg.n_ctx)
-        check_data(model, train, context_size, cfg.dataset)
+        if cache is None:
+            seed = 0 if cfg.shuffle else cfg.seeds[0]
+            train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, cfg.model, seed)
+            check_data(model, train, context_size, cfg.dataset)
+        else:
+            cache.check(model, [site.hook_name], context_size)
+            train, validation = cached_splits(cache, cfg.held_out)
         held_out = swept = held_out_rows(model, validation, context_size, cfg.held_out_tokens)
         if cfg.sweeps:
             skipped = held_out.tokens.numel()
             swept = held_out_rows(model, validation, context_size, cfg.sweep_held_out_tokens, skipped)
-        cfg = replace(cfg, hook=site.hook_name)
-        return cls(cfg=cfg, model=model, site=site, train=train, held_out=held_out, sweep_held_out=swept)
+        identity = None if cache is None else cache.identity
+        made: dict[str, Any] = {"model": model, "site": site, "train": train, "cache": identity}
+        return cls(cfg=replace(cfg, hook=site.hook_name), held_out=held_out, sweep_held_out=swept, **made)
 
     def arms(self, k: int, tokens: int) -> dict[str, TrainingArm]:
         """The SAEs to train for so many tokens."""
@@ -148,19 +167,36 @@ class Prepared:
             **{name: getattr(cfg, name) for name in ("batch_size", "n_checkpoints", "device")},
         )
 
-    def read(self, tokens: Int[Tensor, "rows pos"]) -> Tensor:
-        """The activations of rows [rows, pos, ...], as training reads them."""
-        hook = self.site.hook_name
-        stop = extract_stop_at_layer_from_tlens_hook_name(hook)
-        return self.model.run_with_cache(tokens, names_filter=[hook], stop_at_layer=stop, prepend_bos=False)[1][hook]
+    def rows(self, seed: int) -> ActivationCache | None:
+        """The cache in the order of a seed; None where the model computes activations."""
+        if self.cfg.activations is None:
+            return None
+        return ActivationCache(self.cfg.activations, order_seed=seed if self.cfg.shuffle else None)
 
-    def data(self, seed: int) -> Any:
-        """The training data in the order of a seed."""
-        return self.train.shuffle(seed=seed) if self.cfg.shuffle else self.train
+    def training(self, seed: int, tokens: int) -> dict[str, Any]:
+        """What `train_arms` trains on: stream, model, data in the order of the seed, cache."""
+        stream, cache = self.stream(seed, tokens), self.rows(seed)
+        if cache is not None:
+            stream, dataset = replace(stream, activations=cache.name), cache.dataset()
+        else:
+            dataset = self.train.shuffle(seed=seed) if self.cfg.shuffle else self.train
+        return {"stream": stream, "model": self.model, "dataset": dataset, "cache": cache}
+
+    def read(self, n_rows: int) -> Callable[[], Tensor]:
+        """Of so many rows, the activations [rows, pos, ...] as training reads them."""
+        hook, cache = self.site.hook_name, self.rows(0)
+        if cache is not None:
+            tokens = torch.from_numpy(cache.tokens[:n_rows].astype("int64"))
+            return lambda: cache.activations(tokens, hook)
+        tokens, stop = self.held_out.tokens[:n_rows], extract_stop_at_layer_from_tlens_hook_name(hook)
+        return lambda: self.model.run_with_cache(tokens, names_filter=[hook], stop_at_layer=stop, prepend_bos=False)[1][
+            hook
+        ]
 
     def settings(self, *left_out: str) -> dict[str, Any]:
         """The configuration as JSON has it, and the held-out tokens, by which a run is known to be the same."""
         settings = {name: value for name, value in asdict(self.cfg).items() if name not in left_out}
+        settings |= {"activations": None if self.cache is None else str(self.cache)}
         return json.loads(json.dumps(settings | {"held-out tokens": _sha256(self.held_out.tokens)}))
 
     def provenance(self, command: str | None, folder: Path, trained: Path) -> dict[str, Any]:
@@ -175,7 +211,30 @@ class Prepared:
             seeds=list(self.cfg.seeds),
             platform=f"{sys.platform} {platform.machine()}, {torch.get_num_threads()} threads",
             held_out_tokens_sha256=_sha256(self.held_out.tokens),
+            **({} if self.cache is None else {"cached_activations": str(self.cache)}),  # pyright: ignore[reportArgumentType]
         )
+
+
+def of_cache(cfg: CompareConfig, own: CacheIdentity) -> CompareConfig:
+    """The configuration with model, hook point, row length and text of a cache; a ValueError, with both values, for others."""
+    dataset = None if own.dataset == own.model else own.dataset
+    found = {"model": own.model, "dataset": dataset, "context_size": own.context_size}
+    unless_given = {field.name: field.default for field in fields(CompareConfig)}
+    for name, value in found.items():
+        if (given := getattr(cfg, name)) not in (value, unless_given[name]):
+            raise ValueError(
+                f"{name} is {given!r}, and {value!r} in the cache {cfg.activations!r}; leave it out, or cache that"
+            )
+    if own.model_class_name != "HookedTransformer":
+        raise ValueError(
+            f"the cache {cfg.activations!r} is of a {own.model_class_name}, and a comparison runs a HookedTransformer; cache that"
+        )
+    hook = cfg.hook
+    if hook is None:
+        usual = DEFAULT_HOOKS.get(own.model, DEFAULT_HOOK)
+        hook = next(iter(own.hooks)) if len(own.hooks) == 1 else usual
+        remark(f"of the cache: model {own.model}, {hook}, rows of {own.context_size} tokens")
+    return replace(cfg, **found, hook=hook, held_out=cfg.held_out or own.held_out)
 
 
 def compare_once(
@@ -209,8 +268,9 @@ def publishing_demo(prepared: Prepared, command: str | None) -> AbstractContextM
 def _compare_once(cfg: DemoConfig, prepared: Prepared, folder: Path, command: str | None) -> CompareResult:
     k, seed, saes = cfg.k, cfg.seed, folder / "saes"
     arms = prepared.arms(k, cfg.training_tokens)
-    stream = replace(prepared.stream(seed, cfg.training_tokens), fewest_steps_counted=COUNTED_STEPS)
-    train_arms(stream, arms, dict.fromkeys(arms, cfg.lr), prepared.model, prepared.data(seed), saes)
+    on = prepared.training(seed, cfg.training_tokens)
+    on["stream"] = replace(on["stream"], fewest_steps_counted=COUNTED_STEPS)
+    train_arms(arms=arms, learning_rates=dict.fromkeys(arms, cfg.lr), folder=saes, **on)
     if not (folder / RECORD_FILENAME).is_file():  # else an interrupted run came so far
         lines = [line for name in arms for line in read_training_record(saes / name / RECORD_FILENAME)]
         with whole(folder / RECORD_FILENAME) as partial:
@@ -238,6 +298,7 @@ def run_compare(cfg: CompareConfig, *, command: str | None = None, folder: Path 
     if folder is None:
         check_extension(cfg.output, "compare", PARTS)
     prepared = Prepared.of(cfg)
+    prepared.held_out.check_documents()
     if folder is None:
         with publishing(cfg.output, "compare", command=command, extend=PARTS) as made:
             return _run_compare(prepared, made.folder, command)
@@ -258,9 +319,9 @@ def _run_compare(prepared: Prepared, output: Path, command: str | None) -> Compa
             swept += rows
             progress.update(rounds * len(arms))
             for seed in cfg.seeds:
-                folder, stream = output / f"k{k}" / f"seed-{seed}", prepared.stream(seed, cfg.training_tokens)
+                folder, on = output / f"k{k}" / f"seed-{seed}", prepared.training(seed, cfg.training_tokens)
                 try:
-                    train_arms(stream, arms, rates, prepared.model, prepared.data(seed), folder)
+                    train_arms(arms=arms, learning_rates=rates, folder=folder, **on)
                 except DivergedError as error:
                     remedy = "leave it out with --arms, or give lower --learning-rates and another output folder"
                     raise DivergedError(f"{error}. In {folder}: {remedy}") from None
@@ -301,8 +362,8 @@ def _say_plan(prepared: Prepared, all_arms: Mapping[int, Mapping[str, TrainingAr
     if left:
         costs = measured_costs(
             left,
-            prepared.held_out.tokens,
-            read=prepared.read,
+            prepared.held_out.tokens[:ROWS_TIMED],
+            read=prepared.read(ROWS_TIMED),
             forward=prepared.model,
             batch_size=cfg.batch_size,
             device=cfg.device,
@@ -311,16 +372,17 @@ def _say_plan(prepared: Prepared, all_arms: Mapping[int, Mapping[str, TrainingAr
 
 
 def sweep(
-    stream: StreamConfig,
     arms: Mapping[str, TrainingArm],
     candidates: Sequence[float],
     k: int,
-    model: HookedSAETransformer,
-    dataset: Any,
     held_out: Int[Tensor, "rows pos"],
     folder: Path,
+    on: Mapping[str, Any],
 ) -> list[SweepRow]:
-    """Train and evaluate each arm at each rate that `sweep.json` lacks; a ValueError where one was begun with other settings."""
+    """Train (`on`: `Prepared.training`) and evaluate each arm at each rate that `sweep.json` lacks.
+
+    Raises a ValueError where one was begun with other settings.
+    """
     path = folder / "sweep.json"
     rows = read_sweep(path) if path.is_file() else []
     for rate in candidates:
@@ -332,12 +394,14 @@ def sweep(
             continue
         diverged: Mapping[str, str] = {}
         try:
-            train_arms(stream, left, dict.fromkeys(left, rate), model, dataset, trained)
+            rates = dict.fromkeys(left, rate)
+            train_arms(arms=left, learning_rates=rates, folder=trained, **on)
         except DivergedError as error:
             diverged = error.saes
             if not diverged:
                 raise
-        measured = _measured(model, held_out, trained, [name for name in left if name not in diverged], stream.device)
+        names = [name for name in left if name not in diverged]
+        measured = _measured(on["model"], held_out, trained, names, on["stream"].device)
         for name in left:
             l0, fvu = measured.get(name, (0.0, inf))
             rows.append(SweepRow(k=k, arm=name, family=arms[name].family, learning_rate=rate, l0=l0, fvu=fvu))
@@ -397,9 +461,8 @@ def _learning_rates(prepared: Prepared, k: int, folder: Path) -> tuple[dict[str,
     arms = prepared.arms(k, cfg.sweep_tokens)
     if not cfg.sweeps:
         return dict.fromkeys(arms, cfg.learning_rates[0]), []
-    stream, held_out = prepared.stream(cfg.sweep_seed, cfg.sweep_tokens), prepared.sweep_held_out.tokens
-    order = prepared.data(cfg.sweep_seed)
-    rows = sweep(stream, arms, cfg.learning_rates, k, prepared.model, order, held_out, folder)
+    on = prepared.training(cfg.sweep_seed, cfg.sweep_tokens)
+    rows = sweep(arms, cfg.learning_rates, k, prepared.sweep_held_out.tokens, folder, on)
     rates = chosen_rates(rows, cfg.learning_rates)
     rows = [replace(row, chosen=row.learning_rate == rates[row.family]) for row in rows]
     return {name: rates[arm.family] for name, arm in arms.items()}, rows

@@ -1,3 +1,12 @@
+from .activation_cache import ActivationCache as ActivationCache
+from .activation_cache import CacheConfig as CacheConfig
+from .activation_cache import CacheIdentity as CacheIdentity
+from .activation_cache import cached_runner as cached_runner
+from .activation_cache import cached_splits as cached_splits
+from .activation_cache import opened_cache as opened_cache
+from .activation_cache import read_from_cache as read_from_cache
+from .activation_cache import read_identity as read_identity
+from .activation_cache import run_cache as run_cache
 from .datasets import check_data as check_data
 from .datasets import check_ids as check_ids
 from .datasets import explained_hub as explained_hub

@@ -322,6 +322,13 @@ def load_splits(dataset: str | None, validation: str | None, model_name: str, se
     return train, open_dataset(validation or dataset, split="validation")
 
 
+def held_out_data(dataset: str | None, validation: str | None, model_name: str) -> Any:
+    """The held-out part of `load_splits` alone; the training data need not be there where they have no part in it."""
+    if validation is None or validation == dataset:
+        return load_splits(dataset, None, model_name)[1]
+    return open_dataset(validation, split="validation")
+
+
 def own_text(model_name: str | None, split: str, *, seed: int = 0) -> Any:
     """What comes with a model and was sampled from it: tokens of the embedded one, documents of SmolLM2 (shuffled with `seed`).
 

@@ -44,6 +44,14 @@ class TokenRows(ShortRepr):
         """Number of rows."""
         return len(self.tokens)
 
+    def check_documents(self) -> None:
+        """Raise a ValueError where all tokens are from one document, over which there is no interval."""
+        if len(self.documents[self.documents >= 0].unique()) < 2:
+            raise ValueError(
+                f"the {self.tokens.numel()} held-out tokens are from one document, and an interval needs at least 2, better 20; "
+                "raise --held-out-tokens, or give other --held-out text"
+            )
+
 
 def held_out_rows(
     model: LanguageModel, dataset: Any, context_size: int, n_tokens: int, skip_tokens: int = 0

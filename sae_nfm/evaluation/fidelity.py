@@ -1,8 +1,9 @@
 """What interventions do to a language model's activations and to its predictions.
 
 One loop over held-out tokens serves every arm: the model runs once as it is and once per arm with the arm's intervention at
-work. `evaluate` averages, `measure` writes a row for every token. Special tokens (BOS, EOS, padding) keep their activations, as
-in SAELens's splice, and are left out of both; so is position 0, whose norm would dominate the variance.
+work, from there on (`models.SharedPrefix`). `evaluate` averages, `measure` writes a row for every token. Special tokens (BOS,
+EOS, padding) keep their activations, as in SAELens's splice, and are left out of both; so is position 0, whose norm would
+dominate the variance.
 
 `held_out_sums` has, for each arm and document, the sums that any mean, fraction of variance or test over documents is made of:
 
@@ -42,7 +43,16 @@ from sae_nfm.evaluation.results import Fidelity
 from sae_nfm.evaluation.token_table import Activations
 from sae_nfm.interventions import Intervention, Splice, counted_tokens, digest
 from sae_nfm.loading import load_sae
-from sae_nfm.models import LanguageModel, check_finite, model_of, places_of, real_batches, real_tokens, run_rows
+from sae_nfm.models import (
+    LanguageModel,
+    SharedPrefix,
+    check_finite,
+    model_of,
+    places_of,
+    real_batches,
+    real_tokens,
+    run_rows,
+)
 
 __all__ = [
     "Arm",
@@ -114,12 +124,15 @@ def outcomes(
     mask = counted_tokens(model, batch, real)
     following, next_is_real = batch.roll(-1, dims=1), real.roll(-1, dims=1)
     next_is_real[:, -1] = False
-    has_next, clean = next_is_real[mask], run_rows(model, batch, real)
+    prefix = SharedPrefix(model, [arm.hook_name for arm in arms.values()])
+    with prefix.shared():
+        clean = run_rows(model, batch, real)
+    has_next = next_is_real[mask]
     original = [logits[counted].float().log_softmax(-1) for logits, counted in zip(clean, mask, strict=True)]
     original_ce = [_nll(p, following[row][mask[row]]) for row, p in enumerate(original)]
     check_finite(torch.cat(original), mask, "the model's own logits", first_row)
     for name, arm in arms.items():
-        with arm.on(model, (generators or {}).get(name)) as trace:
+        with arm.on(model, (generators or {}).get(name)) as trace, prefix.shared(arm.hook_name):
             logits = run_rows(model, batch, real)
         kl, ce = list[Tensor](), list[Tensor]()
         for row, p in enumerate(original):

@@ -45,6 +45,7 @@ from sae_nfm.kernels import wide
 from sae_nfm.loading import load_sae, quiet_saelens
 from sae_nfm.models import (
     LanguageModel,
+    SharedPrefix,
     check_context,
     check_device,
     check_finite,
@@ -251,14 +252,18 @@ def _in_float32(sae: SAE[Any], model: LanguageModel) -> Generator[None]:
     """Within it, what SAELens measures of a model or an SAE in 16 bits is float32; logits have to be finite."""
     host: Any = model
     forward, with_cache, encode, decode = host.forward, host.run_with_cache, sae.encode, sae.decode
-    conditions = cycle(CONDITIONS)
+    conditions, hook_name = cycle(CONDITIONS), str(sae.cfg.metadata.hook_name)
+    prefix = SharedPrefix(model, ())
 
     def wide_forward(tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = forward(tokens, *args, **kwargs)
+        nonlocal prefix
         if kwargs.get("return_type") != "both":
-            return found
-        logits, loss = found
+            return forward(tokens, *args, **kwargs)
         condition = next(conditions)
+        if condition == CONDITIONS[0]:  # another batch
+            prefix = SharedPrefix(model, [hook_name])
+        with prefix.shared(hook_name):
+            logits, loss = forward(tokens, *args, **kwargs)
         check_finite(logits.flatten(0, 1), torch.ones_like(tokens, dtype=torch.bool), f"{condition} the model's logits")
         if logits.dtype in HALF:
             logits = logits.float()

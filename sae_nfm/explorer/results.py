@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_nfm.common import ShortRepr, checked, reading, whole
+from sae_nfm.common.options import sampled_text
 from sae_nfm.common.results import without_kind
 
 FULL = 255
@@ -160,6 +161,12 @@ class Explorer:
     def alive(self) -> Ints:
         """The features that fired."""
         return np.flatnonzero(self.features.tokens).astype(np.int64)
+
+    @property
+    def sampled(self) -> str:
+        """What is to be said of its text where that was sampled from the model; else nothing."""
+        config = self.provenance.get("config", {})
+        return sampled_text(self.model_name, config["held_out"]) if "held_out" in config else ""
 
     def save(self, path: str | Path) -> int:
         """Write it, under a temporary name first; returns the file's size in bytes. Equal content gives equal bytes."""

@@ -65,7 +65,7 @@ class ExploreResult:
     tokens: int
     documents: int
     text: str
-    """Whether the SAE was trained on it, in words."""
+    """Whether the SAE was trained on it, and whether the model wrote it, in words."""
     features: int
     alive: int
     active: float
@@ -91,7 +91,7 @@ class ExploreResult:
             hook_name=explorer.hook_name,
             tokens=explorer.tokens,
             documents=explorer.documents,
-            text=text_of(explorer.provenance),
+            text=". ".join(filter(None, (text_of(explorer.provenance), explorer.sampled))),
             features=explorer.d_sae,
             alive=len(explorer.alive),
             active=float(tokens.sum() / explorer.tokens),

@@ -75,7 +75,8 @@ class Intervention(ShortRepr, ABC):
 
     A new kind is a frozen dataclass that derives from this one and provides the three abstract members. `on` must treat
     special tokens as `special_tokens` says, claim its hook point (`splicing.claimed`, or `splice`, which does) and fill the
-    trace in every run; it leaves every position of x that it does not mean to change bit for bit as it was.
+    trace in every run; it leaves every position of x that it does not mean to change bit for bit as it was, and so all
+    that the model computes before its hook point, which a measurement computes once for all arms.
     """
 
     special_tokens: SpecialTokens = "kept"

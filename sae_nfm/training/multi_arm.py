@@ -35,12 +35,19 @@ from typing_extensions import override
 from sae_nfm.architectures import random_initialisation
 from sae_nfm.common import final_path, read_json, seal, write_json
 from sae_nfm.common.files import begin
+from sae_nfm.data import ActivationCache, read_from_cache
 from sae_nfm.loading import quiet_saelens
 from sae_nfm.training.recorder import record_training
 from sae_nfm.training.results import RECORD_FILENAME, TRAINED_FILENAME, Trained, read_training_record, record_line
 from sae_nfm.training.resume import DivergedError, checkpoint_folder, diverged, exact_resume
 from sae_nfm.training.settings import refuse_several_processes
 
+ORDINARY: dict[str, Any] = {
+    **{"model_class_name": "HookedTransformer", "model_kwargs": {}, "activations": None},
+    **{"selection_stages": 1, "refinement_steps": 0},
+    **{"inference_selection_stages": None, "inference_refinement_steps": None},
+}
+"""Settings that are not written down where they have these values."""
 BEGUN_FILENAME, DIVERGED_FILENAME = "begun.json", "diverged.json"
 """In the folder of arms that are being trained: the settings of each, and why some stand still."""
 
@@ -85,6 +92,8 @@ class StreamConfig:
     model_class_name: str = "HookedTransformer"
     """How the language model was loaded, for the SAEs' metadata: its class, and what its loader was given."""
     model_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    activations: str | None = None
+    """The cache that the activations are from, by its `name`; None where they are the model's."""
 
     @property
     def steps(self) -> int:
@@ -99,11 +108,13 @@ def train_arms(
     model: HookedSAETransformer | SAETransformerBridge,
     dataset: Any,
     folder: Path,
+    cache: ActivationCache | None = None,
 ) -> None:
     """Train those of the arms that are not finished, all at once, each into `folder/<name>`, at Adam's learning rates by name.
 
     Where an interrupted run left a checkpoint in `folder.partial`, its arms go on from there before the others begin. The data
-    set has a `text` or a `tokens` column, in the order of this seed.
+    set has a `text` or a `tokens` column, in the order of this seed. With a cache, which `stream.activations` names, the data
+    set is its own.
 
     Raises:
         ValueError: when an arm was trained, or begun, otherwise.
@@ -115,7 +126,7 @@ def train_arms(
         chosen = {name: arms[name] for name in names}
         settings = {name: _settings(stream, arm, learning_rates[name]) for name, arm in chosen.items()}
         _claim_round(unfinished, settings)
-        failed |= _train_round(stream, chosen, learning_rates, model, dataset, folder, unfinished)
+        failed |= _train_round(stream, chosen, learning_rates, model, dataset, folder, unfinished, cache)
         shutil.rmtree(unfinished)
     if _unfinished(folder).is_dir() and not any(_unfinished(folder).iterdir()):
         _unfinished(folder).rmdir()
@@ -138,11 +149,11 @@ def pending(
 
 
 def _refuse_others(name: str, settings: Mapping[str, Any], was: Mapping[str, Any], when: str) -> None:
-    for key, value in settings.items():
-        if was.get(key) != value:
+    left_out = {key: value for key, value in ORDINARY.items() if key in was}
+    for key, value in (left_out | dict(settings)).items():
+        if (then := was.get(key, ORDINARY.get(key))) != value:
             raise ValueError(
-                f"{key} of {name!r} is {value!r}, and was {was.get(key)!r} when {when}; give it as it was, or another output "
-                "folder"
+                f"{key} of {name!r} is {value!r}, and was {then!r} when {when}; give it as it was, or another output folder"
             )
 
 
@@ -160,14 +171,8 @@ def _settings(stream: StreamConfig, arm: TrainingArm, learning_rate: float) -> d
     own = {"learning_rate": learning_rate, "decoder_rate": arm.decoder_rate}
     everything = arm.sae.to_dict() | asdict(stream) | own
     ignored = ["metadata", "n_checkpoints", "fewest_steps_counted"]
-    ordinary = {
-        "model_class_name": "HookedTransformer",
-        "model_kwargs": {},
-        "selection_stages": 1,
-        "refinement_steps": 0,
-    }
-    ordinary |= {"inference_selection_stages": None, "inference_refinement_steps": None}
-    ignored += [key for key, value in ordinary.items() if everything.get(key) == value]  # as before there were others
+    # as before there were others
+    ignored += [key for key, value in ORDINARY.items() if everything.get(key) == value]
     kept = {key: value for key, value in everything.items() if key not in ignored}
     return json.loads(json.dumps(kept))
 
@@ -210,6 +215,7 @@ def _train_round(
     dataset: Any,
     folder: Path,
     unfinished: Path,
+    cache: ActivationCache | None,
 ) -> Mapping[str, str]:
     """Train arms to their end; returns why, for those that diverged."""
     file = unfinished / DIVERGED_FILENAME
@@ -226,6 +232,8 @@ def _train_round(
             override_model=model,
             override_saes={name: random_initialisation(arm.sae, stream.seed) for name, arm in arms.items()},
         )
+        if cache is not None:
+            read_from_cache(runner, cache)
         parameters = {name: sum(p.numel() for p in sae.parameters()) for name, sae in runner.saes.items()}
         exact_resume(runner, on_diverged=lambda name, error: write_json(file, failed | {name: str(error)}))
         with record_training(runner, unfinished / RECORD_FILENAME) as record:

@@ -5,11 +5,10 @@
 What does not work is said before anything is written.
 """
 
-import logging
 import shlex
 import shutil
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -45,9 +44,20 @@ from sae_nfm.architectures import (
 from sae_nfm.architectures.joint_config import ARCHITECTURE
 from sae_nfm.common import check_number, check_output, partial_folder, publishing, remark
 from sae_nfm.common.file_errors import python_string
-from sae_nfm.common.options import DEFAULT_HOOKS, FETCHED_MODEL
+from sae_nfm.common.options import DEFAULT_HOOKS, FETCHED_MODEL, CacheOptions
 from sae_nfm.convert import topk_by_name, warm_started, write_adapter
-from sae_nfm.data import check_data, held_out_tokens, open_dataset, own_text, training_data
+from sae_nfm.data import (
+    ActivationCache,
+    check_data,
+    held_out_tokens,
+    open_dataset,
+    opened_cache,
+    own_text,
+    read_from_cache,
+    read_identity,
+    training_data,
+)
+from sae_nfm.data.activation_cache import IDENTITY_FILENAME
 from sae_nfm.loading import load_sae, quiet_saelens, refuse_not_finite
 from sae_nfm.models import (
     LanguageModel,
@@ -166,7 +176,12 @@ EMBEDDED = {
 """Defaults on the embedded model, where they differ from SAELens's."""
 EMBEDDED_SAE = {"d_sae": 2_048, "k": 32, "normalize_activations": "expected_average_only_in"}
 """Defaults of the SAE on the embedded model, for the architectures that have such a field."""
-SMOLLM2 = EMBEDDED | {"hook_name": DEFAULT_HOOKS[FETCHED_MODEL], "training_tokens": 100_000}
+SMOLLM2 = EMBEDDED | {
+    "hook_name": DEFAULT_HOOKS[FETCHED_MODEL],
+    "training_tokens": 100_000,
+    "train_batch_size_tokens": 512,
+    "lr": 2e-3,
+}
 SMOLLM2_SAE = EMBEDDED_SAE | {"d_sae": 2_304}
 """The same on SmolLM2: four features a dimension."""
 OURS = {demo.MODEL_NAME: (EMBEDDED, EMBEDDED_SAE), FETCHED_MODEL: (SMOLLM2, SMOLLM2_SAE)}
@@ -201,6 +216,7 @@ class TrainArguments:
     cfg: LanguageModelSAERunnerConfig[Any]
     record: RecordConfig
     others: OtherSAEs
+    cache: CacheOptions
     given: frozenset[str]
     """Names of the flags that were given; the others have defaults."""
     argv: tuple[str, ...]
@@ -217,7 +233,10 @@ def trainable(architecture: str) -> type[TrainingSAEConfig]:
 def option_names(sae_class: type[TrainingSAEConfig]) -> dict[type, dict[str, str]]:
     """The fields of each config class of a run, by the names of their options: "sae.dtype" where the run has a dtype too."""
     run = [f.name for f in fields(LanguageModelSAERunnerConfig) if f.name not in ("sae", "logger")]
-    names = {config: {f.name: f.name for f in fields(config)} for config in (LoggingConfig, RecordConfig, OtherSAEs)}
+    names = {
+        config: {f.name: f.name for f in fields(config)}
+        for config in (LoggingConfig, RecordConfig, OtherSAEs, CacheOptions)
+    }
     of_sae = {f"sae.{f.name}" if f.name in run else f.name: f.name for f in fields(sae_class) if f.init}
     return {LanguageModelSAERunnerConfig: {name: name for name in run}, sae_class: of_sae} | names
 
@@ -247,7 +266,10 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
     unknown = set(given).difference(("architecture",), *names.values())
     if unknown:
         raise ValueError(f"`sae-nfm train` has no option {sorted(unknown)[0]}; `sae-nfm train --help` has every option")
-    values = defaults(sae_class, given.get("model_name", demo.MODEL_NAME)) | dict(given)
+    cache = CacheOptions(**{name: given[name] for name in ("activations", "shuffle_rows") if name in given})
+    measured = _of_cache(cache, given)
+    model_name = given.get("model_name", measured.get("model_name", demo.MODEL_NAME))
+    values = defaults(sae_class, model_name) | measured | dict(given)
     built: dict[type, dict[str, Any]] = {}
     for config, options in names.items():
         hints = get_type_hints(config)
@@ -265,9 +287,27 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
         cfg=cfg,
         record=RecordConfig(**built[RecordConfig]),
         others=OtherSAEs(**built[OtherSAEs]),
+        cache=cache,
         given=frozenset(given),
         argv=tuple(argv),
     )
+
+
+def _of_cache(options: CacheOptions, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cache of activations says of a run. A ValueError where a data set was given that is not its own."""
+    if (
+        options.activations is None or not (Path(options.activations) / IDENTITY_FILENAME).is_file()
+    ):  # said when it is opened
+        return {}
+    own = read_identity(options.activations)
+    if given.get("dataset_path", own.dataset) != own.dataset:
+        raise ValueError(
+            f"dataset_path is {given['dataset_path']!r}, and {own.dataset!r} in the cache {options.activations!r}, which has its "
+            "own rows; leave one of the two out"
+        )
+    found = {"model_name": own.model, "model_class_name": own.model_class_name, "context_size": own.context_size}
+    found |= {"dataset_path": own.dataset}
+    return found | ({"hook_name": next(iter(own.hooks))} if len(own.hooks) == 1 else {})
 
 
 def _checked(option: str, hint: Any, value: Any, known: bool) -> Any:
@@ -345,11 +385,14 @@ def train(arguments: TrainArguments) -> Trained:
     cfg = arguments.cfg
     check_output(cfg.output_path, "output_path", only_sae=True)
     others = load_others(arguments.others, cfg)
+    cache = opened_cache(arguments.cache, cfg.seed)
     model = fit_to_model(arguments, others)
-    dataset, held_out = _data(arguments)
-    with temporary_seed(cfg.seed), quiet_saelens(), _expected_overrides():
+    dataset, held_out = _data(arguments, cache)
+    with temporary_seed(cfg.seed), quiet_saelens():
         sae = others.starting_sae(cfg, arguments.given)
         runner = WholeRunner(cfg, override_dataset=dataset, override_model=cast(Any, model), override_sae=sae)
+        if cache is not None:
+            read_from_cache(runner, cache)
         runner.saves_adapter = arguments.others.adapter
         others.sign(runner.sae.cfg.metadata)
         _check_runner(runner, held_out)
@@ -480,7 +523,7 @@ def _check_runner(runner: WholeRunner, held_out: Any) -> None:
     store.n_dataset_processed = 0  # nothing was taken from the training's own sequences
 
 
-def _data(arguments: TrainArguments) -> tuple[Any, Any]:
+def _data(arguments: TrainArguments, cache: ActivationCache | None) -> tuple[Any, Any]:
     """The data sets for training and for evaluation (None: there is none)."""
     cfg, held_out = arguments.cfg, arguments.record.held_out
     own = cfg.dataset_path == "" or cfg.dataset_path == cfg.model_name in OURS
@@ -489,7 +532,9 @@ def _data(arguments: TrainArguments) -> tuple[Any, Any]:
     if own:
         cfg.dataset_path = cfg.model_name
     streaming: dict[str, Any] = {"seed": cfg.seed, "streaming": cfg.streaming}
-    if own:
+    if cache is not None:
+        dataset = cache.dataset()
+    elif own:
         dataset = own_text(cfg.model_name, "train", seed=cfg.seed)
     else:
         dataset = training_data(cfg.dataset_path, held_out, **streaming)
@@ -498,21 +543,6 @@ def _data(arguments: TrainArguments) -> tuple[Any, Any]:
     if held_out is None:
         return dataset, own_text(cfg.model_name, "validation")
     return dataset, open_dataset(held_out, split="validation")
-
-
-@contextmanager
-def _expected_overrides() -> Generator[None]:
-    """Hide SAELens's warning that a run with a given model or data set is not described by its config: ours is."""
-
-    def expected(entry: logging.LogRecord) -> bool:
-        return not entry.getMessage().startswith("You just passed in a ")
-
-    logger = logging.getLogger("sae_lens")
-    logger.addFilter(expected)
-    try:
-        yield
-    finally:
-        logger.removeFilter(expected)
 
 
 def how_to_go_on(arguments: TrainArguments, saved: Path | None = None, why: str = "interrupted") -> str:

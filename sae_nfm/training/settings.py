@@ -17,6 +17,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
 from sae_nfm.architectures import PRIMARY_DIGEST, UNFOLDED
 from sae_nfm.common import check_numbers
+from sae_nfm.common.options import ACTIVATIONS
 from sae_nfm.convert import WARM_START_DIGEST
 from sae_nfm.loading import refuse_not_finite
 
@@ -188,9 +189,9 @@ def _fold(difference: Difference) -> bool:
 
 
 def _origins(made: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
-    """Other SAEs that an SAE is trained on or began as, by the digests in its metadata."""
+    """Other SAEs that an SAE is trained on or began as, and the cached activations, by what its metadata say."""
     then, this = made.get("metadata") or {}, now.get("metadata") or {}
-    for name in (PRIMARY_DIGEST, WARM_START_DIGEST):
+    for name in (PRIMARY_DIGEST, WARM_START_DIGEST, ACTIVATIONS):
         if then.get(name) != this.get(name):
             yield Difference(name=name, given=this.get(name), saved=then.get(name))
 
@@ -200,6 +201,8 @@ def _differences(
 ) -> Iterator[Difference]:
     same_base = of_sae and saved.get("base_sha256") and saved["base_sha256"] == given.get("base_sha256")
     known_otherwise = ("base",) if same_base else ("base_sha256",) if given.get("train_base") else ()
+    if not given.get("use_cached_activations"):  # then SAELens does not read that path, and ours is told by its content
+        known_otherwise += ("cached_activations_path",)
     for name, value in sorted(given.items(), key=lambda item: item[0] != "architecture"):
         then = saved.get(name, defaults.get(name))  # an older SAELens had fewer settings
         shown = f"sae.{name}" if of_sae and name in ("dtype", "device") else name

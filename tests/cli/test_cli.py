@@ -18,7 +18,10 @@ TRIED = ("joint_nfm", "sequential_nfm", "matryoshka_batchtopk", "gated")
 ALL = [
     pytest.param(name, marks=[] if name in TRIED else pytest.mark.slow) for name in sorted(SAE_TRAINING_CLASS_REGISTRY)
 ]
-OURS = {"record_every", "held_out", "evaluate_every", "warm_start", "primary", "adapter", "json", "debug"}
+OURS = {"record_every", "held_out", "evaluate_every", "warm_start", "primary", "adapter", "json", "debug"} | {
+    "activations",
+    "shuffle_rows",
+}
 
 
 def printed_help(capsys, *argv: str) -> str:

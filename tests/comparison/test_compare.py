@@ -13,12 +13,13 @@ from builders import D_MODEL, inference_sae, tiny_model, token_dataset, training
 from sae_lens import SAE
 
 from sae_nfm import demo
+from sae_nfm.common.options import ACTIVATIONS
 from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS, CompareConfig
 from sae_nfm.comparison.plan import Costs, Step, duration, words
 from sae_nfm.comparison.results import CLAIMS, ArmName, ClaimKind, CompareResult, RowKind, SweepRow, answers
-from sae_nfm.comparison.run import chosen_rates, run_compare
+from sae_nfm.comparison.run import Prepared, _claim_folder, chosen_rates, of_cache, run_compare
 from sae_nfm.comparison.table import _interpolated
-from sae_nfm.data import datasets
+from sae_nfm.data import CacheConfig, datasets, run_cache
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import SUMS, Arm, evaluate, fidelity_of, held_out_sums
 from sae_nfm.training.multi_arm import train_arms
@@ -171,20 +172,26 @@ def test_the_words_name_ablations_and_limits(finished):
     assert "Learning rates by a sweep of 0.005, 0.01 for every arm." in words
 
 
-def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(finished, tmp_path, monkeypatch, capsys):
+def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(
+    finished, tmp_path, monkeypatch, capsys, caplog
+):
     cfg, output, result = finished
     cfg = replace(cfg, output=str(copytree(output, tmp_path / "copy")))
     names: list[str] = []
 
-    def watched(stream, arms, rates, *rest):
-        names.extend(f"{stream.seed} {name}" for name in arms if not (rest[-1] / name).exists())
-        train_arms(stream, arms, rates, *rest)
+    def watched(**given):
+        seed, folder = given["stream"].seed, given["folder"]
+        names.extend(f"{seed} {name}" for name in given["arms"] if not (folder / name).exists())
+        train_arms(**given)
 
     monkeypatch.setattr("sae_nfm.comparison.run.train_arms", watched)
     assert run_compare(cfg).table() == result.table()
     assert names == []
     assert "the plan" not in capsys.readouterr().err
     more = run_compare(replace(cfg, arms=("topk", "batchtopk"), seeds=(1, 2)))
+    assert not [
+        entry for entry in caplog.records if "reproducible" in entry.getMessage()
+    ]  # SAELens of overrides: ours are
     planned = [line.split()[:5] for line in capsys.readouterr().err.splitlines() if line.startswith("k 16")]
     assert planned == [
         ["k", "16,", "rate", "0.005", "1"],
@@ -345,6 +352,8 @@ def test_bad_input_leaves_nothing(tmp_path):
         run_compare(CompareConfig(**(TINY | {"k": (200,)}), output=str(output)))
     with pytest.raises(ValueError, match=r"\bone row of 32 tokens\b.*\bskip_tokens\b"):
         run_compare(CompareConfig(**(TINY | {"held_out_tokens": 10**9}), output=str(output)))
+    with pytest.raises(ValueError, match=r"one document.*--held-out-tokens"):
+        run_compare(CompareConfig(**(TINY | {"held_out_tokens": 1}), output=str(output)))
     assert not output.exists()
     output.mkdir()
     (output / "thesis.txt").write_text("mine")
@@ -377,3 +386,79 @@ def test_flags_of_several_values():
     cfg = COMMANDS["compare"].make_parser("compare").parse([*flags, "joint_nfm mlp"])
     assert (cfg.k, cfg.seeds, cfg.learning_rates, cfg.jumprelu_l0) == ((16, 64), (3, 4), (1e-3,), (0.5, 5.0))
     assert cfg.chosen_arms == ("topk", "joint_nfm mlp")
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("activations") / "cache"
+    return run_cache(CacheConfig(tokens=8_192, context_size=32, output=str(folder)))
+
+
+def test_from_a_cache_everything_is_as_from_the_model(cached, tmp_path):
+    sizes = TINY | {
+        "seeds": (0,),
+        "learning_rates": (5e-3,),
+        "context_size": 256,
+    }  # the usual one: the cache's is taken
+    one = run_compare(
+        CompareConfig(
+            **sizes,
+            arms=("joint_nfm", "topk"),
+            shuffle=False,
+            activations=str(cached.folder),
+            output=str(tmp_path / "a"),
+        )
+    )
+    sizes["context_size"] = 32
+    other = run_compare(CompareConfig(**sizes, arms=("joint_nfm", "topk"), shuffle=False, output=str(tmp_path / "b")))
+    for name in ("joint_nfm", "topk"):
+        mine, theirs = (SAE.load_from_disk(tmp_path / run / "k16" / "seed-0" / name) for run in "ab")
+        assert all(torch.equal(mine.state_dict()[key], value) for key, value in theirs.state_dict().items())
+        assert getattr(mine.cfg.metadata, ACTIVATIONS) == str(cached.identity)
+    speed = "training_tokens_per_second"
+    assert [replace(row, **{speed: 0}) for row in one.rows] == [replace(row, **{speed: 0}) for row in other.rows]
+    assert f"Trained on cached activations: {cached.identity}." in one.caveats()
+
+
+def test_each_seed_has_the_rows_of_a_cache_in_an_order_of_its_own(cached, tmp_path):
+    cfg = CompareConfig(
+        **TINY | {"learning_rates": (5e-3,)},
+        arms=("topk",),
+        activations=str(cached.folder),
+        output=str(tmp_path / "run"),
+    )
+    on = [Prepared.of(cfg).training(seed, 1_024) for seed in (0, 1, 1)]
+    orders = [one["dataset"]["tokens"] for one in on]
+    assert orders[0] != orders[1] == orders[2]
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert len({one["stream"].activations for one in on}) == 2
+    prepared = Prepared.of(cfg)
+    _claim_folder(tmp_path, prepared)
+    other = replace(prepared, cache=replace(prepared.cache, tokens_sha256="0"))
+    with pytest.raises(ValueError, match=r"activations is '256 rows .*, and '256 rows .* in the comparison begun"):
+        _claim_folder(tmp_path, other)
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "said"),
+    [
+        ({"model": "gpt2"}, {}, r"model is 'gpt2', and 'sae-nfm-demo' in the cache"),
+        ({"context_size": 64}, {}, r"context_size is 64, and 32 in the cache"),
+        ({"dataset": "a.parquet"}, {"dataset": "b.parquet"}, r"dataset is 'a.parquet', and 'b.parquet' in the cache"),
+        ({}, {"model_class_name": "TransformerBridge"}, "is of a TransformerBridge"),
+    ],
+)
+def test_what_does_not_fit_a_cache(cached, given, own, said):
+    with pytest.raises(ValueError, match=said):
+        of_cache(CompareConfig(activations="cache", **given), replace(cached.identity, **own))
+
+
+def test_of_several_hook_points_the_usual_one_unless_given(cached):
+    hooks = {"blocks.1.hook_resid_post": (128,), "blocks.2.hook_resid_post": (128,)}
+    own = replace(cached.identity, hooks=hooks, dataset="b", held_out="c")
+    chosen = of_cache(CompareConfig(activations="cache"), own)
+    assert (chosen.hook, chosen.dataset, chosen.held_out) == ("blocks.2.hook_resid_post", "b", "c")
+    assert (
+        of_cache(CompareConfig(activations="cache", hook="blocks.1.hook_resid_post"), own).hook
+        == "blocks.1.hook_resid_post"
+    )

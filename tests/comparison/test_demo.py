@@ -19,6 +19,7 @@ from sae_nfm.comparison.results import CompareResult, RowKind
 from sae_nfm.comparison.run import Prepared, compare_once
 from sae_nfm.comparison.table import ablations, in_canonical_gauge
 from sae_nfm.data import datasets
+from sae_nfm.explorer import Explorer
 from sae_nfm.training.results import read_training_record
 from sae_nfm_cli import main
 
@@ -168,7 +169,7 @@ def test_the_canonical_gauge_row_exists_where_all_features_are_read():
 def test_the_data_are_in_their_own_order_and_the_settings_those_of_compare():
     cfg = DemoConfig(**TINY, seed=3, nfm_top_fraction=0.25)
     prepared = Prepared.of(cfg.comparison())
-    assert prepared.data(3)[0]["tokens"] == demo.load_tokens("train")[0]["tokens"]
+    assert prepared.training(3, 1024)["dataset"][0]["tokens"] == demo.load_tokens("train")[0]["tokens"]
     joint = prepared.arms(8, 1024)["joint_nfm"].sae
     assert (joint.nfm_top_k, joint.d_sae, prepared.cfg.seeds, prepared.cfg.sweeps) == (2, 96, (3,), False)
 
@@ -191,6 +192,11 @@ def test_one_seed_gives_one_page(commanded):
     assert any(name.startswith("fidelity-") for name in first)
     assert any(name.startswith("training-") for name in first)
     assert base64.b64decode(first["explorer-data"]) == (output / "explorer.json.gz").read_bytes()
+    explorer = Explorer.load(output)
+    assert explorer.sampled == ""  # a text file was given
+    assert explorer.provenance["config"]["held_out"]
+    own = replace(explorer, model_name="smollm2", provenance={"config": {"held_out": None}})
+    assert "no evidence about real text" in own.sampled
 
 
 def data_of(page: Path) -> dict[str, str]:

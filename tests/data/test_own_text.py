@@ -45,4 +45,5 @@ def test_training_on_smollm2_has_defaults_of_its_own():
     cfg = train_arguments({"model_name": "smollm2"}, argv=()).cfg
     assert (cfg.hook_name, cfg.sae.d_sae, cfg.sae.k) == ("blocks.9.hook_resid_post", 2304, 32)
     assert (cfg.context_size, cfg.exclude_special_tokens, cfg.model_from_pretrained_kwargs) == (256, True, {})
+    assert (cfg.lr, cfg.train_batch_size_tokens, cfg.training_tokens) == (2e-3, 512, 100_000)
     assert train_arguments({"model_name": "smollm2", "d_sae": 64}, argv=()).cfg.sae.d_sae == 64

@@ -19,6 +19,7 @@ from sae_nfm import demo
 from sae_nfm.analysis.path_contributions import feature_energies, token_paths
 from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig
 from sae_nfm.architectures.joint_training import JointNFMTrainingSAE
+from sae_nfm.data import CacheConfig, run_cache
 from sae_nfm.experiments.dynamics.measure import (
     PATHS,
     Checkpoint,
@@ -89,6 +90,19 @@ def found(tmp_path_factory):
         output=str(root / "out"),
     )
     return cfg, run_dynamics(cfg, command="sae-nfm dynamics")
+
+
+def test_on_cached_activations_it_is_the_same(found, tmp_path):
+    cfg, result = found
+    cache = CacheConfig(hook=(HOOK,), split="validation", tokens=cfg.held_out_tokens, output=str(tmp_path / "cache"))
+    run_cache(cache)
+    cached = run_dynamics(replace(cfg, activations=cache.output, output=str(tmp_path / "out")))
+    frames = [pd.read_parquet(Path(folder) / "features.parquet") for folder in (cfg.output, tmp_path / "out")]
+    pd.testing.assert_frame_equal(*frames, rtol=1e-5)  # rows go through the model in other batches
+    assert cached.steps[0].transitions == result.steps[0].transitions
+    run_cache(replace(cache, split="train", output=str(tmp_path / "train")))
+    with pytest.raises(ValueError, match="a row of tokens is not in"):
+        run_dynamics(replace(cfg, activations=str(tmp_path / "train"), output=str(tmp_path / "other")))
 
 
 # Checkpoints with known transitions.

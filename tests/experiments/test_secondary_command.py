@@ -11,6 +11,7 @@ from sae_lens import SAE, TopKTrainingSAEConfig
 from tiny_models import write_checkpoint
 
 from sae_nfm.architectures.secondary import HIDDEN, PRIMARY_DIGEST, attach_secondary, primary_digest
+from sae_nfm.data import ActivationCache, CacheConfig, run_cache
 from sae_nfm.data.datasets import load_splits
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import Arm, evaluate
@@ -259,6 +260,8 @@ def test_refused(config, tmp_path):
     cfg = replace(config, output=str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"\bk is 25\b.*\b24\b"):
         run_secondary(replace(cfg, k=(25,)))
+    with pytest.raises(ValueError, match=r"one document.*--held-out-tokens"):
+        run_secondary(replace(cfg, held_out_tokens=1))
     topk = TopKTrainingSAEConfig(d_in=16, d_sae=32, k=4)
     random_sae(topk).save_inference_model(tmp_path / "topk")
     with pytest.raises(ValueError, match=r"'topk'.*interaction path"):
@@ -278,3 +281,36 @@ def test_refused(config, tmp_path):
 def test_command_line(argv, primary, k):
     config = COMMANDS["secondary"].make_parser("secondary").parse(argv)
     assert (config.primary, config.k) == (primary, k)
+
+
+def test_on_a_cache_it_is_the_same(config, result, tmp_path):
+    """Hidden code, permuted, linear path and residual, all from what the primary reads; the held-out text is the cache's."""
+    where = {
+        "model": SAE.load_from_disk(config.primary).cfg.metadata.model_name,
+        "hook": (HOOK,),
+        "context_size": CONTEXT,
+    }
+    where |= {"dataset": config.dataset, "held_out": config.held_out}
+    run_cache(CacheConfig(**where, output=str(tmp_path / "cache")))
+    on_cache = {
+        "dataset": None,
+        "held_out": None,
+        "activations": str(tmp_path / "cache"),
+        "output": str(tmp_path / "out"),
+        "k": (1,),
+    }
+    cached = run_secondary(replace(config, **on_cache))
+    for source in ("hidden-code/k1", "permuted-hidden-code/k1", "linear-path/k1", "residual/k1"):
+        one, other = (
+            SAE.load_from_disk(Path(at) / "saes" / source).state_dict() for at in (config.output, tmp_path / "out")
+        )
+        for name, tensor in one.items():  # up to the rounding of products over another number of rows
+            torch.testing.assert_close(other[name], tensor, atol=1e-6, rtol=0)
+    for row in cached.rows:
+        assert row.kl_nats.estimate == pytest.approx(result.row(row.name).kl_nats.estimate, **ROUNDING)
+    assert cached.provenance["activations"] == ActivationCache(tmp_path / "cache").name
+    assert cached.provenance["text"] == result.provenance["text"]
+    with pytest.raises(ValueError, match=r"activations of 'k1' is None, and was '\d+ rows"):
+        run_secondary(replace(config, k=(1,), output=str(tmp_path / "out")))
+    with pytest.raises(ValueError, match="context_size of this training is 12, and 16"):
+        run_secondary(replace(config, **(on_cache | {"context_size": 12})))

@@ -317,6 +317,7 @@ def test_two_runs_of_the_command_write_the_same_bytes(tmp_path):
     assert result.alive == len(explorer.alive) == int((explorer.features.tokens > 0).sum())
     words = result.words()
     assert f"{result.alive:,} of 2,048 features fire, {2048 - result.alive:,} never do; 32.0 on a token" in words
+    assert "no evidence about real text" in words
     assert f"strongest: {explorer.pairs.first[0]} x {explorer.pairs.second[0]} (" in words
     assert str(tmp_path / "a" / "explorer.json.gz") in words
 

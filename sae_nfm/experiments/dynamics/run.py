@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from sae_nfm.analysis import gauge, read_activations
 from sae_nfm.common import check_numbers, check_output, check_positive, provenance, publishing, write_parquet
 from sae_nfm.common.options import SavedSAEOptions
-from sae_nfm.data import held_out_rows, open_dataset, own_text, told_of_text
+from sae_nfm.data import ActivationCache, held_out_rows, open_dataset, own_text, told_of_text
 from sae_nfm.experiments.dynamics import measure
 from sae_nfm.experiments.dynamics.results import DynamicsResult
 from sae_nfm.models import check_context, check_device, model_of
@@ -41,6 +41,8 @@ class DynamicsConfig(SavedSAEOptions):
     disk or on the hub (name or name:config); by default the embedded model's held-out tokens."""
     held_out_tokens: int = 20_000
     """Held-out tokens, at most."""
+    activations: str | None = None
+    """Folder of `sae-nfm cache` with the activations of the held-out rows; by default the model computes them."""
     context_size: int | None = None
     """Tokens per row; the one in the checkpoints' metadata unless given."""
     n_permutations: int = 1_999
@@ -119,10 +121,14 @@ def _activations(cfg: DynamicsConfig, sae: SAE[Any], last: Path) -> tuple[Tensor
             f"the metadata in {cfg.checkpoints!r} have no model_name or no hook_name; give --model, or checkpoints with both"
         )
     text = own_text(name, "validation") if cfg.held_out is None else open_dataset(cfg.held_out, split="validation")
-    model, _ = model_of(sae, cfg.device, model_name=cfg.model)
+    model, site = model_of(sae, cfg.device, model_name=cfg.model)
     context_size = cfg.context_size or metadata.context_size or 256
     check_context(model, context_size)
     rows = held_out_rows(model, text, context_size, cfg.held_out_tokens)
-    x, documents = read_activations(model, sae, rows.tokens, rows.documents)
+    rows.check_documents()
+    cache = None if cfg.activations is None else ActivationCache(cfg.activations)
+    if cache is not None:
+        cache.check(model, [site.hook_name], context_size)
+    x, documents = read_activations(model, sae, rows.tokens, rows.documents, cache=cache)
     assert documents is not None
     return x, documents, told_of_text(model, rows.tokens, metadata=metadata, folder=last, source=cfg.held_out)

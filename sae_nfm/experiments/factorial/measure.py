@@ -30,7 +30,7 @@ from sae_nfm.experiments.factorial.results import Kind
 from sae_nfm.experiments.factorial.stimuli import StimulusSet
 from sae_nfm.interventions import Intervention, counted_tokens
 from sae_nfm.kernels import top_n
-from sae_nfm.models import LanguageModel, check_finite, device_of, keeping, splice
+from sae_nfm.models import LanguageModel, SharedPrefix, check_finite, device_of, keeping, splice
 from sae_nfm.stats import SIGNS, Cells, Floats, Half, effect_t
 
 Scale = Literal["log_prob", "prob", "logit"]
@@ -117,15 +117,19 @@ class WordScorer:
         for some in (jobs[i : i + batch_rows] for jobs in by_length.values() for i in range(0, len(jobs), batch_rows)):
             tokens = torch.tensor([prompts[item] + leaves[leaf] for item, leaf in some], device=device_of(model))
             self._batches.append((some, tokens))
+        self._prefixes: dict[str, list[SharedPrefix]] = {}
         self._ends = [len(prompt) - 1 for prompt in prompts]
 
     @torch.no_grad()
     def scores(self, intervention: Intervention, name: str = "this intervention") -> Scores:
         """The scores under an intervention; a ValueError with its name where the logits are not finite."""
         log_prob, logit = (np.zeros(self._shape) for _ in range(2))
+        at = intervention.hook_name
+        prefixes = self._prefixes.setdefault(at, [SharedPrefix(self._model, [at]) for _ in self._batches])
         with intervention.on(self._model):
-            for jobs, tokens in self._batches:
-                logits: Tensor = self._model(tokens)
+            for (jobs, tokens), prefix in zip(self._batches, prefixes, strict=True):
+                with prefix.shared(at):
+                    logits: Tensor = self._model(tokens)
                 for (item, leaf), row in zip(jobs, logits, strict=True):
                     depth, token, word = self._entries[leaf]
                     ahead = row[self._ends[item] :][: int(depth.max()) + 1].float()

@@ -143,6 +143,7 @@ def _behaviour(
     """The held-out text, and a measurement of every arm on it."""
     context_size = min(cfg.context_size, model.cfg.n_ctx)
     rows = held_out_rows(model, validation, context_size, cfg.held_out_tokens)
+    rows.check_documents()
     fitted = held_out_rows(model, validation, context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     arms = behaviour_arms(model, saes, fitted)
     folder = measure(model, rows, arms, folder, seed=cfg.seed)

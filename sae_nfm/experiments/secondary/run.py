@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sae_nfm.architectures import check_primary, primary_digest
 from sae_nfm.common import check_extension, check_numbers, check_positive, provenance, publishing
-from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions, TextOptions
+from sae_nfm.common.options import PACKAGED_SAE, CacheOptions, SavedSAEOptions, TextOptions
 from sae_nfm.common.results import HELD_OUT
-from sae_nfm.data import check_data, datasets, held_out_rows, told_of_text
+from sae_nfm.data import cached_splits, check_data, datasets, held_out_rows, opened_cache, told_of_text
 from sae_nfm.experiments.secondary.measure import secondary_rows
 from sae_nfm.experiments.secondary.results import SecondaryResult
 from sae_nfm.experiments.secondary.training import default_k, train_secondaries
@@ -30,7 +30,7 @@ PARTS = ("saes", "rows")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SecondaryConfig(SavedSAEOptions, TextOptions):
+class SecondaryConfig(SavedSAEOptions, TextOptions, CacheOptions):
     """Which primary, what to train, and where the results go."""
 
     primary: str = PACKAGED_SAE
@@ -86,34 +86,45 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
             f"the metadata of {cfg.primary!r} has no model_name or no hook_name, so it is not known what it reads; give "
             "--model, or save the SAE with a hook_name"
         )
-    model, _ = model_of(primary, cfg.device, model_name=cfg.model)
+    cache = opened_cache(cfg, cfg.seed)
+    model, site = model_of(primary, cfg.device, model_name=cfg.model)
     if isinstance(model, HookedProxyLM):
         raise ValueError(
             "the primary was trained on a model of class AutoModelForCausalLM, in which an SAE's own hook points cannot be "
             "trained on; give a primary of a HookedTransformer or a TransformerBridge"
         )
-    train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, name, cfg.seed)
+    context_size, dataset = min(cfg.context_size, model.cfg.n_ctx), cfg.dataset or name
+    if cache is None:
+        train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, name, cfg.seed)
+    else:
+        if cfg.context_size == SecondaryConfig.context_size:  # the default
+            context_size = cache.identity.context_size
+        cache.check(model, [site.hook_name], context_size)
+        train, validation = cached_splits(cache, cfg.held_out)
+        dataset = cache.identity.dataset
     stream = StreamConfig(
         model_name=name,
         hook_name=metadata.hook_name,
-        dataset=cfg.dataset or name,
+        dataset=dataset,
         training_tokens=cfg.training_tokens,
-        context_size=min(cfg.context_size, model.cfg.n_ctx),
+        context_size=context_size,
         batch_size=cfg.batch_size,
         seed=cfg.seed,
         device=cfg.device,
         model_class_name=metadata.model_class_name or "HookedTransformer",
         model_kwargs=loader_kwargs(metadata, name),
+        activations=None if cache is None else cache.name,
     )
     check_data(model, train, stream.context_size, cfg.dataset)
     rows = held_out_rows(model, validation, stream.context_size, cfg.held_out_tokens)
+    rows.check_documents()
     fitted = held_out_rows(model, validation, stream.context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     ks = tuple(sorted(set(cfg.k or default_k(checked.cfg.nfm_dim))))
     described = {"architecture": primary.cfg.architecture(), "digest": primary_digest(primary)}
     described |= {"d_sae": primary.cfg.d_sae, "nfm_dim": primary.cfg.nfm_dim}
     with publishing(cfg.output, "secondary", command=command, extend=PARTS) as made:
         output = made.folder
-        trained = train_secondaries(stream, cfg.expansion, ks, cfg.lr, model, primary, train, output / "saes")
+        trained = train_secondaries(stream, cfg.expansion, ks, cfg.lr, model, primary, train, output / "saes", cache)
         result = SecondaryResult(
             rows=secondary_rows(model, primary, trained, rows, fitted, output / "rows", seed=cfg.seed),
             provenance=provenance(
@@ -121,18 +132,25 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
                 command=command,
                 model_name=name,
                 primary=described,
+                activations=stream.activations,
                 held_out_tokens=digest({"tokens": rows.tokens}),
-                text=_told(model, rows.tokens, cfg, metadata, output / "saes" / "hidden-code" / f"k{ks[0]}"),
+                text=_told(model, rows.tokens, cfg, metadata, stream, output / "saes" / "hidden-code" / f"k{ks[0]}"),
             ),
         )
         result.save(output / "results.json")
     return result
 
 
-def _told(model: LanguageModel, tokens: Tensor, cfg: SecondaryConfig, metadata: SAEMetadata, secondary: Path) -> str:
+def _told(
+    model: LanguageModel,
+    tokens: Tensor,
+    cfg: SecondaryConfig,
+    metadata: SAEMetadata,
+    stream: StreamConfig,
+    secondary: Path,
+) -> str:
     """Whether the primary, or a secondary SAE, was trained on the tokens."""
-    trained_on = cfg.dataset or cfg.model or metadata.model_name
-    own = SAEMetadata(dataset_path=trained_on, context_size=cfg.context_size)
+    own = SAEMetadata(dataset_path=stream.dataset, context_size=stream.context_size)
     told = told_of_text(model, tokens, metadata=metadata, folder=cfg.primary, source=cfg.held_out)
     of_secondary = told_of_text(model, tokens, metadata=own, folder=secondary)
     return of_secondary if told.startswith(HELD_OUT) else f"{told}, for the primary"

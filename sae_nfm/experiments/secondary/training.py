@@ -32,6 +32,7 @@ from torch import Tensor
 
 from sae_nfm.architectures import HIDDEN, PRIMARY_DIGEST, check_primary, primary_digest
 from sae_nfm.common import read_json
+from sae_nfm.data import ActivationCache
 from sae_nfm.experiments.secondary.results import TrainedOn
 from sae_nfm.models import HookFunction, site_at, splice, tokens_read
 from sae_nfm.training import StreamConfig, TrainingArm, train_arms
@@ -69,11 +70,12 @@ def train_secondaries(
     primary: SAE[Any],
     dataset: Any,
     folder: Path,
+    cache: ActivationCache | None = None,
 ) -> list[TrainedSecondary]:
     """Train a secondary SAE and its controls, those that are not finished.
 
     `ks` are the active features a token, for the hidden code and the permuted one; the other controls take the smallest. The hook
-    name of the stream is the primary's. Without a linear path in the primary that control is left out.
+    name of the stream is the primary's, and the cache's. Without a linear path in the primary that control is left out.
 
     Raises:
         ValueError: for a primary without a hidden code, a k with too few features, or a folder with SAEs that were trained on
@@ -101,7 +103,7 @@ def train_secondaries(
         target = folder / trained_on.replace(" ", "-")
         with activations_of(model, primary, trained_on, stream.seed) as hook_name:
             at = replace(stream, hook_name=hook_name)
-            train_arms(at, arms, dict.fromkeys(arms, learning_rate), model, dataset, target)
+            train_arms(at, arms, dict.fromkeys(arms, learning_rate), model, dataset, target, cache)
         for name, arm in arms.items():
             sae = SAE.load_from_disk(target / name, device=stream.device).eval()
             trained.append(TrainedSecondary(trained_on=trained_on, k=int(getattr(arm.sae, "k", 0)), sae=sae))

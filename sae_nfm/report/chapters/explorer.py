@@ -6,7 +6,6 @@ from pathlib import Path
 from plotly.offline import get_plotlyjs
 
 from sae_nfm.common import checked, text_of
-from sae_nfm.common.options import sampled_text
 from sae_nfm.explorer.results import Explorer
 from sae_nfm.report.blocks import Block, Embedded, Prose, Section
 from sae_nfm.report.run_folder import Run
@@ -40,13 +39,11 @@ def about(explorer: Explorer) -> str:
     active = f" (k = {explorer.k})" if explorer.k else ""
     kind, _, details = text_of(explorer.provenance).partition(" (")
     told = details and f" ({details}"
-    config = explorer.provenance.get("config", {})
-    sampled = sampled_text(explorer.model_name, config["held_out"]) if "held_out" in config else ""
     return (
         f"{explorer.sae}: {explorer.d_sae:,} features of a {explorer.architecture}{active} at {explorer.hook_name} of "
         f"{explorer.model_name}, on {explorer.tokens:,} {kind}, of {explorer.documents:,} documents{told}. Activations, "
         "norms and contexts describe where a feature fires; what the model does with it, an intervention measures."
-        + (f" {sampled}" if sampled else "")
+        + (f" {explorer.sampled}" if explorer.sampled else "")
     )
 
 
