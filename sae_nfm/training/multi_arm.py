@@ -43,9 +43,13 @@ from sae_nfm.training.resume import DivergedError, checkpoint_folder, diverged, 
 from sae_nfm.training.settings import refuse_several_processes
 
 ORDINARY: dict[str, Any] = {
-    **{"model_class_name": "HookedTransformer", "model_kwargs": {}, "activations": None},
-    **{"selection_stages": 1, "refinement_steps": 0},
-    **{"inference_selection_stages": None, "inference_refinement_steps": None},
+    "model_class_name": "HookedTransformer",
+    "model_kwargs": {},
+    "activations": None,
+    "selection_stages": 1,
+    "refinement_steps": 0,
+    "inference_selection_stages": None,
+    "inference_refinement_steps": None,
 }
 """Settings that are not written down where they have these values."""
 BEGUN_FILENAME, DIVERGED_FILENAME = "begun.json", "diverged.json"
