@@ -285,10 +285,13 @@ def _compare_once(cfg: DemoConfig, prepared: Prepared, folder: Path, command: st
     return result
 
 
-def run_compare(cfg: CompareConfig, *, command: str | None = None, folder: Path | None = None) -> CompareResult:
+def run_compare(
+    cfg: CompareConfig, *, command: str | None = None, prepared: Prepared | None = None, folder: Path | None = None
+) -> CompareResult:
     """Sweep, train, evaluate and judge; writes everything to `cfg.output`, and takes from there what is done.
 
     Args:
+        prepared: the configuration, where it has been loaded already.
         folder: where to write, for one who publishes it together with other files.
 
     Raises:
@@ -297,7 +300,7 @@ def run_compare(cfg: CompareConfig, *, command: str | None = None, folder: Path 
     """
     if folder is None:
         check_extension(cfg.output, "compare", PARTS)
-    prepared = Prepared.of(cfg)
+    prepared = prepared or Prepared.of(cfg)
     prepared.held_out.check_documents()
     if folder is None:
         with publishing(cfg.output, "compare", command=command, extend=PARTS) as made:

@@ -44,12 +44,12 @@ class TokenRows(ShortRepr):
         """Number of rows."""
         return len(self.tokens)
 
-    def check_documents(self) -> None:
-        """Raise a ValueError where all tokens are from one document, over which there is no interval."""
-        if len(self.documents[self.documents >= 0].unique()) < 2:
+    def check_documents(self, fewest: int = 2) -> None:
+        """Raise a ValueError where the tokens are from fewer documents than intervals over documents need."""
+        if (n := len(self.documents[self.documents >= 0].unique())) < fewest:
             raise ValueError(
-                f"the {self.tokens.numel()} held-out tokens are from one document, and an interval needs at least 2, better 20; "
-                "raise --held-out-tokens, or give other --held-out text"
+                f"the {self.tokens.numel()} held-out tokens are from {n} document{'s' * (n != 1)}, and intervals need at least "
+                f"{fewest}, better 20; raise --held-out-tokens, or give other --held-out text"
             )
 
 

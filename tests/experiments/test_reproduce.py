@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from shutil import copytree, rmtree
 
+import numpy as np
 import pytest
 from finished_runs import COMMAND, SMALL
 from sae_lens import SAE
 
 from sae_nfm import demo
+from sae_nfm.analysis.linear_component import divided
 from sae_nfm.comparison.results import Paths
 from sae_nfm.comparison.table import ablations
 from sae_nfm.data import datasets
@@ -17,7 +19,7 @@ from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import Arm, evaluate
 from sae_nfm.evaluation.results import MeasuredKL
 from sae_nfm.experiments.reproduce.results import PUBLISHED, NoVerdict, ReproduceResult, Unit, written
-from sae_nfm.experiments.reproduce.rows import factorial_rows, keeping_means
+from sae_nfm.experiments.reproduce.rows import FEWEST_DOCUMENTS, factorial_rows, keeping_means
 from sae_nfm.experiments.reproduce.run import ReproduceConfig, behaviour_arms, run_reproduce
 from sae_nfm.interventions.results import Role
 from sae_nfm.models.load import load_model
@@ -213,6 +215,19 @@ def test_refused_before_anything_is_done():
         ReproduceConfig(sentences=3)
     with pytest.raises(ValueError, match=r"\blr\b.*-1\.0"):
         ReproduceConfig(lr=-1.0)
+
+
+def test_too_few_documents_are_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("sae_nfm.experiments.reproduce.run.run_compare", pytest.fail)
+    config = ReproduceConfig(**SMALL | {"held_out_tokens": 2 * CONTEXT}, output=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"from \d documents?, and intervals need at least 6, .*--held-out-tokens"):
+        run_reproduce(config)
+
+
+def test_the_fewest_documents_leave_two_to_score_on():
+    """One fewer leaves one: `analysis.linear_component.divided`."""
+    parts = [divided(np.arange(n), seed=0) for n in (FEWEST_DOCUMENTS, FEWEST_DOCUMENTS - 1)]
+    assert [len(part.test) for part in parts] == [2, 1]
 
 
 def test_arms_of_an_sae_without_a_canonical_gauge(reproduction):

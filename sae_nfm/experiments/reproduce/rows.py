@@ -177,6 +177,8 @@ AT_EQUAL_DISTANCE = ("isotropic", "covariance", "covariance mixture")
 CUT = "the paper's SAE alone was cut to its top 250 features, this one is whole"
 CHUNK = 4_096
 """Tokens at a time where features are dense."""
+FEWEST_DOCUMENTS = 6
+"""With fewer, the part of the documents on which a linear fit is scored would be one, over which there is no interval."""
 
 
 def train_sequential(
@@ -260,7 +262,7 @@ def written_shares(
     """Shares of a sequential SAE on activations, as `functional.read_activations` returns them.
 
     Raises:
-        ValueError: for fewer than 6 documents.
+        ValueError: for fewer than FEWEST_DOCUMENTS.
     """
     acts, linear, nonlinear = _written(sae, x)
     labels, bootstrap = documents.cpu().numpy(), Bootstrap(seed=seed)

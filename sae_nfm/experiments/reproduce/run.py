@@ -21,6 +21,7 @@ from sae_nfm.analysis import figure_rows, gauge_report, read_activations
 from sae_nfm.common import check_extension, check_numbers, check_positive, publishing
 from sae_nfm.comparison import CompareConfig, SizeOptions, ablations, in_canonical_gauge, run_compare
 from sae_nfm.comparison.results import ArmName, CompareResult, Paths
+from sae_nfm.comparison.run import Prepared
 from sae_nfm.data import TokenRows, datasets, held_out_rows, told_of_text
 from sae_nfm.evaluation import measure
 from sae_nfm.experiments.factorial import FEWEST_SENTENCES
@@ -101,7 +102,9 @@ def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> Reprod
 
 def _reproduce(cfg: ReproduceConfig, output: Path, command: str | None) -> ReproduceResult:
     if cfg.compare is None:
-        comparison = run_compare(cfg.comparison(), folder=output / "compare")
+        prepared = Prepared.of(cfg.comparison())
+        prepared.held_out.check_documents(statistics.FEWEST_DOCUMENTS)
+        comparison = run_compare(cfg.comparison(), prepared=prepared, folder=output / "compare")
     elif (path := Path(cfg.compare) / "results.json").exists():
         comparison = CompareResult.load(path)
         cfg = _as_compared(cfg, comparison)
@@ -143,7 +146,7 @@ def _behaviour(
     """The held-out text, and a measurement of every arm on it."""
     context_size = min(cfg.context_size, model.cfg.n_ctx)
     rows = held_out_rows(model, validation, context_size, cfg.held_out_tokens)
-    rows.check_documents()
+    rows.check_documents(statistics.FEWEST_DOCUMENTS)
     fitted = held_out_rows(model, validation, context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     arms = behaviour_arms(model, saes, fitted)
     folder = measure(model, rows, arms, folder, seed=cfg.seed)
