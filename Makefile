@@ -15,7 +15,7 @@ help: ## this list; seconds are wall seconds of docs/times.md, measured on the m
 demo: $(READY) ## install, train four SAEs on the embedded language model, print the table, write a page
 	$(BIN)/sae-nfm demo
 
-demo-smollm2: $(READY) ## the same on SmolLM2, a real model, which it fetches first: about 12 CPU minutes
+demo-smollm2: $(READY) ## the same on SmolLM2, a real model, which it fetches first: about 10 CPU minutes
 	$(BIN)/sae-nfm models fetch smollm2
 	$(BIN)/sae-nfm demo --model smollm2 --d-sae 2304 --training-tokens 100000 --batch-size 512 --lr 2e-3 \
 	  --held-out-tokens 5000 --output runs/smollm2

@@ -36,7 +36,7 @@ COMMANDS = (
     ("sae-nfm speed", "all arms"),
     ("sae-nfm compare --arms joint_nfm topk --seeds 0 --learning-rates 5e-3", "two arms, one seed, no sweep"),
     ("sae-nfm reproduce", "one seed"),
-    ("make demo-smollm2", "SmolLM2: four SAEs, a prompt, the page"),
+    ("make demo-smollm2", "SmolLM2: four SAEs, a prompt, the page; fetching it included"),
     ("make lint", "ruff, import contracts, pyright"),
     ("make test", "the tests"),
     ("make tutorials", "seven notebooks"),
