@@ -260,7 +260,7 @@ def test_refused(config, tmp_path):
     cfg = replace(config, output=str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"\bk is 25\b.*\b24\b"):
         run_secondary(replace(cfg, k=(25,)))
-    with pytest.raises(ValueError, match=r"one document.*--held-out-tokens"):
+    with pytest.raises(ValueError, match=r"1 document, .*--held-out-tokens"):
         run_secondary(replace(cfg, held_out_tokens=1))
     topk = TopKTrainingSAEConfig(d_in=16, d_sae=32, k=4)
     random_sae(topk).save_inference_model(tmp_path / "topk")
