@@ -29,7 +29,7 @@ from sae_nfm.architectures.sequential_config import (
     check_refinement,
     load_base,
 )
-from sae_nfm.kernels import dispatch, inference, reference, sees_numbers, uncompiled, wide
+from sae_nfm.kernels import dispatch, reference, sees_numbers, wide
 from sae_nfm.loading import sha256_of
 
 BASE_HOOKS = ("hook_sae_input", "hook_sae_acts_pre")
@@ -125,20 +125,12 @@ class SequentialNFM(NFMPaths):
         finally:
             self.base_input = None
 
-    @uncompiled
     def _refined(self, x: Tensor, acts: Tensor) -> Tensor:
         """The base's features with the activations that `kernels.inference` makes of them, in the space of the input."""
         check_refinement(self.cfg)
         rescaled = getattr(self.base.cfg, "rescale_acts_by_decoder_norm", False)
-        with self._weights_alone() as written:
-            squares = column_squares(self, wide(self.W_dec).norm(dim=-1) if rescaled else None, self._base_scale())
-            dense = wide(acts.to_dense() if acts.is_sparse else acts)
-            support = dense > 0
-            # an active feature that reaches 0 stays before all others in what is read with nfm_top_k
-            first = support.to(dense.dtype) * torch.finfo(dense.dtype).tiny
-            steps = self.cfg.refinement_steps
-            found = inference.refine(dense, lambda f: written(f + first), wide(x), squares, steps, support)
-        return found.to(acts.dtype)
+        squares = column_squares(self, wide(self.W_dec).norm(dim=-1) if rescaled else None, self._base_scale())
+        return self._refined_on_support(x, acts, squares)
 
     def _base_scale(self) -> Tensor | None:
         """Length in the input's space of a unit in the base's, after it has encoded; None where it is 1."""

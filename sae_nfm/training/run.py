@@ -41,8 +41,8 @@ from sae_nfm.architectures import (
     check_primary,
     primary_digest,
 )
-from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.common import check_number, check_output, partial_folder, publishing, remark
+from sae_nfm.architectures.joint_config import ARCHITECTURE, ENCODERS, encoder_defaults
+from sae_nfm.common import check_choice, check_number, check_output, partial_folder, publishing, remark
 from sae_nfm.common.file_errors import python_string
 from sae_nfm.common.options import DEFAULT_HOOKS, FETCHED_MODEL, CacheOptions
 from sae_nfm.convert import topk_by_name, warm_started, write_adapter
@@ -241,8 +241,8 @@ def option_names(sae_class: type[TrainingSAEConfig]) -> dict[type, dict[str, str
     return {LanguageModelSAERunnerConfig: {name: name for name in run}, sae_class: of_sae} | names
 
 
-def defaults(sae_class: type[TrainingSAEConfig], model_name: str) -> dict[str, Any]:
-    """Our defaults by option, where SAELens has others or none."""
+def defaults(sae_class: type[TrainingSAEConfig], model_name: str, encoder: str | None = None) -> dict[str, Any]:
+    """Our defaults by option, where SAELens has others or none, or they depend on the encoder of a joint_nfm."""
     own, own_sae = OURS.get(model_name, ({}, {}))
     ours: dict[str, Any] = {"log_to_wandb": False}
     if own:  # the model as it is loaded: nothing folded, nothing centred
@@ -251,7 +251,16 @@ def defaults(sae_class: type[TrainingSAEConfig], model_name: str) -> dict[str, A
     if "base" not in names:  # one that stands on another SAE takes its sizes from that
         sae = SAELENS_SAE | own_sae
         ours |= {name: value for name, value in sae.items() if name in names}
-    return ours
+    usual = usual_values(sae_class, encoder)
+    return usual | ours | {name: None for name, value in usual.items() if value is None}
+
+
+def usual_values(sae_class: type[TrainingSAEConfig], encoder: str | None) -> dict[str, Any]:
+    """SAELens's defaults of the options whose default depends on the encoder."""
+    if "encoder" not in sae_class.__dataclass_fields__:
+        return {}
+    check_choice("encoder", encoder := encoder or "topk", ENCODERS)
+    return encoder_defaults(encoder)
 
 
 def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainArguments:
@@ -269,7 +278,7 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
     cache = CacheOptions(**{name: given[name] for name in ("activations", "shuffle_rows") if name in given})
     measured = _of_cache(cache, given)
     model_name = given.get("model_name", measured.get("model_name", demo.MODEL_NAME))
-    values = defaults(sae_class, model_name) | measured | dict(given)
+    values = defaults(sae_class, model_name, given.get("encoder")) | measured | dict(given)
     built: dict[type, dict[str, Any]] = {}
     for config, options in names.items():
         hints = get_type_hints(config)
