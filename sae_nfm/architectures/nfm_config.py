@@ -44,13 +44,15 @@ class InferenceFields(RefinementFields):
 
 def check_inference(cfg: Any) -> None:
     """Raise a ValueError for stages or refinements that cannot work, of a config that has either."""
+    encoder = getattr(cfg, "encoder", "topk")
     for name in ("selection_stages", "inference_selection_stages"):
-        stages, encoder = getattr(cfg, name, None), getattr(cfg, "encoder", "topk")
-        if encoder != "topk" and stages not in (None, 1):
+        if encoder != "topk" and getattr(cfg, name, None) not in (None, 1):
             raise ValueError(
-                f"{name} is {stages}, and features are chosen in stages with encoder 'topk' alone, not with {encoder!r}, whose "
-                "threshold is one for all; leave it out (refinement_steps can be given)"
+                f"{name} is {getattr(cfg, name)}, and features are chosen in stages with encoder 'topk' alone, not with "
+                f"{encoder!r}, whose threshold is one for all; leave it out (refinement_steps can be given)"
             )
+    for name in ("selection_stages", "inference_selection_stages"):
+        stages = getattr(cfg, name, None)
         if encoder == "topk" and stages is not None and not 1 <= stages <= cfg.k:
             raise ValueError(f"{name} must be from 1 to k = {cfg.k}, at least one feature a stage, got {stages}")
     for name in ("refinement_steps", "inference_refinement_steps"):

@@ -45,7 +45,7 @@ from sae_nfm.architectures.joint_config import ARCHITECTURE, ENCODERS, encoder_d
 from sae_nfm.common import check_choice, check_number, check_output, partial_folder, publishing, remark
 from sae_nfm.common.file_errors import python_string
 from sae_nfm.common.options import DEFAULT_HOOKS, FETCHED_MODEL, CacheOptions
-from sae_nfm.convert import topk_by_name, warm_started, write_adapter
+from sae_nfm.convert import plain_by_name, warm_started, write_adapter
 from sae_nfm.data import (
     ActivationCache,
     check_data,
@@ -81,8 +81,8 @@ class OtherSAEs:
     """SAEs that the new one is trained from or on; the base of a sequential_nfm is named by --base."""
 
     warm_start: str | None = None
-    """A TopK SAE (folder, or release:sae_id) whose encoder and decoder a joint_nfm begins with; the features (d_sae, k, ...)
-    and, unless given, the hook point are its own."""
+    """A TopK or JumpReLU SAE (folder, or release:sae_id) whose encoder and decoder a joint_nfm begins with; the features (d_sae,
+    k, ...) and, unless given, the hook point are its own."""
     primary: str | None = None
     """A joint_nfm or sequential_nfm (folder, or release:sae_id) that is spliced in, so that an SAE can be trained on one of its
     hook points: a secondary SAE, on its hidden code unless --hook_name names another, such as
@@ -158,7 +158,7 @@ def load_others(named: OtherSAEs, cfg: LanguageModelSAERunnerConfig[Any]) -> Loa
     primary = None if named.primary is None else load_sae(named.primary, device=str(cfg.device))
     if primary is not None:
         check_primary(primary)
-    start = None if named.warm_start is None else topk_by_name(named.warm_start)
+    start = None if named.warm_start is None else plain_by_name(named.warm_start)
     return LoadedSAEs(warm_start=start, primary=primary)
 
 
@@ -478,12 +478,26 @@ def fit_to_model(arguments: TrainArguments, others: LoadedSAEs) -> LanguageModel
         if "n_batches_in_buffer" not in arguments.given:
             fill_buffer(cfg)
     check_context(model, cfg.context_size)
+    if words := _threshold_words(cfg):
+        remark(words)
     remark(
         special_tokens_words(
             model, cfg.exclude_special_tokens, "trained on (--exclude_special_tokens true leaves them out)"
         )
     )
     return model
+
+
+def _threshold_words(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
+    """What is to be said of a threshold that a short training leaves near its start; "" where there is nothing."""
+    rate = getattr(cfg.sae, "topk_threshold_lr", None)
+    left = 0.0 if rate is None else (1 - rate) ** cfg.total_training_steps
+    if getattr(cfg.sae, "encoder", "batchtopk") != "batchtopk" or left < 0.05:
+        return ""
+    return (
+        f"topk_threshold_lr is {rate}: in {cfg.total_training_steps} steps the saved threshold, which begins at 0, goes "
+        f"{1 - left:.0%} of the way, so that the saved SAE will have more active features than k; give a higher rate"
+    )
 
 
 def _check_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
