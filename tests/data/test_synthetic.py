@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae_nfm.data import EASIER, IDENTIFIED, NOT_IDENTIFIED, SyntheticConfig, SyntheticData
+from sae_nfm.data import EASIER, IDENTIFIED, NOT_IDENTIFIED, Samples, SyntheticConfig, SyntheticData
 
 SMALL = SyntheticConfig(d_in=16, features=48, mean_l0=6, children=0.25, pairs=4, pair_rate=0.03, pair_share=0.2, seed=1)
 ROWS = 20_000
@@ -17,7 +17,7 @@ def small():
     return data, data.sample(ROWS, 0)
 
 
-def test_features_fire_as_often_as_they_should(small):
+def test_features_fire_as_often_as_they_should(small: tuple[SyntheticData, Samples]):
     data, samples = small
     fires = (samples.acts > 0).float()
     # four standard errors of a rate over ROWS, and z < -1 / spread (4e-4 of all) is no firing
@@ -27,7 +27,7 @@ def test_features_fire_as_often_as_they_should(small):
     assert float(fires.sum(1).mean()) == pytest.approx(SMALL.mean_l0, rel=0.01)
 
 
-def test_a_child_fires_only_with_its_parent_and_half_as_often_at_most(small):
+def test_a_child_fires_only_with_its_parent_and_half_as_often_at_most(small: tuple[SyntheticData, Samples]):
     data, samples = small
     children = (data.parents >= 0).nonzero()[:, 0]
     assert len(children) == 12
@@ -39,7 +39,7 @@ def test_a_child_fires_only_with_its_parent_and_half_as_often_at_most(small):
     assert (data.rates[parents] >= 2 * data.rates[children]).all()
 
 
-def test_pairs_fire_together_and_their_products_have_their_share(small):
+def test_pairs_fire_together_and_their_products_have_their_share(small: tuple[SyntheticData, Samples]):
     data, samples = small
     assert sorted(set(data.pairs.flatten().tolist())) == sorted(data.pairs.flatten().tolist())
     assert (data.parents[data.pairs] == -1).all()
@@ -49,7 +49,7 @@ def test_pairs_fire_together_and_their_products_have_their_share(small):
     assert float(products / (linear + products)) == pytest.approx(0.2, rel=0.05)  # calibrated on other samples
 
 
-def test_activations_by_hand(small):
+def test_activations_by_hand(small: tuple[SyntheticData, Samples]):
     data, samples = small
     row = samples.acts[7].double()
     expected = sum(row[i] * data.directions[i].double() for i in range(48))
@@ -62,7 +62,7 @@ def test_activations_by_hand(small):
     assert float(firing.std()) == pytest.approx(SMALL.spread, abs=0.01)
 
 
-def test_seeds_make_everything_and_disturb_nothing(small):
+def test_seeds_make_everything_and_disturb_nothing(small: tuple[SyntheticData, Samples]):
     data, samples = small
     torch.manual_seed(5)
     before = torch.get_rng_state()
