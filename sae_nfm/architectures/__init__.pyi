@@ -45,4 +45,5 @@ from .sequential_config import check_base as check_base
 from .sequential_config import load_base as load_base
 from .sequential_sae import SequentialNFM as SequentialNFM
 from .sequential_sae import SequentialNFMSAE as SequentialNFMSAE
+from .sequential_sae import refined as refined
 from .sequential_training import SequentialNFMTrainingSAE as SequentialNFMTrainingSAE

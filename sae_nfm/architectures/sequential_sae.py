@@ -21,12 +21,17 @@ from sae_lens import SAE
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sae_nfm.architectures.joint_sae import NFMDecoder
+from sae_nfm.architectures.nfm_config import check_inference
 from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths, column_squares, own_normalisation
 from sae_nfm.architectures.sequential_config import (
     SequentialNFMConfig,
     SequentialNFMSAEConfig,
+    as_base,
+    base_config,
     check_base,
     check_refinement,
+    for_inference,
     load_base,
 )
 from sae_nfm.kernels import dispatch, reference, sees_numbers, wide
@@ -225,6 +230,36 @@ class SequentialNFMSAE(SequentialNFM, SAE[SequentialNFMSAEConfig]):  # pyright: 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         fold_scale(state_dict)
         super().process_state_dict_for_loading(state_dict)
+
+
+def refined(sae: SAE[Any], steps: int) -> SAE[Any]:
+    """A copy of an SAE of any architecture that refines its activations (`kernels.inference`): the features are those that its
+    own encoder chooses, R = `steps`, its weights the same.
+
+    joint_nfm, staged_topk and sequential_nfm have an option for it; any other is the base of a sequential NFM without paths.
+
+    Raises a ValueError for steps < 0, activations that can be negative (abstopk), an architecture that cannot be a base, or a
+    whitening that is not folded. Of one that is, nothing tells: what falls then is the error of raw activations, not of whitened.
+    """
+    if isinstance(sae, (NFMDecoder, SequentialNFM)):
+        made = for_inference(sae)
+        made.cfg.refinement_steps = steps
+        check_refinement(made.cfg) if isinstance(made, SequentialNFM) else check_inference(made.cfg)
+        return made.train(sae.training)
+    base, same = as_base(sae), ("d_in", "d_sae", "dtype", "reshape_activations", "metadata")
+    tensors = base.state_dict()
+    cfg = SequentialNFMSAEConfig(
+        **{name: getattr(sae.cfg, name) for name in same},
+        device="meta",  # on which nothing is drawn at random
+        base_config=base_config(base),
+        base_sha256=sha256_of(tensors),
+        head="none",
+        use_linear_path=False,
+        refinement_steps=steps,
+    )
+    made = SequentialNFMSAE(cfg)
+    made.load_state_dict({f"base.{name}": tensor for name, tensor in tensors.items()}, assign=True)
+    return made.to(device=sae.cfg.device).train(sae.training)
 
 
 def fold_scale(state_dict: dict[str, Any]) -> None:

@@ -12,12 +12,18 @@
     topk matched                   as many parameters as joint_nfm
     topk matched folded            as many as joint_nfm has once its linear decoder is added to W_dec
     topk matched flops             as many FLOPs a training token as joint_nfm, see `training_flops`
+    topk matched inference         as many FLOPs at inference as staged_topk with its refinements, see `inference_flops`
+    staged_topk                    topk, its features chosen in stages; joint_nfm staged and joint_nfm square staged likewise
+    staged_topk matched            as many parameters as joint_nfm
     batchtopk, matryoshka          SAELens's, k active features on average
+    matching_pursuit               SAELens's, one decoder both ways and k iterations. One that chooses a feature again adds to it,
+                                   so that fewer than k can be active
+    matching_pursuit matched       as many parameters as topk, which has twice as many of the same width
     standard, gated, jumprelu      SAELens's; a coefficient sets how sparse they are, so each is trained at several and its
                                    figures are interpolated (`interpolation_weights`)
 
 Sources: arXiv 2507.00269; Gao et al. 2024 (TopK, arXiv 2406.04093); arXiv 2412.06410 (BatchTopK), 2503.17547 (Matryoshka),
-2407.14435 (JumpReLU), 2404.16014 (gated).
+2407.14435 (JumpReLU), 2404.16014 (gated), 2506.03093 (matching pursuit).
 """
 
 import itertools
@@ -30,15 +36,17 @@ from sae_lens import (
     BatchTopKTrainingSAEConfig,
     GatedTrainingSAEConfig,
     JumpReLUTrainingSAEConfig,
+    MatchingPursuitTrainingSAEConfig,
     MatryoshkaBatchTopKTrainingSAEConfig,
     StandardTrainingSAEConfig,
     TopKTrainingSAEConfig,
     TrainingSAEConfig,
 )
 
-from sae_nfm.architectures import JointNFMTrainingSAEConfig, parameter_count
+from sae_nfm.architectures import JointNFMTrainingSAEConfig, StagedTopKTrainingSAEConfig, parameter_count
 from sae_nfm.comparison.config import refuse_unknown_arms
 from sae_nfm.comparison.results import ArmName
+from sae_nfm.kernels import inference
 from sae_nfm.training import TrainingArm
 
 
@@ -57,6 +65,10 @@ class ArmSizes:
     """How many of the strongest features their linear and interaction path read; None for all k."""
     nfm_dropout: float = 0.0
     """Dropout on the pooled interactions of the joint arms."""
+    selection_stages: int = 4
+    """Stages of the staged arms."""
+    refinement_steps: int = 0
+    """Refinements that "topk matched inference" has as many FLOPs as; arms are trained without."""
     warm_up_steps: int = 0
     """Training steps over which the coefficients of standard, gated and jumprelu rise, and the threshold of batchtopk settles."""
     device: str = "cpu"
@@ -90,6 +102,18 @@ def training_arms(
     return {arm.name: arm for arm in arms}
 
 
+def is_rescaled(arm: TrainingArm) -> bool | None:
+    """Whether activations are multiplied by decoder norms; None for an architecture without that choice."""
+    return getattr(arm.sae, "rescale_acts_by_decoder_norm", None)
+
+
+def rescaled(arm: TrainingArm, rescaling: bool) -> TrainingArm:
+    """The arm with or without that, where it has the choice."""
+    if is_rescaled(arm) in (None, rescaling):
+        return arm
+    return replace(arm, sae=replace(arm.sae, rescale_acts_by_decoder_norm=rescaling))
+
+
 def matched_width(parameters: int, d_in: int) -> int:
     """Width S of the TopK SAE with that many parameters: 2 d S + S + d, so it misses them by (2 d + 1) / 2 at most."""
     return round((parameters - d_in) / (2 * d_in + 1))
@@ -111,6 +135,9 @@ def training_flops(cfg: TrainingSAEConfig, l0: float | None = None) -> float:
 
         encoder             2 d S + 2 a d                        all features are ranked; their weights get a gradient from
                                                                  the active ones
+        each stage but one  2 d C + 6 b d + 2 c d                all are ranked again, or C candidates; what the b chosen before
+                                                                 write, through all paths; its gradient from the c chosen now
+        matching pursuit    2 k d S + 12 k d + 6 a d             in place of these: k times all are ranked and one is taken off
         direct path         6 a d                                output, gradient of f, gradient of W_dec
         linear path         6 n d if n < a, else 0               reading the same f it shares W_dec's three products
         square path         6 a d
@@ -126,23 +153,79 @@ def training_flops(cfg: TrainingSAEConfig, l0: float | None = None) -> float:
     Raises:
         ValueError: when the number of active features is not known: no k sets it, and no l0 is given.
     """
+    d, active = cfg.d_in, _active(cfg, l0)
+    decoding = 3 * _decoding(cfg, active)
+    if isinstance(cfg, MatchingPursuitTrainingSAEConfig):
+        return _iterations(cfg) * (2.0 * d * cfg.d_sae + 12 * d) + decoding
+    flops = 2.0 * d * cfg.d_sae + 2 * active * d + decoding + _choosing(cfg, active, training=True)
+    return flops + 8 * active * d * isinstance(cfg, GatedTrainingSAEConfig)
+
+
+def inference_flops(cfg: TrainingSAEConfig, l0: float | None = None, refinement_steps: int = 0) -> float:
+    """FLOPs of encoding and decoding a token with an SAE that was trained so, counted as in `training_flops`.
+
+    With D(a) what all paths take to decode a active features (2 a d of the direct one, n and m as there):
+
+        encoder             2 d S
+        each stage but one  2 d C + D(b)                         all are ranked again, or C candidates; b are chosen before
+        matching pursuit    k (2 d S + 4 d)                      in place of these
+        each refinement     3 D(a)                               a vector-Jacobian and a Jacobian-vector product, and a decode
+        decoder             D(a)                                 twice with refinements: their first error is that of a decode
+
+    Raises:
+        ValueError: when the number of active features is not known: no k sets it, and no l0 is given.
+    """
+    d, active = cfg.d_in, _active(cfg, l0)
+    decoding = _decoding(cfg, active)
+    fitting = decoding * (3 * refinement_steps + (refinement_steps > 0))
+    if isinstance(cfg, MatchingPursuitTrainingSAEConfig):
+        return _iterations(cfg) * (2.0 * d * cfg.d_sae + 4 * d) + decoding + fitting
+    return 2.0 * d * cfg.d_sae + decoding + fitting + _choosing(cfg, active, training=False)
+
+
+def _active(cfg: TrainingSAEConfig, l0: float | None) -> float:
     active = float(getattr(cfg, "k", 0)) or l0
     if not active:
         raise ValueError(f"no k sets the L0 of a {cfg.architecture()} SAE; give the measured one")
-    d, flops = cfg.d_in, 2.0 * cfg.d_in * cfg.d_sae + 8 * active * cfg.d_in
-    if isinstance(cfg, GatedTrainingSAEConfig):
-        flops += 8 * active * d
+    return active
+
+
+def _iterations(cfg: MatchingPursuitTrainingSAEConfig) -> int:
+    return cfg.max_iterations or cfg.d_in
+
+
+def _decoding(cfg: TrainingSAEConfig, active: float) -> float:
+    """FLOPs of all paths for so many active features; a training step takes three times as many."""
+    d, flops = cfg.d_in, 2.0 * active * cfg.d_in
     if isinstance(cfg, JointNFMTrainingSAEConfig):
-        n, m = active if cfg.nfm_top_k is None else cfg.nfm_top_k, cfg.nfm_dim
-        flops += 6 * n * d * (cfg.use_linear_path and n < active) + 6 * active * d * cfg.use_square_path
+        n, m = active if cfg.nfm_top_k is None else min(active, cfg.nfm_top_k), cfg.nfm_dim
+        flops += 2 * n * d * (cfg.use_linear_path and n < active) + 2 * active * d * cfg.use_square_path
         if cfg.head != "none":
-            flops += (12 if cfg.head == "fm" else 6) * n * m + 6 * m * m + 6 * m * d
+            flops += (4 if cfg.head == "fm" else 2) * n * m + 2 * m * m + 2 * m * d
     return flops
+
+
+def _choosing(cfg: TrainingSAEConfig, active: float, *, training: bool) -> float:
+    """FLOPs of the stages after the first."""
+    stages, flops, chosen = getattr(cfg, "selection_stages", 1), 0.0, 0
+    for size in inference.stage_sizes(int(active), stages)[:-1] if stages > 1 else ():
+        chosen += size
+        flops += 2.0 * cfg.d_in * (getattr(cfg, "selection_candidates", None) or cfg.d_sae)
+        flops += (3 if training else 1) * _decoding(cfg, chosen)
+    first = inference.stage_sizes(int(active), stages)[0] if stages > 1 else active
+    return flops + 2 * (active - first) * cfg.d_in * training
 
 
 def flop_matched_width(cfg: JointNFMTrainingSAEConfig) -> int:
     """Width of the TopK SAE of the same d_in and k that takes as many FLOPs, short of d_in of them at most."""
     return round((training_flops(cfg) - 8 * cfg.k * cfg.d_in) / (2 * cfg.d_in))
+
+
+def inference_matched_width(cfg: TrainingSAEConfig, refinement_steps: int) -> int:
+    """Width of the TopK SAE that takes as many FLOPs at inference as this one with its refinements, likewise."""
+    return round(
+        (inference_flops(cfg, refinement_steps=refinement_steps) - 2 * _active(cfg, None) * cfg.d_in) / (2 * cfg.d_in)
+    )
 
 
 def interpolation_weights(l0s: Sequence[float], target: float) -> list[float] | None:
@@ -171,8 +254,27 @@ def _joint(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
     return JointNFMTrainingSAEConfig(**(_shared(sizes) | nfm | changes))
 
 
+def _square(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
+    scale = (sizes.d_in / sizes.k) ** 0.5
+    return _joint(sizes, use_linear_path=False, use_square_path=True, square_scale=scale, **changes)
+
+
 def _topk(sizes: ArmSizes, d_sae: int | None = None) -> TopKTrainingSAEConfig:
     return replace(TopKTrainingSAEConfig(**_shared(sizes), k=sizes.k), d_sae=d_sae or sizes.d_sae)
+
+
+def _stages(sizes: ArmSizes) -> dict[str, Any]:
+    return {"selection_stages": sizes.selection_stages}
+
+
+def _staged(sizes: ArmSizes, d_sae: int | None = None) -> StagedTopKTrainingSAEConfig:
+    same: dict[str, Any] = _shared(sizes) | _stages(sizes) | {"d_sae": d_sae or sizes.d_sae}
+    return StagedTopKTrainingSAEConfig(**same, k=sizes.k)
+
+
+def _as_joint(sizes: ArmSizes) -> int:
+    """Width with as many parameters as joint_nfm; joint_nfm square has d_in fewer, half a feature's."""
+    return matched_width(parameter_count(_joint(sizes)), sizes.d_in)
 
 
 def _batch_topk(sizes: ArmSizes) -> dict[str, Any]:
@@ -186,6 +288,16 @@ def _batch_topk(sizes: ArmSizes) -> dict[str, Any]:
 def _matryoshka(sizes: ArmSizes) -> MatryoshkaBatchTopKTrainingSAEConfig:
     widths = sorted({max(1, sizes.d_sae // part) for part in (8, 4, 2, 1)})
     return MatryoshkaBatchTopKTrainingSAEConfig(**_batch_topk(sizes), matryoshka_widths=widths)
+
+
+def _matching_pursuit(sizes: ArmSizes) -> MatchingPursuitTrainingSAEConfig:
+    """With the norm that SAELens asks of its initial decoder."""
+    return MatchingPursuitTrainingSAEConfig(**_shared(sizes), decoder_init_norm=1.0, max_iterations=sizes.k)
+
+
+def _pursuit_width(sizes: ArmSizes) -> int:
+    d_in, d_sae = sizes.d_in, sizes.d_sae
+    return round((2 * d_in * d_sae + d_sae) / d_in)  # both have b_dec
 
 
 def _l1(sizes: ArmSizes, l1: float) -> dict[str, Any]:
@@ -213,23 +325,30 @@ def _jumprelu(sizes: ArmSizes, l0: float) -> JumpReLUTrainingSAEConfig:
 WITH_K: dict[str, Callable[[ArmSizes], TrainingSAEConfig]] = {
     ArmName.JOINT: _joint,
     ArmName.HALF: lambda sizes: _joint(sizes, nfm_top_k=max(1, sizes.k // 2)),
-    ArmName.SQUARE: lambda sizes: _joint(
-        sizes, use_linear_path=False, use_square_path=True, square_scale=(sizes.d_in / sizes.k) ** 0.5
-    ),
+    ArmName.SQUARE: _square,
     ArmName.WITHOUT_LINEAR: lambda sizes: _joint(sizes, use_linear_path=False),
     ArmName.WITHOUT_NONLINEAR: lambda sizes: _joint(sizes, head="none"),
     ArmName.MLP: lambda sizes: _joint(sizes, head="mlp"),
+    ArmName.JOINT_STAGED: lambda sizes: _joint(sizes, **_stages(sizes)),
+    ArmName.SQUARE_STAGED: lambda sizes: _square(sizes, **_stages(sizes)),
     ArmName.TOPK: _topk,
     ArmName.DOUBLED: _topk,
-    ArmName.MATCHED: lambda sizes: _topk(sizes, matched_width(parameter_count(_joint(sizes)), sizes.d_in)),
+    ArmName.MATCHED: lambda sizes: _topk(sizes, _as_joint(sizes)),
     ArmName.MATCHED_FOLDED: lambda sizes: _topk(
         sizes, matched_width(folded_parameter_count(_joint(sizes)), sizes.d_in)
     ),
     ArmName.MATCHED_FLOPS: lambda sizes: _topk(sizes, flop_matched_width(_joint(sizes))),
+    ArmName.MATCHED_INFERENCE: lambda sizes: _topk(
+        sizes, inference_matched_width(_staged(sizes), sizes.refinement_steps)
+    ),
+    ArmName.STAGED: _staged,
+    ArmName.STAGED_MATCHED: lambda sizes: _staged(sizes, _as_joint(sizes)),
     ArmName.BATCHTOPK: lambda sizes: BatchTopKTrainingSAEConfig(**_batch_topk(sizes)),
     ArmName.MATRYOSHKA: _matryoshka,
+    ArmName.MATCHING_PURSUIT: _matching_pursuit,
+    ArmName.MATCHING_PURSUIT_MATCHED: lambda sizes: replace(_matching_pursuit(sizes), d_sae=_pursuit_width(sizes)),
 }
-"""Arms whose L0 is k."""
+"""Arms whose L0 is k, on average or at most."""
 WITH_COEFFICIENT: dict[str, Callable[[ArmSizes, float], TrainingSAEConfig]] = {
     ArmName.STANDARD: lambda sizes, l1: StandardTrainingSAEConfig(**_l1(sizes, l1)),
     ArmName.GATED: lambda sizes, l1: GatedTrainingSAEConfig(**_l1(sizes, l1)),

@@ -10,14 +10,18 @@ import pandas as pd
 import pytest
 import torch
 from builders import D_MODEL, inference_sae, tiny_model, token_dataset, training_config
+from invented_comparison import compare_row
 from sae_lens import SAE
 
 from sae_nfm import demo
+from sae_nfm.architectures import refined
+from sae_nfm.common import read_json, write_json
 from sae_nfm.common.options import ACTIVATIONS
+from sae_nfm.comparison.arms import ArmSizes, training_arms
 from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS, CompareConfig
 from sae_nfm.comparison.plan import Costs, Step, duration, words
 from sae_nfm.comparison.results import CLAIMS, ArmName, ClaimKind, CompareResult, RowKind, SweepRow, answers
-from sae_nfm.comparison.run import Prepared, _claim_folder, chosen_rates, of_cache, run_compare
+from sae_nfm.comparison.run import Prepared, _claim_folder, choices, of_cache, rounds_of, run_compare
 from sae_nfm.comparison.table import _interpolated
 from sae_nfm.data import CacheConfig, datasets, run_cache
 from sae_nfm.data.documents import held_out_rows
@@ -32,6 +36,7 @@ TINY = {
     "standard_l1": (0.01, 2.0),
 }  # fmt: skip
 JOINT = str(ArmName.JOINT)
+SIZES = ArmSizes(d_in=D_MODEL, d_sae=48, k=4, nfm_dim=6)
 ARMS = ("joint_nfm", "topk", "topk matched", "standard")
 SAES = ("joint_nfm", "topk", "topk matched", "standard 0.01", "standard 2")
 
@@ -97,33 +102,60 @@ def test_the_rows_are_sums_over_the_documents_file(finished):
 def test_each_arm_has_the_rate_that_its_own_sweep_chose(finished):
     cfg, output, result = finished
     assert [(row.learning_rate, row.arm) for row in result.sweep] == [(r, a) for r in cfg.learning_rates for a in SAES]
-    rates = chosen_rates(result.sweep, cfg.learning_rates)
+    chosen = choices(result.sweep, cfg.learning_rates)
     for row in result.rows:
-        assert row.learning_rate == rates[row.family]
-    assert {(row.family, row.learning_rate) for row in result.sweep if row.chosen} == set(rates.items())
+        assert (row.learning_rate, row.rescaling) == chosen[row.family]
+    assert {(row.family, (row.learning_rate, row.rescaling)) for row in result.sweep if row.chosen} == set(
+        chosen.items()
+    )
     for arm in SAES:
         record = read_training_record(output / "k16" / "seed-1" / arm / "training.jsonl")
         assert record[-1]["tokens"] == cfg.training_tokens
     best = min((row for row in result.sweep if row.arm == "topk"), key=lambda row: row.fvu)
-    assert rates["topk"] == best.learning_rate
+    assert chosen["topk"] == (best.learning_rate, True)
     model, validation = demo.load_model(), demo.load_tokens("validation")
     compared = held_out_rows(model, validation, cfg.context_size, cfg.held_out_tokens)
     swept = held_out_rows(model, validation, cfg.context_size, cfg.sweep_held_out_tokens, compared.tokens.numel())
     assert not {tuple(row) for row in compared.tokens.tolist()} & {tuple(row) for row in swept.tokens.tolist()}
 
 
-def sweep_row(arm, rate, fvu, l0=4.0, family=None):
-    return SweepRow(k=4, arm=arm, family=family or arm, learning_rate=rate, l0=l0, fvu=fvu)
+def sweep_row(arm, rate, fvu, l0=4.0, family=None, rescaling=None):
+    row = {"k": 4, "family": family or arm, "learning_rate": rate, "rescaling": rescaling}
+    return SweepRow(arm=arm, l0=l0, fvu=fvu, **row)
 
 
-def test_chosen_rates_by_hand():
+def test_choices_by_hand():
     rows = [sweep_row("topk", 1e-3, 0.3), sweep_row("topk", 1e-2, 0.2), sweep_row("joint", 1e-3, 0.1)]
     rows += [sweep_row("joint", 1e-2, nan)]  # diverged
     # at L0 4, half way in log between 2 and 8: 0.25 at 1e-3; at 1e-2 no coefficient is as dense as 4
     rows += [sweep_row("l1 1", 1e-3, 0.2, 8, "l1"), sweep_row("l1 2", 1e-3, 0.3, 2, "l1")]
     rows += [sweep_row("l1 1", 1e-2, 0.1, 3, "l1"), sweep_row("l1 2", 1e-2, 0.1, 2, "l1")]
     rows += [sweep_row("dead", 1e-3, nan), sweep_row("dead", 1e-2, inf)]
-    assert chosen_rates(rows, (1e-3, 1e-2)) == {"topk": 1e-2, "joint": 1e-3, "l1": 1e-3, "dead": 1e-2}
+    # the best of both, at whichever rate
+    ways = ((1e-3, True, 0.3), (1e-3, False, 0.1), (1e-2, True, 0.2), (1e-2, False, inf))
+    rows += [sweep_row("staged", rate, fvu, rescaling=way) for rate, way, fvu in ways]
+    found = {"topk": 1e-2, "joint": 1e-3, "l1": 1e-3, "dead": 1e-2}
+    assert choices(rows, (1e-3, 1e-2)) == {name: (rate, None) for name, rate in found.items()} | {
+        "staged": (1e-3, False)
+    }
+
+
+def test_a_sweep_tries_both_ways_what_has_the_choice_and_nothing_twice():
+    arms = training_arms(["topk", "staged_topk", "jumprelu", "matching_pursuit"], SIZES, {"jumprelu": (0.1, 1.0)})
+    rounds = [*rounds_of(arms, (1e-3, 1e-2), (True, False))]
+    other = ["jumprelu 0.1", "jumprelu 1", "matching_pursuit"]
+    both, names = ["topk", "staged_topk"], ["0.001", "0.001, not rescaled", "0.01", "0.01, not rescaled"]
+    assert [(one.name, [*one.arms]) for one in rounds] == [*zip(names, [both + other, both] * 2, strict=True)]
+    for one, way in zip(rounds, (True, False, True, False), strict=True):
+        assert {one.arms[name].sae.rescale_acts_by_decoder_norm for name in both} == {way}
+    # rows of before there was the choice are of arms as they were then: rescaled where they can be
+    before = [sweep_row("topk", 1e-3, 0.2), sweep_row("jumprelu 1", 1e-3, 0.2)]
+    assert [[*one.left(before)] for one in rounds[:2]] == [["staged_topk", "jumprelu 0.1", "matching_pursuit"], both]
+    since = [sweep_row("topk", 1e-3, 0.2, rescaling=False), sweep_row("staged_topk", 1e-3, 0.2, rescaling=True)]
+    assert [[*one.left(since)] for one in rounds[:2]] == [["topk", *other], ["staged_topk"]]
+    assert [*rounds_of({"matching_pursuit": arms["matching_pursuit"]}, (1e-3,), (True, False))] == [
+        replace(rounds[0], arms={"matching_pursuit": arms["matching_pursuit"]})
+    ]
 
 
 def test_an_l0_that_no_coefficient_reaches_is_not_extrapolated():
@@ -204,11 +236,67 @@ def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(
     assert one in result.table()
 
 
+def test_refined_rows_are_of_the_same_saes_and_are_added_to_a_finished_folder(finished, tmp_path, monkeypatch):
+    cfg, output, before = finished
+    cfg = replace(cfg, output=str(copytree(output, tmp_path / "copy")), refinement_steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("sae_nfm.training.multi_arm._train_round", None)  # nothing is trained
+        result = run_compare(cfg)
+        assert CompareResult.load(tmp_path / "copy" / "results.json") == result
+    assert [row for row in result.table() if not row.refinement_steps] == before.table()
+    fitted = [row for row in result.rows if row.refinement_steps]
+    assert [(row.seed, row.arm, row.refinement_steps) for row in fitted] == [
+        (seed, f"{name} refined", 3) for seed in (0, 1) for name in (*SAES, "standard")
+    ]
+    kinds = {row.arm: row.kind for row in fitted}
+    assert (kinds.pop("standard refined"), set(kinds.values())) == (RowKind.INTERPOLATED, {RowKind.REFINED})
+    model = demo.load_model()
+    tokens = datasets.held_out_tokens(model, demo.load_tokens("validation"), cfg.context_size, cfg.held_out_tokens)
+    saes = {name: SAE.load_from_disk(output / "k16" / "seed-0" / name).eval() for name in SAES}
+    arms = [Arm(name=f"{name} refined", sae=refined(sae, 3)) for name, sae in saes.items()]
+    for name, fidelity in evaluate(model, tokens, arms).items():
+        row, plain = row_of(result, name), row_of(result, name.removesuffix(" refined"))
+        # sums of float32 figures in another order
+        assert [row.l0, row.fvu, row.kl_nats] == pytest.approx([fidelity.l0, fidelity.fvu, fidelity.kl_nats], rel=1e-5)
+        assert row.fvu < plain.fvu
+        assert row.l0 <= plain.l0
+        assert (row.parameters, row.learning_rate) == (plain.parameters, plain.learning_rate)
+        assert row.inference_flops > plain.inference_flops
+    words = result.words()
+    assert "topk refined against topk, fvu: " in words.split("What inference gains (")[1]
+    assert "encode with 3 refinements" in words
+    assert "joint_nfm refined against topk refined" in words.split("What the NFM's paths gain")[1]
+
+
+def test_a_folder_of_before_rescaling_was_an_option_is_gone_on_with(finished, tmp_path, monkeypatch, capsys):
+    cfg, output, result = finished
+    folder = copytree(output, tmp_path / "copy")
+    settings, swept = read_json(folder / "compare.json"), read_json(folder / "k16" / "sweep.json")
+    assert (settings.pop("rescaling"), settings.pop("selection_stages")) == (["on"], 4)
+    for row in swept["rows"]:
+        del row["rescaling"]
+    write_json(folder / "compare.json", settings)
+    write_json(folder / "k16" / "sweep.json", swept)
+    monkeypatch.setattr("sae_nfm.training.multi_arm._train_round", None)  # nothing is trained
+    assert run_compare(replace(cfg, output=str(folder))).table() == result.table()
+    assert "the plan" not in capsys.readouterr().err
+    for changes, said in (
+        ({"rescaling": ("on", "off")}, r"\['on', 'off'\], and \['on'\]"),
+        ({"selection_stages": 2}, "2, and 4"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run_compare(replace(cfg, output=str(folder), **changes))
+
+
 def test_the_expected_time_by_hand():
     costs = Costs(read_seconds=2e-3, forward_seconds=5e-3, step_seconds={"a": 0.5, "b": 1.0, "c": 99.0})
     step = Step(what="k 8, seed 0", arms=("a", "b"), tokens=100_000, held_out_tokens=1_000)
     training, evaluation = 200 + 50 * 1.5, 5 * 4  # passes of a and b, of the model as it is and of its mean
     assert step.seconds(costs, batch_size=2_000) == pytest.approx(training + evaluation)
+    fitted = replace(step, refined=True)  # a and b once more, 0.01 s and 0.03 s a token beside the passes of the model
+    costs = replace(costs, refine_seconds={"a": 0.01, "b": 0.03, "c": 99.0})
+    again = 1_000 * (2 * 5e-3 + 0.04)
+    assert fitted.seconds(costs, batch_size=2_000) == pytest.approx(training + evaluation + again)
     finished = replace(step, what="k 8, seed 1", arms=())
     assert finished.seconds(costs, batch_size=2_000) == 0
     _, one, other, total = words([step, finished], costs, 2_000).splitlines()
@@ -273,6 +361,32 @@ def test_answers_point_the_right_way_and_correct_the_fair_claims_together():
     assert said["joint_nfm: direct only", "fvu"].verdict.difference.correction is None
 
 
+def test_the_gains_from_inference_and_from_paths_are_told_apart():
+    levels = {"topk": 1.0, "topk refined": 0.8, "topk matched": 0.95, "staged_topk": 0.7, "staged_topk refined": 0.6}
+    levels |= {"joint_nfm staged": 0.75, "joint_nfm staged refined": 0.6}
+    found, missing = answers(document_rows(levels), [32], 5)
+    assert missing == []
+    words = {(a.claim.kind, a.claim.arm, a.claim.against): a.verdict.words for a in found}
+    gained = {
+        ("topk refined", "topk"), ("staged_topk", "topk"), ("staged_topk refined", "staged_topk"),
+        ("joint_nfm staged refined", "joint_nfm staged"),
+    } | {
+        (whole, other)
+        for whole in ("staged_topk refined", "joint_nfm staged refined")
+        for other in ("topk", "topk refined", "topk matched")
+    }  # fmt: skip
+    assert words == {(ClaimKind.INFERENCE, *pair): "better" for pair in gained} | {
+        (ClaimKind.PATHS, "joint_nfm staged", "staged_topk"): "worse",
+        (ClaimKind.PATHS, "joint_nfm staged refined", "staged_topk refined"): "no difference shown",
+    }
+    assert {a.verdict.difference.correction for a in found} == {f"Holm over {len(found)} tests"}
+    seeds = {"config": {"training_tokens": 1, "learning_rates": [1.0], "dataset": "t"}, "seeds": [0]}
+    printed = CompareResult(rows=(compare_row("topk", 1, 1),), answers=tuple(found), provenance=seeds).words()
+    inference, paths = printed.split("What inference gains (")[1].split("What the NFM's paths gain on top of the same ")
+    assert inference.count(": better (Holm") == 2 * len(gained)
+    assert paths.count(": worse (Holm") == paths.count(": no difference shown (Holm") == 2
+
+
 def test_claims_without_all_seeds_or_with_a_diverged_arm_have_a_reason_in_place_of_a_verdict():
     rows = document_rows({JOINT: 1.0, "topk": 1.2, "jumprelu": 1.1})
     rows = rows[(rows["arm"] != "jumprelu") | (rows["seed"] < 3)]
@@ -296,10 +410,18 @@ def test_arms_of_unequal_sparsity_are_not_judged():
 
 
 def test_every_claim_is_about_arms_that_exist():
+    assert len({(claim.arm, claim.against) for claim in CLAIMS}) == len(CLAIMS)
     for claim in CLAIMS:
-        assert claim.arm in ALL_ARMS
-        assert claim.against.partition(":")[0] in ALL_ARMS
+        assert claim.arm.removesuffix(" refined") in ALL_ARMS
+        assert claim.against.partition(":")[0].removesuffix(" refined") in ALL_ARMS
         assert (claim.kind is ClaimKind.ABLATION) == (":" in claim.against)
+        if claim.kind is ClaimKind.PATHS:  # the same inference on both sides, paths on one
+            sides = [(name.endswith(" refined"), "staged" in name) for name in (claim.arm, claim.against)]
+            assert sides[0] == sides[1]
+            assert claim.arm.startswith("joint_nfm")
+            assert not claim.against.startswith("joint_nfm")
+        if {claim.arm, claim.against} <= set(DEFAULT_ARMS):
+            assert claim.kind is ClaimKind.FAIR
     assert {claim.against for claim in CLAIMS if claim.arm == JOINT and claim.kind is ClaimKind.FAIR} >= set(
         DEFAULT_ARMS
     ) - {
@@ -339,6 +461,9 @@ def test_a_changed_configuration_is_an_error_that_names_the_field(changes, messa
         ({"context_size": 1}, r"\bcontext_size\b.*\b2\b.*\b1\b"),
         ({"sweep_tokens": 100}, r"\bsweep_tokens\b.*\b2048\b.*\b100\b"),
         ({"shuffle": False}, r"\bshuffle\b.*\[0, 1, 2, 3, 4\]"),
+        ({"rescaling": ("on", "of")}, r"\brescaling\b.*'on', 'off', got 'of'"),
+        ({"rescaling": ()}, r"\brescaling\b.*\[\]"),
+        ({"arms": ("staged_topk",), "k": (3, 8)}, r"selection_stages.*k = 3\b.*got 4;.*staged_topk"),
     ],
 )  # fmt: skip
 def test_bad_settings(changes, message):
@@ -377,6 +502,9 @@ def test_flags_of_several_values():
         "4",
         "--learning-rates",
         "1e-3",
+        "--rescaling",
+        "on",
+        "off",
         "--jumprelu-l0",
         "0.5",
         "5",
@@ -386,6 +514,8 @@ def test_flags_of_several_values():
     cfg = COMMANDS["compare"].make_parser("compare").parse([*flags, "joint_nfm mlp"])
     assert (cfg.k, cfg.seeds, cfg.learning_rates, cfg.jumprelu_l0) == ((16, 64), (3, 4), (1e-3,), (0.5, 5.0))
     assert cfg.chosen_arms == ("topk", "joint_nfm mlp")
+    assert cfg.rescaled == (True, False)
+    assert cfg.sweeps
 
 
 @pytest.fixture(scope="module")
