@@ -1,3 +1,4 @@
+from .joint_config import EncoderFields as EncoderFields
 from .joint_config import JointNFMSAEConfig as JointNFMSAEConfig
 from .joint_config import JointNFMTrainingSAEConfig as JointNFMTrainingSAEConfig
 from .joint_config import StagedTopKSAEConfig as StagedTopKSAEConfig

@@ -22,8 +22,9 @@ from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from step_forms import step
 
 from sae_nfm import JointNFMSAE, JointNFMSAEConfig, JointNFMTrainingSAE, JointNFMTrainingSAEConfig
-from sae_nfm.architectures import JumpReLUJointNFMSAE, parameter_count, training_config
+from sae_nfm.architectures import EncoderFields, JumpReLUJointNFMSAE, parameter_count, training_config
 from sae_nfm.architectures.joint_config import ABSENT, ENCODERS, encoders_with
+from sae_nfm.training.multi_arm import StreamConfig, TrainingArm, _refuse_others, _settings
 
 D_IN, D_SAE = 16, 32
 THEIRS = {
@@ -234,6 +235,19 @@ def test_the_options_are_saelens_s_own():
         assert all(getattr(made, name) == getattr(theirs, name, absent) for name, absent in ABSENT.items())
     assert encoders_with("k") == ["topk", "batchtopk"]
     assert encoders_with("d_in") == [*ENCODERS]
+
+
+def test_arms_trained_before_there_were_encoders_are_the_same_arms():
+    """What is written down of a topk arm is what was; of another encoder its options are."""
+    stream = StreamConfig(
+        model_name="m", hook_name="h", dataset="d", training_tokens=8, context_size=4, batch_size=4, seed=0
+    )
+    own = {field.name for field in fields(EncoderFields)}
+    for form, given in (("topk", {}), ("tanh", FORMS["tanh"])):
+        arm = TrainingArm(name=form, family=form, sae=JointNFMTrainingSAEConfig(d_in=16, d_sae=128, **given))
+        written = _settings(stream, arm, 1e-3)
+        assert own & written.keys() == given.keys() & own
+        _refuse_others(form, written, written | {"l0_coefficient": 1.0}, "before")
 
 
 @pytest.mark.parametrize(
