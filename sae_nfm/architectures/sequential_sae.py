@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, TopKSAE
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_nfm.architectures.joint_sae import NFMDecoder
+from sae_nfm.architectures.joint_config import StagedTopKSAEConfig
+from sae_nfm.architectures.joint_sae import NFMDecoder, StagedTopKSAE
 from sae_nfm.architectures.nfm_config import check_inference
 from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths, column_squares, own_normalisation
 from sae_nfm.architectures.sequential_config import (
@@ -236,7 +237,8 @@ def refined(sae: SAE[Any], steps: int) -> SAE[Any]:
     """A copy of an SAE of any architecture that refines its activations (`kernels.inference`): the features are those that its
     own encoder chooses, R = `steps`, its weights the same.
 
-    joint_nfm, staged_topk and sequential_nfm have an option for it; any other is the base of a sequential NFM without paths.
+    joint_nfm, staged_topk and sequential_nfm have an option for it, topk becomes a staged_topk of one stage, any other the base
+    of a sequential NFM without paths.
 
     Raises a ValueError for steps < 0, activations that can be negative (abstopk), an architecture that cannot be a base, or a
     whitening that is not folded. Of one that is, nothing tells: what falls then is the error of raw activations, not of whitened.
@@ -248,17 +250,20 @@ def refined(sae: SAE[Any], steps: int) -> SAE[Any]:
         return made.train(sae.training)
     base, same = as_base(sae), ("d_in", "d_sae", "dtype", "reshape_activations", "metadata")
     tensors = base.state_dict()
-    cfg = SequentialNFMSAEConfig(
-        **{name: getattr(sae.cfg, name) for name in same},
-        device="meta",  # on which nothing is drawn at random
-        base_config=base_config(base),
-        base_sha256=sha256_of(tensors),
-        head="none",
-        use_linear_path=False,
-        refinement_steps=steps,
-    )
-    made = SequentialNFMSAE(cfg)
-    made.load_state_dict({f"base.{name}": tensor for name, tensor in tensors.items()}, assign=True)
+    # on "meta" nothing is drawn at random
+    given: dict[str, Any] = {name: getattr(sae.cfg, name) for name in same} | {
+        "device": "meta",
+        "refinement_steps": steps,
+    }
+    if type(base) is TopKSAE:  # faster: its active features alone are refined
+        encoder = ("k", "rescale_acts_by_decoder_norm", "apply_b_dec_to_input", "normalize_activations")
+        made = StagedTopKSAE(StagedTopKSAEConfig(**given, **{name: getattr(base.cfg, name) for name in encoder}))
+        tensors["folded_W_dec_norm"] = torch.ones_like(base.b_enc)
+    else:
+        given |= {"base_config": base_config(base), "base_sha256": sha256_of(tensors)}
+        made = SequentialNFMSAE(SequentialNFMSAEConfig(**given, head="none", use_linear_path=False))
+        tensors = {f"base.{name}": tensor for name, tensor in tensors.items()}
+    made.load_state_dict(tensors, assign=True)
     return made.to(device=sae.cfg.device).train(sae.training)
 
 

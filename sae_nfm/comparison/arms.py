@@ -137,6 +137,7 @@ def training_flops(cfg: TrainingSAEConfig, l0: float | None = None) -> float:
                                                                  the active ones
         each stage but one  2 d C + 6 b d + 2 c d                all are ranked again, or C candidates; what the b chosen before
                                                                  write, through all paths; its gradient from the c chosen now
+        R refinements       3 (3 R + 1) 2 a d                    as at inference, and twice that backward; through all paths
         matching pursuit    2 k d S + 12 k d + 6 a d             in place of these: k times all are ranked and one is taken off
         direct path         6 a d                                output, gradient of f, gradient of W_dec
         linear path         6 n d if n < a, else 0               reading the same f it shares W_dec's three products
@@ -154,7 +155,7 @@ def training_flops(cfg: TrainingSAEConfig, l0: float | None = None) -> float:
         ValueError: when the number of active features is not known: no k sets it, and no l0 is given.
     """
     d, active = cfg.d_in, _active(cfg, l0)
-    decoding = 3 * _decoding(cfg, active)
+    decoding = 3 * (_decoding(cfg, active) + _fitting(cfg, active, getattr(cfg, "refinement_steps", 0)))
     if isinstance(cfg, MatchingPursuitTrainingSAEConfig):
         return _iterations(cfg) * (2.0 * d * cfg.d_sae + 12 * d) + decoding
     flops = 2.0 * d * cfg.d_sae + 2 * active * d + decoding + _choosing(cfg, active, training=True)
@@ -176,11 +177,10 @@ def inference_flops(cfg: TrainingSAEConfig, l0: float | None = None, refinement_
         ValueError: when the number of active features is not known: no k sets it, and no l0 is given.
     """
     d, active = cfg.d_in, _active(cfg, l0)
-    decoding = _decoding(cfg, active)
-    fitting = decoding * (3 * refinement_steps + (refinement_steps > 0))
+    decoding = _decoding(cfg, active) + _fitting(cfg, active, refinement_steps)
     if isinstance(cfg, MatchingPursuitTrainingSAEConfig):
-        return _iterations(cfg) * (2.0 * d * cfg.d_sae + 4 * d) + decoding + fitting
-    return 2.0 * d * cfg.d_sae + decoding + fitting + _choosing(cfg, active, training=False)
+        return _iterations(cfg) * (2.0 * d * cfg.d_sae + 4 * d) + decoding
+    return 2.0 * d * cfg.d_sae + decoding + _choosing(cfg, active, training=False)
 
 
 def _active(cfg: TrainingSAEConfig, l0: float | None) -> float:
@@ -203,6 +203,11 @@ def _decoding(cfg: TrainingSAEConfig, active: float) -> float:
         if cfg.head != "none":
             flops += (4 if cfg.head == "fm" else 2) * n * m + 2 * m * m + 2 * m * d
     return flops
+
+
+def _fitting(cfg: TrainingSAEConfig, active: float, steps: int) -> float:
+    """FLOPs of so many refinements, and of the error that they begin with."""
+    return _decoding(cfg, active) * (3 * steps + (steps > 0))
 
 
 def _choosing(cfg: TrainingSAEConfig, active: float, *, training: bool) -> float:

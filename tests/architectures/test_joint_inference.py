@@ -591,11 +591,8 @@ def test_an_sae_of_any_architecture_is_refined_on_the_features_it_chose(architec
     error, fitted_error = ((x - one.decode(acts)).square().sum(-1) for one, acts in ((sae, before), (fitted, after)))
     assert (fitted_error <= error * (1 + 1e-5)).all()  # decoded from a matrix here
     assert fitted_error.sum() < 0.9 * error.sum()
-    if architecture in ("topk", "staged_topk"):  # that of a staged SAE with the same weights
-        same = StagedTopKSAE(
-            StagedTopKSAEConfig(d_in=16, d_sae=32, k=K, refinement_steps=3, rescale_acts_by_decoder_norm=True)
-        )
-        same.load_state_dict({"folded_W_dec_norm": torch.ones(32)} | sae.state_dict())
+    if architecture == "topk":  # as on any base
+        same = SequentialNFMTrainingSAE.wrap(sae, head="none", use_linear_path=False, refinement_steps=3)
         torch.testing.assert_close(after, same.encode(x), atol=1e-4, rtol=1e-4)  # float32, another order of sums
     assert getattr(sae.cfg, "refinement_steps", 0) == 0
 

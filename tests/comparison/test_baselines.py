@@ -115,6 +115,8 @@ def test_flops_of_inference_by_hand():
     staged = StagedTopKTrainingSAEConfig(d_in=4, d_sae=10, k=4, selection_stages=3)
     assert inference_flops(staged) == 80 + (80 + 8) + (80 + 16) + 32
     assert training_flops(staged) == (80 + 32 + 96) + (80 + 24 + 8) + (80 + 48 + 16)
+    once = replace(staged, selection_stages=1)
+    assert training_flops(replace(once, refinement_steps=2)) == (training_flops(once) + 3 * 7 * 32)
     assert inference_flops(replace(joint, k=2, selection_stages=2)) == 80 + (80 + 8 + 12 + 18 + 24) + 16 + 24 + 18 + 24
     pursuit = arms("matching_pursuit")["matching_pursuit"].sae  # d 16, S 48, four times
     assert inference_flops(pursuit, l0=3.5) == 4 * (2 * 16 * 48 + 4 * 16) + 2 * 3.5 * 16

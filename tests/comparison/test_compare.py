@@ -20,14 +20,23 @@ from sae_nfm.common.options import ACTIVATIONS
 from sae_nfm.comparison.arms import ArmSizes, training_arms
 from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS, CompareConfig
 from sae_nfm.comparison.plan import Costs, Step, duration, words
-from sae_nfm.comparison.results import CLAIMS, ArmName, ClaimKind, CompareResult, RowKind, SweepRow, answers
+from sae_nfm.comparison.results import (
+    CLAIMS,
+    ArmName,
+    ClaimKind,
+    CompareResult,
+    RowKind,
+    SweepRow,
+    answers,
+    cells,
+)
 from sae_nfm.comparison.run import Prepared, _claim_folder, choices, of_cache, rounds_of, run_compare
 from sae_nfm.comparison.table import _interpolated
 from sae_nfm.data import CacheConfig, datasets, run_cache
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import SUMS, Arm, evaluate, fidelity_of, held_out_sums
 from sae_nfm.training.multi_arm import train_arms
-from sae_nfm.training.results import read_training_record
+from sae_nfm.training.results import Trained, read_training_record
 from sae_nfm_cli.commands import COMMANDS
 
 TINY = {
@@ -234,6 +243,32 @@ def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(
     assert names == ["1000 batchtopk"] * 2 + ["1 batchtopk", "2 topk", "2 batchtopk"]
     (one,) = (row for row in more.table() if (row.seed, row.arm) == (1, "topk"))
     assert one in result.table()
+
+
+def test_an_arm_is_trained_as_its_sweep_chose(tmp_path):
+    sizes = TINY | {"seeds": (0,), "learning_rates": (5e-3,), "rescaling": ("on", "off"), "selection_stages": 2}
+    cfg = CompareConfig(**sizes, arms=("topk", "staged_topk", "matching_pursuit"), output=str(tmp_path / "run"))
+    result = run_compare(cfg)
+    tried = [("topk", True), ("staged_topk", True), ("matching_pursuit", None), ("topk", False), ("staged_topk", False)]
+    assert [(row.arm, row.rescaling) for row in result.sweep] == tried
+    best = {row.arm: row for row in sorted(result.sweep, key=lambda row: row.fvu, reverse=True)}
+    ways = {row.arm: row.rescaling for row in result.rows}
+    assert ways == {arm: row.rescaling for arm, row in best.items()}
+    assert set(ways.values()) >= {False, None}, "else the usual one would pass too"
+    for name, way in ways.items():
+        settings = Trained.load(tmp_path / "run" / "k16" / "seed-0" / name).settings
+        assert settings.get("rescale_acts_by_decoder_norm") is way
+        assert settings.get("selection_stages", 1) == (2 if name == "staged_topk" else 1)
+    assert "rescaled" in result.columns
+    assert {
+        row.arm: cell[result.columns.index("rescaled")]
+        for row, cell in zip(result.rows, cells(result.rows, result.columns), strict=True)
+    } == {arm: {True: "yes", False: "no", None: ""}[way] for arm, way in ways.items()}
+    assert "Rescaling by decoder norms on or off by the same sweep" in result.words()
+    config = result.provenance["config"] | {"rescaling": ["on"]}
+    once = replace(result, sweep=(), provenance=result.provenance | {"config": config})
+    assert "rescaled" not in once.columns
+    assert "staged_topk may not be at their best" in once.words()
 
 
 def test_refined_rows_are_of_the_same_saes_and_are_added_to_a_finished_folder(finished, tmp_path, monkeypatch):
