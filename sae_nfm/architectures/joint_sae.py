@@ -90,6 +90,7 @@ class NFMDecoder(NFMPaths):
                 W_enc,
                 norms,
                 inference.stage_sizes(k, cfg.selection_stages),
+                cfg.selection_candidates,
             )
             if not cfg.refinement_steps:
                 return acts

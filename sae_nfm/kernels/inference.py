@@ -14,13 +14,20 @@ D may be anything that can be differentiated twice. Everything is differentiable
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.func import vjp
 
+from sae_nfm.kernels import sums
 from sae_nfm.kernels.reference import SparseActs, divisor
+from sae_nfm.kernels.sparse_sums import OfActive, Transposed
+from sae_nfm.kernels.topk import top_hidden_pre
+
+Encoder = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Input [*batch, d_in], W_enc, b_enc, and the decoder norms that scale the pre-activations, if any."""
 
 
 def stage_sizes(k: int, stages: int) -> list[int]:
@@ -34,6 +41,7 @@ def select(
     W_enc: Float[Tensor, "d_in d_sae"],
     norms: Float[Tensor, " d_sae"] | None,
     sizes: Sequence[int],
+    candidates: int | None = None,
 ) -> SparseActs:
     """Features chosen in stages of these sizes, in the order of stages; entries of one token are distinct.
 
@@ -42,26 +50,106 @@ def select(
             hook changed there holds in every stage.
         explained: y, from activations to [*batch, d_in].
         norms: n, None for 1.
+        candidates: of how many features, those that the first stage ranks highest, later stages choose; None for all.
     """
     acts: SparseActs | None = None
+    ranked = None if candidates is None else hidden_pre.detach().topk(candidates, dim=-1, sorted=False).indices
     for size in sizes:
         scores = hidden_pre
         if acts is not None:
             fed_back = explained(acts) @ W_enc
             scores = hidden_pre - (fed_back if norms is None else fed_back * norms)
-        indices = _largest(scores.detach(), size, acts)
-        values = scores.gather(-1, indices).relu()
-        if acts is not None:
-            indices, values = torch.cat([acts.indices, indices], -1), torch.cat([acts.values, values], -1)
-        acts = SparseActs(indices, values)
+        indices = _largest(scores.detach(), size, acts, ranked)
+        acts = _joined(acts, SparseActs(indices, scores.gather(-1, indices).relu()))
     assert acts is not None
     return acts
 
 
-def _largest(scores: Tensor, size: int, chosen: SparseActs | None) -> Tensor:
+class Summed(Protocol):
+    """What features write, summed up as they are chosen."""
+
+    def add(self, new: SparseActs) -> None:
+        """Add features that were not chosen before."""
+        ...
+
+    def explained(self, acts: SparseActs) -> Tensor:
+        """y, given all that were added."""
+        ...
+
+
+def select_sparsely(encoder: Encoder, sizes: Sequence[int], paths: Summed, candidates: int | None) -> SparseActs:
+    """`select` for one batch [n_tokens, d_in], forward and backward over the active features alone.
+
+    Args:
+        encoder: what it reads, W_enc, b_enc and n, None for 1.
+        paths: every stage's features are added to it.
+        candidates: as for `select`.
+    """
+    sae_in, W_enc, b_enc, norms = encoder
+    columns, unexplained = sums.Shared(Transposed.apply(W_enc)), sae_in
+    pool = None if candidates is None else Pool(encoder, candidates, columns.weight)
+    acts: SparseActs | None = None
+    for size in sizes:
+        explained = None if acts is None else paths.explained(acts)
+        unexplained = sae_in if explained is None else sae_in - explained
+        indices = _largest_of_all(unexplained, encoder, size, acts) if pool is None else pool.take(size, explained)
+        values = columns.dots(indices, unexplained) + OfActive.apply(b_enc, indices, None)
+        if norms is not None:
+            values = values * OfActive.apply(norms, indices, None)
+        new = SparseActs(indices, values.relu())
+        paths.add(new)
+        acts = _joined(acts, new)
+    assert acts is not None
+    return acts
+
+
+class Pool:
+    """Candidates of each token: the features that an encoder ranks highest, and what becomes of their scores.
+
+    Args:
+        encoder: what it reads [n_tokens, d_in], W_enc, b_enc and n, None for 1.
+        columns: W_enc transposed in memory.
+    """
+
+    @torch.no_grad()
+    def __init__(self, encoder: Encoder, candidates: int, columns: Float[Tensor, "d_sae d_in"]) -> None:
+        self.columns, norms = columns, encoder[-1]
+        self.indices, self.scores = top_hidden_pre(*encoder, candidates)
+        self.norms = None if norms is None else norms[self.indices]
+
+    @torch.no_grad()
+    def take(self, size: int, explained: Tensor | None) -> Tensor:
+        """The largest, of those not taken yet, once what is explained is subtracted; [n_tokens, size]."""
+        scores = self.scores
+        if explained is not None:
+            fed_back = sums.dots(self.indices, explained, self.columns)
+            scores = scores - (fed_back if self.norms is None else fed_back * self.norms)
+        position = scores.topk(size, dim=-1, sorted=False).indices
+        self.scores = self.scores.scatter(-1, position, -torch.inf)
+        return self.indices.gather(-1, position)
+
+
+@torch.no_grad()
+def _largest_of_all(unexplained: Tensor, encoder: Encoder, size: int, chosen: SparseActs | None) -> Tensor:
+    _, *weights = encoder
+    if chosen is None:
+        return top_hidden_pre(unexplained, *weights, size)[0]
+    indices, scores = top_hidden_pre(unexplained, *weights, chosen.indices.shape[-1] + size)
+    taken = (indices[..., None] == chosen.indices[:, None]).any(dim=-1)
+    position = scores.masked_fill(taken, -torch.inf).topk(size, dim=-1, sorted=False).indices
+    return indices.gather(-1, position)
+
+
+def _joined(acts: SparseActs | None, new: SparseActs) -> SparseActs:
+    return new if acts is None else SparseActs(*(torch.cat(both, dim=-1) for both in zip(acts, new, strict=True)))
+
+
+def _largest(scores: Tensor, size: int, chosen: SparseActs | None, ranked: Tensor | None) -> Tensor:
     if chosen is not None:  # below every other, even one that a hook has set to -inf
         scores = scores.clamp(min=torch.finfo(scores.dtype).min).scatter(-1, chosen.indices, -torch.inf)
-    return scores.topk(size, dim=-1, sorted=False).indices
+    if ranked is None:
+        return scores.topk(size, dim=-1, sorted=False).indices
+    return ranked.gather(-1, scores.gather(-1, ranked).topk(size, dim=-1, sorted=False).indices)
 
 
 def refine(
