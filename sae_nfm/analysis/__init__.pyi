@@ -1,3 +1,10 @@
+from .feature_matching import FiringScores as FiringScores
+from .feature_matching import Matching as Matching
+from .feature_matching import dead_features as dead_features
+from .feature_matching import feature_directions as feature_directions
+from .feature_matching import firing_scores as firing_scores
+from .feature_matching import matched as matched
+from .feature_matching import mcc as mcc
 from .gauge import has_canonical as has_canonical
 from .linear_component import linear_part as linear_part
 from .path_contributions import CELLS as CELLS

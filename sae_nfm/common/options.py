@@ -107,7 +107,7 @@ FROM_0, SHARE, SEED = "[0, inf)", "[0, 1]", f"[0, {2**31 - 1}]"
 RANGES = {
     **dict.fromkeys(("training_tokens", "sweep_tokens", "held_out_tokens", "n_tokens"), REAL),
     **dict.fromkeys(
-        ("lr", "lr_end", "dead_feature_threshold", "nfm_embedding_init_std", "nfm_weight_init_std"), FROM_0
+        ("lr", "lr_end", "dead_feature_threshold", "nfm_embedding_init_std", "nfm_weight_init_std", "spread"), FROM_0
     ),
     **dict.fromkeys(("l1_coefficient", "l0_coefficient", "aux_loss_coefficient", "pre_act_loss_coefficient"), FROM_0),
     **dict.fromkeys(
@@ -122,11 +122,12 @@ RANGES = {
         ("evaluate_every", "n_eval_batches", "before", "after", "control_tokens", "quantile_contexts"), "[0, 1e9]"
     ),
     **dict.fromkeys(("pairs", "partners", "pair_contexts", "pair_logits", "contexts", "logits"), "[0, 1e9]"),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "nfm_dropout"), "[0, 1)"),
-    **dict.fromkeys(("activations_mixing_fraction", "topk_threshold_lr"), SHARE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "nfm_dropout", "pair_share", "children"), "[0, 1)"),
+    **dict.fromkeys(("activations_mixing_fraction", "topk_threshold_lr", "pair_rate"), SHARE),
     **dict.fromkeys(("seed", "seeds", "sweep_seed"), SEED),
     **dict.fromkeys(("clamps", "absolute"), ANY),
     **dict.fromkeys(("exclude_special_tokens", "sequence_separator_token"), "[0, 1e9]"),
+    "zipf_exponent": FROM_0,
     "seqpos_slice": "(-1e9, 1e9)",
     "nfm_top_fraction": "(0, 1]",
 }

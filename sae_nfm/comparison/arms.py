@@ -12,12 +12,17 @@
     topk matched                   as many parameters as joint_nfm
     topk matched folded            as many as joint_nfm has once its linear decoder is added to W_dec
     topk matched flops             as many FLOPs a training token as joint_nfm, see `training_flops`
+    staged_topk                    topk, its features chosen in stages; joint_nfm staged and joint_nfm square staged likewise
+    staged_topk matched            as many parameters as joint_nfm
     batchtopk, matryoshka          SAELens's, k active features on average
+    matching_pursuit               SAELens's, one decoder both ways and k iterations. One that chooses a feature again adds to it,
+                                   so that fewer than k can be active
+    matching_pursuit matched       as many parameters as topk, which has twice as many of the same width
     standard, gated, jumprelu      SAELens's; a coefficient sets how sparse they are, so each is trained at several and its
                                    figures are interpolated (`interpolation_weights`)
 
 Sources: arXiv 2507.00269; Gao et al. 2024 (TopK, arXiv 2406.04093); arXiv 2412.06410 (BatchTopK), 2503.17547 (Matryoshka),
-2407.14435 (JumpReLU), 2404.16014 (gated).
+2407.14435 (JumpReLU), 2404.16014 (gated), 2506.03093 (matching pursuit).
 """
 
 import itertools
@@ -30,13 +35,14 @@ from sae_lens import (
     BatchTopKTrainingSAEConfig,
     GatedTrainingSAEConfig,
     JumpReLUTrainingSAEConfig,
+    MatchingPursuitTrainingSAEConfig,
     MatryoshkaBatchTopKTrainingSAEConfig,
     StandardTrainingSAEConfig,
     TopKTrainingSAEConfig,
     TrainingSAEConfig,
 )
 
-from sae_nfm.architectures import JointNFMTrainingSAEConfig, parameter_count
+from sae_nfm.architectures import JointNFMTrainingSAEConfig, StagedTopKTrainingSAEConfig, parameter_count
 from sae_nfm.comparison.config import refuse_unknown_arms
 from sae_nfm.comparison.results import ArmName
 from sae_nfm.training import TrainingArm
@@ -57,6 +63,8 @@ class ArmSizes:
     """How many of the strongest features their linear and interaction path read; None for all k."""
     nfm_dropout: float = 0.0
     """Dropout on the pooled interactions of the joint arms."""
+    selection_stages: int = 4
+    """Stages of the staged arms."""
     warm_up_steps: int = 0
     """Training steps over which the coefficients of standard, gated and jumprelu rise, and the threshold of batchtopk settles."""
     device: str = "cpu"
@@ -88,6 +96,18 @@ def training_arms(
                 for value in coefficients[name]
             ]
     return {arm.name: arm for arm in arms}
+
+
+def is_rescaled(arm: TrainingArm) -> bool | None:
+    """Whether activations are multiplied by decoder norms; None for an architecture without that choice."""
+    return getattr(arm.sae, "rescale_acts_by_decoder_norm", None)
+
+
+def rescaled(arm: TrainingArm, rescaling: bool) -> TrainingArm:
+    """The arm with or without that, where it has the choice."""
+    if is_rescaled(arm) in (None, rescaling):
+        return arm
+    return replace(arm, sae=replace(arm.sae, rescale_acts_by_decoder_norm=rescaling))
 
 
 def matched_width(parameters: int, d_in: int) -> int:
@@ -171,8 +191,27 @@ def _joint(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
     return JointNFMTrainingSAEConfig(**(_shared(sizes) | nfm | changes))
 
 
+def _square(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
+    scale = (sizes.d_in / sizes.k) ** 0.5
+    return _joint(sizes, use_linear_path=False, use_square_path=True, square_scale=scale, **changes)
+
+
 def _topk(sizes: ArmSizes, d_sae: int | None = None) -> TopKTrainingSAEConfig:
     return replace(TopKTrainingSAEConfig(**_shared(sizes), k=sizes.k), d_sae=d_sae or sizes.d_sae)
+
+
+def _stages(sizes: ArmSizes) -> dict[str, Any]:
+    return {"selection_stages": sizes.selection_stages}
+
+
+def _staged(sizes: ArmSizes, d_sae: int | None = None) -> StagedTopKTrainingSAEConfig:
+    same: dict[str, Any] = _shared(sizes) | _stages(sizes) | {"d_sae": d_sae or sizes.d_sae}
+    return StagedTopKTrainingSAEConfig(**same, k=sizes.k)
+
+
+def _as_joint(sizes: ArmSizes) -> int:
+    """Width with as many parameters as joint_nfm; joint_nfm square has d_in fewer, half a feature's."""
+    return matched_width(parameter_count(_joint(sizes)), sizes.d_in)
 
 
 def _batch_topk(sizes: ArmSizes) -> dict[str, Any]:
@@ -186,6 +225,16 @@ def _batch_topk(sizes: ArmSizes) -> dict[str, Any]:
 def _matryoshka(sizes: ArmSizes) -> MatryoshkaBatchTopKTrainingSAEConfig:
     widths = sorted({max(1, sizes.d_sae // part) for part in (8, 4, 2, 1)})
     return MatryoshkaBatchTopKTrainingSAEConfig(**_batch_topk(sizes), matryoshka_widths=widths)
+
+
+def _matching_pursuit(sizes: ArmSizes) -> MatchingPursuitTrainingSAEConfig:
+    """With the norm that SAELens asks of its initial decoder."""
+    return MatchingPursuitTrainingSAEConfig(**_shared(sizes), decoder_init_norm=1.0, max_iterations=sizes.k)
+
+
+def _pursuit_width(sizes: ArmSizes) -> int:
+    d_in, d_sae = sizes.d_in, sizes.d_sae
+    return round((2 * d_in * d_sae + d_sae) / d_in)  # both have b_dec
 
 
 def _l1(sizes: ArmSizes, l1: float) -> dict[str, Any]:
@@ -213,23 +262,27 @@ def _jumprelu(sizes: ArmSizes, l0: float) -> JumpReLUTrainingSAEConfig:
 WITH_K: dict[str, Callable[[ArmSizes], TrainingSAEConfig]] = {
     ArmName.JOINT: _joint,
     ArmName.HALF: lambda sizes: _joint(sizes, nfm_top_k=max(1, sizes.k // 2)),
-    ArmName.SQUARE: lambda sizes: _joint(
-        sizes, use_linear_path=False, use_square_path=True, square_scale=(sizes.d_in / sizes.k) ** 0.5
-    ),
+    ArmName.SQUARE: _square,
     ArmName.WITHOUT_LINEAR: lambda sizes: _joint(sizes, use_linear_path=False),
     ArmName.WITHOUT_NONLINEAR: lambda sizes: _joint(sizes, head="none"),
     ArmName.MLP: lambda sizes: _joint(sizes, head="mlp"),
+    ArmName.JOINT_STAGED: lambda sizes: _joint(sizes, **_stages(sizes)),
+    ArmName.SQUARE_STAGED: lambda sizes: _square(sizes, **_stages(sizes)),
     ArmName.TOPK: _topk,
     ArmName.DOUBLED: _topk,
-    ArmName.MATCHED: lambda sizes: _topk(sizes, matched_width(parameter_count(_joint(sizes)), sizes.d_in)),
+    ArmName.MATCHED: lambda sizes: _topk(sizes, _as_joint(sizes)),
     ArmName.MATCHED_FOLDED: lambda sizes: _topk(
         sizes, matched_width(folded_parameter_count(_joint(sizes)), sizes.d_in)
     ),
     ArmName.MATCHED_FLOPS: lambda sizes: _topk(sizes, flop_matched_width(_joint(sizes))),
+    ArmName.STAGED: _staged,
+    ArmName.STAGED_MATCHED: lambda sizes: _staged(sizes, _as_joint(sizes)),
     ArmName.BATCHTOPK: lambda sizes: BatchTopKTrainingSAEConfig(**_batch_topk(sizes)),
     ArmName.MATRYOSHKA: _matryoshka,
+    ArmName.MATCHING_PURSUIT: _matching_pursuit,
+    ArmName.MATCHING_PURSUIT_MATCHED: lambda sizes: replace(_matching_pursuit(sizes), d_sae=_pursuit_width(sizes)),
 }
-"""Arms whose L0 is k."""
+"""Arms whose L0 is k, on average or at most."""
 WITH_COEFFICIENT: dict[str, Callable[[ArmSizes, float], TrainingSAEConfig]] = {
     ArmName.STANDARD: lambda sizes, l1: StandardTrainingSAEConfig(**_l1(sizes, l1)),
     ArmName.GATED: lambda sizes, l1: GatedTrainingSAEConfig(**_l1(sizes, l1)),

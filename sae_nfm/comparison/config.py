@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
-from sae_nfm.common import check_number, check_numbers, check_positive
+from sae_nfm.common import check_choice, check_number, check_numbers, check_positive
 from sae_nfm.common.options import DEFAULT_HOOK, DEFAULT_HOOKS, ModelOptions, TextOptions
-from sae_nfm.comparison.results import ArmName
+from sae_nfm.comparison.results import STAGED, ArmName
 
 A = ArmName
 ALL_ARMS = tuple(map(str, ArmName))
@@ -65,15 +65,20 @@ class CompareConfig(SizeOptions):
     """Active features per token; several values make several comparisons."""
     nfm_top_fraction: float = 1.0
     """Share of the k active features that the linear and the interaction path read; 1 gives the model a canonical gauge."""
+    selection_stages: int = 4
+    """Stages in which staged_topk and the other staged arms choose their k features, each among what is left to explain."""
     shuffle: bool = True
     """Whether each seed has the training data in another order (the rows of a cache); without, only the documents of a file are
     shuffled."""
     learning_rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2)
     """Adam's learning rates to try for each arm; a single one is taken as it is, for all."""
+    rescaling: tuple[Literal["on", "off"], ...] = ("on",)
+    """Whether activations are multiplied by decoder norms, in TopK SAEs and their like; with both, each of these arms is trained
+    both ways at each rate, and chooses as it chooses the rate."""
     sweep_tokens: int = 200_000
     """Activations that each arm is trained on at each of these rates."""
     sweep_held_out_tokens: int = 10_000
-    """Held-out tokens that the rates are chosen on; they follow those that arms are compared on."""
+    """Held-out tokens that these are chosen on; they follow those that arms are compared on."""
     sweep_seed: int = 1_000
     """Seed of the sweep; none of the compared."""
     standard_l1: tuple[float, ...] = (1.0, 3.0, 10.0)
@@ -93,7 +98,7 @@ class CompareConfig(SizeOptions):
         if self.sweeps:
             check_positive(self, "sweep_tokens", "sweep_held_out_tokens")
             require_a_batch(self, "sweep_tokens")
-        for name in ("arms", "seeds", "k", "learning_rates"):
+        for name in ("arms", "seeds", "k", "learning_rates", "rescaling"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} is {list(values)}; give at least one value, each once")
@@ -110,8 +115,16 @@ class CompareConfig(SizeOptions):
             raise ValueError(
                 f"without shuffle all seeds would have one order of the data; give one, got {list(self.seeds)}"
             )
+        for value in self.rescaling:
+            check_choice("rescaling", value, ("on", "off"))
         refuse_unknown_arms(self.chosen_arms)
         check_numbers(self)
+        staged = [name for name in self.chosen_arms if name in STAGED]
+        if staged and self.selection_stages > min(self.k):
+            raise ValueError(
+                f"selection_stages must be at most the smallest k = {min(self.k)}, at least one feature a stage, got "
+                f"{self.selection_stages}; give fewer, or leave out {', '.join(staged)}"
+            )
 
     @property
     def chosen_arms(self) -> tuple[str, ...]:
@@ -119,9 +132,14 @@ class CompareConfig(SizeOptions):
         return ALL_ARMS if self.arms == ("all",) else self.arms
 
     @property
+    def rescaled(self) -> tuple[bool, ...]:
+        """Whether activations are rescaled, for each candidate."""
+        return tuple(value == "on" for value in self.rescaling)
+
+    @property
     def sweeps(self) -> bool:
-        """Whether there are learning rates to choose from."""
-        return len(self.learning_rates) > 1
+        """Whether there are learning rates, or rescaling, to choose from."""
+        return len(self.learning_rates) > 1 or len(self.rescaling) > 1
 
 
 @dataclass(frozen=True, kw_only=True)

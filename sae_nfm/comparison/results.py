@@ -32,16 +32,22 @@ class ArmName(StrEnum):
     WITHOUT_LINEAR = "joint_nfm without linear"
     WITHOUT_NONLINEAR = "joint_nfm without nonlinear"
     MLP = "joint_nfm mlp"
+    JOINT_STAGED = "joint_nfm staged"
+    SQUARE_STAGED = "joint_nfm square staged"
     TOPK = "topk"
     DOUBLED = "topk doubled decoder rate"
     MATCHED = "topk matched"
     MATCHED_FOLDED = "topk matched folded"
     MATCHED_FLOPS = "topk matched flops"
+    STAGED = "staged_topk"
+    STAGED_MATCHED = "staged_topk matched"
     BATCHTOPK = "batchtopk"
     MATRYOSHKA = "matryoshka"
     STANDARD = "standard"
     GATED = "gated"
     JUMPRELU = "jumprelu"
+    MATCHING_PURSUIT = "matching_pursuit"
+    MATCHING_PURSUIT_MATCHED = "matching_pursuit matched"
 
 
 class ArmGroup(StrEnum):
@@ -54,10 +60,18 @@ class ArmGroup(StrEnum):
 
 A = ArmName
 _ARMS_OF = {
-    ArmGroup.JOINT: (A.JOINT, A.HALF, A.SQUARE, A.WITHOUT_LINEAR, A.WITHOUT_NONLINEAR, A.MLP),
-    ArmGroup.TOPK: (A.TOPK, A.DOUBLED, A.MATCHED, A.MATCHED_FOLDED, A.MATCHED_FLOPS),
-    ArmGroup.OTHER: (A.BATCHTOPK, A.MATRYOSHKA, A.STANDARD, A.GATED, A.JUMPRELU),
+    ArmGroup.JOINT: (
+        *(A.JOINT, A.HALF, A.SQUARE, A.WITHOUT_LINEAR, A.WITHOUT_NONLINEAR, A.MLP),
+        *(A.JOINT_STAGED, A.SQUARE_STAGED),
+    ),
+    ArmGroup.TOPK: (A.TOPK, A.DOUBLED, A.MATCHED, A.MATCHED_FOLDED, A.MATCHED_FLOPS, A.STAGED, A.STAGED_MATCHED),
+    ArmGroup.OTHER: (
+        *(A.BATCHTOPK, A.MATRYOSHKA, A.STANDARD, A.GATED, A.JUMPRELU),
+        *(A.MATCHING_PURSUIT, A.MATCHING_PURSUIT_MATCHED),
+    ),
 }
+STAGED = frozenset(map(str, (A.STAGED, A.STAGED_MATCHED, A.JOINT_STAGED, A.SQUARE_STAGED)))
+"""Arms whose features are chosen in stages."""
 ARM_GROUPS = {str(arm): group for group, arms in _ARMS_OF.items() for arm in arms}
 """The group of each arm."""
 
@@ -136,11 +150,13 @@ class CompareRow:
     ce_delta_nats: float | None
     """Its increase over the original model."""
     tokens: int
+    rescaling: bool | None = None
+    """Whether activations were multiplied by decoder norms; None as in `SweepRow`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRow:
-    """One SAE of the sweep of learning rates."""
+    """One SAE of the sweep of learning rates and of rescaling."""
 
     k: int
     arm: str
@@ -150,8 +166,16 @@ class SweepRow:
     """Active features per held-out token."""
     fvu: float
     """Fraction of held-out variance unexplained; NaN where training diverged."""
+    rescaling: bool | None = None
+    """Whether activations were multiplied by decoder norms; None for an architecture without that choice, and in files of before
+    there was one, whose arms were rescaled where they can be."""
     chosen: bool = False
-    """Whether the family was then trained at this rate."""
+    """Whether the family was then trained so."""
+
+    @property
+    def way(self) -> str:
+        """What is said beside a name where activations were not rescaled."""
+        return ", not rescaled" if self.rescaling is False else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,7 +398,12 @@ class CompareResult(SavedResult):
     def columns(self) -> tuple[str, ...]:
         """Headings of the table."""
         left_out = ("MFLOP/token", "learning rate", "dead") if self.changes else ("train tok/s",)
+        left_out += () if len(self._rescaling) > 1 else ("rescaled",)
         return tuple(name for name in COLUMNS if name not in left_out)
+
+    @property
+    def _rescaling(self) -> list[str]:
+        return self.provenance["config"].get("rescaling", ["on"])
 
     def caveats(self) -> list[str]:
         """What limits these metrics."""
@@ -388,10 +417,18 @@ class CompareResult(SavedResult):
             at_edge = sorted({row.family for row in self.rows if row.learning_rate in (min(rates), max(rates))})
             told.append(f"Learning rates by a sweep of {', '.join(f'{rate:g}' for rate in rates)} for every arm.")
             told += [f"At an edge of the sweep, so perhaps not at their best: {', '.join(at_edge)}."] if at_edge else []
-            failed = sorted({f"{row.arm} at {row.learning_rate:g}" for row in self.sweep if not isfinite(row.fvu)})
+            failed = sorted({f"{r.arm} at {r.learning_rate:g}{r.way}" for r in self.sweep if not isfinite(r.fvu)})
             told += [f"Diverged in the sweep, and scored with an infinite FVU: {', '.join(failed)}."] if failed else []
         else:
             told.append(f"One learning rate ({rates[0]:g}) for all SAEs; none was tuned by itself.")
+        staged = sorted({row.family for row in self.rows if row.family in STAGED})
+        if len(self._rescaling) > 1:
+            told.append("Rescaling by decoder norms on or off by the same sweep, for each arm that has it.")
+        elif staged and self._rescaling == ["on"]:
+            told.append(
+                "Rescaling by decoder norms was not swept (--rescaling on off); in trials it suited selection in stages less "
+                f"than TopK: {', '.join(staged)} may not be at their best."
+            )
         if cached := self.provenance.get("cached_activations"):
             told.append(f"Trained on cached activations: {cached}.")
         sampled = sampled_text(config.get("model", EMBEDDED_MODEL), config["dataset"])
@@ -436,6 +473,10 @@ COLUMNS: Mapping[str, tuple[Callable[[Sequence[CompareRow]], str], str]] = {
         "multiplications and additions of a training step",
     ),
     "learning rate": (lambda rows: f"{rows[0].learning_rate:g}", "peak of Adam's"),
+    "rescaled": (
+        lambda rows: {True: "yes", False: "no", None: ""}[rows[0].rescaling],
+        "whether activations are multiplied by decoder norms",
+    ),
     "L0": (_spread("l0", ".1f"), "active features per token"),
     "FVU": (_spread("fvu", ".4f"), "fraction of variance unexplained on held-out tokens; lower is better"),
     "KL (nats)": (

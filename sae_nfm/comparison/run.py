@@ -2,12 +2,13 @@
 
 `compare_once` is its small form for `sae-nfm demo`: one seed, one learning rate, every combination of paths, no verdicts.
 
-    for every k:     sweep the learning rate of each arm (a seed and held-out tokens of its own)
+    for every k:     sweep the learning rate of each arm, and rescaling (a seed and held-out tokens of its own)
     for every seed:  train all arms on one stream of activations -> sums over held-out documents
     then:            table over seeds, verdicts over seeds and documents
 
 The learning rate of an arm: it is trained at every candidate, for fewer tokens, on a seed that is not among the compared, and
-takes the rate with the lowest FVU on text that nothing is reported on; one at which its training diverges has FVU inf. Where a
+takes the rate with the lowest FVU on text that nothing is reported on; one at which its training diverges has FVU inf. With
+`rescaling` both on and off, each rate is tried both ways by those that have the choice, and the best of all is taken. Where a
 coefficient sets the L0, FVUs are comparable at one L0 only: they are interpolated at k.
 
 Every step leaves finished files and is not done again: an interrupted comparison goes on from `<output>.partial`, and a finished
@@ -28,7 +29,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from math import inf, isfinite
@@ -60,7 +61,7 @@ from sae_nfm.common.files import sha256_of_file
 from sae_nfm.common.options import DEFAULT_HOOK, DEFAULT_HOOKS
 from sae_nfm.common.outputs import Publication
 from sae_nfm.common.results import RESULTS_FILENAME, with_kind, without_kind
-from sae_nfm.comparison.arms import ArmSizes, interpolation_weights, training_arms
+from sae_nfm.comparison.arms import ArmSizes, interpolation_weights, is_rescaled, rescaled, training_arms
 from sae_nfm.comparison.config import CompareConfig, DemoConfig
 from sae_nfm.comparison.plan import ROWS_TIMED, Step, measured_costs, words
 from sae_nfm.comparison.results import CompareResult, SweepRow, answers, changes, renamed
@@ -148,11 +149,13 @@ class Prepared:
             d_in=self.site.d_in,
             k=k,
             nfm_top_k=None if read == k else read,
+            selection_stages=cfg.selection_stages,
             warm_up_steps=self.stream(0, tokens).steps // 20,
             reshape_activations=self.site.reshape_activations,
         )
         coefficients = {"standard": cfg.standard_l1, "gated": cfg.gated_l1, "jumprelu": cfg.jumprelu_l0}
-        return training_arms(cfg.chosen_arms, sizes, coefficients)
+        arms = training_arms(cfg.chosen_arms, sizes, coefficients)
+        return {name: rescaled(arm, cfg.rescaled[0]) for name, arm in arms.items()}
 
     def stream(self, seed: int, tokens: int) -> StreamConfig:
         """The activations of a seed."""
@@ -310,17 +313,18 @@ def run_compare(
 
 def _run_compare(prepared: Prepared, output: Path, command: str | None) -> CompareResult:
     cfg = prepared.cfg
-    all_arms = {k: prepared.arms(k, cfg.training_tokens) for k in cfg.k}
+    all_arms: dict[int, Mapping[str, TrainingArm]] = {k: prepared.arms(k, cfg.training_tokens) for k in cfg.k}
     _claim_folder(output, prepared)
     _say_plan(prepared, all_arms, output)
     swept: list[SweepRow] = []
-    rounds = len(cfg.learning_rates) if cfg.sweeps else 0
-    total = sum(map(len, all_arms.values())) * (rounds + len(cfg.seeds))
+    rounds = {k: sum(len(one.arms) for one in _rounds(cfg, arms)) for k, arms in all_arms.items()}
+    total = sum(rounds[k] + len(arms) * len(cfg.seeds) for k, arms in all_arms.items())
     with tqdm(total=total, desc="Comparing", unit="SAE") as progress:
-        for k, arms in all_arms.items():
-            rates, rows = _learning_rates(prepared, k, output / f"k{k}")
+        for k in cfg.k:
+            arms, rates, rows = _at_their_best(prepared, k, all_arms[k], output / f"k{k}")
+            all_arms[k] = arms
             swept += rows
-            progress.update(rounds * len(arms))
+            progress.update(rounds[k])
             for seed in cfg.seeds:
                 folder, on = output / f"k{k}" / f"seed-{seed}", prepared.training(seed, cfg.training_tokens)
                 try:
@@ -349,17 +353,14 @@ def _say_plan(prepared: Prepared, all_arms: Mapping[int, Mapping[str, TrainingAr
     for k, arms in all_arms.items():
         folder = output / f"k{k}"
         swept = read_sweep(folder / "sweep.json") if (folder / "sweep.json").is_file() else []
-        done: dict[str, set[str]] = {}
-        if cfg.sweeps:
-            rates = cfg.learning_rates
-            done |= {f"rate {rate:g}": {row.arm for row in swept if row.learning_rate == rate} for rate in rates}
-        n_sweeps = len(done)
-        done |= {f"seed {seed}": {n for n in arms if (folder / f"seed-{seed}" / n).exists()} for seed in cfg.seeds}
-        for i, (what, finished) in enumerate(done.items()):
-            sizes = (
-                (cfg.sweep_tokens, cfg.sweep_held_out_tokens) if i < n_sweeps else (cfg.training_tokens, evaluated_on)
-            )
-            own = {f"{name} {k}": arm for name, arm in arms.items() if name not in finished}
+        sizes = (cfg.sweep_tokens, cfg.sweep_held_out_tokens)
+        todo = [(f"rate {one.name}", one.left(swept), sizes) for one in _rounds(cfg, arms)]
+        sizes = (cfg.training_tokens, evaluated_on)
+        for seed in cfg.seeds:
+            own = {name: arm for name, arm in arms.items() if not (folder / f"seed-{seed}" / name).exists()}
+            todo.append((f"seed {seed}", own, sizes))
+        for what, own, sizes in todo:
+            own = {f"{name} {k}": arm for name, arm in own.items()}
             steps.append(Step(what=f"k {k}, {what}", arms=tuple(own), tokens=sizes[0], held_out_tokens=sizes[1]))
             left |= own
     if left:
@@ -374,30 +375,61 @@ def _say_plan(prepared: Prepared, all_arms: Mapping[int, Mapping[str, TrainingAr
         remark(f"the plan:\n{words(steps, costs, cfg.batch_size)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """Arms that a sweep trains together: all at one rate, with or without rescaling."""
+
+    name: str
+    learning_rate: float
+    arms: Mapping[str, TrainingArm]
+
+    def left(self, rows: Sequence[SweepRow]) -> dict[str, TrainingArm]:
+        """Those that have no row yet."""
+        return {name: arm for name, arm in self.arms.items() if not any(self._is_of(row, arm) for row in rows)}
+
+    def _is_of(self, row: SweepRow, arm: TrainingArm) -> bool:
+        as_before = row.rescaling is None and is_rescaled(arm) is not False
+        return (row.arm, row.learning_rate) == (arm.name, self.learning_rate) and (
+            as_before or row.rescaling == is_rescaled(arm)
+        )
+
+
+def rounds_of(arms: Mapping[str, TrainingArm], rates: Sequence[float], rescaling: Sequence[bool]) -> Iterator[Round]:
+    """The rounds of a sweep; an arm without the choice of rescaling is in the first of each rate."""
+    for rate in rates:
+        for on in rescaling:
+            own = {name: rescaled(arm, on) for name, arm in arms.items()}
+            if on != rescaling[0]:
+                own = {name: arm for name, arm in own.items() if is_rescaled(arm) is not None}
+            if own:
+                yield Round(name=f"{rate:g}{'' if on else ', not rescaled'}", learning_rate=rate, arms=own)
+
+
+def _rounds(cfg: CompareConfig, arms: Mapping[str, TrainingArm]) -> list[Round]:
+    return [*rounds_of(arms, cfg.learning_rates, cfg.rescaled)] if cfg.sweeps else []
+
+
 def sweep(
-    arms: Mapping[str, TrainingArm],
-    candidates: Sequence[float],
+    rounds: Sequence[Round],
     k: int,
     held_out: Int[Tensor, "rows pos"],
     folder: Path,
     on: Mapping[str, Any],
 ) -> list[SweepRow]:
-    """Train (`on`: `Prepared.training`) and evaluate each arm at each rate that `sweep.json` lacks.
+    """Train (`on`: `Prepared.training`) and evaluate the arms of each round that `sweep.json` lacks.
 
     Raises a ValueError where one was begun with other settings.
     """
     path = folder / "sweep.json"
     rows = read_sweep(path) if path.is_file() else []
-    for rate in candidates:
-        done = {row.arm for row in rows if row.learning_rate == rate}
-        left = {name: arm for name, arm in arms.items() if name not in done}
-        trained = folder / f"sweep {rate:g}"
+    for one in rounds:
+        left, trained = one.left(rows), folder / f"sweep {one.name}"
         if not left:
             shutil.rmtree(trained, ignore_errors=True)  # where a process was killed just before it did so
             continue
         diverged: Mapping[str, str] = {}
         try:
-            rates = dict.fromkeys(left, rate)
+            rates = dict.fromkeys(left, one.learning_rate)
             train_arms(arms=left, learning_rates=rates, folder=trained, **on)
         except DivergedError as error:
             diverged = error.saes
@@ -405,13 +437,14 @@ def sweep(
                 raise
         names = [name for name in left if name not in diverged]
         measured = _measured(on["model"], held_out, trained, names, on["stream"].device)
-        for name in left:
+        for name, arm in left.items():
             l0, fvu = measured.get(name, (0.0, inf))
-            rows.append(SweepRow(k=k, arm=name, family=arms[name].family, learning_rate=rate, l0=l0, fvu=fvu))
+            how: Any = {"family": arm.family, "learning_rate": one.learning_rate, "rescaling": is_rescaled(arm)}
+            rows.append(SweepRow(k=k, arm=name, l0=l0, fvu=fvu, **how))
         write_json(path, with_kind(SWEEP_KIND, {"rows": [asdict(row) for row in rows]}))
         if trained.exists():  # else all diverged
             shutil.rmtree(trained)
-    return [row for row in rows if row.arm in arms]
+    return [row for row in rows if any(row.arm in one.arms for one in rounds)]
 
 
 def _measured(
@@ -436,15 +469,19 @@ def read_sweep(path: Path) -> list[SweepRow]:
     return [SweepRow(**row) for row in rows]
 
 
-def chosen_rates(rows: Sequence[SweepRow], candidates: Sequence[float]) -> dict[str, float]:
-    """The rate of each family: the lowest FVU; the middle candidate where no rate brought its L0s around k."""
-    rates = dict[str, float]()
+def choices(rows: Sequence[SweepRow], rates: Sequence[float]) -> dict[str, tuple[float, bool | None]]:
+    """Rate and rescaling of each family: the lowest FVU; the middle rate where none brought its L0s around k."""
+    found = dict[str, tuple[float, bool | None]]()
     for family in dict.fromkeys(row.family for row in rows):
         own = [row for row in rows if row.family == family]
-        fvus = {rate: _fvu_at_k([row for row in own if row.learning_rate == rate]) for rate in candidates}
-        best = min(fvus, key=lambda rate: fvus[rate])
-        rates[family] = best if isfinite(fvus[best]) else sorted(candidates)[len(candidates) // 2]
-    return rates
+        fvus = {
+            (rate, way): _fvu_at_k([row for row in own if (row.learning_rate, row.rescaling) == (rate, way)])
+            for rate in rates
+            for way in dict.fromkeys(row.rescaling for row in own)
+        }
+        best = min(fvus, key=lambda one: fvus[one])
+        found[family] = best if isfinite(fvus[best]) else (sorted(rates)[len(rates) // 2], own[0].rescaling)
+    return found
 
 
 def _fvu_at_k(members: Sequence[SweepRow]) -> float:
@@ -458,17 +495,19 @@ def _fvu_at_k(members: Sequence[SweepRow]) -> float:
     return fvu if isfinite(fvu) else inf
 
 
-def _learning_rates(prepared: Prepared, k: int, folder: Path) -> tuple[dict[str, float], list[SweepRow]]:
-    """The rate of each SAE, and the sweep behind it."""
+def _at_their_best(
+    prepared: Prepared, k: int, arms: Mapping[str, TrainingArm], folder: Path
+) -> tuple[Mapping[str, TrainingArm], dict[str, float], list[SweepRow]]:
+    """The SAEs with the rescaling that the sweep chose, the rate of each, and the sweep."""
     cfg = prepared.cfg
-    arms = prepared.arms(k, cfg.sweep_tokens)
     if not cfg.sweeps:
-        return dict.fromkeys(arms, cfg.learning_rates[0]), []
-    on = prepared.training(cfg.sweep_seed, cfg.sweep_tokens)
-    rows = sweep(arms, cfg.learning_rates, k, prepared.sweep_held_out.tokens, folder, on)
-    rates = chosen_rates(rows, cfg.learning_rates)
-    rows = [replace(row, chosen=row.learning_rate == rates[row.family]) for row in rows]
-    return {name: rates[arm.family] for name, arm in arms.items()}, rows
+        return arms, dict.fromkeys(arms, cfg.learning_rates[0]), []
+    on, rounds = prepared.training(cfg.sweep_seed, cfg.sweep_tokens), _rounds(cfg, prepared.arms(k, cfg.sweep_tokens))
+    rows = sweep(rounds, k, prepared.sweep_held_out.tokens, folder, on)
+    best = choices(rows, cfg.learning_rates)
+    rows = [replace(row, chosen=(row.learning_rate, row.rescaling) == best[row.family]) for row in rows]
+    made = {name: rescaled(arm, best[arm.family][1] is not False) for name, arm in arms.items()}
+    return made, {name: best[arm.family][0] for name, arm in arms.items()}, rows
 
 
 def _claim_folder(output: Path, prepared: Prepared) -> None:
@@ -478,8 +517,9 @@ def _claim_folder(output: Path, prepared: Prepared) -> None:
     if not path.exists():
         write_json(path, with_kind(SETTINGS_KIND, wanted))
         return
-    # folders of 0.1.0 have older names, and not what had one value only
-    found = {"nfm_top_fraction": 1.0, "shuffle": True} | renamed(without_kind(SETTINGS_KIND, read_json(path)))
+    # folders of 0.1.0 have older names, and older ones not what had one value only
+    once = {"nfm_top_fraction": 1.0, "shuffle": True, "rescaling": ["on"], "selection_stages": 4}
+    found = once | renamed(without_kind(SETTINGS_KIND, read_json(path)))
     for name, value in wanted.items():
         if found.get(name) != value:
             raise ValueError(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sae_nfm.analysis import gauge
 from sae_nfm.common import checked, read_parquet, write_parquet
-from sae_nfm.comparison.arms import interpolation_weights, training_flops
+from sae_nfm.comparison.arms import interpolation_weights, is_rescaled, training_flops
 from sae_nfm.comparison.results import ABLATED, ARM_GROUPS, ArmGroup, ArmName, CompareRow, Paths, RowKind
 from sae_nfm.data import TokenRows
 from sae_nfm.evaluation import Arm, Fidelity, evaluate
@@ -176,6 +176,7 @@ def _row(
         l0=l0,
         **{name: getattr(found, name, None) for name in OF_A_ROW},
         tokens=0 if found is None else found.tokens,
+        rescaling=is_rescaled(arm),
     )
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge
 from sae_lens.analysis.hooked_sae_transformer import get_deep_attr
 from sae_lens.load_model import HookedProxyLM
+from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitTrainingSAE
 from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsage]
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
@@ -126,7 +127,11 @@ def splice(
             attached = _on_bridge(model, sae, hook_name, use_error_term)
         else:
             attached = _on_hooked(model, sae, hook_name, use_error_term)
-        with attached as found, nullcontext() if special_tokens == "changed" else _bypass(model, found):
+        with (
+            _code_hooked(sae),
+            attached as found,
+            nullcontext() if special_tokens == "changed" else _bypass(model, found),
+        ):
             yield found
 
 
@@ -171,11 +176,25 @@ def reconstruction(sae: SAE[Any], x: Float[Tensor, "*batch d"], hooks: Mapping[s
     heads = sae.hook_z_reshaping_mode
     sae.turn_off_forward_pass_hook_z_reshaping()
     try:
-        with Attached(owner=sae, prefix="").hooks(hooks):
+        with _code_hooked(sae), Attached(owner=sae, prefix="").hooks(hooks):
             return sae.decode(sae.encode(x)).to(x.dtype)
     finally:
         if heads:
             sae.turn_on_forward_pass_hook_z_reshaping()
+
+
+@contextmanager
+def _code_hooked(sae: SAE[Any]) -> Generator[None]:
+    """Let the code of SAELens's matching pursuit pass `hook_sae_acts_post`, as every other architecture's does, for a while."""
+    if not isinstance(sae, (MatchingPursuitSAE, MatchingPursuitTrainingSAE)) or "encode" in vars(sae):
+        yield
+        return
+    encode: Callable[[Tensor], Tensor] = sae.encode
+    sae.encode = lambda x: sae.hook_sae_acts_post(encode(x))
+    try:
+        yield
+    finally:
+        del sae.encode
 
 
 @contextmanager

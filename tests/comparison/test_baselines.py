@@ -116,7 +116,10 @@ def test_matching_holds_for_counted_parameters_and_flops(d_in, nfm_dim):
     assert abs(counted(made["topk matched folded"]) - len(kept)) <= feature / 2
     assert abs(training_flops(made["topk matched flops"]) - training_flops(joint)) <= d_in
     assert made["topk matched flops"].d_sae == flop_matched_width(joint) > joint.d_sae
-    for name in ("topk", DOUBLED, "batchtopk", "matryoshka"):
+    assert counted(made["matching_pursuit"]) == d_in * 48 + d_in
+    assert abs(counted(made["matching_pursuit matched"]) - counted(made["topk"])) <= d_in / 2
+    assert made["staged_topk matched"].d_sae == made["topk matched"].d_sae
+    for name in ("topk", DOUBLED, "batchtopk", "matryoshka", "staged_topk"):
         assert counted(made[name]) == 2 * d_in * 48 + 48 + d_in
 
 
@@ -126,7 +129,7 @@ def test_folding_needs_a_foldable_path():
 
 
 def test_joint_arms_differ_from_joint_nfm_in_what_their_name_says():
-    made = {name: arm.sae.to_dict() for name, arm in arms(*ALL_ARMS).items()}
+    made = {name: arm.sae.to_dict() | {"metadata": None} for name, arm in arms(*ALL_ARMS).items()}
     joint = made["joint_nfm"]
     assert (joint["nfm_top_k"], joint["head"], joint["use_linear_path"]) == (None, "fm", True)
     for name, changed in {
@@ -135,8 +138,19 @@ def test_joint_arms_differ_from_joint_nfm_in_what_their_name_says():
         "joint_nfm without linear": {"use_linear_path": False},
         "joint_nfm without nonlinear": {"head": "none"},
         "joint_nfm mlp": {"head": "mlp"},
+        "joint_nfm staged": {"selection_stages": 4},
+        "joint_nfm square staged": {"use_linear_path": False, "use_square_path": True, "square_scale": 2.0}
+        | {"selection_stages": 4},
     }.items():
         assert made[name] == joint | changed
+    assert made["staged_topk"] == made["topk"] | {
+        "architecture": "staged_topk",
+        "kernel": "auto",
+        "selection_stages": 4,
+        "refinement_steps": 0,
+        "inference_selection_stages": None,
+        "inference_refinement_steps": None,
+    }
     assert set(DEFAULT_ARMS) <= set(ALL_ARMS)
     assert {arm.decoder_rate for arm in arms(*ALL_ARMS).values() if arm.name != DOUBLED} == {1.0}
 

@@ -13,11 +13,13 @@ from builders import D_MODEL, inference_sae, tiny_model, token_dataset, training
 from sae_lens import SAE
 
 from sae_nfm import demo
+from sae_nfm.common import read_json, write_json
 from sae_nfm.common.options import ACTIVATIONS
+from sae_nfm.comparison.arms import ArmSizes, training_arms
 from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS, CompareConfig
 from sae_nfm.comparison.plan import Costs, Step, duration, words
 from sae_nfm.comparison.results import CLAIMS, ArmName, ClaimKind, CompareResult, RowKind, SweepRow, answers
-from sae_nfm.comparison.run import Prepared, _claim_folder, chosen_rates, of_cache, run_compare
+from sae_nfm.comparison.run import Prepared, _claim_folder, choices, of_cache, rounds_of, run_compare
 from sae_nfm.comparison.table import _interpolated
 from sae_nfm.data import CacheConfig, datasets, run_cache
 from sae_nfm.data.documents import held_out_rows
@@ -32,6 +34,7 @@ TINY = {
     "standard_l1": (0.01, 2.0),
 }  # fmt: skip
 JOINT = str(ArmName.JOINT)
+SIZES = ArmSizes(d_in=D_MODEL, d_sae=48, k=4, nfm_dim=6)
 ARMS = ("joint_nfm", "topk", "topk matched", "standard")
 SAES = ("joint_nfm", "topk", "topk matched", "standard 0.01", "standard 2")
 
@@ -97,33 +100,60 @@ def test_the_rows_are_sums_over_the_documents_file(finished):
 def test_each_arm_has_the_rate_that_its_own_sweep_chose(finished):
     cfg, output, result = finished
     assert [(row.learning_rate, row.arm) for row in result.sweep] == [(r, a) for r in cfg.learning_rates for a in SAES]
-    rates = chosen_rates(result.sweep, cfg.learning_rates)
+    chosen = choices(result.sweep, cfg.learning_rates)
     for row in result.rows:
-        assert row.learning_rate == rates[row.family]
-    assert {(row.family, row.learning_rate) for row in result.sweep if row.chosen} == set(rates.items())
+        assert (row.learning_rate, row.rescaling) == chosen[row.family]
+    assert {(row.family, (row.learning_rate, row.rescaling)) for row in result.sweep if row.chosen} == set(
+        chosen.items()
+    )
     for arm in SAES:
         record = read_training_record(output / "k16" / "seed-1" / arm / "training.jsonl")
         assert record[-1]["tokens"] == cfg.training_tokens
     best = min((row for row in result.sweep if row.arm == "topk"), key=lambda row: row.fvu)
-    assert rates["topk"] == best.learning_rate
+    assert chosen["topk"] == (best.learning_rate, True)
     model, validation = demo.load_model(), demo.load_tokens("validation")
     compared = held_out_rows(model, validation, cfg.context_size, cfg.held_out_tokens)
     swept = held_out_rows(model, validation, cfg.context_size, cfg.sweep_held_out_tokens, compared.tokens.numel())
     assert not {tuple(row) for row in compared.tokens.tolist()} & {tuple(row) for row in swept.tokens.tolist()}
 
 
-def sweep_row(arm, rate, fvu, l0=4.0, family=None):
-    return SweepRow(k=4, arm=arm, family=family or arm, learning_rate=rate, l0=l0, fvu=fvu)
+def sweep_row(arm, rate, fvu, l0=4.0, family=None, rescaling=None):
+    row = {"k": 4, "family": family or arm, "learning_rate": rate, "rescaling": rescaling}
+    return SweepRow(arm=arm, l0=l0, fvu=fvu, **row)
 
 
-def test_chosen_rates_by_hand():
+def test_choices_by_hand():
     rows = [sweep_row("topk", 1e-3, 0.3), sweep_row("topk", 1e-2, 0.2), sweep_row("joint", 1e-3, 0.1)]
     rows += [sweep_row("joint", 1e-2, nan)]  # diverged
     # at L0 4, half way in log between 2 and 8: 0.25 at 1e-3; at 1e-2 no coefficient is as dense as 4
     rows += [sweep_row("l1 1", 1e-3, 0.2, 8, "l1"), sweep_row("l1 2", 1e-3, 0.3, 2, "l1")]
     rows += [sweep_row("l1 1", 1e-2, 0.1, 3, "l1"), sweep_row("l1 2", 1e-2, 0.1, 2, "l1")]
     rows += [sweep_row("dead", 1e-3, nan), sweep_row("dead", 1e-2, inf)]
-    assert chosen_rates(rows, (1e-3, 1e-2)) == {"topk": 1e-2, "joint": 1e-3, "l1": 1e-3, "dead": 1e-2}
+    # the best of both, at whichever rate
+    ways = ((1e-3, True, 0.3), (1e-3, False, 0.1), (1e-2, True, 0.2), (1e-2, False, inf))
+    rows += [sweep_row("staged", rate, fvu, rescaling=way) for rate, way, fvu in ways]
+    found = {"topk": 1e-2, "joint": 1e-3, "l1": 1e-3, "dead": 1e-2}
+    assert choices(rows, (1e-3, 1e-2)) == {name: (rate, None) for name, rate in found.items()} | {
+        "staged": (1e-3, False)
+    }
+
+
+def test_a_sweep_tries_both_ways_what_has_the_choice_and_nothing_twice():
+    arms = training_arms(["topk", "staged_topk", "jumprelu", "matching_pursuit"], SIZES, {"jumprelu": (0.1, 1.0)})
+    rounds = [*rounds_of(arms, (1e-3, 1e-2), (True, False))]
+    other = ["jumprelu 0.1", "jumprelu 1", "matching_pursuit"]
+    both, names = ["topk", "staged_topk"], ["0.001", "0.001, not rescaled", "0.01", "0.01, not rescaled"]
+    assert [(one.name, [*one.arms]) for one in rounds] == [*zip(names, [both + other, both] * 2, strict=True)]
+    for one, way in zip(rounds, (True, False, True, False), strict=True):
+        assert {one.arms[name].sae.rescale_acts_by_decoder_norm for name in both} == {way}
+    # rows of before there was the choice are of arms as they were then: rescaled where they can be
+    before = [sweep_row("topk", 1e-3, 0.2), sweep_row("jumprelu 1", 1e-3, 0.2)]
+    assert [[*one.left(before)] for one in rounds[:2]] == [["staged_topk", "jumprelu 0.1", "matching_pursuit"], both]
+    since = [sweep_row("topk", 1e-3, 0.2, rescaling=False), sweep_row("staged_topk", 1e-3, 0.2, rescaling=True)]
+    assert [[*one.left(since)] for one in rounds[:2]] == [["topk", *other], ["staged_topk"]]
+    assert [*rounds_of({"matching_pursuit": arms["matching_pursuit"]}, (1e-3,), (True, False))] == [
+        replace(rounds[0], arms={"matching_pursuit": arms["matching_pursuit"]})
+    ]
 
 
 def test_an_l0_that_no_coefficient_reaches_is_not_extrapolated():
@@ -202,6 +232,26 @@ def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(
     assert names == ["1000 batchtopk"] * 2 + ["1 batchtopk", "2 topk", "2 batchtopk"]
     (one,) = (row for row in more.table() if (row.seed, row.arm) == (1, "topk"))
     assert one in result.table()
+
+
+def test_a_folder_of_before_rescaling_was_an_option_is_gone_on_with(finished, tmp_path, monkeypatch, capsys):
+    cfg, output, result = finished
+    folder = copytree(output, tmp_path / "copy")
+    settings, swept = read_json(folder / "compare.json"), read_json(folder / "k16" / "sweep.json")
+    assert (settings.pop("rescaling"), settings.pop("selection_stages")) == (["on"], 4)
+    for row in swept["rows"]:
+        del row["rescaling"]
+    write_json(folder / "compare.json", settings)
+    write_json(folder / "k16" / "sweep.json", swept)
+    monkeypatch.setattr("sae_nfm.training.multi_arm._train_round", None)  # nothing is trained
+    assert run_compare(replace(cfg, output=str(folder))).table() == result.table()
+    assert "the plan" not in capsys.readouterr().err
+    for changes, said in (
+        ({"rescaling": ("on", "off")}, r"\['on', 'off'\], and \['on'\]"),
+        ({"selection_stages": 2}, "2, and 4"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run_compare(replace(cfg, output=str(folder), **changes))
 
 
 def test_the_expected_time_by_hand():
@@ -339,6 +389,9 @@ def test_a_changed_configuration_is_an_error_that_names_the_field(changes, messa
         ({"context_size": 1}, r"\bcontext_size\b.*\b2\b.*\b1\b"),
         ({"sweep_tokens": 100}, r"\bsweep_tokens\b.*\b2048\b.*\b100\b"),
         ({"shuffle": False}, r"\bshuffle\b.*\[0, 1, 2, 3, 4\]"),
+        ({"rescaling": ("on", "of")}, r"\brescaling\b.*'on', 'off', got 'of'"),
+        ({"rescaling": ()}, r"\brescaling\b.*\[\]"),
+        ({"arms": ("staged_topk",), "k": (3, 8)}, r"selection_stages.*k = 3\b.*got 4;.*staged_topk"),
     ],
 )  # fmt: skip
 def test_bad_settings(changes, message):
@@ -377,6 +430,9 @@ def test_flags_of_several_values():
         "4",
         "--learning-rates",
         "1e-3",
+        "--rescaling",
+        "on",
+        "off",
         "--jumprelu-l0",
         "0.5",
         "5",
@@ -386,6 +442,8 @@ def test_flags_of_several_values():
     cfg = COMMANDS["compare"].make_parser("compare").parse([*flags, "joint_nfm mlp"])
     assert (cfg.k, cfg.seeds, cfg.learning_rates, cfg.jumprelu_l0) == ((16, 64), (3, 4), (1e-3,), (0.5, 5.0))
     assert cfg.chosen_arms == ("topk", "joint_nfm mlp")
+    assert cfg.rescaled == (True, False)
+    assert cfg.sweeps
 
 
 @pytest.fixture(scope="module")

@@ -7,22 +7,26 @@ import torch
 from builders import (
     ARCHITECTURES,
     CONTEXT,
+    D_MODEL,
     HOOK,
     HOOK_Z,
     NFM_HOOKS,
     NFM_READS,
     inference_sae,
+    random_sae,
     runner_config,
     tiny_model,
     token_dataset,
     training_config,
 )
-from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner
+from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner, MatchingPursuitTrainingSAEConfig
 from sae_lens.evals import get_eval_everything_config, run_evals
+from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.util import temporary_seed
 
 from sae_nfm.evaluation.fidelity import Arm, evaluate
+from sae_nfm.interventions import Edit, Splice
 
 for_every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 ROUNDING = {"atol": 1e-12, "rtol": 0}  # float64, values of size 1 to 10
@@ -197,3 +201,28 @@ def test_hook_z_from_training_to_splice(architecture, model32, tokens, tmp_path)
     heads = spliced[f"{HOOK_Z}.hook_sae_output"]
     assert heads.shape == (8, CONTEXT, 2, 8)
     torch.testing.assert_close(heads.flatten(-2), trained(cache[HOOK_Z].flatten(-2)), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
+def test_codes_of_matching_pursuit_are_counted_and_edited(trained, model32, tokens):
+    """SAELens's own encode passes no hook point, so that an edit there would do nothing."""
+    metadata = SAEMetadata(model_name="tiny", hook_name=HOOK)
+    settings = {"max_iterations": 4, "decoder_init_norm": 1.0, "metadata": metadata}
+    cfg = MatchingPursuitTrainingSAEConfig(d_in=D_MODEL, d_sae=48, **settings)
+    sae = random_sae(cfg) if trained else inference_sae(cfg)
+    seen = []
+    with sae.hooks(fwd_hooks=[("hook_sae_acts_post", lambda value, hook: seen.append(value))]):
+        sae(tokens.new_ones(2, cfg.d_in).float())
+    assert not seen, "SAELens has the hook point now: leave ours out"
+    x = model32.run_with_cache(tokens, names_filter=[HOOK])[1][HOOK][:, 1:]
+    found = evaluate(model32, tokens, [Arm(name="pursuit", sae=sae)], show_progress=False)["pursuit"]
+    assert found.l0 == pytest.approx((sae.encode(x) != 0).sum(-1).double().mean().item())
+    spliced = Splice(sae=sae, edits=[Edit(at="hook_sae_acts_post", index=3, mode="clamp", value=2.0)])
+    clamped = sae.encode(x)
+    clamped[..., 3] = 2.0
+    torch.testing.assert_close(spliced.reconstruct(x), sae.decode(clamped), atol=1e-5, rtol=0)
+    with spliced.on(model32) as trace:
+        model32(tokens)
+    assert (trace.acts[:, 1:, 3] == 2).all()
+    assert "encode" not in vars(sae)

@@ -19,7 +19,7 @@ from small_training import SIZES
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from sae_nfm.comparison import run as comparison
-from sae_nfm.comparison.run import chosen_rates, sweep
+from sae_nfm.comparison.run import choices, rounds_of, sweep
 from sae_nfm.convert import save_adapter, warm_started
 from sae_nfm.training import DivergedError, NotFiniteError, StreamConfig, TrainingArm, multi_arm, train_arms
 from sae_nfm.training.resume import exact_resume
@@ -239,7 +239,8 @@ def test_a_rate_that_diverges_is_a_result_of_the_sweep(tmp_path):
     arms, held_out = {name: arm(name) for name in ("a", "b")}, torch.tensor(token_dataset(8, seed=5)[:]["tokens"])
 
     def swept(rates):
-        return sweep(arms, rates, 4, held_out, tmp_path, {"stream": STREAM, "model": tiny_model(), "dataset": ROWS})
+        on = {"stream": STREAM, "model": tiny_model(), "dataset": ROWS}
+        return sweep([*rounds_of(arms, rates, (True,))], 4, held_out, tmp_path, on)
 
     rows = swept((1e-2, 1e30))
     assert [(row.arm, row.learning_rate, row.fvu == inf, row.l0 == 0) for row in rows] == [
@@ -248,7 +249,7 @@ def test_a_rate_that_diverges_is_a_result_of_the_sweep(tmp_path):
         ("a", 1e30, True, True),
         ("b", 1e30, True, True),
     ]
-    assert chosen_rates(rows, (1e-2, 1e30)) == {"a": 1e-2, "b": 1e-2}
+    assert choices(rows, (1e-2, 1e30)) == {"a": (1e-2, True), "b": (1e-2, True)}
     assert swept((1e-2, 1e30, 1e20))[:4] == rows
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.json", "sweep.json.sha256"]
 
@@ -264,7 +265,8 @@ def test_an_sae_that_breaks_the_model_is_one_that_diverged(tmp_path, monkeypatch
         return evaluate(model, tokens, saes)
 
     monkeypatch.setattr(comparison, "evaluate", raises)
-    rows = sweep(arms, (1e-2,), 4, held_out, tmp_path, {"stream": STREAM, "model": tiny_model(), "dataset": ROWS})
+    on = {"stream": STREAM, "model": tiny_model(), "dataset": ROWS}
+    rows = sweep([*rounds_of(arms, (1e-2,), (True,))], 4, held_out, tmp_path, on)
     assert [(row.arm, row.fvu == inf) for row in rows] == [("a", True), ("b", False)]
 
 

@@ -155,15 +155,16 @@ def rates_figure(sweep: Sequence[SweepRow], number: int) -> Figure:
         Group(name=f"{rate:g}", colour=PALETTE[place % len(PALETTE)], symbol=SYMBOLS[place % len(SYMBOLS)])
         for place, rate in enumerate(candidates)
     ]
-    rows = plain_rows(row.arm for row in sweep)
+    rows = plain_rows(row.arm + row.way for row in sweep)
     axis = Axis(title="FVU on the sweep's text (lower is better)", form=".4f")
     marks: list[Mark] = []
     for row in sweep:
         if isfinite(row.fvu):
-            marks.append(Mark(row=row.arm, group=f"{row.learning_rate:g}", x=row.fvu, note=f"L0 {row.l0:.1f}"))
+            name = row.arm + row.way
+            marks.append(Mark(row=name, group=f"{row.learning_rate:g}", x=row.fvu, note=f"L0 {row.l0:.1f}"))
             if row.chosen:
                 ring = EDGE if row.learning_rate in (candidates[0], candidates[-1]) else INSIDE
-                marks.append(Mark(row=row.arm, group=ring.name, x=row.fvu, note=f"learning rate {row.learning_rate:g}"))
+                marks.append(Mark(row=name, group=ring.name, x=row.fvu, note=f"learning rate {row.learning_rate:g}"))
     return Figure(
         name=f"rates-{number}-k{sweep[0].k}",
         title="Every arm at the learning rate that suits it",
@@ -173,7 +174,7 @@ def rates_figure(sweep: Sequence[SweepRow], number: int) -> Figure:
         "coefficient sets the sparsity, FVU is interpolated at one L0, so the lowest mark need not be the chosen "
         "one. At an edge the best rate may lie beyond; a rate without a mark diverged. One seed.",
         data=pd.DataFrame(
-            [(r.arm, r.family, r.learning_rate, r.l0, r.fvu, r.chosen) for r in sweep],
-            columns=["arm", "family", "learning rate", "L0", "FVU", "chosen"],
+            [(r.arm, r.family, r.learning_rate, r.rescaling, r.l0, r.fvu, r.chosen) for r in sweep],
+            columns=["arm", "family", "learning rate", "rescaled", "L0", "FVU", "chosen"],
         ),
     )
