@@ -32,7 +32,7 @@ class StagedPaths:
         self.direct: Tensor | None = None
         self.square: Tensor | None = None
         nothing = self.W_dec.weight.new_zeros(1, 1)
-        self.at_0 = self._interaction(SparseActs(nothing.long(), nothing))
+        self.without_features = self._interaction(SparseActs(nothing.long(), nothing))
 
     def add(self, new: SparseActs) -> None:
         """Add what features write that were not chosen before."""
@@ -51,7 +51,9 @@ class StagedPaths:
         linear, interaction = self._linear(acts), self._interaction(acts)
         if linear is not None:
             found = found + linear
-        return found if interaction is None else found + (interaction - self.at_0)
+        if interaction is not None and self.without_features is not None:
+            found = found + (interaction - self.without_features)
+        return found
 
     def written(self, acts: SparseActs, dropout: Callable[[Tensor], Tensor]) -> Paths:
         """All paths with their biases, in the type of the parameters; the linear one in the direct where it reads all."""

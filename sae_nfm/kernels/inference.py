@@ -131,10 +131,10 @@ class Pool:
 
 @torch.no_grad()
 def _largest_of_all(unexplained: Tensor, encoder: Encoder, size: int, chosen: SparseActs | None) -> Tensor:
-    _, *weights = encoder
+    _, W_enc, b_enc, norms = encoder
     if chosen is None:
-        return top_hidden_pre(unexplained, *weights, size)[0]
-    indices, scores = top_hidden_pre(unexplained, *weights, chosen.indices.shape[-1] + size)
+        return top_hidden_pre(unexplained, W_enc, b_enc, norms, size)[0]
+    indices, scores = top_hidden_pre(unexplained, W_enc, b_enc, norms, chosen.indices.shape[-1] + size)
     taken = (indices[..., None] == chosen.indices[:, None]).any(dim=-1)
     position = scores.masked_fill(taken, -torch.inf).topk(size, dim=-1, sorted=False).indices
     return indices.gather(-1, position)
