@@ -10,7 +10,8 @@ and the linear path. T = 1 is TopK, T = k matching pursuit without a second choi
 computed anew through D, and where it does not fall the token keeps what it had.
 
 J is never made: J^T r is one vector-Jacobian product, J d the one Jacobian-vector product, as the transpose of the first, so that
-D may be anything that can be differentiated twice. Everything is differentiable but the choice of features and of steps.
+D may be anything that can be differentiated twice. A refinement is decoded once, for its error and for the next one. Everything
+is differentiable but the choice of features and of steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from sae_nfm.kernels import sums
+from sae_nfm.kernels.device import is_transformed
 from sae_nfm.kernels.reference import SparseActs, divisor
 from sae_nfm.kernels.sparse_sums import OfActive, Transposed
 from sae_nfm.kernels.topk import top_hidden_pre
@@ -52,6 +54,9 @@ def select(
         norms: n, None for 1.
         candidates: of how many features, those that the first stage ranks highest, later stages choose; None for all.
     """
+    n_tokens = hidden_pre.shape[:-1].numel()
+    if candidates is not None and n_tokens * candidates >= len(W_enc.T) and not is_transformed():
+        return _select_among(hidden_pre, explained, W_enc, norms, sizes, candidates)
     acts: SparseActs | None = None
     ranked = None if candidates is None else hidden_pre.detach().topk(candidates, dim=-1, sorted=False).indices
     for size in sizes:
@@ -61,6 +66,31 @@ def select(
             scores = hidden_pre - (fed_back if norms is None else fed_back * norms)
         indices = _largest(scores.detach(), size, acts, ranked)
         acts = _joined(acts, SparseActs(indices, scores.gather(-1, indices).relu()))
+    assert acts is not None
+    return acts
+
+
+def _select_among(
+    hidden_pre: Tensor,
+    explained: Callable[[SparseActs], Tensor],
+    W_enc: Tensor,
+    norms: Tensor | None,
+    sizes: Sequence[int],
+    candidates: int,
+) -> SparseActs:
+    """`select` among candidates, whose scores alone are made anew: cheaper where there are more of them than features."""
+    first, ranked = hidden_pre.topk(candidates, dim=-1, sorted=False)
+    columns = sums.Shared(Transposed.apply(W_enc))
+    scores, open_to = first, torch.zeros_like(first)
+    acts: SparseActs | None = None
+    for size in sizes:
+        if acts is not None:
+            seen = explained(acts)
+            fed_back = columns.dots(ranked.flatten(0, -2), seen.flatten(0, -2)).reshape(ranked.shape)
+            scores = first - (fed_back if norms is None else fed_back * norms[ranked])
+        position = (scores.detach().clamp(min=torch.finfo(scores.dtype).min) + open_to).topk(size, dim=-1).indices
+        open_to = open_to.scatter(-1, position, -torch.inf)
+        acts = _joined(acts, SparseActs(ranked.gather(-1, position), scores.gather(-1, position).relu()))
     assert acts is not None
     return acts
 
@@ -171,30 +201,64 @@ def refine(
     rate = divisor(column_squares).reciprocal()
     if support is not None:
         rate = rate * support
-    written = decode(values)
+    linearised = _by_transforms if is_transformed() or torch.is_inference_mode_enabled() else _by_autograd
+    written, transposed = linearised(decode, values)
+    moving = torch.ones_like(values[..., :1], dtype=torch.bool)
     for _ in range(steps):
         residual = x - written
-        gradient, along = _transposed_jacobian(decode, values, residual)
-        direction = gradient * rate
-        (change,) = along(direction)
+        gradient, along = transposed(residual)
+        direction = gradient * (rate * moving)  # where the error did not fall once, it would not the same way again
+        change = along(direction)
         length = _dot(change, change)
         step = (_dot(residual, change) / length.where(length > 0, 1.0)).clamp(0, 1)
         moved = (values + step * direction).relu()
-        rewritten = decode(moved)
-        falls = _dot(x - rewritten, x - rewritten) < _dot(residual, residual)
-        values, written = torch.where(falls, moved, values), torch.where(falls, rewritten, written)
+        rewritten, transposed = linearised(decode, moved)
+        moving = _dot(x - rewritten, x - rewritten) < _dot(residual, residual)
+        values, written = torch.where(moving, moved, values), torch.where(moving, rewritten, written)
     return values
 
 
-def _transposed_jacobian(
-    decode: Callable[[Tensor], Tensor], values: Tensor, residual: Tensor
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-    """J^T r, and what makes J d of d."""
+Along = Callable[[Tensor], Tensor]
+Linearised = tuple[Tensor, Callable[[Tensor], tuple[Tensor, Along]]]
+"""What is written at some activations, and of a residual r what makes J^T r, with what makes J d of d."""
 
-    def transposed(above: Tensor) -> Tensor:
-        return vjp(decode, values)[1](above)[0]
 
-    return vjp(transposed, residual)  # pyright: ignore[reportReturnType]
+def _by_autograd(decode: Callable[[Tensor], Tensor], at: Tensor) -> Linearised:
+    """The products with J and its transpose as derivatives of derivatives; differentiable themselves where gradients are made."""
+    keeps = torch.is_grad_enabled()
+    with torch.enable_grad():
+        at = _leaf(at, keeps=keeps)
+        written = decode(at)
+
+    def transposed(residual: Tensor) -> tuple[Tensor, Along]:
+        with torch.enable_grad():
+            residual = _leaf(residual, keeps=keeps)
+            (gradient,) = torch.autograd.grad(written, at, residual, create_graph=True)
+
+        def along(direction: Tensor) -> Tensor:
+            return torch.autograd.grad(gradient, residual, direction, create_graph=keeps, retain_graph=True)[0]
+
+        return gradient if keeps else gradient.detach(), along
+
+    return written if keeps else written.detach(), transposed
+
+
+def _leaf(tensor: Tensor, *, keeps: bool) -> Tensor:
+    """A tensor to differentiate by; with `keeps` it is still made of what it was made of."""
+    return tensor.view_as(tensor) if keeps and tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def _by_transforms(decode: Callable[[Tensor], Tensor], at: Tensor) -> Linearised:
+    """The same by torch.func: within its transforms, and in inference mode, where autograd is not at work."""
+
+    def of_residual(residual: Tensor) -> Tensor:
+        return vjp(decode, at)[1](residual)[0]
+
+    def transposed(residual: Tensor) -> tuple[Tensor, Along]:
+        gradient, along = vjp(of_residual, residual)[:2]
+        return gradient, lambda direction: along(direction)[0]
+
+    return decode(at), transposed
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from typing_extensions import override
 
 from sae_nfm.common import short_repr
 from sae_nfm.kernels.device import autocast_off, is_transformed, product_dtype
-from sae_nfm.kernels.sums import ByFeature, Dots, route
+from sae_nfm.kernels.sums import ByFeature, Dots, Rows, route
 
 
 class SparseActs(NamedTuple):
@@ -146,8 +146,11 @@ def weighted_rows(acts: Acts, weight: Float[Tensor, "d_sae d_out"]) -> Float[Ten
         return dense_acts(acts, len(weight)) @ weight
     k = acts.indices.shape[-1]
     indices, values = acts.indices.reshape(-1, k), acts.values.reshape(-1, k).to(weight.dtype)
-    if torch.is_grad_enabled() and (weight.requires_grad or values.requires_grad) and not torch.compiler.is_compiling():
+    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if differentiable and weight.requires_grad:
         rows = _Bag.apply(indices, weight, values)
+    elif differentiable and values.requires_grad:
+        rows = Rows.apply(indices, values, weight, None, None)
     else:
         rows = F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
     return rows.reshape(*acts.indices.shape[:-1], weight.shape[-1])

@@ -27,6 +27,7 @@ OPTIONS = {
     "use_square_path": (True, False),
     "apply_b_dec_to_input": (True, False),
     "selection_stages": (1, 3),
+    "selection_candidates": (None, K + 2),
     "refinement_steps": (0, 1),
 }
 

@@ -65,6 +65,7 @@ OPTIONS = {
     "apply_b_dec_to_input": (True, False),
     "normalize_activations": ("none", "layer_norm", "constant_norm_rescale"),
     "selection_stages": (1, 2, 3, K),
+    "selection_candidates": (None, K + 1, K + 4),
     "refinement_steps": (0, 1, 3),
     "training": (True, False),
 }
@@ -77,7 +78,7 @@ OPTIONS = {
 def test_activations_are_those_of_the_definition(third_order, options):
     stages, steps = options["selection_stages"], options["refinement_steps"]
     if options["architecture"] == "sequential_nfm":
-        del options["selection_stages"]
+        del options["selection_stages"], options["selection_candidates"]
     sae, x = made(**options, dtype="float64"), random_activations(rows=6).double()
     expected, clear = inferred(sae, x, stages, steps)
     assert clear.sum() >= 3
