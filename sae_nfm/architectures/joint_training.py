@@ -13,17 +13,19 @@ pre-activations of its `TrainStepOutput` are made when they are read, and SAELen
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
-from sae_lens import TopKTrainingSAE
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens import BatchTopKTrainingSAE, JumpReLUTrainingSAE, TopKTrainingSAE
+from sae_lens.saes.jumprelu_sae import JumpReLU
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK, calculate_topk_aux_acts
 from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig, StagedTopKTrainingSAEConfig
-from sae_nfm.architectures.joint_sae import JointNFMSAE, NFMDecoder
+from sae_nfm.architectures.joint_sae import JointNFMSAE, NFMDecoder, Thresholded, VaryingDecoder, of_encoder
 from sae_nfm.architectures.nfm_paths import Paths, TrainedPaths, is_hooked
 from sae_nfm.architectures.staged_step import StagedPaths
 from sae_nfm.kernels import Acts, Kernel, SparseActs, dispatch, inference, reference, sees_numbers, sums, wide
@@ -68,6 +70,11 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
     cfg: JointNFMTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     _sums_decoders = False
     _counts = False
+
+    def __new__(cls, cfg: Any = None, use_error_term: bool = False) -> "JointNFMTrainingSAE":  # noqa: ARG004 # pyright: ignore[reportInconsistentConstructor] (a copy is made without a config)
+        """One for the encoder of the config."""
+        classes = (JointNFMTrainingSAE, BatchTopKJointNFMTrainingSAE, JumpReLUJointNFMTrainingSAE)
+        return super().__new__(of_encoder(cls, cfg, {one.ENCODER: one for one in classes}))
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +155,8 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
 
     def _reads_all(self) -> bool:
         """Whether both decoders read the same features."""
-        return self.cfg.use_linear_path and self.cfg.nfm_top_k in (None, self.cfg.k)
+        cfg = self.cfg
+        return cfg.use_linear_path and (cfg.nfm_top_k is None or (cfg.encoder == "topk" and cfg.nfm_top_k == cfg.k))
 
     def _sparse_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         cfg, forms, (sae_in, b_enc) = self.cfg, self._forms(), self._encoder_input(step_input.sae_in)
@@ -309,6 +317,54 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         super().process_state_dict_for_saving_inference(state_dict)
         if self.cfg.rescale_acts_by_decoder_norm:
             state_dict["folded_W_dec_norm"] = self.folded_W_dec_norm * self.get_W_dec_norm()
+
+
+class BatchTopKJointNFMTrainingSAE(VaryingDecoder, JointNFMTrainingSAE, BatchTopKTrainingSAE):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Joint NFM-SAE in training with SAELens's BatchTopK: k active features a token on average over a batch.
+
+    Saved for inference it has the threshold that followed the smallest activation of each batch, before any refinement.
+    """
+
+    ENCODER = "batchtopk"
+
+    @override
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._encoded(x)
+
+    @override
+    def update_topk_threshold(self, acts_topk: Tensor) -> None:
+        super().update_topk_threshold(self._chosen(acts_topk))
+
+
+class JumpReLUJointNFMTrainingSAE(Thresholded, JointNFMTrainingSAE, JumpReLUTrainingSAE):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Joint NFM-SAE in training with SAELens's JumpReLU: its thresholds, their gradient and its losses."""
+
+    @override
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._encoded(x)
+
+    @override
+    def activated(self, hidden_pre: Tensor) -> Tensor:
+        threshold = self.threshold.to(hidden_pre.dtype)
+        return cast(Tensor, JumpReLU.apply(hidden_pre, threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input))
+
+    @override
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        """SAELens's losses, on what the encoder chose before any refinement.
+
+        Those that read decoder norms read what a feature writes through the direct and the linear path: the two decoders can
+        trade what they write, and the linear one would be free of the penalty.
+        """
+        written = self.W_dec + self.W_lin if self.cfg.use_linear_path else self.W_dec
+        read: Any = SimpleNamespace(cfg=self.cfg, threshold=self.threshold, bandwidth=self.bandwidth, W_dec=written)
+        acts = self._chosen(feature_acts)
+        return JumpReLUTrainingSAE.calculate_aux_loss(read, step_input, acts, hidden_pre, sae_out)
+
+    @override
+    def get_coefficients(self) -> dict[str, TrainCoefficientConfig | float]:
+        return JumpReLUTrainingSAE.get_coefficients(self)
 
 
 class StagedTopKTrainingSAE(JointNFMTrainingSAE):

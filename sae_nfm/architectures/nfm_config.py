@@ -47,9 +47,16 @@ class InferenceFields(RefinementFields):
 
 def check_inference(cfg: Any) -> None:
     """Raise a ValueError for stages or refinements that cannot work, of a config that has either."""
+    encoder = getattr(cfg, "encoder", "topk")
+    for name in ("selection_stages", "inference_selection_stages"):
+        if encoder != "topk" and getattr(cfg, name, None) not in (None, 1):
+            raise ValueError(
+                f"{name} is {getattr(cfg, name)}, and features are chosen in stages with encoder 'topk' alone, not with "
+                f"{encoder!r}, whose threshold is one for all; leave it out (refinement_steps can be given)"
+            )
     for name in ("selection_stages", "inference_selection_stages"):
         stages = getattr(cfg, name, None)
-        if stages is not None and not 1 <= stages <= cfg.k:
+        if encoder == "topk" and stages is not None and not 1 <= stages <= cfg.k:
             raise ValueError(f"{name} must be from 1 to k = {cfg.k}, at least one feature a stage, got {stages}")
     candidates = getattr(cfg, "selection_candidates", None)
     if candidates is not None and not cfg.k <= candidates <= cfg.d_sae:
@@ -178,9 +185,11 @@ class TrainingInferenceFields(InferenceFields, TrainingRefinementFields):
 
 
 def as_saved(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """A training config's settings as the SAE that it saves has them."""
+    """A training config's settings as the SAE that it saves has them; one of batchtopk has a threshold, as in SAELens."""
     apart = {name: config_dict.get(f"inference_{name}") for name in APART}
     rest = {name: value for name, value in config_dict.items() if name not in {f"inference_{name}" for name in APART}}
+    if rest.get("encoder") == "batchtopk":
+        rest |= {"encoder": "jumprelu", "k": None}
     return rest | {name: value for name, value in apart.items() if value is not None}
 
 

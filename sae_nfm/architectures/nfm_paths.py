@@ -32,7 +32,7 @@ from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_nfm.common import ShortRepr, short_repr
-from sae_nfm.kernels import POOLS, SparseActs, dispatch, reference, wide
+from sae_nfm.kernels import POOLS, SparseActs, dispatch, inference, reference, uncompiled, wide
 from sae_nfm.kernels.device import autocast_off
 from sae_nfm.loading import check_state_dict, refuse_not_finite, write_note
 
@@ -186,6 +186,18 @@ class NFMPaths(_Host):
             self.hidden_code = replaced
             for name, hook in hooked.items():
                 setattr(self, name, hook)
+
+    @uncompiled
+    def _refined_on_support(self, x: Tensor, acts: Tensor, column_squares: Tensor) -> Tensor:
+        """What `kernels.inference.refine` makes of activations [*batch, d_sae], whose zeros stay, so that all paths write x."""
+        with self._weights_alone() as written:
+            dense = wide(acts.to_dense() if acts.is_sparse else acts)
+            support = dense > 0
+            # an active feature that reaches 0 stays before all others in what is read with nfm_top_k
+            first = support.to(dense.dtype) * torch.finfo(dense.dtype).tiny
+            steps = self.cfg.refinement_steps
+            found = inference.refine(dense, lambda f: written(f + first), wide(x), column_squares, steps, support)
+        return found.to(acts.dtype)
 
     def _linear(self, read: reference.Acts) -> Tensor | None:
         if not self.cfg.use_linear_path:

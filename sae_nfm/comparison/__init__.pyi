@@ -1,5 +1,6 @@
 from .arms import ArmSizes as ArmSizes
 from .arms import TrainingArm as TrainingArm
+from .arms import inference_flops as inference_flops
 from .arms import training_arms as training_arms
 from .arms import training_flops as training_flops
 from .config import ALL_ARMS as ALL_ARMS

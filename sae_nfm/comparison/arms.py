@@ -12,6 +12,7 @@
     topk matched                   as many parameters as joint_nfm
     topk matched folded            as many as joint_nfm has once its linear decoder is added to W_dec
     topk matched flops             as many FLOPs a training token as joint_nfm, see `training_flops`
+    topk matched inference         as many FLOPs at inference as staged_topk with its refinements, see `inference_flops`
     staged_topk                    topk, its features chosen in stages; joint_nfm staged and joint_nfm square staged likewise
     staged_topk matched            as many parameters as joint_nfm
     batchtopk, matryoshka          SAELens's, k active features on average
@@ -45,6 +46,7 @@ from sae_lens import (
 from sae_nfm.architectures import JointNFMTrainingSAEConfig, StagedTopKTrainingSAEConfig, parameter_count
 from sae_nfm.comparison.config import refuse_unknown_arms
 from sae_nfm.comparison.results import ArmName
+from sae_nfm.kernels import inference
 from sae_nfm.training import TrainingArm
 
 
@@ -65,6 +67,8 @@ class ArmSizes:
     """Dropout on the pooled interactions of the joint arms."""
     selection_stages: int = 4
     """Stages of the staged arms."""
+    refinement_steps: int = 0
+    """Refinements that "topk matched inference" has as many FLOPs as; arms are trained without."""
     warm_up_steps: int = 0
     """Training steps over which the coefficients of standard, gated and jumprelu rise, and the threshold of batchtopk settles."""
     device: str = "cpu"
@@ -131,6 +135,10 @@ def training_flops(cfg: TrainingSAEConfig, l0: float | None = None) -> float:
 
         encoder             2 d S + 2 a d                        all features are ranked; their weights get a gradient from
                                                                  the active ones
+        each stage but one  2 d C + 6 b d + 2 c d                all are ranked again, or C candidates; what the b chosen before
+                                                                 write, through all paths; its gradient from the c chosen now
+        R refinements       3 (3 R + 1) 2 a d                    as at inference, and twice that backward; through all paths
+        matching pursuit    2 k d S + 12 k d + 6 a d             in place of these: k times all are ranked and one is taken off
         direct path         6 a d                                output, gradient of f, gradient of W_dec
         linear path         6 n d if n < a, else 0               reading the same f it shares W_dec's three products
         square path         6 a d
@@ -146,23 +154,83 @@ def training_flops(cfg: TrainingSAEConfig, l0: float | None = None) -> float:
     Raises:
         ValueError: when the number of active features is not known: no k sets it, and no l0 is given.
     """
+    d, active = cfg.d_in, _active(cfg, l0)
+    decoding = 3 * (_decoding(cfg, active) + _fitting(cfg, active, getattr(cfg, "refinement_steps", 0)))
+    if isinstance(cfg, MatchingPursuitTrainingSAEConfig):
+        return _iterations(cfg) * (2.0 * d * cfg.d_sae + 12 * d) + decoding
+    flops = 2.0 * d * cfg.d_sae + 2 * active * d + decoding + _choosing(cfg, active, training=True)
+    return flops + 8 * active * d * isinstance(cfg, GatedTrainingSAEConfig)
+
+
+def inference_flops(cfg: TrainingSAEConfig, l0: float | None = None, refinement_steps: int = 0) -> float:
+    """FLOPs of encoding and decoding a token with an SAE that was trained so, counted as in `training_flops`.
+
+    With D(a) what all paths take to decode a active features (2 a d of the direct one, n and m as there):
+
+        encoder             2 d S
+        each stage but one  2 d C + D(b)                         all are ranked again, or C candidates; b are chosen before
+        matching pursuit    k (2 d S + 4 d)                      in place of these
+        each refinement     3 D(a)                               a vector-Jacobian and a Jacobian-vector product, and a decode
+        decoder             D(a)                                 twice with refinements: their first error is that of a decode
+
+    Raises:
+        ValueError: when the number of active features is not known: no k sets it, and no l0 is given.
+    """
+    d, active = cfg.d_in, _active(cfg, l0)
+    decoding = _decoding(cfg, active) + _fitting(cfg, active, refinement_steps)
+    if isinstance(cfg, MatchingPursuitTrainingSAEConfig):
+        return _iterations(cfg) * (2.0 * d * cfg.d_sae + 4 * d) + decoding
+    return 2.0 * d * cfg.d_sae + decoding + _choosing(cfg, active, training=False)
+
+
+def _active(cfg: TrainingSAEConfig, l0: float | None) -> float:
     active = float(getattr(cfg, "k", 0)) or l0
     if not active:
         raise ValueError(f"no k sets the L0 of a {cfg.architecture()} SAE; give the measured one")
-    d, flops = cfg.d_in, 2.0 * cfg.d_in * cfg.d_sae + 8 * active * cfg.d_in
-    if isinstance(cfg, GatedTrainingSAEConfig):
-        flops += 8 * active * d
+    return active
+
+
+def _iterations(cfg: MatchingPursuitTrainingSAEConfig) -> int:
+    return cfg.max_iterations or cfg.d_in
+
+
+def _decoding(cfg: TrainingSAEConfig, active: float) -> float:
+    """FLOPs of all paths for so many active features; a training step takes three times as many."""
+    d, flops = cfg.d_in, 2.0 * active * cfg.d_in
     if isinstance(cfg, JointNFMTrainingSAEConfig):
-        n, m = active if cfg.nfm_top_k is None else cfg.nfm_top_k, cfg.nfm_dim
-        flops += 6 * n * d * (cfg.use_linear_path and n < active) + 6 * active * d * cfg.use_square_path
+        n, m = active if cfg.nfm_top_k is None else min(active, cfg.nfm_top_k), cfg.nfm_dim
+        flops += 2 * n * d * (cfg.use_linear_path and n < active) + 2 * active * d * cfg.use_square_path
         if cfg.head != "none":
-            flops += (12 if cfg.head == "fm" else 6) * n * m + 6 * m * m + 6 * m * d
+            flops += (4 if cfg.head == "fm" else 2) * n * m + 2 * m * m + 2 * m * d
     return flops
+
+
+def _fitting(cfg: TrainingSAEConfig, active: float, steps: int) -> float:
+    """FLOPs of so many refinements, and of the error that they begin with."""
+    return _decoding(cfg, active) * (3 * steps + (steps > 0))
+
+
+def _choosing(cfg: TrainingSAEConfig, active: float, *, training: bool) -> float:
+    """FLOPs of the stages after the first."""
+    stages, flops, chosen = getattr(cfg, "selection_stages", 1), 0.0, 0
+    for size in inference.stage_sizes(int(active), stages)[:-1] if stages > 1 else ():
+        chosen += size
+        flops += 2.0 * cfg.d_in * (getattr(cfg, "selection_candidates", None) or cfg.d_sae)
+        flops += (3 if training else 1) * _decoding(cfg, chosen)
+    first = inference.stage_sizes(int(active), stages)[0] if stages > 1 else active
+    return flops + 2 * (active - first) * cfg.d_in * training
 
 
 def flop_matched_width(cfg: JointNFMTrainingSAEConfig) -> int:
     """Width of the TopK SAE of the same d_in and k that takes as many FLOPs, short of d_in of them at most."""
     return round((training_flops(cfg) - 8 * cfg.k * cfg.d_in) / (2 * cfg.d_in))
+
+
+def inference_matched_width(cfg: TrainingSAEConfig, refinement_steps: int) -> int:
+    """Width of the TopK SAE that takes as many FLOPs at inference as this one with its refinements, likewise."""
+    return round(
+        (inference_flops(cfg, refinement_steps=refinement_steps) - 2 * _active(cfg, None) * cfg.d_in) / (2 * cfg.d_in)
+    )
 
 
 def interpolation_weights(l0s: Sequence[float], target: float) -> list[float] | None:
@@ -275,6 +343,9 @@ WITH_K: dict[str, Callable[[ArmSizes], TrainingSAEConfig]] = {
         sizes, matched_width(folded_parameter_count(_joint(sizes)), sizes.d_in)
     ),
     ArmName.MATCHED_FLOPS: lambda sizes: _topk(sizes, flop_matched_width(_joint(sizes))),
+    ArmName.MATCHED_INFERENCE: lambda sizes: _topk(
+        sizes, inference_matched_width(_staged(sizes), sizes.refinement_steps)
+    ),
     ArmName.STAGED: _staged,
     ArmName.STAGED_MATCHED: lambda sizes: _staged(sizes, _as_joint(sizes)),
     ArmName.BATCHTOPK: lambda sizes: BatchTopKTrainingSAEConfig(**_batch_topk(sizes)),

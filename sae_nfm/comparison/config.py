@@ -67,6 +67,9 @@ class CompareConfig(SizeOptions):
     """Share of the k active features that the linear and the interaction path read; 1 gives the model a canonical gauge."""
     selection_stages: int = 4
     """Stages in which staged_topk and the other staged arms choose their k features, each among what is left to explain."""
+    refinement_steps: int = 0
+    """Refinements with which every trained SAE is evaluated once more: the activations of its features are fitted to the input
+    through its decoder. 0 for none."""
     shuffle: bool = True
     """Whether each seed has the training data in another order (the rows of a cache); without, only the documents of a file are
     shuffled."""

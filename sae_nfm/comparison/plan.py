@@ -5,7 +5,7 @@ A forward pass of the language model and one training step of every arm are time
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.util import temporary_seed
 from torch import Tensor
 
-from sae_nfm.architectures import random_initialisation
+from sae_nfm.architectures import random_initialisation, refined
 from sae_nfm.models import synchronize
 from sae_nfm.training import TrainingArm
 
@@ -35,6 +35,8 @@ class Costs:
     """The whole language model, for one token."""
     step_seconds: Mapping[str, float]
     """One training step, by arm."""
+    refine_seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Encoding and decoding of one token with refinements, by arm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class Step:
     tokens: int
     """Activations that each is trained on."""
     held_out_tokens: int
+    refined: bool = False
+    """Whether each is evaluated once more, with refinements."""
 
     def seconds(self, costs: Costs, batch_size: int) -> float:
         """Expected."""
@@ -54,7 +58,9 @@ class Step:
             return 0.0
         steps = max(1, self.tokens // batch_size)
         training = self.tokens * costs.read_seconds + steps * sum(costs.step_seconds[name] for name in self.arms)
-        return training + self.held_out_tokens * costs.forward_seconds * (len(self.arms) + BESIDE_THE_ARMS)
+        passes = len(self.arms) * (1 + self.refined) + BESIDE_THE_ARMS
+        refining = sum(costs.refine_seconds[name] for name in self.arms) if self.refined else 0.0
+        return training + self.held_out_tokens * (costs.forward_seconds * passes + refining)
 
 
 def measured_costs(
@@ -65,6 +71,7 @@ def measured_costs(
     forward: Callable[[Int[Tensor, "rows pos"]], object],
     batch_size: int,
     device: str,
+    refinement_steps: int = 0,
 ) -> Costs:
     """Time each once, after once that does not count; the caller's random state is left as it was.
 
@@ -83,7 +90,18 @@ def measured_costs(
             read_seconds=read_seconds,
             forward_seconds=forward_seconds,
             step_seconds={name: _step_seconds(arm, batch, device) for name, arm in arms.items()},
+            refine_seconds={name: _refine_seconds(arm, x, refinement_steps) for name, arm in arms.items()}
+            if refinement_steps
+            else {},
         )
+
+
+@torch.no_grad()
+def _refine_seconds(arm: TrainingArm, x: Float[Tensor, "tokens d_in"], steps: int) -> float:
+    cfg = replace(arm.sae, normalize_activations="none")  # what its weights would have folded in
+    sae = refined(random_initialisation(cfg, 0), steps)
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    return _seconds(lambda: sae.decode(sae.encode(x)), str(x.device)) / len(x)
 
 
 def _step_seconds(arm: TrainingArm, batch: Float[Tensor, "tokens d_in"], device: str) -> float:

@@ -39,6 +39,7 @@ class ArmName(StrEnum):
     MATCHED = "topk matched"
     MATCHED_FOLDED = "topk matched folded"
     MATCHED_FLOPS = "topk matched flops"
+    MATCHED_INFERENCE = "topk matched inference"
     STAGED = "staged_topk"
     STAGED_MATCHED = "staged_topk matched"
     BATCHTOPK = "batchtopk"
@@ -64,7 +65,10 @@ _ARMS_OF = {
         *(A.JOINT, A.HALF, A.SQUARE, A.WITHOUT_LINEAR, A.WITHOUT_NONLINEAR, A.MLP),
         *(A.JOINT_STAGED, A.SQUARE_STAGED),
     ),
-    ArmGroup.TOPK: (A.TOPK, A.DOUBLED, A.MATCHED, A.MATCHED_FOLDED, A.MATCHED_FLOPS, A.STAGED, A.STAGED_MATCHED),
+    ArmGroup.TOPK: (
+        *(A.TOPK, A.DOUBLED, A.MATCHED, A.MATCHED_FOLDED, A.MATCHED_FLOPS, A.MATCHED_INFERENCE),
+        *(A.STAGED, A.STAGED_MATCHED),
+    ),
     ArmGroup.OTHER: (
         *(A.BATCHTOPK, A.MATRYOSHKA, A.STANDARD, A.GATED, A.JUMPRELU),
         *(A.MATCHING_PURSUIT, A.MATCHING_PURSUIT_MATCHED),
@@ -74,6 +78,11 @@ STAGED = frozenset(map(str, (A.STAGED, A.STAGED_MATCHED, A.JOINT_STAGED, A.SQUAR
 """Arms whose features are chosen in stages."""
 ARM_GROUPS = {str(arm): group for group, arms in _ARMS_OF.items() for arm in arms}
 """The group of each arm."""
+
+
+def refined_name(arm: str) -> str:
+    """Name of the row of an arm whose activations are refined at inference."""
+    return f"{arm} refined"
 
 
 class Paths(StrEnum):
@@ -95,20 +104,29 @@ class RowKind(StrEnum):
     """How a row came about."""
 
     TRAINED = "trained"
+    REFINED = "refined"
     INTERPOLATED = "interpolated"
     ABLATION = "ablation"
 
 
 class ClaimKind(StrEnum):
-    """Whether an arm is compared with an SAE trained on its own, or with a part of itself."""
+    """What an arm is compared with; but for the last, an SAE trained on its own, or one whose activations are refined."""
 
     FAIR = "fair"
+    INFERENCE = "inference"
+    """One with another inference."""
+    PATHS = "paths"
+    """One with the same inference, and without the paths of the NFM."""
     ABLATION = "ablation"
+    """A part of itself."""
 
 
 HEADINGS: Mapping[ClaimKind, str] = {
     ClaimKind.ABLATION: "The paper's comparison (the model against a part of itself that was never trained to stand alone)",
     ClaimKind.FAIR: "The fair comparison (against SAEs trained on their own, same tokens and steps)",
+    ClaimKind.INFERENCE: "What inference gains (staged: features chosen in stages; refined: the same SAE, its activations "
+    "fitted to its input)",
+    ClaimKind.PATHS: "What the NFM's paths gain on top of the same inference (against SAEs without them, trained on their own)",
 }
 PUBLISHED = (
     "For the paper's comparison arXiv 2507.00269 reports -41.3% reconstruction error and -51.6% KL "
@@ -125,7 +143,7 @@ class CompareRow:
     arm: str
     """Unique for a seed and k."""
     kind: RowKind
-    """Trained; interpolated between trained SAEs at the L0 of joint_nfm; or a trained SAE with some paths ablated."""
+    """Trained; interpolated between trained SAEs at the L0 of joint_nfm; or a trained SAE refined, or with some paths ablated."""
     family: str
     """The arm that it is a part of: its own name, that of the SAE with all its paths, or that of all its coefficients."""
     group: ArmGroup = ArmGroup.OTHER
@@ -152,6 +170,15 @@ class CompareRow:
     tokens: int
     rescaling: bool | None = None
     """Whether activations were multiplied by decoder norms; None as in `SweepRow`."""
+    refinement_steps: int = 0
+    """Refinements of the activations at inference, of an SAE that was trained without; L0 is counted after them."""
+    inference_flops: float | None = None
+    """FLOPs of encoding and decoding a token, as `arms.inference_flops` counts them."""
+
+    @property
+    def line(self) -> str:
+        """What rows of several L0s have in common: the family, refined or not."""
+        return refined_name(self.family) if self.refinement_steps else self.family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +223,7 @@ class Answer:
     claim: Claim
     k: int
     verdict: Verdict
-    """Differences with their intervals; p-values of fair claims are adjusted for their number."""
+    """Differences with their intervals; p-values are adjusted for the number of claims, those of ablations are not."""
 
 
 WEIGHTS = {"fvu": "variance_energy", "kl_nats": "tokens"}
@@ -216,6 +243,48 @@ def _ablation(arm: ArmName, part: Paths) -> Claim:
     return Claim(kind=ClaimKind.ABLATION, question=question, arm=str(arm), against=part.of(arm))
 
 
+def _both(kind: ClaimKind, arm: ArmName, others: Sequence[ArmName], question: str) -> list[Claim]:
+    """The arm refined against others as they are, and refined too."""
+    pairs = [(other, form(other)) for other in others for form in (str, refined_name)]
+    return [
+        Claim(kind=kind, question=question, arm=refined_name(arm), against=name)
+        for other, name in pairs
+        if other != arm
+    ]
+
+
+def _inference() -> list[Claim]:
+    """The gain from stages, from refinements, and from both together, against every SAE without the one or the other."""
+    kind = ClaimKind.INFERENCE
+    stages, fit = "choosing features in stages", "fitting the activations of the features chosen"
+    found = [
+        Claim(kind=kind, question=stages, arm=str(staged), against=str(topk))
+        for staged, topk in ((A.STAGED, A.TOPK), (A.STAGED_MATCHED, A.MATCHED))
+    ]
+    found += [Claim(kind=kind, question=fit, arm=refined_name(arm), against=str(arm)) for arm in ArmName]
+    others = [A.TOPK, A.MATCHED, A.MATCHED_INFERENCE, A.BATCHTOPK, A.JUMPRELU]
+    others += [A.MATCHING_PURSUIT, A.MATCHING_PURSUIT_MATCHED]
+    found += _both(kind, A.STAGED, others, "both together, no paths")
+    for joint in (A.JOINT_STAGED, A.SQUARE_STAGED):
+        found += _both(kind, joint, others, "both together, and the paths")
+    return found
+
+
+def _on_top() -> list[Claim]:
+    """What paths gain where both sides have the same inference."""
+    same_width, same_parameters = "at the same width", "at the same number of parameters"
+    found = list[Claim]()
+    for joint, staged in ((A.JOINT, A.JOINT_STAGED), (A.SQUARE, A.SQUARE_STAGED)):
+        for topk, question in ((A.STAGED, same_width), (A.STAGED_MATCHED, same_parameters)):
+            found.append(Claim(kind=ClaimKind.PATHS, question=question, arm=str(staged), against=str(topk)))
+            pair = {"arm": refined_name(staged), "against": refined_name(topk)}
+            found.append(Claim(kind=ClaimKind.PATHS, question=f"{question}, refined", **pair))
+        for topk, question in ((A.TOPK, same_width), (A.MATCHED, same_parameters)):
+            pair = {"arm": refined_name(joint), "against": refined_name(topk)}
+            found.append(Claim(kind=ClaimKind.PATHS, question=f"{question}, refined, in one stage", **pair))
+    return found
+
+
 CLAIMS: tuple[Claim, ...] = (
     _fair(A.JOINT, A.TOPK, "what the paths buy at the same width and sparsity"),
     _fair(A.JOINT, A.MATCHED, "whether they are the better use of parameters"),
@@ -231,9 +300,10 @@ CLAIMS: tuple[Claim, ...] = (
     *(_fair(A.SQUARE, topk, "the square path, likewise") for topk in (A.TOPK, A.MATCHED)),
     *(
         _fair(A.JOINT, other, "against another architecture")
-        for other in ArmName
-        if ARM_GROUPS[other] is ArmGroup.OTHER
+        for other in (A.BATCHTOPK, A.MATRYOSHKA, A.STANDARD, A.GATED, A.JUMPRELU)
     ),
+    *_inference(),
+    *_on_top(),
     *(_ablation(arm, part) for arm in ABLATED for part in (Paths.DIRECT, Paths.CANONICAL)),
 )
 """All of them; a comparison answers those whose arms it has."""
@@ -242,8 +312,8 @@ CLAIMS: tuple[Claim, ...] = (
 def answers(documents: pd.DataFrame, ks: Sequence[int], n_seeds: int) -> tuple[list[Answer], list[str]]:
     """A verdict for each claim and metric, and for each that cannot be given one the reason.
 
-    P-values of the fair claims are adjusted by Holm's method over all of them together. `documents` has sums by k, seed, arm and
-    document, with the columns of `held_out_sums`; every arm should have so many seeds.
+    P-values of all claims but ablations are adjusted by Holm's method over all of them together. `documents` has sums by k, seed,
+    arm and document, with the columns of `held_out_sums`; every arm should have so many seeds.
     """
     found, missing = list[Answer](), list[str]()
     for k in ks:
@@ -260,10 +330,11 @@ def answers(documents: pd.DataFrame, ks: Sequence[int], n_seeds: int) -> tuple[l
             for metric, weight in WEIGHTS.items():
                 verdict = verdict_from_rows(rows, metric, arm=claim.arm, against=claim.against, weight=weight)
                 found.append(Answer(claim=claim, k=k, verdict=verdict))
-    fair = [answer.verdict for answer in found if answer.claim.kind is ClaimKind.FAIR]
+    fair = [answer.verdict for answer in found if answer.claim.kind is not ClaimKind.ABLATION]
     adjusted = iter(corrected_verdicts(fair, "holm") if fair else ())
     corrected = [
-        replace(answer, verdict=next(adjusted)) if answer.claim.kind is ClaimKind.FAIR else answer for answer in found
+        answer if answer.claim.kind is ClaimKind.ABLATION else replace(answer, verdict=next(adjusted))
+        for answer in found
     ]
     return corrected, missing
 
@@ -382,7 +453,7 @@ class CompareResult(SavedResult):
                 n = len({row.seed for row in own})
                 lines += [f"k = {k}: mean (standard deviation) over {n} seed{'s' * (n > 1)}", ""]
             lines += [*aligned([self.columns, *cells(own, self.columns)]), ""]
-            for kind in (ClaimKind.FAIR, ClaimKind.ABLATION):
+            for kind in ClaimKind:
                 chosen = [answer for answer in self.answers if answer.k == k and answer.claim.kind is kind]
                 if chosen:
                     lines += [f"{HEADINGS[kind]}:", *(f"  {answer.verdict.sentence}" for answer in chosen), ""]
@@ -399,6 +470,8 @@ class CompareResult(SavedResult):
         """Headings of the table."""
         left_out = ("MFLOP/token", "learning rate", "dead") if self.changes else ("train tok/s",)
         left_out += () if len(self._rescaling) > 1 else ("rescaled",)
+        if self.changes or all(row.inference_flops is None for row in self.rows):
+            left_out += ("inference MFLOP",)
         return tuple(name for name in COLUMNS if name not in left_out)
 
     @property
@@ -428,6 +501,11 @@ class CompareResult(SavedResult):
             told.append(
                 "Rescaling by decoder norms was not swept (--rescaling on off); in trials it suited selection in stages less "
                 f"than TopK: {', '.join(staged)} may not be at their best."
+            )
+        if steps := {row.refinement_steps for row in self.rows} - {0}:
+            told.append(
+                f"Refined: SAEs trained without, that encode with {', '.join(map(str, sorted(steps)))} refinements of the "
+                "activations of the features that their encoder chose; L0 is counted after these."
             )
         if cached := self.provenance.get("cached_activations"):
             told.append(f"Trained on cached activations: {cached}.")
@@ -471,6 +549,10 @@ COLUMNS: Mapping[str, tuple[Callable[[Sequence[CompareRow]], str], str]] = {
     "MFLOP/token": (
         lambda rows: "" if (flops := rows[0].training_flops) is None else f"{flops / 1e6:.2f}",
         "multiplications and additions of a training step",
+    ),
+    "inference MFLOP": (
+        lambda rows: "" if (flops := rows[0].inference_flops) is None else f"{flops / 1e6:.2f}",
+        "those of encoding and decoding a token",
     ),
     "learning rate": (lambda rows: f"{rows[0].learning_rate:g}", "peak of Adam's"),
     "rescaled": (
@@ -563,11 +645,11 @@ def _mean(rows: Sequence[CompareRow], metric: Metric) -> ArmMean | None:
 
 
 def lines_over_l0(means: Sequence[ArmMean]) -> Mapping[str, tuple[ArmMean, ...]]:
-    """Trained SAEs of each family by L0; none at all where no family has SAEs of two L0s (equal to one decimal)."""
-    trained = [one for one in means if one.row.kind is RowKind.TRAINED]
+    """Trained SAEs of each family, refined ones apart, by L0; none at all where no line has two L0s (equal to one decimal)."""
+    trained = [one for one in means if one.row.kind in (RowKind.TRAINED, RowKind.REFINED)]
     lines = {
-        family: tuple(sorted((one for one in trained if one.row.family == family), key=lambda one: one.l0))
-        for family in dict.fromkeys(one.row.family for one in trained)
+        line: tuple(sorted((one for one in trained if one.row.line == line), key=lambda one: one.l0))
+        for line in dict.fromkeys(one.row.line for one in trained)
     }
     several = any(len({round(one.l0, 1) for one in line}) > 1 for line in lines.values())
     return lines if several else {}

@@ -17,7 +17,8 @@ output folder:
 
     compare.json                the configuration, which must stay the same
     k<k>/sweep.json             every SAE of the sweep
-    k<k>/seed-<seed>/<arm>/     SAELens's files, training.jsonl, trained.json, documents.parquet
+    k<k>/seed-<seed>/<arm>/     SAELens's files, training.jsonl, trained.json, documents.parquet, and with R refinements
+                                refined-<R>.parquet
     documents.parquet           sums by k, seed, arm and document (`held_out_sums`)
     results.json, rows.csv      everything else
 
@@ -88,7 +89,8 @@ from sae_nfm.training import (
     train_arms,
 )
 
-ADDED_LATER = ("arms", "k", "seeds", "standard_l1", "gated_l1", "jumprelu_l0", "n_checkpoints", "output")
+ADDED_LATER = ("arms", "k", "seeds", "standard_l1", "gated_l1", "jumprelu_l0", "refinement_steps", "n_checkpoints")
+ADDED_LATER += ("output",)
 """What may change in a comparison that has been begun: there can be more of it."""
 SETTINGS_KIND, SWEEP_KIND = "compare-settings/1", "sweep/1"
 RECORD_FILENAME = "training.jsonl"
@@ -150,6 +152,7 @@ class Prepared:
             k=k,
             nfm_top_k=None if read == k else read,
             selection_stages=cfg.selection_stages,
+            refinement_steps=cfg.refinement_steps,
             warm_up_steps=self.stream(0, tokens).steps // 20,
             reshape_activations=self.site.reshape_activations,
         )
@@ -332,9 +335,9 @@ def _run_compare(prepared: Prepared, output: Path, command: str | None) -> Compa
                 except DivergedError as error:
                     remedy = "leave it out with --arms, or give lower --learning-rates and another output folder"
                     raise DivergedError(f"{error}. In {folder}: {remedy}") from None
-                evaluated(prepared.model, prepared.held_out, tuple(arms), folder, cfg.device)
+                evaluated(prepared.model, prepared.held_out, tuple(arms), folder, cfg.device, cfg.refinement_steps)
                 progress.update(len(arms))
-    rows, documents = tidy(output, all_arms, cfg.seeds)
+    rows, documents = tidy(output, all_arms, cfg.seeds, cfg.refinement_steps)
     found, missing = answers(documents, cfg.k, len(cfg.seeds))
     parts: Any = {"rows": rows, "sweep": swept, "answers": found, "missing": missing}
     trained = output / f"k{cfg.k[0]}" / f"seed-{cfg.seeds[0]}" / next(iter(all_arms[cfg.k[0]]))
@@ -353,15 +356,15 @@ def _say_plan(prepared: Prepared, all_arms: Mapping[int, Mapping[str, TrainingAr
     for k, arms in all_arms.items():
         folder = output / f"k{k}"
         swept = read_sweep(folder / "sweep.json") if (folder / "sweep.json").is_file() else []
-        sizes = (cfg.sweep_tokens, cfg.sweep_held_out_tokens)
+        sizes: dict[str, Any] = {"tokens": cfg.sweep_tokens, "held_out_tokens": cfg.sweep_held_out_tokens}
         todo = [(f"rate {one.name}", one.left(swept), sizes) for one in _rounds(cfg, arms)]
-        sizes = (cfg.training_tokens, evaluated_on)
+        sizes = {"tokens": cfg.training_tokens, "held_out_tokens": evaluated_on, "refined": cfg.refinement_steps > 0}
         for seed in cfg.seeds:
             own = {name: arm for name, arm in arms.items() if not (folder / f"seed-{seed}" / name).exists()}
             todo.append((f"seed {seed}", own, sizes))
         for what, own, sizes in todo:
             own = {f"{name} {k}": arm for name, arm in own.items()}
-            steps.append(Step(what=f"k {k}, {what}", arms=tuple(own), tokens=sizes[0], held_out_tokens=sizes[1]))
+            steps.append(Step(what=f"k {k}, {what}", arms=tuple(own), **sizes))
             left |= own
     if left:
         costs = measured_costs(
@@ -371,6 +374,7 @@ def _say_plan(prepared: Prepared, all_arms: Mapping[int, Mapping[str, TrainingAr
             forward=prepared.model,
             batch_size=cfg.batch_size,
             device=cfg.device,
+            refinement_steps=cfg.refinement_steps,
         )
         remark(f"the plan:\n{words(steps, costs, cfg.batch_size)}")
 

@@ -12,9 +12,19 @@ from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import load_file
 
 from sae_nfm.analysis import gauge
+from sae_nfm.architectures import refined
 from sae_nfm.common import checked, read_parquet, write_parquet
-from sae_nfm.comparison.arms import interpolation_weights, is_rescaled, training_flops
-from sae_nfm.comparison.results import ABLATED, ARM_GROUPS, ArmGroup, ArmName, CompareRow, Paths, RowKind
+from sae_nfm.comparison.arms import inference_flops, interpolation_weights, is_rescaled, training_flops
+from sae_nfm.comparison.results import (
+    ABLATED,
+    ARM_GROUPS,
+    ArmGroup,
+    ArmName,
+    CompareRow,
+    Paths,
+    RowKind,
+    refined_name,
+)
 from sae_nfm.data import TokenRows
 from sae_nfm.evaluation import Arm, Fidelity, evaluate
 from sae_nfm.evaluation.fidelity import SUMS, fidelity_of, held_out_sums
@@ -81,30 +91,45 @@ def evaluated_once(
     ]
 
 
-def evaluated(model: LanguageModel, rows: TokenRows, arms: Sequence[str], folder: Path, device: str) -> None:
+def evaluated(
+    model: LanguageModel, rows: TokenRows, arms: Sequence[str], folder: Path, device: str, refinement_steps: int = 0
+) -> None:
     """Evaluate those of the trained SAEs that are not yet, all on the same tokens; `documents.parquet` goes into each folder.
 
-    Those of `ABLATED` have rows for the direct path alone too, and for that in the canonical gauge where there is one.
+    Those of `ABLATED` have rows for the direct path alone too, and for that in the canonical gauge where there is one. With
+    refinements the SAEs are evaluated with these too, and `refined-<R>.parquet` is beside it.
     """
-    left = [name for name in arms if not (folder / name / DOCUMENTS_FILENAME).exists()]
-    if not left:
-        return
-    wanted = {name: (Paths.ALL, *((Paths.DIRECT, Paths.CANONICAL) if name in ABLATED else ())) for name in left}
-    saes = {name: parts_of(name, _load(folder / name, device), wanted[name]) for name in left}
-    sums = held_out_sums(model, rows, {a.name: a.intervention for parts in saes.values() for a in parts.values()})
-    for name, parts in saes.items():
-        own = sums[sums["arm"].isin([arm.name for arm in parts.values()])]
-        write_parquet(own, folder / name / DOCUMENTS_FILENAME)
+    left = dict[Path, list[Arm]]()
+    for name in arms:
+        sae: SAE[Any] | None = None
+        for steps in sorted({0, refinement_steps}):
+            if (file := folder / name / _documents(steps)).exists():
+                continue
+            sae = _load(folder / name, device) if sae is None else sae
+            wanted = (Paths.ALL, *((Paths.DIRECT, Paths.CANONICAL) if name in ABLATED else ()))
+            left[file] = (
+                [Arm(name=refined_name(name), sae=refined(sae, steps))]
+                if steps
+                else [*parts_of(name, sae, wanted).values()]
+            )
+    if left:
+        sums = held_out_sums(model, rows, {arm.name: arm.intervention for own in left.values() for arm in own})
+        for file, own in left.items():
+            write_parquet(sums[sums["arm"].isin([arm.name for arm in own])], file)
+
+
+def _documents(refinement_steps: int) -> str:
+    return f"refined-{refinement_steps}.parquet" if refinement_steps else DOCUMENTS_FILENAME
 
 
 def tidy(
-    output: Path, arms: Mapping[int, Mapping[str, TrainingArm]], seeds: Sequence[int]
+    output: Path, arms: Mapping[int, Mapping[str, TrainingArm]], seeds: Sequence[int], refinement_steps: int = 0
 ) -> tuple[list[CompareRow], pd.DataFrame]:
     """The rows of all k, seeds and arms, and the sums behind them: columns k, seed, and those of `held_out_sums`."""
     rows, documents = list[CompareRow](), list[pd.DataFrame]()
     for k, own in arms.items():
         for seed in seeds:
-            found, sums = _of_seed(output / f"k{k}" / f"seed-{seed}", k, seed, own)
+            found, sums = _of_seed(output / f"k{k}" / f"seed-{seed}", k, seed, own, refinement_steps)
             rows += found
             sums.insert(0, "seed", seed)
             sums.insert(0, "k", k)
@@ -112,23 +137,34 @@ def tidy(
     return rows, pd.concat(documents, ignore_index=True)
 
 
-def _of_seed(folder: Path, k: int, seed: int, arms: Mapping[str, TrainingArm]) -> tuple[list[CompareRow], pd.DataFrame]:
-    sums = {name: read_parquet(folder / name / DOCUMENTS_FILENAME) for name in arms}
+def _of_seed(
+    folder: Path, k: int, seed: int, arms: Mapping[str, TrainingArm], refinement_steps: int
+) -> tuple[list[CompareRow], pd.DataFrame]:
+    both = sorted({0, refinement_steps})
+    sums = {(name, steps): read_parquet(folder / name / _documents(steps)) for name in arms for steps in both}
     trained = {name: Trained.load(folder / name) for name in arms}
     rows, tables = list[CompareRow](), list[pd.DataFrame]()
     for name, arm in arms.items():
         for paths in Paths:
-            own: pd.DataFrame = sums[name].loc[sums[name]["arm"] == paths.of(name)]
+            own: pd.DataFrame = sums[name, 0].loc[sums[name, 0]["arm"] == paths.of(name)]
             if len(own):
                 rows.append(_row(k, seed, paths, arm, trained[name], fidelity_of(own), folder / name))
                 tables.append(own)
+        if refinement_steps:
+            own = sums[name, refinement_steps]
+            how: Any = {"refinement_steps": refinement_steps}
+            rows.append(_row(k, seed, Paths.ALL, arm, trained[name], fidelity_of(own), folder / name, **how))
+            tables.append(own)
     target = next((row.l0 for row in rows if row.arm == ArmName.JOINT), None) or float(k)
     for family in dict.fromkeys(arm.family for arm in arms.values() if arm.coefficient is not None):
         members = [arm for arm in arms.values() if arm.family == family]
-        between = _interpolated(family, [sums[arm.name] for arm in members], target)
-        found = None if between is None else fidelity_of(between)
-        rows.append(_row(k, seed, Paths.ALL, members[0], trained[members[0].name], found, interpolated_at=target))
-        tables += [] if between is None else [between]
+        for steps in both:
+            name = refined_name(family) if steps else family
+            between = _interpolated(name, [sums[arm.name, steps] for arm in members], target)
+            found = None if between is None else fidelity_of(between)
+            how = {"interpolated_at": target, "refinement_steps": steps}
+            rows.append(_row(k, seed, Paths.ALL, members[0], trained[members[0].name], found, **how))
+            tables += [] if between is None else [between]
     return rows, pd.concat(tables, ignore_index=True)
 
 
@@ -155,16 +191,18 @@ def _row(
     folder: Path | None = None,
     *,
     interpolated_at: float | None = None,
+    refinement_steps: int = 0,
 ) -> CompareRow:
     """A row of an SAE in its folder, or of an arm interpolated at an L0; without metrics where that was not reached."""
     l0 = None if found is None else interpolated_at or found.l0
-    is_whole = folder is not None and paths is Paths.ALL
-    kind = RowKind.INTERPOLATED if folder is None else RowKind.TRAINED if is_whole else RowKind.ABLATION
+    is_whole = folder is not None and paths is Paths.ALL and not refinement_steps
+    kind = RowKind.TRAINED if is_whole else RowKind.REFINED if paths is Paths.ALL else RowKind.ABLATION
+    name = arm.family if folder is None else paths.of(arm.name)
     return CompareRow(
         k=k,
         seed=seed,
-        arm=arm.family if folder is None else paths.of(arm.name),
-        kind=kind,
+        arm=refined_name(name) if refinement_steps else name,
+        kind=RowKind.INTERPOLATED if folder is None else kind,
         family=arm.family,
         group=ARM_GROUPS.get(arm.family, ArmGroup.OTHER),
         paths=paths,
@@ -177,6 +215,8 @@ def _row(
         **{name: getattr(found, name, None) for name in OF_A_ROW},
         tokens=0 if found is None else found.tokens,
         rescaling=is_rescaled(arm),
+        refinement_steps=refinement_steps,
+        inference_flops=inference_flops(arm.sae, l0, refinement_steps) if l0 else None,
     )
 
 

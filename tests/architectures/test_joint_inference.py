@@ -1,5 +1,6 @@
 """Features chosen in stages and refined through the decoder: against the definition, exact cases, and what a user may meet."""
 
+import dataclasses
 import json
 from copy import deepcopy
 
@@ -9,6 +10,7 @@ from builders import covering_pairs, edited, inference_sae, random_activations, 
 from inference_oracle import inferred
 from sae_lens import SAE, MatchingPursuitSAE, MatchingPursuitSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.registry import get_sae_training_class
 from scipy.optimize import nnls
 from step_forms import step
 from torch.func import jacfwd, jacrev, vmap
@@ -23,7 +25,7 @@ from sae_nfm import (
     StagedTopKTrainingSAE,
     StagedTopKTrainingSAEConfig,
 )
-from sae_nfm.architectures import attach_secondary, parameter_count
+from sae_nfm.architectures import attach_secondary, parameter_count, refined
 from sae_nfm.kernels import heads
 from sae_nfm.kernels.reference import powers, weighted_rows
 
@@ -550,3 +552,58 @@ def test_inference_under_transforms_and_without_gradients(architecture):
     meta = deepcopy(sae).to("meta")
     if architecture == "joint_nfm":
         assert meta(x.to("meta")).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "topk",
+        "batchtopk",
+        "jumprelu",
+        "gated",
+        "standard",
+        "matching_pursuit",
+        "staged_topk",
+        "joint_nfm",
+        "sequential_nfm",
+    ],
+)
+@torch.no_grad()
+def test_an_sae_of_any_architecture_is_refined_on_the_features_it_chose(architecture, tmp_path):
+    fields = {"max_iterations": K, "decoder_init_norm": 1.0} if architecture == "matching_pursuit" else {"k": K}
+    if architecture in ("joint_nfm", "sequential_nfm", "staged_topk"):
+        trained = made(architecture, training=True)
+    else:
+        known = {field.name for field in dataclasses.fields(get_sae_training_class(architecture)[1])}
+        fields = {name: value for name, value in fields.items() if name in known}
+        trained = random_sae(get_sae_training_class(architecture)[1](d_in=16, d_sae=32, **fields))
+    if architecture == "batchtopk":
+        trained.topk_threshold.fill_(1.0)
+    trained.save_inference_model(tmp_path / "sae")
+    sae, x, state = SAE.load_from_disk(tmp_path / "sae").eval(), random_activations(), torch.get_rng_state()
+    plain, fitted = refined(sae, 0), refined(sae, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not fitted.training
+    before, after = sae.encode(x), fitted.encode(x)
+    assert torch.equal(plain.encode(x), before)
+    torch.testing.assert_close(plain.decode(before), sae.decode(before))
+    assert not after[before == 0].any()
+    assert (after >= 0).all()
+    error, fitted_error = ((x - one.decode(acts)).square().sum(-1) for one, acts in ((sae, before), (fitted, after)))
+    assert (fitted_error <= error * (1 + 1e-5)).all()  # decoded from a matrix here
+    assert fitted_error.sum() < 0.9 * error.sum()
+    if architecture == "topk":  # as on any base
+        same = SequentialNFMTrainingSAE.wrap(sae, head="none", use_linear_path=False, refinement_steps=3)
+        torch.testing.assert_close(after, same.encode(x), atol=1e-4, rtol=1e-4)  # float32, another order of sums
+    assert getattr(sae.cfg, "refinement_steps", 0) == 0
+
+
+def test_what_cannot_be_refined():
+    transcoder = SAE.from_dict(
+        {"architecture": "transcoder", "d_in": 16, "d_sae": 32, "d_out": 16, "apply_b_dec_to_input": False}
+    )
+    with pytest.raises(ValueError, match="'transcoder' cannot be a base: it reads one place and writes another"):
+        refined(transcoder, 2)
+    for one in (made("staged_topk"), TopKSAE(TopKSAEConfig(d_in=16, d_sae=32, k=K))):
+        with pytest.raises(ValueError, match=r"refinement_steps must be >= 0, got -1"):
+            refined(one, -1)

@@ -15,12 +15,17 @@ from sae_lens.training._interruption import InterruptedException
 from safetensors.torch import load_file
 from torch.nn.utils import parameters_to_vector
 
-from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig, parameter_count
+from sae_nfm.architectures.joint_config import (
+    JointNFMTrainingSAEConfig,
+    StagedTopKTrainingSAEConfig,
+    parameter_count,
+)
 from sae_nfm.architectures.nfm_config import random_initialisation
 from sae_nfm.comparison.arms import (
     ArmSizes,
     flop_matched_width,
     folded_parameter_count,
+    inference_flops,
     interpolation_weights,
     matched_width,
     training_arms,
@@ -95,6 +100,30 @@ def test_flops_by_hand():
     assert training_flops(arms("gated")["gated 1"].sae, l0=5) == 2 * 16 * 48 + 16 * 5 * 16
 
 
+def test_flops_of_inference_by_hand():
+    # d 4, S 10, k 2, m 3: encoder 80, direct path 2*2*4
+    topk = TopKTrainingSAEConfig(d_in=4, d_sae=10, k=2)
+    assert inference_flops(topk) == 80 + 16
+    # three products of the decoder each, and the decode of the first error
+    assert inference_flops(topk, refinement_steps=5) == 80 + 16 + 16 * (3 * 5 + 1)
+    joint = JointNFMTrainingSAEConfig(d_in=4, d_sae=10, k=2, nfm_dim=3)
+    # pooling 4*2*3, head 2*9 + 2*3*4
+    assert inference_flops(joint) == 80 + 16 + 24 + 18 + 24
+    paths = replace(joint, use_square_path=True, nfm_top_k=1)
+    assert inference_flops(paths) == 80 + 16 + 8 + 16 + 12 + 18 + 24
+    # stages of 1, 1, 2 features: all are ranked twice more, after 1 and after 2 are decoded
+    staged = StagedTopKTrainingSAEConfig(d_in=4, d_sae=10, k=4, selection_stages=3)
+    assert inference_flops(staged) == 80 + (80 + 8) + (80 + 16) + 32
+    assert training_flops(staged) == (80 + 32 + 96) + (80 + 24 + 8) + (80 + 48 + 16)
+    once = replace(staged, selection_stages=1)
+    assert training_flops(replace(once, refinement_steps=2)) == (training_flops(once) + 3 * 7 * 32)
+    assert inference_flops(replace(joint, k=2, selection_stages=2)) == 80 + (80 + 8 + 12 + 18 + 24) + 16 + 24 + 18 + 24
+    pursuit = arms("matching_pursuit")["matching_pursuit"].sae  # d 16, S 48, four times
+    assert inference_flops(pursuit, l0=3.5) == 4 * (2 * 16 * 48 + 4 * 16) + 2 * 3.5 * 16
+    assert training_flops(pursuit, l0=3.5) == 4 * (2 * 16 * 48 + 12 * 16) + 6 * 3.5 * 16
+    assert inference_flops(arms("gated")["gated 1"].sae, l0=5) == 2 * 16 * 48 + 2 * 5 * 16
+
+
 def test_flops_of_unknown_l0_are_refused():
     with pytest.raises(ValueError, match=r"\bL0\b.*\bjumprelu\b"):
         training_flops(arms("jumprelu")["jumprelu 1"].sae)
@@ -103,9 +132,8 @@ def test_flops_of_unknown_l0_are_refused():
 @pytest.mark.parametrize("d_in", [16, 24])
 @pytest.mark.parametrize("nfm_dim", [3, 16])
 def test_matching_holds_for_counted_parameters_and_flops(d_in, nfm_dim):
-    made = {
-        name: arm.sae for name, arm in arms(*ALL_ARMS, sizes=replace(SIZES, d_in=d_in, nfm_dim=nfm_dim)).items()
-    }  # fmt: skip
+    sizes = replace(SIZES, d_in=d_in, nfm_dim=nfm_dim, refinement_steps=5)
+    made = {name: arm.sae for name, arm in arms(*ALL_ARMS, sizes=sizes).items()}
     joint, feature = made["joint_nfm"], 2 * d_in + 1
     assert abs(counted(made["topk matched"]) - counted(joint)) <= feature / 2
     # the square path has no bias, the linear one has: d_in numbers fewer than joint_nfm
@@ -115,6 +143,9 @@ def test_matching_holds_for_counted_parameters_and_flops(d_in, nfm_dim):
     kept = parameters_to_vector(p for name, p in folded.named_parameters() if name not in ("W_lin", "b_lin"))
     assert abs(counted(made["topk matched folded"]) - len(kept)) <= feature / 2
     assert abs(training_flops(made["topk matched flops"]) - training_flops(joint)) <= d_in
+    staged = made["staged_topk"]
+    assert abs(inference_flops(made["topk matched inference"]) - inference_flops(staged, refinement_steps=5)) <= d_in
+    assert made["topk matched inference"].d_sae > 3 * 48  # four stages rank all features
     assert made["topk matched flops"].d_sae == flop_matched_width(joint) > joint.d_sae
     assert counted(made["matching_pursuit"]) == d_in * 48 + d_in
     assert abs(counted(made["matching_pursuit matched"]) - counted(made["topk"])) <= d_in / 2

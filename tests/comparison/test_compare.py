@@ -10,22 +10,33 @@ import pandas as pd
 import pytest
 import torch
 from builders import D_MODEL, inference_sae, tiny_model, token_dataset, training_config
+from invented_comparison import compare_row
 from sae_lens import SAE
 
 from sae_nfm import demo
+from sae_nfm.architectures import refined
 from sae_nfm.common import read_json, write_json
 from sae_nfm.common.options import ACTIVATIONS
 from sae_nfm.comparison.arms import ArmSizes, training_arms
 from sae_nfm.comparison.config import ALL_ARMS, DEFAULT_ARMS, CompareConfig
 from sae_nfm.comparison.plan import Costs, Step, duration, words
-from sae_nfm.comparison.results import CLAIMS, ArmName, ClaimKind, CompareResult, RowKind, SweepRow, answers
+from sae_nfm.comparison.results import (
+    CLAIMS,
+    ArmName,
+    ClaimKind,
+    CompareResult,
+    RowKind,
+    SweepRow,
+    answers,
+    cells,
+)
 from sae_nfm.comparison.run import Prepared, _claim_folder, choices, of_cache, rounds_of, run_compare
 from sae_nfm.comparison.table import _interpolated
 from sae_nfm.data import CacheConfig, datasets, run_cache
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import SUMS, Arm, evaluate, fidelity_of, held_out_sums
 from sae_nfm.training.multi_arm import train_arms
-from sae_nfm.training.results import read_training_record
+from sae_nfm.training.results import Trained, read_training_record
 from sae_nfm_cli.commands import COMMANDS
 
 TINY = {
@@ -234,6 +245,64 @@ def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(
     assert one in result.table()
 
 
+def test_an_arm_is_trained_as_its_sweep_chose(tmp_path):
+    sizes = TINY | {"seeds": (0,), "learning_rates": (5e-3,), "rescaling": ("on", "off"), "selection_stages": 2}
+    cfg = CompareConfig(**sizes, arms=("topk", "staged_topk", "matching_pursuit"), output=str(tmp_path / "run"))
+    result = run_compare(cfg)
+    tried = [("topk", True), ("staged_topk", True), ("matching_pursuit", None), ("topk", False), ("staged_topk", False)]
+    assert [(row.arm, row.rescaling) for row in result.sweep] == tried
+    best = {row.arm: row for row in sorted(result.sweep, key=lambda row: row.fvu, reverse=True)}
+    ways = {row.arm: row.rescaling for row in result.rows}
+    assert ways == {arm: row.rescaling for arm, row in best.items()}
+    assert set(ways.values()) >= {False, None}, "else the usual one would pass too"
+    for name, way in ways.items():
+        settings = Trained.load(tmp_path / "run" / "k16" / "seed-0" / name).settings
+        assert settings.get("rescale_acts_by_decoder_norm") is way
+        assert settings.get("selection_stages", 1) == (2 if name == "staged_topk" else 1)
+    assert "rescaled" in result.columns
+    assert {
+        row.arm: cell[result.columns.index("rescaled")]
+        for row, cell in zip(result.rows, cells(result.rows, result.columns), strict=True)
+    } == {arm: {True: "yes", False: "no", None: ""}[way] for arm, way in ways.items()}
+    assert "Rescaling by decoder norms on or off by the same sweep" in result.words()
+    config = result.provenance["config"] | {"rescaling": ["on"]}
+    once = replace(result, sweep=(), provenance=result.provenance | {"config": config})
+    assert "rescaled" not in once.columns
+    assert "staged_topk may not be at their best" in once.words()
+
+
+def test_refined_rows_are_of_the_same_saes_and_are_added_to_a_finished_folder(finished, tmp_path, monkeypatch):
+    cfg, output, before = finished
+    cfg = replace(cfg, output=str(copytree(output, tmp_path / "copy")), refinement_steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("sae_nfm.training.multi_arm._train_round", None)  # nothing is trained
+        result = run_compare(cfg)
+        assert CompareResult.load(tmp_path / "copy" / "results.json") == result
+    assert [row for row in result.table() if not row.refinement_steps] == before.table()
+    fitted = [row for row in result.rows if row.refinement_steps]
+    assert [(row.seed, row.arm, row.refinement_steps) for row in fitted] == [
+        (seed, f"{name} refined", 3) for seed in (0, 1) for name in (*SAES, "standard")
+    ]
+    kinds = {row.arm: row.kind for row in fitted}
+    assert (kinds.pop("standard refined"), set(kinds.values())) == (RowKind.INTERPOLATED, {RowKind.REFINED})
+    model = demo.load_model()
+    tokens = datasets.held_out_tokens(model, demo.load_tokens("validation"), cfg.context_size, cfg.held_out_tokens)
+    saes = {name: SAE.load_from_disk(output / "k16" / "seed-0" / name).eval() for name in SAES}
+    arms = [Arm(name=f"{name} refined", sae=refined(sae, 3)) for name, sae in saes.items()]
+    for name, fidelity in evaluate(model, tokens, arms).items():
+        row, plain = row_of(result, name), row_of(result, name.removesuffix(" refined"))
+        # sums of float32 figures in another order
+        assert [row.l0, row.fvu, row.kl_nats] == pytest.approx([fidelity.l0, fidelity.fvu, fidelity.kl_nats], rel=1e-5)
+        assert row.fvu < plain.fvu
+        assert row.l0 <= plain.l0
+        assert (row.parameters, row.learning_rate) == (plain.parameters, plain.learning_rate)
+        assert row.inference_flops > plain.inference_flops
+    words = result.words()
+    assert "topk refined against topk, fvu: " in words.split("What inference gains (")[1]
+    assert "encode with 3 refinements" in words
+    assert "joint_nfm refined against topk refined" in words.split("What the NFM's paths gain")[1]
+
+
 def test_a_folder_of_before_rescaling_was_an_option_is_gone_on_with(finished, tmp_path, monkeypatch, capsys):
     cfg, output, result = finished
     folder = copytree(output, tmp_path / "copy")
@@ -259,6 +328,10 @@ def test_the_expected_time_by_hand():
     step = Step(what="k 8, seed 0", arms=("a", "b"), tokens=100_000, held_out_tokens=1_000)
     training, evaluation = 200 + 50 * 1.5, 5 * 4  # passes of a and b, of the model as it is and of its mean
     assert step.seconds(costs, batch_size=2_000) == pytest.approx(training + evaluation)
+    fitted = replace(step, refined=True)  # a and b once more, 0.01 s and 0.03 s a token beside the passes of the model
+    costs = replace(costs, refine_seconds={"a": 0.01, "b": 0.03, "c": 99.0})
+    again = 1_000 * (2 * 5e-3 + 0.04)
+    assert fitted.seconds(costs, batch_size=2_000) == pytest.approx(training + evaluation + again)
     finished = replace(step, what="k 8, seed 1", arms=())
     assert finished.seconds(costs, batch_size=2_000) == 0
     _, one, other, total = words([step, finished], costs, 2_000).splitlines()
@@ -323,6 +396,32 @@ def test_answers_point_the_right_way_and_correct_the_fair_claims_together():
     assert said["joint_nfm: direct only", "fvu"].verdict.difference.correction is None
 
 
+def test_the_gains_from_inference_and_from_paths_are_told_apart():
+    levels = {"topk": 1.0, "topk refined": 0.8, "topk matched": 0.95, "staged_topk": 0.7, "staged_topk refined": 0.6}
+    levels |= {"joint_nfm staged": 0.75, "joint_nfm staged refined": 0.6}
+    found, missing = answers(document_rows(levels), [32], 5)
+    assert missing == []
+    words = {(a.claim.kind, a.claim.arm, a.claim.against): a.verdict.words for a in found}
+    gained = {
+        ("topk refined", "topk"), ("staged_topk", "topk"), ("staged_topk refined", "staged_topk"),
+        ("joint_nfm staged refined", "joint_nfm staged"),
+    } | {
+        (whole, other)
+        for whole in ("staged_topk refined", "joint_nfm staged refined")
+        for other in ("topk", "topk refined", "topk matched")
+    }  # fmt: skip
+    assert words == {(ClaimKind.INFERENCE, *pair): "better" for pair in gained} | {
+        (ClaimKind.PATHS, "joint_nfm staged", "staged_topk"): "worse",
+        (ClaimKind.PATHS, "joint_nfm staged refined", "staged_topk refined"): "no difference shown",
+    }
+    assert {a.verdict.difference.correction for a in found} == {f"Holm over {len(found)} tests"}
+    seeds = {"config": {"training_tokens": 1, "learning_rates": [1.0], "dataset": "t"}, "seeds": [0]}
+    printed = CompareResult(rows=(compare_row("topk", 1, 1),), answers=tuple(found), provenance=seeds).words()
+    inference, paths = printed.split("What inference gains (")[1].split("What the NFM's paths gain on top of the same ")
+    assert inference.count(": better (Holm") == 2 * len(gained)
+    assert paths.count(": worse (Holm") == paths.count(": no difference shown (Holm") == 2
+
+
 def test_claims_without_all_seeds_or_with_a_diverged_arm_have_a_reason_in_place_of_a_verdict():
     rows = document_rows({JOINT: 1.0, "topk": 1.2, "jumprelu": 1.1})
     rows = rows[(rows["arm"] != "jumprelu") | (rows["seed"] < 3)]
@@ -346,10 +445,18 @@ def test_arms_of_unequal_sparsity_are_not_judged():
 
 
 def test_every_claim_is_about_arms_that_exist():
+    assert len({(claim.arm, claim.against) for claim in CLAIMS}) == len(CLAIMS)
     for claim in CLAIMS:
-        assert claim.arm in ALL_ARMS
-        assert claim.against.partition(":")[0] in ALL_ARMS
+        assert claim.arm.removesuffix(" refined") in ALL_ARMS
+        assert claim.against.partition(":")[0].removesuffix(" refined") in ALL_ARMS
         assert (claim.kind is ClaimKind.ABLATION) == (":" in claim.against)
+        if claim.kind is ClaimKind.PATHS:  # the same inference on both sides, paths on one
+            sides = [(name.endswith(" refined"), "staged" in name) for name in (claim.arm, claim.against)]
+            assert sides[0] == sides[1]
+            assert claim.arm.startswith("joint_nfm")
+            assert not claim.against.startswith("joint_nfm")
+        if {claim.arm, claim.against} <= set(DEFAULT_ARMS):
+            assert claim.kind is ClaimKind.FAIR
     assert {claim.against for claim in CLAIMS if claim.arm == JOINT and claim.kind is ClaimKind.FAIR} >= set(
         DEFAULT_ARMS
     ) - {

@@ -7,6 +7,7 @@ from invented_comparison import ANSWERS, SWEEP, answer, compared
 from report_inputs import RUN
 from report_runs import figures, labels, marks, plots, run_of
 
+from sae_nfm.comparison.results import ClaimKind, SweepRow
 from sae_nfm.report.blocks import Prose
 from sae_nfm.report.chapters.verdicts import section
 
@@ -49,6 +50,31 @@ def test_the_paper_is_named_and_null_results_are_counted(whole):
     assert [line.startswith("The paper's comparison, an ablation: ") for line in said] == [True, True, False, False]
     assert said[2] == f"{ANSWERS[2].verdict.sentence}."
     assert said[3] == "No difference shown in 1 of 2 fair tests: joint_nfm against topk (kl_nats)."
+
+
+def test_inference_and_paths_have_a_figure_and_words_of_their_own(tmp_path):
+    gain = answer("staged_topk", "topk", "fvu", -0.2, kind=ClaimKind.INFERENCE, p=0.001)
+    paths = answer("joint_nfm staged", "staged_topk", "fvu", 0.01, kind=ClaimKind.PATHS)
+    there = section(run_of(tmp_path, compared(answers=(*ANSWERS, gain, paths))))
+    assert there.verdicts[-2:] == [
+        f"Gain from inference: {gain.verdict.sentence}.",
+        "Gain from paths on the same inference: no difference shown in 1 of 1 tests: joint_nfm staged against staged_topk (fvu).",
+    ]
+    names = [figure.name for figure in figures(there)]
+    assert names == ["one-scale-0-k32", "fair-0-k32", "inference-0-k32", "paths-0-k32", "rates-0-k32"]
+    assert marks(figures(there)[2]) == {("staged_topk against topk", "better", -0.2, -0.21, -0.19)}
+    assert labels(figures(there)[0].plot)[4:] == [
+        "The gain from inference: stages, refinements, both", "staged_topk against topk",
+        "The gain from NFM paths on the same inference", "joint_nfm staged against staged_topk",
+    ]  # fmt: skip
+
+
+def test_rates_with_and_without_rescaling_are_rows_of_their_own(tmp_path):
+    same = {"k": 32, "arm": "staged_topk", "family": "staged_topk", "learning_rate": 0.001, "l0": 32.0}
+    swept = (SweepRow(**same, fvu=0.3, rescaling=True), SweepRow(**same, fvu=0.2, rescaling=False, chosen=True))
+    rates = figures(section(run_of(tmp_path, compared(sweep=swept))))[-1]
+    assert labels(rates.plot) == ["staged_topk", "staged_topk, not rescaled"]
+    assert rates.data[["rescaled", "chosen"]].to_numpy().tolist() == [[True, False], [False, True]]
 
 
 def test_a_loss_is_said(tmp_path):

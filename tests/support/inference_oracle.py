@@ -42,7 +42,15 @@ def _of_token(sae: Any, x: Tensor, stages: int, steps: int) -> tuple[Tensor, boo
     else:
         x_n = sae.run_time_activation_norm_fn_in(x[None])[0]
         s = x_n - sae.b_dec if sae.cfg.apply_b_dec_to_input else x_n
-        f, k = torch.zeros(d_sae, dtype=x.dtype), sae.cfg.k
+        f = torch.zeros(d_sae, dtype=x.dtype)
+    if not sequential and getattr(sae.cfg, "encoder", "topk") == "jumprelu":
+        for i in range(d_sae):
+            score = n[i] * float(s @ sae.W_enc[:, i] + sae.b_enc[i])
+            if score > max(0.0, float(sae.threshold[i])):
+                support.append(i)
+                f[i] = score
+    elif not sequential:
+        k = sae.cfg.k
         nothing = D(torch.zeros(d_sae, dtype=x.dtype))
         candidates = range(d_sae)
         for t in range(1, stages + 1):

@@ -37,6 +37,8 @@ METRICS = (
 HEADINGS = {
     ClaimKind.ABLATION: "The paper's comparison: with a part of itself",
     ClaimKind.FAIR: "Fair: with SAEs trained on their own",
+    ClaimKind.INFERENCE: "The gain from inference: stages, refinements, both",
+    ClaimKind.PATHS: "The gain from NFM paths on the same inference",
 }
 TOKENS = "total_tokens_eval_reconstruction"
 EVALUATED = {
@@ -224,13 +226,15 @@ def _against(change: Change) -> str:
 
 def whole_figure(means: Sequence[ArmMean], number: int) -> Figure:
     """FVU and KL of every arm at one k, each seed and the mean; SAEs of a family at other sparsities are left out."""
-    chosen = [m for m in means if m.row.kind is not RowKind.ABLATION and m.row.arm == m.row.family]
+    chosen = [m for m in means if m.row.kind is not RowKind.ABLATION and m.row.arm == m.row.line]
+    fitted = any(m.row.refinement_steps for m in chosen)
     return _means_figure(
         f"arms-{number}",
         "Whole SAEs, each trained on its own",
         chosen,
         Axis(title="lower is better"),
-        f"{_mean_over(chosen)}; small dots: the seeds. The axes do not begin at "
+        f"{_mean_over(chosen)}; small dots: the seeds. "
+        f"{'Refined: the same SAE, its activations fitted to its input. ' if fitted else ''}The axes do not begin at "
         "zero, so that small differences can be seen. All arms see the same tokens in the same order, so their "
         "seeds are paired: intervals that overlap do not show that arms are alike; the verdicts compare them pair "
         "by pair.",
@@ -240,7 +244,8 @@ def whole_figure(means: Sequence[ArmMean], number: int) -> Figure:
 def ablation_figure(means: Sequence[ArmMean], number: int) -> Figure:
     """The paper's comparison in absolute numbers at one k: SAEs with paths ablated beside the whole ones and TopK."""
     ablated = {mean.row.family for mean in means if mean.row.kind is RowKind.ABLATION}
-    chosen = [m for m in means if m.row.family in ablated or m.row.group is ArmGroup.TOPK]
+    shown = [m for m in means if not m.row.refinement_steps]
+    chosen = [m for m in shown if m.row.family in ablated or m.row.group is ArmGroup.TOPK]
     return _means_figure(
         f"ablations-{number}",
         "The paper compares an SAE with a part of itself; TopK is the fair neighbour",

@@ -57,11 +57,11 @@ def pareto_figure(means: Sequence[ArmMean], number: int) -> Figure:
 
 def _plot(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmMean]) -> go.Figure:
     figure: Any = make_subplots(rows=len(PANELS), cols=1, shared_xaxes=True, vertical_spacing=0.07)
-    families = list(dict.fromkeys([*lines, *(mean.row.family for mean in between)]))
+    families = list(dict.fromkeys([*lines, *(mean.row.line for mean in between)]))
     for panel, (measure, title) in enumerate(PANELS.items(), 1):
         for place, family in enumerate(families):
             trained = [mean for mean in lines.get(family, ()) if mean.metric == measure]
-            hollow = [mean for mean in between if (mean.row.family, mean.metric) == (family, measure)]
+            hollow = [mean for mean in between if (mean.row.line, mean.metric) == (family, measure)]
             if trained:
                 figure.add_trace(_trace(trained, place, legend=panel == 1), row=panel, col=1)
             if hollow:
@@ -79,7 +79,7 @@ def _plot(lines: Mapping[str, Sequence[ArmMean]], between: Sequence[ArmMean]) ->
 
 
 def _trace(means: Sequence[ArmMean], place: int, *, legend: bool, hollow: bool = False) -> go.Scatter:
-    family = means[0].row.family
+    family = means[0].row.line
     trace = line(
         [mean.l0 for mean in means],
         [mean.mean for mean in means],

@@ -22,6 +22,16 @@ OUTCOMES = {
     Outcome.NO_CLAIM: Group(name="too few seeds: no claim", colour=PALETTE[3], symbol="x"),
 }
 SHOWN = (Outcome.BETTER, Outcome.WORSE)
+CLOSER = {
+    ClaimKind.FAIR: ("The fair comparisons, closer", "", "fair tests"),
+    ClaimKind.INFERENCE: ("What inference gains, closer", "Gain from inference: ", "tests"),
+    ClaimKind.PATHS: (
+        "What NFM paths gain on the same inference, closer",
+        "Gain from paths on the same inference: ",
+        "tests",
+    ),
+}
+"""Kinds of claims with a figure of their own: its title, and what is said before and of their findings."""
 INTERVALS = "Lines: 95 % intervals over seeds and documents"
 INSIDE = Group(name="chosen", colour="#000000", symbol="circle-open", size=19)
 EDGE = Group(name="chosen, at an edge of the sweep", colour=PALETTE[4], symbol="square-open", size=19)
@@ -34,7 +44,8 @@ def section(run: Run) -> Section | None:
         id="verdicts",
         title=TITLE,
         lead="Does one arm do better than another by more than seeds and documents scatter? Fair claims compare "
-        "SAEs trained on their own; the paper's comparison of an SAE with a part of itself stands apart.",
+        "SAEs trained on their own; what inference gains, and what paths gain on top of the same inference, are told apart; the "
+        "paper's comparison of an SAE with a part of itself stands apart.",
         blocks=_blocks,
         findings=lambda result: _said(result.answers),
     )
@@ -44,12 +55,12 @@ def _blocks(result: CompareResult, number: int) -> Iterator[Block]:
     ks = list(dict.fromkeys(answer.k for answer in result.answers))
     for k in ks:
         own = [answer for answer in result.answers if answer.k == k]
-        fair = [answer for answer in own if answer.claim.kind is ClaimKind.FAIR]
         if len(ks) > 1:
             yield Heading(text=f"k = {k}")
         yield one_scale_figure(own, number)
-        if fair:
-            yield fair_figure(fair, number)
+        for kind in CLOSER:
+            if chosen := [answer for answer in own if answer.claim.kind is kind]:
+                yield closer_figure(chosen, number)
     if result.missing:
         yield Prose(lines=[f"No verdict: {reason}." for reason in result.missing], listed=True)
     for k in dict.fromkeys(row.k for row in result.sweep):
@@ -57,17 +68,19 @@ def _blocks(result: CompareResult, number: int) -> Iterator[Block]:
 
 
 def _said(answers: Sequence[Answer]) -> Iterator[str]:
-    """The paper's comparisons, each fair claim that holds, and the names of those that do not."""
-    fair = [answer for answer in answers if answer.claim.kind is ClaimKind.FAIR]
+    """The paper's comparisons; of each other kind the claims that hold, and the names of those that do not."""
     for answer in answers:
         if answer.claim.kind is ClaimKind.ABLATION:
             yield f"The paper's comparison, an ablation: {answer.verdict.sentence}."
-    for answer in fair:
-        if answer.verdict.outcome in SHOWN:
-            yield f"{answer.verdict.sentence}."
-    for words in dict.fromkeys(answer.verdict.words for answer in fair if answer.verdict.outcome not in SHOWN):
-        without = [answer for answer in fair if answer.verdict.words == words]
-        yield f"{words[0].upper()}{words[1:]} in {len(without)} of {len(fair)} fair tests: {_named(without)}."
+    for kind, (_, before, tests) in CLOSER.items():
+        fair = [answer for answer in answers if answer.claim.kind is kind]
+        for answer in fair:
+            if answer.verdict.outcome in SHOWN:
+                yield f"{before}{answer.verdict.sentence}."
+        for words in dict.fromkeys(answer.verdict.words for answer in fair if answer.verdict.outcome not in SHOWN):
+            without = [answer for answer in fair if answer.verdict.words == words]
+            told = f"{before}{words}"
+            yield f"{told[0].upper()}{told[1:]} in {len(without)} of {len(fair)} {tests}: {_named(without)}."
 
 
 def _named(answers: Sequence[Answer]) -> str:
@@ -97,8 +110,8 @@ def one_scale_figure(answers: Sequence[Answer], number: int) -> Figure:
     )
 
 
-def fair_figure(answers: Sequence[Answer], number: int) -> Figure:
-    """Every fair claim at one k with its verdict."""
+def closer_figure(answers: Sequence[Answer], number: int) -> Figure:
+    """Every claim of one kind at one k with its verdict."""
     rows = plain_rows(map(_pair, answers))
     marks = [
         _mark(answer, group=OUTCOMES[answer.verdict.outcome].name, panel=MEASURES[answer.verdict.measure])
@@ -108,8 +121,8 @@ def fair_figure(answers: Sequence[Answer], number: int) -> Figure:
     n = answers[0].verdict.n_seeds
     corrections = dict.fromkeys(a.verdict.difference.correction for a in answers if a.verdict.difference.correction)
     return Figure(
-        name=f"fair-{number}-k{answers[0].k}",
-        title="The fair comparisons, closer",
+        name=f"{answers[0].claim.kind}-{number}-k{answers[0].k}",
+        title=CLOSER[answers[0].claim.kind][0],
         plot=dot_plot(
             marks,
             tuple(OUTCOMES.values()),
