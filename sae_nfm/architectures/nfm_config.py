@@ -59,6 +59,11 @@ def check_inference(cfg: Any) -> None:
         if encoder == "topk" and stages is not None and not 1 <= stages <= cfg.k:
             raise ValueError(f"{name} must be from 1 to k = {cfg.k}, at least one feature a stage, got {stages}")
     candidates = getattr(cfg, "selection_candidates", None)
+    if encoder != "topk" and candidates is not None:
+        raise ValueError(
+            f"selection_candidates is {candidates}, and features are chosen in stages with encoder 'topk' alone, not with "
+            f"{encoder!r}; leave it out"
+        )
     if candidates is not None and not cfg.k <= candidates <= cfg.d_sae:
         raise ValueError(
             f"selection_candidates must be from k = {cfg.k} to d_sae = {cfg.d_sae}, or None for all, got {candidates}"

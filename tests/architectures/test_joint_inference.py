@@ -392,6 +392,8 @@ def test_the_saved_sae_infers_as_its_training_config_says(architecture, tmp_path
     [
         ({"selection_stages": 0}, r"selection_stages .*from 1 to k = 4.* 0$"),
         ({"selection_stages": 5}, r"selection_stages .*from 1 to k = 4.* 5$"),
+        ({"selection_candidates": 3}, r"selection_candidates must be from k = 4 to d_sae = 8.* 3$"),
+        ({"selection_candidates": 9}, r"selection_candidates must be from k = 4 to d_sae = 8.* 9$"),
         ({"inference_selection_stages": 5}, r"inference_selection_stages .* 5$"),
         ({"refinement_steps": -1}, r"refinement_steps must be >= 0, got -1"),
         ({"inference_refinement_steps": -1}, r"inference_refinement_steps must be >= 0, got -1"),
