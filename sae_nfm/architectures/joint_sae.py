@@ -18,7 +18,8 @@ Training, inference, evaluation and intervention share one `decode`; the maths i
 Source: arXiv 2507.00269.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -52,6 +53,7 @@ class NFMDecoder(NFMPaths):
     b_enc: nn.Parameter
     folded_W_dec_norm: Tensor
     ENCODER: ClassVar[str] = "topk"
+    _held_norms: Tensor | None = None
 
     @override
     def initialize_weights(self) -> None:
@@ -87,9 +89,9 @@ class NFMDecoder(NFMPaths):
     def _inferred(self, sae_in: Tensor, hidden_pre: Tensor, k: int) -> reference.SparseActs:
         """`kernels.inference`, in at least float32."""
         cfg, d_sae = self.cfg, self.cfg.d_sae
-        with self._weights_alone() as written:
+        norms = wide(self.W_dec).norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
+        with self._weights_alone() as written, self._holding(norms):
             W_enc, b_dec, sae_in = wide(self.W_enc), wide(self.b_dec), wide(sae_in)
-            norms = wide(self.W_dec).norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
             nothing = written(W_enc.new_zeros(1, d_sae))[0]
             acts = inference.select(
                 wide(hidden_pre),
@@ -97,6 +99,7 @@ class NFMDecoder(NFMPaths):
                 W_enc,
                 norms,
                 inference.stage_sizes(k, cfg.selection_stages),
+                cfg.selection_candidates,
             )
             if not cfg.refinement_steps:
                 return acts
@@ -151,6 +154,15 @@ class NFMDecoder(NFMPaths):
             return "dense"
         return dispatch.choose(cfg.d_sae, n_read, self.device, dtype or product_dtype(self.W_dec))
 
+    @contextmanager
+    def _holding(self, norms: Tensor | None) -> Generator[None]:
+        """Within it, decoding does not compute the decoder norms again."""
+        self._held_norms = norms
+        try:
+            yield
+        finally:
+            self._held_norms = None
+
     def _direct_and_linear(self, acts: reference.Acts, read: reference.Acts) -> tuple[Tensor, Tensor | None]:
         """What the two decoders write, biases included."""
         if isinstance(acts, Tensor):
@@ -159,7 +171,8 @@ class NFMDecoder(NFMPaths):
         else:
             values = acts.values
             if self.cfg.rescale_acts_by_decoder_norm:
-                values = values / dispatch.of_active(reference.divisor(self.W_dec.norm(dim=-1)), acts)
+                norms = self.W_dec.norm(dim=-1) if self._held_norms is None else self._held_norms
+                values = values / dispatch.of_active(reference.divisor(norms), acts)
             direct = reference.weighted_rows(reference.SparseActs(acts.indices, values), self.W_dec)
         return direct + self.b_dec, self._linear(read)
 

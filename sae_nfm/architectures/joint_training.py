@@ -27,13 +27,12 @@ from typing_extensions import override
 from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig, StagedTopKTrainingSAEConfig
 from sae_nfm.architectures.joint_sae import JointNFMSAE, NFMDecoder, Thresholded, VaryingDecoder, of_encoder
 from sae_nfm.architectures.nfm_paths import Paths, TrainedPaths, is_hooked
-from sae_nfm.kernels import Acts, Kernel, SparseActs, dispatch, reference, sees_numbers
+from sae_nfm.architectures.staged_step import StagedPaths
+from sae_nfm.kernels import Acts, Kernel, SparseActs, dispatch, inference, reference, sees_numbers, sums, wide
 from sae_nfm.kernels.device import autocast_as_now, autocast_off
+from sae_nfm.kernels.inference import Encoder
 from sae_nfm.kernels.topk import hidden_pre
 from sae_nfm.loading import refuse_not_finite, write_note
-
-Encoder = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Input [*batch, d_in], W_enc, b_enc, and the decoder norms that scale the pre-activations, if any."""
 
 
 class Forms(NamedTuple):
@@ -128,7 +127,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
 
     def _steps_sparsely(self, sae_in: Tensor) -> bool:
         if (
-            self.inferring()
+            self.cfg.refinement_steps > 0
             or self._needs_matrices()
             or not sees_numbers(sae_in, *self.parameters())
             or not self._is_saelens()
@@ -163,8 +162,11 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         cfg, forms, (sae_in, b_enc) = self.cfg, self._forms(), self._encoder_input(step_input.sae_in)
         norms, W_dec = dispatch.row_norms(self.W_dec) if cfg.rescale_acts_by_decoder_norm else (None, self.W_dec)
         encoder = (sae_in, self.W_enc, b_enc, norms)
-        acts = dispatch.encode(*encoder, cfg.k, gradient=forms.direct)
-        paths = self._sparse_decode(acts, norms, W_dec, forms)
+        if self.inferring():
+            acts, paths = self._staged(encoder, W_dec)
+        else:
+            acts = dispatch.encode(*encoder, cfg.k, gradient=forms.direct)
+            paths = self._sparse_decode(acts, norms, W_dec, forms)
         sae_out = self.run_time_activation_norm_fn_out(paths.total())
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         dead_loss = self._sparse_dead_loss(step_input, sae_out, encoder, W_dec)
@@ -212,9 +214,27 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
             no_change = (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
         return encoder_in.detach(), self.b_enc + no_change
 
+    def _staged(self, encoder: Encoder, W_dec: Tensor) -> tuple[SparseActs, Paths]:
+        """Activations chosen in stages, and what each path writes of them."""
+        cfg, (sae_in, W_enc, b_enc, norms) = self.cfg, encoder
+        batch = sae_in.shape[:-1]
+        with autocast_off(self.device):
+            given = (
+                wide(sae_in).reshape(-1, cfg.d_in),
+                wide(W_enc),
+                wide(b_enc),
+                None if norms is None else wide(norms),
+            )
+            writing = StagedPaths(self, W_dec, norms, reads_all=self._reads_all())
+            sizes = inference.stage_sizes(cfg.k, cfg.selection_stages)
+            acts = inference.select_sparsely(given, sizes, writing, cfg.selection_candidates)
+            paths = writing.written(acts, self._dropout)
+        acts = SparseActs(acts.indices.reshape(*batch, cfg.k), acts.values.to(self.dtype).reshape(*batch, cfg.k))
+        return acts, Paths(*(path if path is None else path.reshape(*batch, cfg.d_in) for path in paths))  # pyright: ignore[reportArgumentType]
+
     def _sparse_decode(self, acts: SparseActs, norms: Tensor | None, W_dec: Tensor, forms: Forms) -> Paths:
         """What each path writes, from the active features alone; the direct path with the linear one where both read the same."""
-        cfg, routing = self.cfg, reference.route(acts.indices, self.cfg.d_sae)
+        cfg, routing = self.cfg, sums.route(acts.indices, self.cfg.d_sae)
         unscaled = acts
         if norms is not None and not self._reads_all():
             unscaled = SparseActs(
@@ -223,7 +243,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         read, read_routing = acts, routing
         if cfg.nfm_top_k is not None and cfg.nfm_top_k < cfg.k:
             read = reference.top_n(acts, cfg.nfm_top_k)
-            read_routing = reference.route(read.indices, cfg.d_sae)
+            read_routing = sums.route(read.indices, cfg.d_sae)
         linear = square = interacting = None
         if forms.linear is not None and not self._reads_all():
             linear = dispatch.weighted_rows(read, self.W_lin, read_routing, kernel=forms.linear) + self.b_lin

@@ -181,7 +181,7 @@ class NFMPaths(_Host):
             setattr(self, name, nn.Identity())
         try:
             with autocast_off(self.device):
-                yield partial(_all_written, self)
+                yield partial(_all_written, self, differentiable=torch.is_grad_enabled())
         finally:
             self.hidden_code = replaced
             for name, hook in hooked.items():
@@ -244,9 +244,13 @@ class NFMPaths(_Host):
         return saved
 
 
-def _all_written(sae: NFMPaths, acts: reference.Acts) -> Tensor:
+def _all_written(sae: NFMPaths, acts: reference.Acts, *, differentiable: bool) -> Tensor:
     whole = _Whole(sae)
-    weights = {name: wide(weight) for name, weight in whole.named_parameters() if wide(weight) is not weight}
+    weights = dict(whole.named_parameters())
+    if differentiable:
+        weights = {name: wide(weight) for name, weight in weights.items() if wide(weight) is not weight}
+    else:
+        weights = {name: wide(weight.detach()) for name, weight in weights.items()}
     return functional_call(whole, weights, (acts,)) if weights else whole(acts)
 
 

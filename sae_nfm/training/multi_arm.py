@@ -47,6 +47,7 @@ ORDINARY: dict[str, Any] = {
     "model_kwargs": {},
     "activations": None,
     "selection_stages": 1,
+    "selection_candidates": None,
     "refinement_steps": 0,
     "inference_selection_stages": None,
     "inference_refinement_steps": None,

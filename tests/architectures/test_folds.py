@@ -27,6 +27,7 @@ OPTIONS = {
     "use_square_path": (True, False),
     "apply_b_dec_to_input": (True, False),
     "selection_stages": (1, 3),
+    "selection_candidates": (None, K + 2),
     "refinement_steps": (0, 1),
     "encoder": ("topk", "batchtopk", "jumprelu"),
 }
@@ -50,7 +51,7 @@ def sae(request) -> NFMDecoder:
     )
     training = config_class is JointNFMTrainingSAEConfig
     if options["encoder"] != "topk":  # stages are TopK's
-        options["selection_stages"] = 1
+        options["selection_stages"], options["selection_candidates"] = 1, None
         if not training:
             options["encoder"] = "jumprelu"
         elif options["rescale_acts_by_decoder_norm"]:  # which SAELens's jumprelu does not do in training

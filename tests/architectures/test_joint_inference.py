@@ -67,6 +67,7 @@ OPTIONS = {
     "apply_b_dec_to_input": (True, False),
     "normalize_activations": ("none", "layer_norm", "constant_norm_rescale"),
     "selection_stages": (1, 2, 3, K),
+    "selection_candidates": (None, K + 1, K + 4),
     "refinement_steps": (0, 1, 3),
     "training": (True, False),
 }
@@ -79,7 +80,7 @@ OPTIONS = {
 def test_activations_are_those_of_the_definition(third_order, options):
     stages, steps = options["selection_stages"], options["refinement_steps"]
     if options["architecture"] == "sequential_nfm":
-        del options["selection_stages"]
+        del options["selection_stages"], options["selection_candidates"]
     sae, x = made(**options, dtype="float64"), random_activations(rows=6).double()
     expected, clear = inferred(sae, x, stages, steps)
     assert clear.sum() >= 3
@@ -391,6 +392,8 @@ def test_the_saved_sae_infers_as_its_training_config_says(architecture, tmp_path
     [
         ({"selection_stages": 0}, r"selection_stages .*from 1 to k = 4.* 0$"),
         ({"selection_stages": 5}, r"selection_stages .*from 1 to k = 4.* 5$"),
+        ({"selection_candidates": 3}, r"selection_candidates must be from k = 4 to d_sae = 8.* 3$"),
+        ({"selection_candidates": 9}, r"selection_candidates must be from k = 4 to d_sae = 8.* 9$"),
         ({"inference_selection_stages": 5}, r"inference_selection_stages .* 5$"),
         ({"refinement_steps": -1}, r"refinement_steps must be >= 0, got -1"),
         ({"inference_refinement_steps": -1}, r"inference_refinement_steps must be >= 0, got -1"),
