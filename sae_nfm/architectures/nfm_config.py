@@ -48,7 +48,7 @@ class InferenceFields(RefinementFields):
 def check_inference(cfg: Any) -> None:
     """Raise a ValueError for stages or refinements that cannot work, of a config that has either."""
     encoder = getattr(cfg, "encoder", "topk")
-    for name in ("selection_stages", "inference_selection_stages", "selection_candidates"):
+    for name in ("selection_stages", "inference_selection_stages"):
         if encoder != "topk" and getattr(cfg, name, None) not in (None, 1):
             raise ValueError(
                 f"{name} is {getattr(cfg, name)}, and features are chosen in stages with encoder 'topk' alone, not with "
