@@ -155,7 +155,8 @@ class Pool:
         norms: Float[Tensor, " d_sae"] | None,
     ) -> None:
         self.indices, self.columns = indices, columns
-        self.scores = scores.clamp(min=torch.finfo(scores.dtype).min)  # above those taken, even one that a hook set to -inf
+        # above those taken, even one that a hook has set to -inf
+        self.scores = scores.clamp(min=torch.finfo(scores.dtype).min)
         self.norms = None if norms is None else norms[indices]
 
     @torch.no_grad()
