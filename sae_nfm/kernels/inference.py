@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import vjp
 
@@ -54,9 +54,11 @@ def select(
         norms: n, None for 1.
         candidates: of how many features, those that the first stage ranks highest, later stages choose; None for all.
     """
-    n_tokens = hidden_pre.shape[:-1].numel()
-    if candidates is not None and n_tokens * candidates >= len(W_enc.T) and not is_transformed():
-        return _select_among(hidden_pre, explained, W_enc, norms, sizes, candidates)
+    batch, d_sae = hidden_pre.shape[:-1], hidden_pre.shape[-1]
+    if candidates is not None and batch.numel() * candidates >= d_sae and not is_transformed():
+        # W_enc is transposed for it, which only so many tokens are worth
+        acts = _select_among(hidden_pre.reshape(-1, d_sae), explained, W_enc, norms, sizes, candidates)
+        return SparseActs(*(part.reshape(*batch, -1) for part in acts))
     acts: SparseActs | None = None
     ranked = None if candidates is None else hidden_pre.detach().topk(candidates, dim=-1, sorted=False).indices
     for size in sizes:
@@ -71,26 +73,26 @@ def select(
 
 
 def _select_among(
-    hidden_pre: Tensor,
+    hidden_pre: Float[Tensor, "n_tokens d_sae"],
     explained: Callable[[SparseActs], Tensor],
     W_enc: Tensor,
     norms: Tensor | None,
     sizes: Sequence[int],
     candidates: int,
 ) -> SparseActs:
-    """`select` among candidates, whose scores alone are made anew: cheaper where there are more of them than features."""
-    first, ranked = hidden_pre.topk(candidates, dim=-1, sorted=False)
+    """`select` among candidates, whose scores alone are made anew."""
     columns = sums.Shared(Transposed.apply(W_enc))
-    scores, open_to = first, torch.zeros_like(first)
+    scores, ranked = hidden_pre.detach().topk(candidates, dim=-1, sorted=False)
+    pool = Pool(ranked, scores, columns.weight, norms)
     acts: SparseActs | None = None
     for size in sizes:
-        if acts is not None:
-            seen = explained(acts)
-            fed_back = columns.dots(ranked.flatten(0, -2), seen.flatten(0, -2)).reshape(ranked.shape)
-            scores = first - (fed_back if norms is None else fed_back * norms[ranked])
-        position = (scores.detach().clamp(min=torch.finfo(scores.dtype).min) + open_to).topk(size, dim=-1).indices
-        open_to = open_to.scatter(-1, position, -torch.inf)
-        acts = _joined(acts, SparseActs(ranked.gather(-1, position), scores.gather(-1, position).relu()))
+        seen = None if acts is None else explained(acts)
+        indices = pool.take(size, seen)
+        values = hidden_pre.gather(-1, indices)
+        if seen is not None:
+            fed_back = columns.dots(indices, seen)
+            values = values - (fed_back if norms is None else fed_back * norms[indices])
+        acts = _joined(acts, SparseActs(indices, values.relu()))
     assert acts is not None
     return acts
 
@@ -117,7 +119,9 @@ def select_sparsely(encoder: Encoder, sizes: Sequence[int], paths: Summed, candi
     """
     sae_in, W_enc, b_enc, norms = encoder
     columns, unexplained = sums.Shared(Transposed.apply(W_enc)), sae_in
-    pool = None if candidates is None else Pool(encoder, candidates, columns.weight)
+    pool = None
+    if candidates is not None:
+        pool = Pool(*top_hidden_pre(sae_in, W_enc, b_enc, norms, candidates), columns.weight, norms)
     acts: SparseActs | None = None
     for size in sizes:
         explained = None if acts is None else paths.explained(acts)
@@ -134,22 +138,30 @@ def select_sparsely(encoder: Encoder, sizes: Sequence[int], paths: Summed, candi
 
 
 class Pool:
-    """Candidates of each token: the features that an encoder ranks highest, and what becomes of their scores.
+    """Candidates of each token, and what becomes of their scores.
 
     Args:
-        encoder: what it reads [n_tokens, d_in], W_enc, b_enc and n, None for 1.
+        indices: which features, those that an encoder ranks highest.
+        scores: their pre-activations, times n.
         columns: W_enc transposed in memory.
+        norms: n, None for 1.
     """
 
-    @torch.no_grad()
-    def __init__(self, encoder: Encoder, candidates: int, columns: Float[Tensor, "d_sae d_in"]) -> None:
-        self.columns, norms = columns, encoder[-1]
-        self.indices, self.scores = top_hidden_pre(*encoder, candidates)
-        self.norms = None if norms is None else norms[self.indices]
+    def __init__(
+        self,
+        indices: Int[Tensor, "n_tokens candidates"],
+        scores: Float[Tensor, "n_tokens candidates"],
+        columns: Float[Tensor, "d_sae d_in"],
+        norms: Float[Tensor, " d_sae"] | None,
+    ) -> None:
+        self.indices, self.columns = indices, columns
+        # above those taken, even one that a hook has set to -inf
+        self.scores = scores.clamp(min=torch.finfo(scores.dtype).min)
+        self.norms = None if norms is None else norms[indices]
 
     @torch.no_grad()
-    def take(self, size: int, explained: Tensor | None) -> Tensor:
-        """The largest, of those not taken yet, once what is explained is subtracted; [n_tokens, size]."""
+    def take(self, size: int, explained: Float[Tensor, "n_tokens d_in"] | None) -> Int[Tensor, "n_tokens size"]:
+        """The largest, of those not taken yet, once what is explained is subtracted."""
         scores = self.scores
         if explained is not None:
             fed_back = sums.dots(self.indices, explained, self.columns)

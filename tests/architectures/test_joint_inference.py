@@ -87,6 +87,21 @@ def test_activations_are_those_of_the_definition(third_order, options):
     torch.testing.assert_close(sae.encode(x)[clear], expected[clear], rtol=1e-9, atol=1e-9)
 
 
+@torch.no_grad()
+def test_a_hook_that_leaves_fewer_features_than_stages_choose():
+    kept, x, found = torch.tensor([1, 5, 7]), random_activations(rows=6).double(), []
+
+    def ban(value, hook):
+        return torch.full_like(value, -torch.inf).index_copy(-1, kept, value[..., kept])
+
+    for candidates in (None, K + 2):
+        sae = made("staged_topk", dtype="float64", selection_stages=K, selection_candidates=candidates)
+        with sae.hooks(fwd_hooks=[("hook_sae_acts_pre", ban)]):
+            found.append(sae.encode(x))
+    torch.testing.assert_close(*found)
+    assert found[0][:, kept].count_nonzero() == found[0].count_nonzero() > 0
+
+
 def unit_dictionary(d_sae, d_in, seed=0):
     rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return rows / rows.norm(dim=-1, keepdim=True)
