@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from sae_nfm.common import short_repr
-from sae_nfm.kernels.device import uses_triton, wide
+from sae_nfm.kernels.device import sees_numbers, uses_triton, wide
 
 Grads = tuple[Tensor | None, ...]
 
@@ -89,7 +89,9 @@ def dots(indices: Tensor, by_token: Tensor, rows: Tensor) -> Tensor:
     """`<g_b, w_[bj]>`, [n_tokens, k], in the type of g, which is at least float32."""
     if uses_triton(rows):
         return triton().dots(indices, by_token, rows)
-    if rows.device.type not in ("cpu", "cuda"):  # others have no sampled product
+    if rows.device.type not in ("cpu", "cuda") or not sees_numbers(
+        by_token, rows
+    ):  # elsewhere there is no sampled product
         return (by_token @ rows.to(by_token.dtype).T).gather(-1, indices)
     n_tokens, k = indices.shape
     starts, zeros = k * torch.arange(n_tokens + 1, device=indices.device), by_token.new_zeros(n_tokens * k)

@@ -54,7 +54,7 @@ from transformer_lens import HookedTransformerConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 from typing_extensions import override
 
-from sae_nfm.architectures import FEW_FEATURES, JointNFMTrainingSAEConfig
+from sae_nfm.architectures import FEW_FEATURES, JointNFMTrainingSAEConfig, StagedTopKTrainingSAEConfig
 from sae_nfm.common import check_numbers, reading
 from sae_nfm.comparison import training_flops
 from sae_nfm.kernels import TOKENS_AT_ONCE, dispatch
@@ -177,6 +177,8 @@ class LiveBytes(TorchDispatchMode):
 
     def count(self, tensor: Tensor) -> None:
         """Count the storage of a tensor made elsewhere, too."""
+        if tensor.layout is not torch.strided:  # made of others, which were counted
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata  # pyright: ignore[reportPrivateUsage] (torch's identity of a storage)
         if key not in self._live:
@@ -377,7 +379,9 @@ def _shapes(cfg: TrainingSAEConfig) -> dict[str, tuple[int, ...]]:
 def _kernel(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
     """The form of the direct path that `NFMDecoder.form_of` would choose on the run's device."""
     sae = cfg.sae
-    if not isinstance(sae, JointNFMTrainingSAEConfig) or sae.encoder != "topk" or cfg.compile_sae:
+    if not isinstance(sae, JointNFMTrainingSAEConfig | StagedTopKTrainingSAEConfig) or cfg.compile_sae:
+        return "dense"
+    if getattr(sae, "encoder", "topk") != "topk" or sae.refinement_steps > 0:
         return "dense"
     if sae.kernel != "auto":
         return sae.kernel
@@ -389,18 +393,21 @@ def _sparse_step(cfg: LanguageModelSAERunnerConfig[Any]) -> Cost:
     """The sparse step of joint_nfm, which fake tensors cannot make (how often a feature is active is a number), by formula.
 
     Above weights, gradients and moments the worse of: a matrix that a gradient is made from, beside the gradient; the scores
-    of the tokens that are ranked at a time. Plus 8 k + 8 d_in numbers a token. The fused Adam has no temporaries.
+    of the tokens that are ranked at a time. Plus 8 k + 8 d_in numbers a token. Each stage but the first adds 3 d_in numbers a
+    token and the squares of V; together they need W_enc transposed. The fused Adam has no temporaries.
     """
     sae, device = cfg.sae, torch.device(cfg.device).type
     sizes = [math.prod(shape) for shape in _shapes(sae).values()]
     scores = min(cfg.train_batch_size_tokens, TOKENS_AT_ONCE.get(device, cfg.train_batch_size_tokens)) * sae.d_sae
-    tokens = cfg.train_batch_size_tokens * 8 * (sae.k + sae.d_in)
+    later = sae.selection_stages - 1
+    tokens = cfg.train_batch_size_tokens * (8 * (sae.k + sae.d_in) + 3 * later * sae.d_in)
+    matrices = sae.d_sae * (later * sae.nfm_dim + sae.d_in * (later > 0))
     itemsize = str_to_dtype(sae.dtype).itemsize
     numbers = 3 * sum(sizes)
     return Cost(
         flops_per_token=training_flops(sae),
         resident_bytes=itemsize * numbers,
-        peak_bytes=itemsize * (numbers + sum(sizes) + max(*sizes, scores) + tokens),
+        peak_bytes=itemsize * (numbers + sum(sizes) + matrices + max(*sizes, scores) + tokens),
     )
 
 

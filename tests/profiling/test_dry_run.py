@@ -34,6 +34,7 @@ from sae_nfm.profiling.requirements import (
     shape_of_model,
 )
 from sae_nfm.profiling.requirements import _kernel as chosen_kernel
+from sae_nfm.profiling.requirements import _sparse_step as sparse_step
 from sae_nfm.profiling.results import Device, DryRun
 from sae_nfm_cli import main
 
@@ -190,7 +191,9 @@ def test_recipes_are_what_the_experiments_say(name):
 
 @pytest.mark.parametrize(
     ("architecture", "encoder"), [("topk", {}), ("batchtopk", {}), ("joint_nfm", {}),
-                                  ("joint_nfm", {"encoder": "batchtopk"}), ("joint_nfm", {"encoder": "jumprelu", "k": None})]
+                                  ("joint_nfm", {"encoder": "batchtopk"}), ("joint_nfm", {"encoder": "jumprelu", "k": None}),
+                                  ("staged_topk", {"selection_stages": 4, "kernel": "dense"}),
+                                  ("joint_nfm", {"selection_stages": 2, "refinement_steps": 2})]
 )  # fmt: skip
 def test_a_simulated_step_is_a_real_one(architecture, encoder):
     config_class = get_sae_training_class(architecture)[1]
@@ -335,6 +338,23 @@ def test_a_sparse_step_takes_less_than_a_dense_one():
     assert (sparse.kernel, dense.kernel) == ("sparse", "dense")
     assert sparse.sae_flops_per_token < dense.sae_flops_per_token
     assert sparse.needed_gib < dense.needed_gib
+
+
+@pytest.mark.parametrize(("stages", "candidates"), [(1, None), (4, None), (4, 64)])
+@pytest.mark.parametrize("architecture", ["joint_nfm", "staged_topk"])
+def test_memory_of_a_sparse_step_in_stages(architecture, stages, candidates):
+    sae_class, config_class = get_sae_training_class(architecture)
+    settings = {"d_in": 64, "d_sae": 2048, "k": 16, "selection_stages": stages, "selection_candidates": candidates}
+    config = config_class(**settings)
+    with torch.random.fork_rng(), LiveBytes() as live:
+        options = {"total_training_samples": 256, "train_batch_size_samples": 128, "lr": 1e-3, "lr_end": 1e-3}
+        trainer = SAETrainer(SAETrainerConfig(**options, device="cpu"), sae_class(replace(config)), iter(()))
+        for _ in range(2):
+            trainer.step(random_activations(128, 64))
+    cfg = runner(config, train_batch_size_tokens=128, device="cpu")
+    assert chosen_kernel(cfg) == "sparse"
+    estimate = sparse_step(cfg).peak_bytes
+    assert 0.95 * live.peak <= estimate <= 1.3 * live.peak  # an upper bound but for small things
 
 
 @pytest.mark.slow
