@@ -65,7 +65,7 @@ class TokenPaths(ShortRepr):
     x: Float[Tensor, "tokens d_in"]
     """What is reconstructed."""
     acts: SparseActs
-    """Active features as hooked, [tokens, k]; where fewer than k are active, the rest have value 0."""
+    """Active features as hooked, [tokens, k], with k the most of any token where their number varies; the rest have value 0."""
     read: SparseActs
     """Those that the linear and the interaction path read, [tokens, n]."""
     gates: Bool[Tensor, "tokens nfm_dim"] | None
@@ -130,12 +130,16 @@ def token_paths(
     """
     if documents is not None and len(documents) != len(x):
         raise ValueError(f"{len(documents)} documents for {len(x)} tokens; give one for each token")
-    if not isinstance(getattr(sae.cfg, "k", None), int):
+    k = getattr(sae.cfg, "k", None)
+    if not isinstance(sae, NFMDecoder) and not isinstance(k, int):
         raise ValueError(f"an SAE of architecture {sae.cfg.architecture()!r} has no k; give a joint_nfm or a TopK SAE")
     heads = sae.hook_z_reshaping_mode
     sae.turn_off_forward_pass_hook_z_reshaping()
     try:
-        parts = [_run(sae, part) for part in x.split(max(1, CELLS // sae.cfg.d_sae))]
+        encoded = x.split(max(1, CELLS // sae.cfg.d_sae))
+        if not isinstance(k, int):  # their number varies
+            k = max([1, *(int((sae.encode(part) > 0).sum(dim=-1).amax()) for part in encoded if len(part))])
+        parts = [_run(sae, part, k) for part in encoded]
     finally:
         if heads:
             sae.turn_on_forward_pass_hook_z_reshaping()
@@ -149,7 +153,7 @@ def token_paths(
     )
 
 
-def _run(sae: SAE[Any], x: Tensor) -> TokenPaths:
+def _run(sae: SAE[Any], x: Tensor, k: int) -> TokenPaths:
     gates: list[Tensor] = []
 
     def keep(hidden: Tensor, hook: Any) -> None:  # noqa: ARG001
@@ -165,8 +169,8 @@ def _run(sae: SAE[Any], x: Tensor) -> TokenPaths:
         unscaled = reference.per_norm(acts, sae.W_dec) if rescales else acts
         paths = Paths(unscaled @ sae.W_dec + sae.b_dec, None, None, None)
     sae.run_time_activation_norm_fn_out(paths.direct)  # forgets what the normalisation remembers of this input
-    sparse = reference.sparse_acts_from_dense(acts, sae.cfg.k)
-    assert sparse is not None, "a TopK encoder gave a negative feature, or more than k"
+    sparse = reference.sparse_acts_from_dense(acts, k)
+    assert sparse is not None, "an encoder gave a negative feature, or more than k"
     n = getattr(sae.cfg, "nfm_top_k", None)
     read = sparse if n is None else reference.top_n(sparse, n)
     sparse, read = (SparseActs(acts.indices, wide(acts.values)) for acts in (sparse, read))

@@ -1,3 +1,4 @@
+from .joint_config import EncoderFields as EncoderFields
 from .joint_config import JointNFMSAEConfig as JointNFMSAEConfig
 from .joint_config import JointNFMTrainingSAEConfig as JointNFMTrainingSAEConfig
 from .joint_config import StagedTopKSAEConfig as StagedTopKSAEConfig
@@ -5,9 +6,12 @@ from .joint_config import StagedTopKTrainingSAEConfig as StagedTopKTrainingSAECo
 from .joint_config import parameter_count as parameter_count
 from .joint_sae import FEW_FEATURES as FEW_FEATURES
 from .joint_sae import JointNFMSAE as JointNFMSAE
+from .joint_sae import JumpReLUJointNFMSAE as JumpReLUJointNFMSAE
 from .joint_sae import NFMDecoder as NFMDecoder
 from .joint_sae import StagedTopKSAE as StagedTopKSAE
+from .joint_training import BatchTopKJointNFMTrainingSAE as BatchTopKJointNFMTrainingSAE
 from .joint_training import JointNFMTrainingSAE as JointNFMTrainingSAE
+from .joint_training import JumpReLUJointNFMTrainingSAE as JumpReLUJointNFMTrainingSAE
 from .joint_training import StagedTopKTrainingSAE as StagedTopKTrainingSAE
 from .nfm_config import InferenceFields as InferenceFields
 from .nfm_config import Kernel as Kernel

@@ -1,13 +1,20 @@
-"""Configurations of the architectures `joint_nfm` and `staged_topk`, which is the same without NFM: its inference alone.
+"""Configurations of the architectures `joint_nfm`, with one of three encoders, and `staged_topk`: its TopK and inference alone.
 
 Everything decoding needs is a field of the inference config; what only training needs (dropout, initial scales) is not.
 All refuse unknown keys: SAELens would drop a misspelt one in silence and decode with the default instead.
 """
 
-from dataclasses import dataclass
-from typing import Any, get_args
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from sae_lens import TopKSAEConfig, TopKTrainingSAEConfig
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    JumpReLUTrainingSAEConfig,
+    TopKSAEConfig,
+    TopKTrainingSAEConfig,
+    TrainingSAEConfig,
+)
 from typing_extensions import override
 
 from sae_nfm.architectures.nfm_config import (
@@ -24,6 +31,31 @@ from sae_nfm.architectures.nfm_config import (
 from sae_nfm.common import check_choice, check_positive
 
 ARCHITECTURE, STAGED = "joint_nfm", "staged_topk"
+Encoder = Literal["topk", "batchtopk", "jumprelu"]
+if TYPE_CHECKING:
+    Active = Any  # whoever reads TopK's k knows it to be an int
+else:
+    Active = int | float | None
+ENCODERS: dict[str, type[TrainingSAEConfig]] = {
+    "topk": TopKTrainingSAEConfig,
+    "batchtopk": BatchTopKTrainingSAEConfig,
+    "jumprelu": JumpReLUTrainingSAEConfig,
+}
+"""SAELens's own config by encoder: which fields an encoder has, and what they are unless given."""
+ABSENT = {"k": None, "rescale_acts_by_decoder_norm": False, "aux_loss_coefficient": 0.0}
+"""What the fields of joint_nfm whose default depends on the encoder are where the encoder lacks them."""
+
+
+def encoder_defaults(encoder: str) -> dict[str, Any]:
+    """The defaults that depend on the encoder: those of SAELens's class."""
+    return {name: getattr(ENCODERS[encoder], name, absent) for name, absent in ABSENT.items()}
+
+
+def encoders_with(name: str) -> list[str]:
+    """The encoders for which a field of the training config means something."""
+    if name == "use_sparse_activations":  # SAELens's batchtopk has it too, and does not read it
+        return ["topk"]
+    return [encoder for encoder, theirs in ENCODERS.items() if name in theirs.__dataclass_fields__] or list(ENCODERS)
 
 
 @dataclass
@@ -33,10 +65,17 @@ class JointNFMSAEConfig(InferenceFields, NFMFields, TopKSAEConfig):
     The fields of the NFM: `NFMFields`, of inference: `InferenceFields`, the others: `TopKSAEConfig`.
 
     Args:
+        encoder (Literal["topk", "jumprelu"]): How a token's features are chosen: the k largest, or those above each feature's
+            threshold, as SAEs trained with "batchtopk" or "jumprelu" do.
+        k (int | None): Number of active features per token; None for "jumprelu", where it varies.
         rescale_acts_by_decoder_norm (bool): Whether feature activations are multiplied by their decoder norm before the
             selection. The NFM reads the activations as hooked at hook_sae_acts_post, that is after this rescaling.
             Inherited from TopKSAEConfig.
     """
+
+    k: Active = None
+    encoder: Encoder = "topk"
+    LATER = (*NFMFields.LATER, "encoder")
 
     @override
     @classmethod
@@ -45,6 +84,8 @@ class JointNFMSAEConfig(InferenceFields, NFMFields, TopKSAEConfig):
 
     @override
     def __post_init__(self) -> None:
+        check_choice("encoder of an SAE for inference", self.encoder, ("topk", "jumprelu"))
+        _complete(self, ("k",))
         super().__post_init__()
         _validate(self)
         self.metadata = with_requirement(self.metadata)
@@ -58,10 +99,50 @@ class JointNFMSAEConfig(InferenceFields, NFMFields, TopKSAEConfig):
 
 
 @dataclass(kw_only=True)
-class JointNFMTrainingSAEConfig(TrainingInferenceFields, NFMTrainingFields, TopKTrainingSAEConfig):
+class EncoderFields:
+    """The encoder of a joint NFM-SAE, and the options of SAELens that one encoder alone has.
+
+    Args:
+        encoder (Literal["topk", "batchtopk", "jumprelu"]): How active features are chosen: the k largest of each token (topk);
+            the k largest a token on average over a batch, saved with a threshold (batchtopk); those above a threshold that each
+            feature learns, with SAELens's losses (jumprelu). Options of one encoder are refused with another.
+        topk_threshold_lr (float): For batchtopk: rate at which the saved threshold follows the smallest positive activation
+            of each step.
+        jumprelu_init_threshold (float): For jumprelu: initial threshold.
+        jumprelu_bandwidth (float): For jumprelu: width of the window around the threshold in which it gets a gradient.
+        jumprelu_sparsity_loss_mode (Literal["step", "tanh", "quadratic"]): For jumprelu: the sparsity loss; "step" counts
+            active features (DeepMind's), "tanh" is Anthropic's, "quadratic" draws their number to target_l0 (Gemma Scope 2).
+        l0_coefficient (float): For jumprelu: coefficient of the sparsity loss.
+        l0_warm_up_steps (int): For jumprelu: steps over which that coefficient rises from 0.
+        pre_act_loss_coefficient (float | None): For jumprelu: coefficient of the loss that revives dead features; None for
+            none, 3e-6 as Anthropic's.
+        jumprelu_tanh_scale (float): For jumprelu: scale in the "tanh" loss.
+        jumprelu_ste_to_input (bool): For jumprelu: whether the gradient in that window reaches the encoder too (Anthropic's),
+            not the threshold alone (DeepMind's).
+        target_l0 (float | None): For jumprelu with the "quadratic" loss: the number of active features it aims at.
+    """
+
+    encoder: Encoder = "topk"
+    topk_threshold_lr: float = BatchTopKTrainingSAEConfig.topk_threshold_lr
+    jumprelu_init_threshold: float = JumpReLUTrainingSAEConfig.jumprelu_init_threshold
+    jumprelu_bandwidth: float = JumpReLUTrainingSAEConfig.jumprelu_bandwidth
+    jumprelu_sparsity_loss_mode: Literal["step", "tanh", "quadratic"] = (
+        JumpReLUTrainingSAEConfig.jumprelu_sparsity_loss_mode
+    )
+    l0_coefficient: float = JumpReLUTrainingSAEConfig.l0_coefficient
+    l0_warm_up_steps: int = JumpReLUTrainingSAEConfig.l0_warm_up_steps
+    pre_act_loss_coefficient: float | None = JumpReLUTrainingSAEConfig.pre_act_loss_coefficient
+    jumprelu_tanh_scale: float = JumpReLUTrainingSAEConfig.jumprelu_tanh_scale
+    jumprelu_ste_to_input: bool = JumpReLUTrainingSAEConfig.jumprelu_ste_to_input
+    target_l0: float | None = JumpReLUTrainingSAEConfig.target_l0
+
+
+@dataclass(kw_only=True)
+class JointNFMTrainingSAEConfig(TrainingInferenceFields, NFMTrainingFields, EncoderFields, TopKTrainingSAEConfig):
     """Configuration for training a joint NFM-SAE: encoder, decoder and NFM together, on one reconstruction loss.
 
-    The fields of the NFM: `NFMTrainingFields`, of inference: `TrainingInferenceFields`, the others: `TopKTrainingSAEConfig`.
+    The fields of the NFM: `NFMTrainingFields`, of the encoder: `EncoderFields`, of inference: `TrainingInferenceFields`, the
+    others: `TopKTrainingSAEConfig`.
 
     The defaults `rescale_acts_by_decoder_norm=True` and `nfm_top_k=None` were chosen by measurement: embedded model,
     blocks.2.hook_resid_post, real text, 400,000 tokens, d_sae 2,048, k 32, nfm_dim 64, one seed (a second one at learning
@@ -78,13 +159,20 @@ class JointNFMTrainingSAEConfig(TrainingInferenceFields, NFMTrainingFields, TopK
     (0.093 / 0.122 against 0.095 / 0.124, rescaled) and 10 at 3e-3.
 
     Args:
-        k (int): Number of active features per token. Inherited from TopKTrainingSAEConfig.
+        k (int | float | None): Number of active features per token; for batchtopk, on average. jumprelu has none.
         rescale_acts_by_decoder_norm (bool): Whether feature activations are multiplied by their decoder norm before the
-            selection. The NFM reads the activations as hooked at hook_sae_acts_post, that is after this rescaling.
-            Inherited from TopKTrainingSAEConfig.
+            selection. The NFM reads the activations as hooked at hook_sae_acts_post, that is after this rescaling. jumprelu has
+            none.
+        aux_loss_coefficient (float): Coefficient of the loss that lets dead features reconstruct what the others leave.
+            jumprelu has pre_act_loss_coefficient.
         decoder_init_norm (float | None): Norm of the initial decoder rows; None keeps the random ones. Inherited from
             TrainingSAEConfig.
     """
+
+    # None: `encoder_defaults`; a config that was made has values
+    k: Active = None
+    rescale_acts_by_decoder_norm: bool = cast(bool, None)
+    aux_loss_coefficient: float = cast(float, None)
 
     @override
     @classmethod
@@ -93,10 +181,36 @@ class JointNFMTrainingSAEConfig(TrainingInferenceFields, NFMTrainingFields, TopK
 
     @override
     def __post_init__(self) -> None:
+        check_choice("encoder", self.encoder, ENCODERS)
+        _complete(self, ABSENT)
         super().__post_init__()
         _validate(self)
+        self._refuse_other_encoders()
         self.metadata = with_requirement(self.metadata)
         self.check_training_fields()
+
+    def _refuse_other_encoders(self) -> None:
+        """Raise a ValueError for an option that this encoder does not read."""
+        for field in fields(self):
+            given, unread = getattr(self, field.name), ABSENT.get(field.name, field.default)
+            if self.encoder not in (having := encoders_with(field.name)) and given != unread:
+                raise ValueError(
+                    f"{field.name} is {given!r}, an option of encoder {' and '.join(map(repr, having))}, and the encoder is "
+                    f"{self.encoder!r}; leave it out"
+                )
+        mode = self.jumprelu_sparsity_loss_mode
+        check_choice("jumprelu_sparsity_loss_mode", mode, ("step", "tanh", "quadratic"))
+        if (mode == "quadratic") != (self.target_l0 is not None):
+            raise ValueError(
+                f"target_l0 is {self.target_l0} and jumprelu_sparsity_loss_mode {mode!r}: 'quadratic' needs a target_l0, and the "
+                "other modes do not read it; give both or neither"
+            )
+
+    @override
+    def get_training_architecture_details(self) -> dict[str, Any]:
+        details = super().get_training_architecture_details()
+        own = {name: value for name, value in details.items() if self.encoder in encoders_with(name)}
+        return own | ({"encoder": self.encoder, "k": self.k} if self.encoder == "batchtopk" else {})
 
     @override
     @classmethod
@@ -145,6 +259,7 @@ class WithoutNFM:
     use_linear_path = False
     use_square_path = False
     square_scale = 1.0
+    encoder = "topk"
 
 
 @dataclass
@@ -227,19 +342,49 @@ def parameter_count(cfg: JointNFMConfig) -> int:
         count += d_sae * m + m * m + m + m * d_in + d_in
     if cfg.use_square_path:
         count += d_sae * d_in
+    if cfg.encoder == "jumprelu":
+        count += d_sae
     return count
 
 
 def check_sizes(cfg: TopKSAEConfig | TopKTrainingSAEConfig) -> None:
     """Raise a ValueError for sizes that cannot work, or stages or refinements."""
     check_positive(cfg, "d_in", "d_sae", "k")
-    if cfg.k > cfg.d_sae:
+    if (cfg.k or 0) > cfg.d_sae:
         raise ValueError(f"k must be at most d_sae = {cfg.d_sae}, got {cfg.k}; lower k or raise d_sae")
     check_inference(cfg)
 
 
+def _complete(cfg: JointNFMSAEConfig | JointNFMTrainingSAEConfig, names: Iterable[str]) -> None:
+    """Give fields that were left at None what the encoder has; k is a whole number for topk, and a mean for batchtopk."""
+    for name in names:
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, encoder_defaults(cfg.encoder)[name])
+    if cfg.encoder == "jumprelu" and cfg.k is not None:
+        raise ValueError(
+            f"k is {cfg.k}, and with encoder 'jumprelu' the number of active features is what its thresholds let through; leave "
+            "k out (l0_coefficient sets how sparse a training gets)"
+        )
+    if cfg.encoder == "topk" and cfg.k is not None:
+        if cfg.k != int(cfg.k):
+            raise ValueError(
+                f"k must be a whole number with encoder 'topk', got {cfg.k}; with 'batchtopk' it is a mean"
+            )
+        cfg.k = int(cfg.k)
+    if isinstance(cfg, JointNFMTrainingSAEConfig) and cfg.encoder == "batchtopk" and cfg.k is not None:
+        cfg.k = float(cfg.k)
+
+
 def _validate(cfg: JointNFMSAEConfig | JointNFMTrainingSAEConfig) -> None:
     check_sizes(cfg)
-    if cfg.nfm_top_k is not None and not 1 <= cfg.nfm_top_k <= cfg.k:
-        raise ValueError(f"nfm_top_k must be from 1 to k = {cfg.k}, or None for all active ones, got {cfg.nfm_top_k}")
+    name, most = ("k", cfg.k) if cfg.encoder == "topk" else ("d_sae", cfg.d_sae)
+    if cfg.nfm_top_k is not None and not 1 <= cfg.nfm_top_k <= most:
+        raise ValueError(
+            f"nfm_top_k must be from 1 to {name} = {most}, or None for all active ones, got {cfg.nfm_top_k}"
+        )
+    if cfg.encoder != "topk" and cfg.kernel == "sparse":
+        raise ValueError(
+            f"kernel 'sparse' works on exactly k features a token, and with encoder {cfg.encoder!r} their number varies; give "
+            "kernel 'auto' or 'dense'"
+        )
     cfg.check_nfm_fields()

@@ -1,4 +1,4 @@
-"""The `joint_nfm` architecture: a TopK SAE whose output also has the paths of a Neural Factorization Machine.
+"""The `joint_nfm` architecture: an SAE whose output also has the paths of a Neural Factorization Machine.
 
 `staged_topk` is the same without them: what an SAE of either gains by its inference (`kernels.inference`) it shows alone.
 
@@ -9,17 +9,24 @@ ONE CONVENTION for what the NFM reads: `f` is the activation as hooked at `hook_
 out again, as in SAELens's TopK. An edit at that hook therefore has one meaning for all paths, folding decoder norms
 leaves the NFM untouched, and top-n is selected on the same numbers before and after every fold.
 
+`cfg.encoder` says how features are chosen. TopK's are SAELens's TopK classes; with another encoder `JointNFMSAE(cfg)` and
+`JointNFMTrainingSAE(cfg)` make a subclass (`of_encoder`) that is also one of SAELens's class for it, since SAELens knows one
+class by architecture. The number of active features of a token then varies: what it decodes, it decodes as matrices.
+
 Training, inference, evaluation and intervention share one `decode`; the maths is in `kernels.reference`.
 
 Source: arXiv 2507.00269.
 """
 
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from sae_lens import TopKSAE
+from sae_lens import SAE, JumpReLUSAE, TopKSAE
 from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
 from typing_extensions import override
@@ -45,6 +52,8 @@ class NFMDecoder(NFMPaths):
     cfg: JointNFMConfig
     b_enc: nn.Parameter
     folded_W_dec_norm: Tensor
+    ENCODER: ClassVar[str] = "topk"
+    _held_norms: Tensor | None = None
 
     @override
     def initialize_weights(self) -> None:
@@ -80,9 +89,9 @@ class NFMDecoder(NFMPaths):
     def _inferred(self, sae_in: Tensor, hidden_pre: Tensor, k: int) -> reference.SparseActs:
         """`kernels.inference`, in at least float32."""
         cfg, d_sae = self.cfg, self.cfg.d_sae
-        with self._weights_alone() as written:
+        norms = wide(self.W_dec).norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
+        with self._weights_alone() as written, self._holding(norms):
             W_enc, b_dec, sae_in = wide(self.W_enc), wide(self.b_dec), wide(sae_in)
-            norms = wide(self.W_dec).norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
             nothing = written(W_enc.new_zeros(1, d_sae))[0]
             acts = inference.select(
                 wide(hidden_pre),
@@ -90,6 +99,7 @@ class NFMDecoder(NFMPaths):
                 W_enc,
                 norms,
                 inference.stage_sizes(k, cfg.selection_stages),
+                cfg.selection_candidates,
             )
             if not cfg.refinement_steps:
                 return acts
@@ -144,6 +154,15 @@ class NFMDecoder(NFMPaths):
             return "dense"
         return dispatch.choose(cfg.d_sae, n_read, self.device, dtype or product_dtype(self.W_dec))
 
+    @contextmanager
+    def _holding(self, norms: Tensor | None) -> Generator[None]:
+        """Within it, decoding does not compute the decoder norms again."""
+        self._held_norms = norms
+        try:
+            yield
+        finally:
+            self._held_norms = None
+
     def _direct_and_linear(self, acts: reference.Acts, read: reference.Acts) -> tuple[Tensor, Tensor | None]:
         """What the two decoders write, biases included."""
         if isinstance(acts, Tensor):
@@ -152,7 +171,8 @@ class NFMDecoder(NFMPaths):
         else:
             values = acts.values
             if self.cfg.rescale_acts_by_decoder_norm:
-                values = values / dispatch.of_active(reference.divisor(self.W_dec.norm(dim=-1)), acts)
+                norms = self.W_dec.norm(dim=-1) if self._held_norms is None else self._held_norms
+                values = values / dispatch.of_active(reference.divisor(norms), acts)
             direct = reference.weighted_rows(reference.SparseActs(acts.indices, values), self.W_dec)
         return direct + self.b_dec, self._linear(read)
 
@@ -236,10 +256,27 @@ class NFMDecoder(NFMPaths):
             )
 
 
+def of_encoder(cls: type, cfg: Any, classes: Mapping[str, type]) -> type:
+    """The class of an SAE that is made as `cls`: the one for its encoder; a ValueError where `cls` is for another."""
+    encoder = getattr(cfg, "encoder", cls.ENCODER)  # a copy is made without a config
+    if encoder == cls.ENCODER:
+        return cls
+    if not issubclass(classes[encoder], cls):
+        raise ValueError(
+            f"{cls.__name__} is for encoder {cls.ENCODER!r}, and the config has {encoder!r}; derive it from "
+            f"{classes[encoder].__name__}"
+        )
+    return classes[encoder]
+
+
 class JointNFMSAE(NFMDecoder, TopKSAE):
     """Inference-only joint NFM-SAE; trained by `JointNFMTrainingSAE`, same tensors in the saved file."""
 
     cfg: JointNFMSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __new__(cls, cfg: Any = None, use_error_term: bool = False) -> "JointNFMSAE":  # noqa: ARG004 # pyright: ignore[reportInconsistentConstructor]
+        """One for the encoder of the config."""
+        return super().__new__(of_encoder(cls, cfg, {"topk": JointNFMSAE, "jumprelu": JumpReLUJointNFMSAE}))
 
     @override
     def encode(self, x: Tensor) -> Tensor:
@@ -253,6 +290,110 @@ class JointNFMSAE(NFMDecoder, TopKSAE):
         kept = {name: value for name, value in canonical.state_dict().items() if name not in ("W_lin", "b_lin")}
         sae.load_state_dict(kept)
         return sae
+
+
+class VaryingDecoder(NFMDecoder):
+    """What differs where the number of active features varies from token to token."""
+
+    _in_training_step = False
+    _unrefined: Tensor | None = None
+
+    def activated(self, hidden_pre: Tensor) -> Tensor:
+        """The encoder's activations, of pre-activations that are rescaled where the SAE does that."""
+        return self.activation_fn(hidden_pre)
+
+    @override
+    def _encoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations, refined on the features that the encoder chose, and pre-activations."""
+        check_inference(self.cfg)
+        sae_in = self.process_sae_in(x)
+        hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
+        acts = self.activated(hidden_pre)
+        if self.cfg.refinement_steps:
+            self._unrefined = acts if self._in_training_step else None
+            acts = self._refined_acts(sae_in, acts)
+        return self.hook_sae_acts_post(acts), hidden_pre
+
+    def _chosen(self, acts: Tensor) -> Tensor:
+        """The encoder's activations in this step: these, or where they were refined what they were before."""
+        unrefined, self._unrefined = self._unrefined, None
+        return acts if unrefined is None else unrefined
+
+    def _refined_acts(self, sae_in: Tensor, acts: Tensor) -> Tensor:
+        x = sae_in + self.b_dec if self.cfg.apply_b_dec_to_input else sae_in
+        rescaled = self.cfg.rescale_acts_by_decoder_norm
+        squares = column_squares(self, wide(self.W_dec).norm(dim=-1) if rescaled else None)
+        # an estimator of the gradient of the choice reads that of the features not chosen: the encoder's
+        return torch.where(acts > 0, self._refined_on_support(x, acts, squares), acts)
+
+    @override
+    def _active(self, feature_acts: Tensor) -> None:
+        return None
+
+    @override
+    def works_sparsely(self) -> bool:
+        return False
+
+
+class Thresholded(VaryingDecoder):
+    """What an SAE has for inference and in training whose features are those above a threshold each."""
+
+    ENCODER = "jumprelu"
+    threshold: nn.Parameter
+    """Of pre-activations as they are compared with it, rescaled or not, [d_sae]."""
+
+    @override
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        return SAE.get_activation_fn(self)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        if self.cfg.rescale_acts_by_decoder_norm:  # by norms that have shrunk
+            self.threshold.data /= scaling_factor
+
+    @override
+    @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        """Fold the decoder norms into the encoder; the NFM reads the same features, which without rescaling grow by them.
+
+        Raises a NotImplementedError, as SAELens does, where the strongest features (`nfm_top_k`) would be others then.
+        """
+        if self.cfg.rescale_acts_by_decoder_norm:
+            self.fold_and_get_W_dec_norm()
+            return
+        if self.cfg.nfm_top_k is not None:
+            raise NotImplementedError(
+                f"decoder norms cannot be folded with nfm_top_k = {self.cfg.nfm_top_k}: the strongest features would be others; "
+                "train with nfm_top_k=None"
+            )
+        norms = self.fold_and_get_W_dec_norm()
+        self.threshold.data *= norms
+        for names, power in ((["W_lin", "V"], 1), (["U"], 2)):
+            for weight in self._nfm_weights(names):
+                weight.data /= norms[:, None] ** power
+
+
+class JumpReLUJointNFMSAE(Thresholded, JointNFMSAE, JumpReLUSAE):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Inference-only joint NFM-SAE whose features are those above a threshold: of encoder "batchtopk" or "jumprelu"."""
+
+    @override
+    def encode(self, x: Tensor) -> Tensor:
+        return self._encoded(x)[0]
+
+    @override
+    def activated(self, hidden_pre: Tensor) -> Tensor:
+        return self.activation_fn(hidden_pre) * (hidden_pre > self.threshold).to(hidden_pre.dtype)
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        trained = state_dict.pop("topk_threshold", None)  # of a checkpoint
+        if trained is not None:
+            state_dict["threshold"] = torch.full_like(state_dict["b_enc"], trained.item())
+        super().process_state_dict_for_loading(state_dict)
 
 
 class StagedTopKSAE(NFMDecoder, TopKSAE):

@@ -13,25 +13,26 @@ pre-activations of its `TrainStepOutput` are made when they are read, and SAELen
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
-from sae_lens import TopKTrainingSAE
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens import BatchTopKTrainingSAE, JumpReLUTrainingSAE, TopKTrainingSAE
+from sae_lens.saes.jumprelu_sae import JumpReLU
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK, calculate_topk_aux_acts
 from torch import Tensor
 from typing_extensions import override
 
 from sae_nfm.architectures.joint_config import JointNFMTrainingSAEConfig, StagedTopKTrainingSAEConfig
-from sae_nfm.architectures.joint_sae import JointNFMSAE, NFMDecoder
+from sae_nfm.architectures.joint_sae import JointNFMSAE, NFMDecoder, Thresholded, VaryingDecoder, of_encoder
 from sae_nfm.architectures.nfm_paths import Paths, TrainedPaths, is_hooked
-from sae_nfm.kernels import Acts, Kernel, SparseActs, dispatch, reference, sees_numbers
+from sae_nfm.architectures.staged_step import StagedPaths
+from sae_nfm.kernels import Acts, Kernel, SparseActs, dispatch, inference, reference, sees_numbers, sums, wide
 from sae_nfm.kernels.device import autocast_as_now, autocast_off
+from sae_nfm.kernels.inference import Encoder
 from sae_nfm.kernels.topk import hidden_pre
 from sae_nfm.loading import refuse_not_finite, write_note
-
-Encoder = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Input [*batch, d_in], W_enc, b_enc, and the decoder norms that scale the pre-activations, if any."""
 
 
 class Forms(NamedTuple):
@@ -69,6 +70,11 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
     cfg: JointNFMTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     _sums_decoders = False
     _counts = False
+
+    def __new__(cls, cfg: Any = None, use_error_term: bool = False) -> "JointNFMTrainingSAE":  # noqa: ARG004 # pyright: ignore[reportInconsistentConstructor] (a copy is made without a config)
+        """One for the encoder of the config."""
+        classes = (JointNFMTrainingSAE, BatchTopKJointNFMTrainingSAE, JumpReLUJointNFMTrainingSAE)
+        return super().__new__(of_encoder(cls, cfg, {one.ENCODER: one for one in classes}))
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +127,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
 
     def _steps_sparsely(self, sae_in: Tensor) -> bool:
         if (
-            self.inferring()
+            self.cfg.refinement_steps > 0
             or self._needs_matrices()
             or not sees_numbers(sae_in, *self.parameters())
             or not self._is_saelens()
@@ -149,14 +155,18 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
 
     def _reads_all(self) -> bool:
         """Whether both decoders read the same features."""
-        return self.cfg.use_linear_path and self.cfg.nfm_top_k in (None, self.cfg.k)
+        cfg = self.cfg
+        return cfg.use_linear_path and (cfg.nfm_top_k is None or (cfg.encoder == "topk" and cfg.nfm_top_k == cfg.k))
 
     def _sparse_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         cfg, forms, (sae_in, b_enc) = self.cfg, self._forms(), self._encoder_input(step_input.sae_in)
         norms, W_dec = dispatch.row_norms(self.W_dec) if cfg.rescale_acts_by_decoder_norm else (None, self.W_dec)
         encoder = (sae_in, self.W_enc, b_enc, norms)
-        acts = dispatch.encode(*encoder, cfg.k, gradient=forms.direct)
-        paths = self._sparse_decode(acts, norms, W_dec, forms)
+        if self.inferring():
+            acts, paths = self._staged(encoder, W_dec)
+        else:
+            acts = dispatch.encode(*encoder, cfg.k, gradient=forms.direct)
+            paths = self._sparse_decode(acts, norms, W_dec, forms)
         sae_out = self.run_time_activation_norm_fn_out(paths.total())
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         dead_loss = self._sparse_dead_loss(step_input, sae_out, encoder, W_dec)
@@ -204,9 +214,27 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
             no_change = (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
         return encoder_in.detach(), self.b_enc + no_change
 
+    def _staged(self, encoder: Encoder, W_dec: Tensor) -> tuple[SparseActs, Paths]:
+        """Activations chosen in stages, and what each path writes of them."""
+        cfg, (sae_in, W_enc, b_enc, norms) = self.cfg, encoder
+        batch = sae_in.shape[:-1]
+        with autocast_off(self.device):
+            given = (
+                wide(sae_in).reshape(-1, cfg.d_in),
+                wide(W_enc),
+                wide(b_enc),
+                None if norms is None else wide(norms),
+            )
+            writing = StagedPaths(self, W_dec, norms, reads_all=self._reads_all())
+            sizes = inference.stage_sizes(cfg.k, cfg.selection_stages)
+            acts = inference.select_sparsely(given, sizes, writing, cfg.selection_candidates)
+            paths = writing.written(acts, self._dropout)
+        acts = SparseActs(acts.indices.reshape(*batch, cfg.k), acts.values.to(self.dtype).reshape(*batch, cfg.k))
+        return acts, Paths(*(path if path is None else path.reshape(*batch, cfg.d_in) for path in paths))  # pyright: ignore[reportArgumentType]
+
     def _sparse_decode(self, acts: SparseActs, norms: Tensor | None, W_dec: Tensor, forms: Forms) -> Paths:
         """What each path writes, from the active features alone; the direct path with the linear one where both read the same."""
-        cfg, routing = self.cfg, reference.route(acts.indices, self.cfg.d_sae)
+        cfg, routing = self.cfg, sums.route(acts.indices, self.cfg.d_sae)
         unscaled = acts
         if norms is not None and not self._reads_all():
             unscaled = SparseActs(
@@ -215,7 +243,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         read, read_routing = acts, routing
         if cfg.nfm_top_k is not None and cfg.nfm_top_k < cfg.k:
             read = reference.top_n(acts, cfg.nfm_top_k)
-            read_routing = reference.route(read.indices, cfg.d_sae)
+            read_routing = sums.route(read.indices, cfg.d_sae)
         linear = square = interacting = None
         if forms.linear is not None and not self._reads_all():
             linear = dispatch.weighted_rows(read, self.W_lin, read_routing, kernel=forms.linear) + self.b_lin
@@ -289,6 +317,54 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         super().process_state_dict_for_saving_inference(state_dict)
         if self.cfg.rescale_acts_by_decoder_norm:
             state_dict["folded_W_dec_norm"] = self.folded_W_dec_norm * self.get_W_dec_norm()
+
+
+class BatchTopKJointNFMTrainingSAE(VaryingDecoder, JointNFMTrainingSAE, BatchTopKTrainingSAE):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Joint NFM-SAE in training with SAELens's BatchTopK: k active features a token on average over a batch.
+
+    Saved for inference it has the threshold that followed the smallest activation of each batch, before any refinement.
+    """
+
+    ENCODER = "batchtopk"
+
+    @override
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._encoded(x)
+
+    @override
+    def update_topk_threshold(self, acts_topk: Tensor) -> None:
+        super().update_topk_threshold(self._chosen(acts_topk))
+
+
+class JumpReLUJointNFMTrainingSAE(Thresholded, JointNFMTrainingSAE, JumpReLUTrainingSAE):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Joint NFM-SAE in training with SAELens's JumpReLU: its thresholds, their gradient and its losses."""
+
+    @override
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._encoded(x)
+
+    @override
+    def activated(self, hidden_pre: Tensor) -> Tensor:
+        threshold = self.threshold.to(hidden_pre.dtype)
+        return cast(Tensor, JumpReLU.apply(hidden_pre, threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input))
+
+    @override
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        """SAELens's losses, on what the encoder chose before any refinement.
+
+        Those that read decoder norms read what a feature writes through the direct and the linear path: the two decoders can
+        trade what they write, and the linear one would be free of the penalty.
+        """
+        written = self.W_dec + self.W_lin if self.cfg.use_linear_path else self.W_dec
+        read: Any = SimpleNamespace(cfg=self.cfg, threshold=self.threshold, bandwidth=self.bandwidth, W_dec=written)
+        acts = self._chosen(feature_acts)
+        return JumpReLUTrainingSAE.calculate_aux_loss(read, step_input, acts, hidden_pre, sae_out)
+
+    @override
+    def get_coefficients(self) -> dict[str, TrainCoefficientConfig | float]:
+        return JumpReLUTrainingSAE.get_coefficients(self)
 
 
 class StagedTopKTrainingSAE(JointNFMTrainingSAE):

@@ -37,17 +37,37 @@ class InferenceFields(RefinementFields):
     Args:
         selection_stages (int): Stages T in which the k features are chosen. Each stage encodes what the features chosen before
             it leave unexplained. 1 is TopK, k chooses one feature after the other (matching pursuit).
+        selection_candidates (int | None): Of how many features, those that the first stage ranks highest, later stages
+            choose: cheaper than of all d_sae, which None stands for.
     """
 
     selection_stages: int = 1
+    selection_candidates: int | None = None
 
 
 def check_inference(cfg: Any) -> None:
     """Raise a ValueError for stages or refinements that cannot work, of a config that has either."""
+    encoder = getattr(cfg, "encoder", "topk")
+    for name in ("selection_stages", "inference_selection_stages"):
+        if encoder != "topk" and getattr(cfg, name, None) not in (None, 1):
+            raise ValueError(
+                f"{name} is {getattr(cfg, name)}, and features are chosen in stages with encoder 'topk' alone, not with "
+                f"{encoder!r}, whose threshold is one for all; leave it out (refinement_steps can be given)"
+            )
     for name in ("selection_stages", "inference_selection_stages"):
         stages = getattr(cfg, name, None)
-        if stages is not None and not 1 <= stages <= cfg.k:
+        if encoder == "topk" and stages is not None and not 1 <= stages <= cfg.k:
             raise ValueError(f"{name} must be from 1 to k = {cfg.k}, at least one feature a stage, got {stages}")
+    candidates = getattr(cfg, "selection_candidates", None)
+    if encoder != "topk" and candidates is not None:
+        raise ValueError(
+            f"selection_candidates is {candidates}, and features are chosen in stages with encoder 'topk' alone, not with "
+            f"{encoder!r}; leave it out"
+        )
+    if candidates is not None and not cfg.k <= candidates <= cfg.d_sae:
+        raise ValueError(
+            f"selection_candidates must be from k = {cfg.k} to d_sae = {cfg.d_sae}, or None for all, got {candidates}"
+        )
     for name in ("refinement_steps", "inference_refinement_steps"):
         steps = getattr(cfg, name, None)
         if steps is not None and steps < 0:
@@ -89,7 +109,7 @@ class NFMFields:
     use_square_path: bool = False
     square_scale: float = 3.0
     kernel: Kernel = "auto"
-    LATER = ("selection_stages", "refinement_steps")
+    LATER = ("selection_stages", "selection_candidates", "refinement_steps")
     """Fields that older saved SAEs lack, whose features are chosen at once and not refined."""
 
     def check_nfm_fields(self) -> None:
@@ -170,9 +190,11 @@ class TrainingInferenceFields(InferenceFields, TrainingRefinementFields):
 
 
 def as_saved(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """A training config's settings as the SAE that it saves has them."""
+    """A training config's settings as the SAE that it saves has them; one of batchtopk has a threshold, as in SAELens."""
     apart = {name: config_dict.get(f"inference_{name}") for name in APART}
     rest = {name: value for name, value in config_dict.items() if name not in {f"inference_{name}" for name in APART}}
+    if rest.get("encoder") == "batchtopk":
+        rest |= {"encoder": "jumprelu", "k": None}
     return rest | {name: value for name, value in apart.items() if value is not None}
 
 

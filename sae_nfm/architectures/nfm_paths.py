@@ -32,7 +32,7 @@ from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_nfm.common import ShortRepr, short_repr
-from sae_nfm.kernels import POOLS, SparseActs, dispatch, reference, wide
+from sae_nfm.kernels import POOLS, SparseActs, dispatch, inference, reference, uncompiled, wide
 from sae_nfm.kernels.device import autocast_off
 from sae_nfm.loading import check_state_dict, refuse_not_finite, write_note
 
@@ -181,11 +181,23 @@ class NFMPaths(_Host):
             setattr(self, name, nn.Identity())
         try:
             with autocast_off(self.device):
-                yield partial(_all_written, self)
+                yield partial(_all_written, self, differentiable=torch.is_grad_enabled())
         finally:
             self.hidden_code = replaced
             for name, hook in hooked.items():
                 setattr(self, name, hook)
+
+    @uncompiled
+    def _refined_on_support(self, x: Tensor, acts: Tensor, column_squares: Tensor) -> Tensor:
+        """What `kernels.inference.refine` makes of activations [*batch, d_sae], whose zeros stay, so that all paths write x."""
+        with self._weights_alone() as written:
+            dense = wide(acts.to_dense() if acts.is_sparse else acts)
+            support = dense > 0
+            # an active feature that reaches 0 stays before all others in what is read with nfm_top_k
+            first = support.to(dense.dtype) * torch.finfo(dense.dtype).tiny
+            steps = self.cfg.refinement_steps
+            found = inference.refine(dense, lambda f: written(f + first), wide(x), column_squares, steps, support)
+        return found.to(acts.dtype)
 
     def _linear(self, read: reference.Acts) -> Tensor | None:
         if not self.cfg.use_linear_path:
@@ -232,9 +244,13 @@ class NFMPaths(_Host):
         return saved
 
 
-def _all_written(sae: NFMPaths, acts: reference.Acts) -> Tensor:
+def _all_written(sae: NFMPaths, acts: reference.Acts, *, differentiable: bool) -> Tensor:
     whole = _Whole(sae)
-    weights = {name: wide(weight) for name, weight in whole.named_parameters() if wide(weight) is not weight}
+    weights = dict(whole.named_parameters())
+    if differentiable:
+        weights = {name: wide(weight) for name, weight in weights.items() if wide(weight) is not weight}
+    else:
+        weights = {name: wide(weight.detach()) for name, weight in weights.items()}
     return functional_call(whole, weights, (acts,)) if weights else whole(acts)
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, TopKSAE
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_nfm.architectures.joint_sae import NFMDecoder
+from sae_nfm.architectures.joint_config import StagedTopKSAEConfig
+from sae_nfm.architectures.joint_sae import NFMDecoder, StagedTopKSAE
 from sae_nfm.architectures.nfm_config import check_inference
 from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths, column_squares, own_normalisation
 from sae_nfm.architectures.sequential_config import (
@@ -34,7 +35,7 @@ from sae_nfm.architectures.sequential_config import (
     for_inference,
     load_base,
 )
-from sae_nfm.kernels import dispatch, inference, reference, sees_numbers, uncompiled, wide
+from sae_nfm.kernels import dispatch, reference, sees_numbers, wide
 from sae_nfm.loading import sha256_of
 
 BASE_HOOKS = ("hook_sae_input", "hook_sae_acts_pre")
@@ -130,20 +131,12 @@ class SequentialNFM(NFMPaths):
         finally:
             self.base_input = None
 
-    @uncompiled
     def _refined(self, x: Tensor, acts: Tensor) -> Tensor:
         """The base's features with the activations that `kernels.inference` makes of them, in the space of the input."""
         check_refinement(self.cfg)
         rescaled = getattr(self.base.cfg, "rescale_acts_by_decoder_norm", False)
-        with self._weights_alone() as written:
-            squares = column_squares(self, wide(self.W_dec).norm(dim=-1) if rescaled else None, self._base_scale())
-            dense = wide(acts.to_dense() if acts.is_sparse else acts)
-            support = dense > 0
-            # an active feature that reaches 0 stays before all others in what is read with nfm_top_k
-            first = support.to(dense.dtype) * torch.finfo(dense.dtype).tiny
-            steps = self.cfg.refinement_steps
-            found = inference.refine(dense, lambda f: written(f + first), wide(x), squares, steps, support)
-        return found.to(acts.dtype)
+        squares = column_squares(self, wide(self.W_dec).norm(dim=-1) if rescaled else None, self._base_scale())
+        return self._refined_on_support(x, acts, squares)
 
     def _base_scale(self) -> Tensor | None:
         """Length in the input's space of a unit in the base's, after it has encoded; None where it is 1."""
@@ -244,7 +237,8 @@ def refined(sae: SAE[Any], steps: int) -> SAE[Any]:
     """A copy of an SAE of any architecture that refines its activations (`kernels.inference`): the features are those that its
     own encoder chooses, R = `steps`, its weights the same.
 
-    joint_nfm, staged_topk and sequential_nfm have an option for it; any other is the base of a sequential NFM without paths.
+    joint_nfm, staged_topk and sequential_nfm have an option for it, topk becomes a staged_topk of one stage, any other the base
+    of a sequential NFM without paths.
 
     Raises a ValueError for steps < 0, activations that can be negative (abstopk), an architecture that cannot be a base, or a
     whitening that is not folded. Of one that is, nothing tells: what falls then is the error of raw activations, not of whitened.
@@ -256,17 +250,20 @@ def refined(sae: SAE[Any], steps: int) -> SAE[Any]:
         return made.train(sae.training)
     base, same = as_base(sae), ("d_in", "d_sae", "dtype", "reshape_activations", "metadata")
     tensors = base.state_dict()
-    cfg = SequentialNFMSAEConfig(
-        **{name: getattr(sae.cfg, name) for name in same},
-        device="meta",  # on which nothing is drawn at random
-        base_config=base_config(base),
-        base_sha256=sha256_of(tensors),
-        head="none",
-        use_linear_path=False,
-        refinement_steps=steps,
-    )
-    made = SequentialNFMSAE(cfg)
-    made.load_state_dict({f"base.{name}": tensor for name, tensor in tensors.items()}, assign=True)
+    # on "meta" nothing is drawn at random
+    given: dict[str, Any] = {name: getattr(sae.cfg, name) for name in same} | {
+        "device": "meta",
+        "refinement_steps": steps,
+    }
+    if type(base) is TopKSAE:  # faster: its active features alone are refined
+        encoder = ("k", "rescale_acts_by_decoder_norm", "apply_b_dec_to_input", "normalize_activations")
+        made = StagedTopKSAE(StagedTopKSAEConfig(**given, **{name: getattr(base.cfg, name) for name in encoder}))
+        tensors["folded_W_dec_norm"] = torch.ones_like(base.b_enc)
+    else:
+        given |= {"base_config": base_config(base), "base_sha256": sha256_of(tensors)}
+        made = SequentialNFMSAE(SequentialNFMSAEConfig(**given, head="none", use_linear_path=False))
+        tensors = {f"base.{name}": tensor for name, tensor in tensors.items()}
+    made.load_state_dict(tensors, assign=True)
     return made.to(device=sae.cfg.device).train(sae.training)
 
 

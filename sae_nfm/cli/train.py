@@ -16,7 +16,15 @@ from sae_nfm import demo
 from sae_nfm.architectures.joint_config import ARCHITECTURE
 from sae_nfm.cli.parser import CommandParser, Option, options_of, respelt, typed
 from sae_nfm.common.options import FETCHED_MODEL
-from sae_nfm.training.run import SAELENS_SAE, TrainArguments, defaults, option_names, train_arguments, trainable
+from sae_nfm.training.run import (
+    SAELENS_SAE,
+    TrainArguments,
+    defaults,
+    option_names,
+    train_arguments,
+    trainable,
+    usual_values,
+)
 
 SAE, WANDB = "SAE", "Weights & Biases"
 SECTIONS = {
@@ -122,7 +130,8 @@ def make_parser(argv: Sequence[str] = (), *, examples: Sequence[tuple[str, str]]
         section = {sae_class: SAE, LoggingConfig: WANDB}.get(config, "")
         by_field = {option.name: option for option in options_of(config)}
         options += [replace(by_field[name], name=option, section=section) for option, name in names.items()]
-    ours = defaults(sae_class, chosen["model_name"])
+    ours = defaults(sae_class, chosen["model_name"], chosen.get("encoder"))
+    usual = SAELENS_SAE | {"architecture": "standard"} | usual_values(sae_class, chosen.get("encoder"))
 
     def build(values: Mapping[str, Any], given: frozenset[str]) -> TrainArguments:
         return train_arguments({name: value for name, value in values.items() if name in given}, argv=argv)
@@ -134,7 +143,7 @@ def make_parser(argv: Sequence[str] = (), *, examples: Sequence[tuple[str, str]]
         description=DESCRIPTION.format(architecture=chosen["architecture"], model=model),
         epilog=EPILOG,
         examples=examples,
-        options=_in_sections([_shown(option, ours) for option in options]),
+        options=_in_sections([_shown(option, ours, usual) for option in options]),
         build=build,
         underscores=True,
     )
@@ -158,21 +167,21 @@ def _in_sections(options: Sequence[Option]) -> list[Option]:
 
 
 def _chosen(argv: Sequence[str]) -> dict[str, str]:
-    """The two options that other defaults depend on."""
+    """The options that other defaults depend on; "encoder" where it was given."""
     chosen = {"model_name": demo.MODEL_NAME, "architecture": ARCHITECTURE}
-    names = {"model": "model_name", "sae": "architecture"}
-    options = [Option(name=name, type=str, aliases=(alias,)) for alias, name in names.items()]
+    names = {"model_name": ("model",), "architecture": ("sae",), "encoder": ()}
+    options = [Option(name=name, type=str, aliases=aliases) for name, aliases in names.items()]
     args, _ = respelt(argv, options, underscores=True)
     for i, arg in enumerate(args):
         flag, equals, value = arg.partition("=")
-        if flag.removeprefix("--") in chosen and flag.startswith("--") and (equals or i + 1 < len(args)):
+        if flag.removeprefix("--") in names and flag.startswith("--") and (equals or i + 1 < len(args)):
             chosen[flag.removeprefix("--")] = value if equals else args[i + 1]
     return chosen
 
 
-def _shown(option: Option, defaults: Mapping[str, Any]) -> Option:
+def _shown(option: Option, defaults: Mapping[str, Any], saelens: Mapping[str, Any]) -> Option:
     """An option with our default and help, and with SAELens's default in the help where ours differs."""
-    usual = SAELENS_SAE.get(option.name, "standard" if option.name == "architecture" else option.default)
+    usual = saelens.get(option.name, option.default)
     default, hint, convert, metavar = defaults.get(option.name, option.default), None, None, None
     if option.name in MEASURED:
         hint = ""

@@ -67,6 +67,8 @@ class ArmSizes:
     """Dropout on the pooled interactions of the joint arms."""
     selection_stages: int = 4
     """Stages of the staged arms."""
+    selection_candidates: int | None = None
+    """Features among which their later stages choose; None for all."""
     refinement_steps: int = 0
     """Refinements that "topk matched inference" has as many FLOPs as; arms are trained without."""
     warm_up_steps: int = 0
@@ -184,7 +186,7 @@ def inference_flops(cfg: TrainingSAEConfig, l0: float | None = None, refinement_
 
 
 def _active(cfg: TrainingSAEConfig, l0: float | None) -> float:
-    active = float(getattr(cfg, "k", 0)) or l0
+    active = float(getattr(cfg, "k", None) or 0) or l0
     if not active:
         raise ValueError(f"no k sets the L0 of a {cfg.architecture()} SAE; give the measured one")
     return active
@@ -269,7 +271,7 @@ def _topk(sizes: ArmSizes, d_sae: int | None = None) -> TopKTrainingSAEConfig:
 
 
 def _stages(sizes: ArmSizes) -> dict[str, Any]:
-    return {"selection_stages": sizes.selection_stages}
+    return {name: getattr(sizes, name) for name in ("selection_stages", "selection_candidates")}
 
 
 def _staged(sizes: ArmSizes, d_sae: int | None = None) -> StagedTopKTrainingSAEConfig:

@@ -67,6 +67,8 @@ class CompareConfig(SizeOptions):
     """Share of the k active features that the linear and the interaction path read; 1 gives the model a canonical gauge."""
     selection_stages: int = 4
     """Stages in which staged_topk and the other staged arms choose their k features, each among what is left to explain."""
+    selection_candidates: int | None = None
+    """Of how many features, those that the first stage ranks highest, later stages of these arms choose; None for all."""
     refinement_steps: int = 0
     """Refinements with which every trained SAE is evaluated once more: the activations of its features are fitted to the input
     through its decoder. 0 for none."""
@@ -127,6 +129,11 @@ class CompareConfig(SizeOptions):
             raise ValueError(
                 f"selection_stages must be at most the smallest k = {min(self.k)}, at least one feature a stage, got "
                 f"{self.selection_stages}; give fewer, or leave out {', '.join(staged)}"
+            )
+        if staged and not max(self.k) <= (candidates := self.selection_candidates or self.d_sae) <= self.d_sae:
+            raise ValueError(
+                f"selection_candidates must be from the largest k = {max(self.k)} to d_sae = {self.d_sae}, or None for all, got "
+                f"{candidates}"
             )
 
     @property

@@ -495,6 +495,10 @@ class CompareResult(SavedResult):
         else:
             told.append(f"One learning rate ({rates[0]:g}) for all SAEs; none was tuned by itself.")
         staged = sorted({row.family for row in self.rows if row.family in STAGED})
+        if staged:
+            among = config.get("selection_candidates")
+            pool = f", later ones among {among} candidates of the first" if among else ""
+            told.append(f"Staged: features chosen in {config['selection_stages']} stages{pool}, in training too.")
         if len(self._rescaling) > 1:
             told.append("Rescaling by decoder norms on or off by the same sweep, for each arm that has it.")
         elif staged and self._rescaling == ["on"]:

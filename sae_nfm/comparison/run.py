@@ -151,8 +151,7 @@ class Prepared:
             d_in=self.site.d_in,
             k=k,
             nfm_top_k=None if read == k else read,
-            selection_stages=cfg.selection_stages,
-            refinement_steps=cfg.refinement_steps,
+            **{name: getattr(cfg, name) for name in ("selection_stages", "selection_candidates", "refinement_steps")},
             warm_up_steps=self.stream(0, tokens).steps // 20,
             reshape_activations=self.site.reshape_activations,
         )

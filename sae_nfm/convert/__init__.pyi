@@ -8,5 +8,5 @@ from .run import Converted as Converted
 from .run import convert as convert
 from .warm_start import WARM_START_DIGEST as WARM_START_DIGEST
 from .warm_start import fold_normalisation as fold_normalisation
-from .warm_start import topk_by_name as topk_by_name
+from .warm_start import plain_by_name as plain_by_name
 from .warm_start import warm_started as warm_started

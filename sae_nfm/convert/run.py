@@ -1,9 +1,9 @@
-"""The job of `sae-nfm convert`: a checkpoint of another package, or a SAELens TopK SAE, becomes a SAELens folder.
+"""The job of `sae-nfm convert`: a checkpoint of another package, or of SAELens, becomes a SAELens folder.
 
     author                 the paper's joint_sae_nfm_model.pt                 -> joint_nfm
-    saelens                a finished TopK SAE or a checkpoint of training    -> joint_nfm, whose NFM writes zero
+    saelens                TopK or JumpReLU, finished or a checkpoint         -> joint_nfm, whose NFM writes zero
     dictionary_learning    AutoEncoderTopK                                    -> topk, or joint_nfm likewise
-                           BatchTopKSAE, MatryoshkaBatchTopKSAE               -> jumprelu
+                           BatchTopKSAE, MatryoshkaBatchTopKSAE               -> jumprelu, or joint_nfm likewise
     sparsify               SparseCoder with activation topk                   -> topk, or joint_nfm likewise
 
 Each format has a module of its own, which says what the format computes. Nothing is written unless all of it was read.
@@ -23,7 +23,7 @@ from sae_nfm.convert import dictionary_learning, paper_author
 from sae_nfm.convert.dictionary_learning import dictionary_learning_loader
 from sae_nfm.convert.paper_author import NFM_TOP_K, K, author_sae
 from sae_nfm.convert.sparsify import sparsify_loader
-from sae_nfm.convert.warm_start import topk_sae, with_silent_nfm
+from sae_nfm.convert.warm_start import plain_sae, with_silent_nfm
 
 Format = Literal["auto", "author", "saelens", "dictionary_learning", "sparsify"]
 KNOWN_BY = {
@@ -48,8 +48,8 @@ class ConvertConfig:
     format: Format = "auto"
     """Whose format it is: the paper's author's, SAELens's, dictionary_learning's or sparsify's; auto looks at the file names."""
     to: Literal["auto", "joint_nfm"] = "auto"
-    """joint_nfm adds an NFM that writes zero to a TopK SAE of dictionary_learning or sparsify, which else becomes SAELens's
-    topk. What comes from SAELens or the author becomes joint_nfm in any case."""
+    """joint_nfm adds an NFM that writes zero to an SAE of dictionary_learning or sparsify, which else becomes SAELens's topk or
+    jumprelu. What comes from SAELens or the author becomes joint_nfm in any case."""
     statistics: Path | None = None
     """File with mean and std of the activations (.safetensors, .npz or .json): the author's models were trained on standardised
     ones, and do not hold them."""
@@ -120,7 +120,8 @@ def convert(config: ConvertConfig) -> Converted:
     _describe(sae, config, form)
     with publishing(config.output, "convert") as made:
         sae.save_model(made.folder)
-    names = ("d_in", "d_sae", "k", "nfm_dim", "nfm_top_k")
+    of_topk = () if getattr(sae.cfg, "k", None) is None else ("k",)
+    names = ("d_in", "d_sae", *of_topk, "nfm_dim", "nfm_top_k")
     return Converted(
         kept=made.kept,
         folder=config.output,
@@ -171,7 +172,7 @@ def _read(config: ConvertConfig, form: str) -> SAE[Any]:
         given = {name: getattr(config, name) for name in ("k", "nfm_top_k") if getattr(config, name) is not None}
         return author_sae(config.source, config.statistics, **given)
     if form == "saelens":
-        sae: SAE[Any] = topk_sae(config.source)
+        sae: SAE[Any] = plain_sae(config.source)
     else:
         loader = dictionary_learning_loader if form == "dictionary_learning" else sparsify_loader
         sae = SAE.load_from_disk(config.source, converter=loader)

@@ -1,12 +1,12 @@
-"""A `joint_nfm` that begins as a trained TopK SAE: its encoder and decoder, with a new NFM beside them.
+"""A `joint_nfm` that begins as a trained TopK or JumpReLU SAE: its encoder and decoder, with a new NFM beside them.
 
     sae = warm_started("runs/topk", nfm_dim=64, nfm_top_k=16)
     cfg = LanguageModelSAERunnerConfig(sae=sae.cfg, hook_name=sae.cfg.metadata.hook_name, ...)
     SAETrainingRunner(cfg, override_sae=sae).run()
 
-What decides the features (k, rescaling, b_dec in the input, the hook point) is the SAE's. Its own activation normalisation has
-to be in its weights, and the training does without: the trainer would estimate a scale again and rescale the inputs that the
-weights were made for. Normalisations without statistics of the data, computed token by token, stay as they are.
+What decides the features (k or thresholds, rescaling, b_dec in the input, the hook point) is the SAE's. Its own activation
+normalisation has to be in its weights, and the training does without: the trainer would estimate a scale again and rescale the
+inputs that the weights were made for. Normalisations without statistics of the data, computed token by token, stay as they are.
 
 A checkpoint's weights are for inputs that the trainer has scaled or whitened, by what stands in activation_scaler.json beside
 them. SAELens's own loading leaves that file alone, so that the SAE would be given inputs it was not trained for: it is folded.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE, TopKSAE
+from sae_lens import SAE, JumpReLUSAE, TopKSAE
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting, read_sae_components_from_disk
 from sae_lens.saes.sae import SAEMetadata
@@ -41,16 +41,19 @@ from sae_nfm.loading import check_folder, digest, load_sae, refuse_not_finite
 WARM_START_DIGEST = "warm_start_digest"
 """Key of the metadata of an SAE that began as another: that one's `digest`."""
 
-ONLY_TOPK = {
+PLAIN = ("topk", "jumprelu")
+"""Architectures of SAELens that are an encoder of joint_nfm; SAELens saves batchtopk and matryoshka_batchtopk as jumprelu."""
+OTHERS = {
     "joint_nfm": "it has an NFM already; train it further with SAELens's from_pretrained_path",
     "sequential_nfm": "it has an NFM already; train it further with SAELens's from_pretrained_path",
     "abstopk": "its features are chosen by their absolute value, and can be negative",
+    **dict.fromkeys(("batchtopk", "matryoshka_batchtopk"), "its threshold is in the finished SAE, a jumprelu"),
 }
-"""Why other architectures are refused; whatever is not named here has no k features a token."""
+"""Why other architectures are refused; of what is not named here joint_nfm has no encoder."""
 
 
-def topk_sae(folder: str | Path, device: str = "cpu") -> TopKSAE:
-    """A saved TopK SAE that takes activations as the language model has them.
+def plain_sae(folder: str | Path, device: str = "cpu") -> SAE[Any]:
+    """A saved TopK or JumpReLU SAE that takes activations as the language model has them.
 
     Args:
         folder: of a finished SAE (cfg.json and sae_weights.safetensors), or a checkpoint of training, with
@@ -63,30 +66,34 @@ def topk_sae(folder: str | Path, device: str = "cpu") -> TopKSAE:
     folder = Path(folder)
     check_folder(folder)
     sae = SAE.load_from_disk(folder, device=device, converter=_strict_loader)
-    assert isinstance(sae, TopKSAE)
+    assert isinstance(sae, TopKSAE | JumpReLUSAE)
     if sae.cfg.normalize_activations in UNFOLDED:
         fold_normalisation(sae, folder / ACTIVATION_SCALER_CFG_FILENAME)
     return sae
 
 
 def _refuse_other_architectures(architecture: str, source: str) -> None:
-    if architecture != "topk":
-        why = ONLY_TOPK.get(architecture, "it has no fixed number of active features")
-        raise ValueError(f"{source} is a {architecture} SAE: {why}; give a topk SAE")
+    if architecture not in PLAIN:
+        why = OTHERS.get(architecture, "joint_nfm has no encoder of this kind")
+        raise ValueError(f"{source} is a {architecture} SAE: {why}; give a {' or '.join(PLAIN)} SAE")
 
 
 def _strict_loader(
     path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """SAELens's `sae_lens_disk_loader`, for TopK SAEs only, with every tensor checked."""
+    """SAELens's `sae_lens_disk_loader`, for these SAEs only, with every tensor checked."""
     cfg_path, weights_path = Path(path) / SAE_CFG_FILENAME, Path(path) / SAE_WEIGHTS_FILENAME
     config = handle_config_defaulting(read_json(cfg_path) | {"device": device} | (cfg_overrides or {}))
-    _refuse_other_architectures(config.get("architecture", "standard"), repr(str(path)))
+    architecture = config.get("architecture", "standard")
+    _refuse_other_architectures(architecture, repr(str(path)))
     d_in, d_sae = (whole_number(config, key, cfg_path) for key in ("d_in", "d_sae"))
-    whole_number(config, "k", cfg_path, at_most=d_sae)
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    if architecture == "topk":
+        whole_number(config, "k", cfg_path, at_most=d_sae)
+    else:
+        shapes["threshold"] = (d_sae,)
     with reading(weights_path, remedy=FETCH_ANEW):
         config, tensors = read_sae_components_from_disk(config, weights_path, device)
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     return config, checked(tensors, shapes, weights_path)
 
 
@@ -112,19 +119,19 @@ OF_THE_SAE = (
     *("d_in", "d_sae", "k", "rescale_acts_by_decoder_norm", "apply_b_dec_to_input", "normalize_activations"),
     "reshape_activations",
 )
-"""Fields that decide the features: always those of the SAE."""
+"""Fields that decide the features, of an SAE that has them: always those of the SAE."""
 
 
 @torch.no_grad()
 def warm_started(sae: SAE[Any] | str | Path, *, seed: int = 0, **fields: Any) -> JointNFMTrainingSAE:
-    """A training SAE with the encoder and decoder of a TopK SAE, and an NFM as at the start of any training.
+    """A training SAE with the encoder and decoder of a TopK or JumpReLU SAE, and an NFM as at the start of any training.
 
     The new paths write little at first, so the output is nearly the SAE's; exactly the SAE's with `nfm_weight_init_std=0`, but
     then W_1 is zero too and the interaction path never learns. `folded_W_dec_norm` is 1: norms that SAELens divided out when
     it saved the SAE are not in its file.
 
     Args:
-        sae: the SAE, a TopKSAE or TopKTrainingSAE; or its folder (a checkpoint's normalisation is folded); or release:sae_id.
+        sae: the SAE, for inference or in training; or its folder (a checkpoint's normalisation is folded); or release:sae_id.
         seed: of the NFM's initial weights; no global seed changes.
         fields: other fields of `JointNFMTrainingSAEConfig`: nfm_dim, nfm_top_k, head, initial scales, device, dtype, ...
 
@@ -132,27 +139,29 @@ def warm_started(sae: SAE[Any] | str | Path, *, seed: int = 0, **fields: Any) ->
         ValueError, FileNotFoundError: for another architecture, an SAE whose normalisation is not folded, a field that is the
             SAE's to decide or that there is none of, or no SAE of this name.
     """
-    start = sae if isinstance(sae, SAE) else topk_by_name(str(sae))
+    start = sae if isinstance(sae, SAE) else plain_by_name(str(sae))
     _refuse_other_architectures(start.cfg.architecture(), "the SAE to start from")
     refuse_unknown_keys(JointNFMTrainingSAEConfig, fields)
     _refuse_unfolded(start, fields)
     refuse_not_finite(start.state_dict(), "the SAE to start from")
-    taken = {name: getattr(start.cfg, name) for name in OF_THE_SAE}
+    taken = {name: getattr(start.cfg, name) for name in OF_THE_SAE if hasattr(start.cfg, name)}
+    taken["encoder"] = start.cfg.architecture()
     for name in taken.keys() & fields.keys():
         if fields[name] != taken[name]:
             raise ValueError(f"{name} is {fields[name]!r}, but the SAE to start from has {taken[name]!r}; leave it out")
     usual = {"device": start.cfg.device, "dtype": start.cfg.dtype, "metadata": deepcopy(start.cfg.metadata)}
     started = random_initialisation(JointNFMTrainingSAEConfig(**(usual | fields | taken)), seed)
     assert isinstance(started, JointNFMTrainingSAE)
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        getattr(started, name).copy_(getattr(start, name))
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
+        if hasattr(started, name):
+            getattr(started, name).copy_(getattr(start, name))
     setattr(started.cfg.metadata, WARM_START_DIGEST, digest(start.state_dict()))
     return started
 
 
 @torch.no_grad()
 def with_silent_nfm(sae: SAE[Any] | str | Path, *, seed: int = 0, **fields: Any) -> JointNFMSAE:
-    """The same function as a TopK SAE's, as a `joint_nfm`: every added path is there and writes exactly zero.
+    """The same function as a TopK or JumpReLU SAE's, as a `joint_nfm`: every added path is there and writes exactly zero.
 
     W_lin, W_2, U and the biases are zero, V and W_1 small and random, by `seed`. So the paths that write have a gradient from the
     first step of training on, and V and W_1 from the second. `fields`: of `NFMFields` and, for
@@ -163,7 +172,8 @@ def with_silent_nfm(sae: SAE[Any] | str | Path, *, seed: int = 0, **fields: Any)
         if hasattr(started, name):
             getattr(started, name).zero_()
     cfg = started.cfg
-    given = {name: getattr(cfg, name) for name in (*OF_THE_SAE, *NFMFields.__dataclass_fields__, "dtype", "device")}
+    same = (*OF_THE_SAE, "encoder", *NFMFields.__dataclass_fields__, "dtype", "device")
+    given = {name: getattr(cfg, name) for name in same}
     saved = cfg.get_inference_sae_cfg_dict()
     given |= {name: saved[name] for name in InferenceFields.__dataclass_fields__}
     told = {
@@ -176,9 +186,9 @@ def with_silent_nfm(sae: SAE[Any] | str | Path, *, seed: int = 0, **fields: Any)
     return silent
 
 
-def topk_by_name(name: str) -> SAE[Any]:
-    """A TopK SAE by its folder (a checkpoint has its normalisation folded) or as release:sae_id."""
-    return topk_sae(name) if Path(name).is_dir() else load_sae(name)
+def plain_by_name(name: str) -> SAE[Any]:
+    """A TopK or JumpReLU SAE by its folder (a checkpoint has its normalisation folded) or as release:sae_id."""
+    return plain_sae(name) if Path(name).is_dir() else load_sae(name)
 
 
 def _refuse_unfolded(start: SAE[Any], fields: dict[str, Any]) -> None:

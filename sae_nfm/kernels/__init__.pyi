@@ -2,6 +2,7 @@ from .device import is_transformed as is_transformed
 from .device import product_dtype as product_dtype
 from .device import sees_numbers as sees_numbers
 from .device import uncompiled as uncompiled
+from .device import wide as wide
 from .device import without_triton as without_triton
 from .dispatch import Kernel as Kernel
 from .heads import POOLS as POOLS
@@ -15,5 +16,4 @@ from .reference import powers as powers
 from .reference import sparse_acts_from_dense as sparse_acts_from_dense
 from .reference import top_n as top_n
 from .reference import weighted_rows as weighted_rows
-from .reference import wide as wide
 from .topk import TOKENS_AT_ONCE as TOKENS_AT_ONCE

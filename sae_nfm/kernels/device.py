@@ -88,6 +88,11 @@ def sees_numbers(*tensors: Tensor) -> bool:
     )
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: for sums over many entries, products of activations, and operations that know no half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def promoted_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The type that a sum of those that are given has."""
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors if tensor is not None))
@@ -135,7 +140,7 @@ def _measured(index: int, dtype: torch.dtype, *_that_decide: Any) -> DeviceRates
 @torch.no_grad()
 def measure_rates(device: torch.device, dtype: torch.dtype) -> DeviceRates:
     """Time products and sums of gathered rows, outside autocast; random numbers are the measurement's own."""
-    from sae_nfm.kernels.sparse_sums import sum_by_token  # which asks this module for the device
+    from sae_nfm.kernels.sums import sum_by_token  # which asks this module for the device
 
     generator = torch.Generator(device).manual_seed(0)
     rows = torch.randn(FEATURES, WIDTH, device=device, generator=generator)

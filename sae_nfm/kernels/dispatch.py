@@ -5,7 +5,7 @@
 
 The sparse form makes neither [batch, d_sae] nor [batch, k, d_out], but for the encoder's product x W_enc, since all features
 have to be ranked: it is made in pieces that are not kept (`topk`). Everything else is three sums over the active entries
-(`sparse_sums`). Second derivatives are those of the dense form.
+(`sums`, `sparse_sums`). Second derivatives are those of the dense form.
 """
 
 from typing import Literal, NamedTuple
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae_nfm.kernels import reference
-from sae_nfm.kernels.device import autocast_off, device_rates, product_dtype, uses_triton
+from sae_nfm.kernels.device import autocast_off, device_rates, product_dtype, uses_triton, wide
 from sae_nfm.kernels.heads import POOLS
-from sae_nfm.kernels.reference import Acts, Routing, SparseActs
-from sae_nfm.kernels.sparse_sums import BothDecoders, OfActive, PairPool, RowNorms, TopHiddenPre, WeightedRows, wide
+from sae_nfm.kernels.reference import Acts, SparseActs
+from sae_nfm.kernels.sparse_sums import BothDecoders, OfActive, PairPool, RowNorms, TopHiddenPre
+from sae_nfm.kernels.sums import Routing, Rows
 from sae_nfm.kernels.topk import hidden_pre
 
 Kernel = Literal["dense", "sparse"]
@@ -61,14 +62,14 @@ def weighted_rows(
 ) -> Float[Tensor, "*batch d_out"]:
     """`sum_i f_i weight_i`, differentiable in the values and the weight; dense activations are multiplied as they are.
 
-    `routing` is `reference.route(acts.indices, d_sae)` to share; with None a backward pass that needs it makes its own.
+    `routing` is `sums.route(acts.indices, d_sae)` to share; with None a backward pass that needs it makes its own.
     """
     if not isinstance(acts, SparseActs):
         return acts @ weight
     if kernel == "dense":
         values = acts.values.to(product_dtype(weight))  # as the product would, but before there is a matrix of them
         return to_dense(SparseActs(acts.indices, values), len(weight)) @ weight
-    rows = WeightedRows.apply(*_flat(acts), weight, routing)
+    rows = Rows.apply(*_flat(acts), weight, routing, None)
     return rows.reshape(*acts.indices.shape[:-1], weight.shape[-1])
 
 

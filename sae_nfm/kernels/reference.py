@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from sae_nfm.common import short_repr
 from sae_nfm.kernels.device import autocast_off, is_transformed, product_dtype
+from sae_nfm.kernels.sums import ByFeature, Dots, Rows, route
 
 
 class SparseActs(NamedTuple):
@@ -113,7 +114,7 @@ def or_again(formula: Callable[..., Any]) -> Callable[[Backward], Backward]:
 
 
 class _Bag(torch.autograd.Function):
-    """`F.embedding_bag` by its own backward pass, which cannot be differentiated again."""
+    """`F.embedding_bag` by its own backward pass, which cannot be differentiated; with `create_graph` by `sums`."""
 
     @staticmethod
     @override
@@ -125,13 +126,13 @@ class _Bag(torch.autograd.Function):
         return ctx.rows.detach()
 
     @staticmethod
-    def _formula(indices: Tensor, weight: Tensor, values: Tensor) -> Any:
-        return (indices, weight, values), (dense_acts(SparseActs(indices, values), len(weight)) @ weight,)
-
-    @staticmethod
     @override
-    @or_again(_formula)
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        indices, weight, values = ctx.saved_tensors
+        _, needs_weight, needs_values = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            by_feature = ByFeature.apply(indices, values, grad, route(indices, len(weight))) if needs_weight else None
+            return None, by_feature, Dots.apply(indices, grad, weight, None, None) if needs_values else None
         wanted = [tensor for tensor in ctx.own if tensor.requires_grad]
         found = iter(torch.autograd.grad(ctx.rows, wanted, grad, retain_graph=True))
         return None, *(next(found) if tensor.requires_grad else None for tensor in ctx.own)
@@ -145,8 +146,11 @@ def weighted_rows(acts: Acts, weight: Float[Tensor, "d_sae d_out"]) -> Float[Ten
         return dense_acts(acts, len(weight)) @ weight
     k = acts.indices.shape[-1]
     indices, values = acts.indices.reshape(-1, k), acts.values.reshape(-1, k).to(weight.dtype)
-    if torch.is_grad_enabled() and (weight.requires_grad or values.requires_grad) and not torch.compiler.is_compiling():
+    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if differentiable and weight.requires_grad:
         rows = _Bag.apply(indices, weight, values)
+    elif differentiable and values.requires_grad:
+        rows = Rows.apply(indices, values, weight, None, None)
     else:
         rows = F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
     return rows.reshape(*acts.indices.shape[:-1], weight.shape[-1])
@@ -177,11 +181,6 @@ def at_least_float32(pool: Pool) -> Pool:
             return pool(with_values(acts, lambda f: f.to(wide.dtype)), wide).to(ranged(V.dtype))
 
     return widened
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """At least float32: for sums over many entries, products of activations, and operations that know no half precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def ranged(dtype: torch.dtype) -> torch.dtype:
@@ -248,24 +247,3 @@ def square_output(acts: Acts, U: Float[Tensor, "d_sae d_in"], scale: float) -> F
     with autocast_off(U.device):
         squares = squared(with_values(acts, lambda f: f.to(dtype)))
         return (weighted_rows(squares, U.to(dtype)) / scale).to(U.dtype)
-
-
-class Routing(NamedTuple):
-    """The active entries ordered by feature, for sums over the tokens of a feature; made by `route`."""
-
-    __repr__ = short_repr
-
-    entries: Int[Tensor, " n_entries"]
-    """Positions in the flattened [n_tokens, k] activations; those of one feature are adjacent, in the order of tokens."""
-    tokens: Int[Tensor, " n_entries"]
-    """The token of each entry."""
-    starts: Int[Tensor, " d_sae_plus_1"]
-    """Where each feature's entries begin; the last number is n_entries."""
-
-
-def route(indices: Int[Tensor, "*batch k"], d_sae: int) -> Routing:
-    """Order the active entries by feature: once for all kernels that read features at the same indices."""
-    flat = indices.flatten()
-    entries = flat.int().argsort(stable=True)  # int32 sorts faster
-    counts = flat.new_zeros(d_sae + 1).index_add_(0, flat + 1, torch.ones_like(flat))  # bincount waits for a GPU
-    return Routing(entries, entries // indices.shape[-1], counts.cumsum(0))

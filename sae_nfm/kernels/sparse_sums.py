@@ -1,29 +1,19 @@
-"""Sums over the active entries alone, and the gradients made of them.
+"""The products of a sparse step with gradients made of sums over the active entries alone (`sums`).
 
-With [bj] the j-th active feature of token b, f_bj its value, w_i the row of feature i and g_b a vector of token b:
-
-    `sum_by_token`      sum_j f_bj w_[bj]    F.embedding_bag over the features of a token
-    `sum_by_feature`    sum_b f_bi g_b       F.embedding_bag over the tokens of a feature: the same entries, ordered by `route`
-    `dots`              <g_b, w_[bj]>        torch.sparse.sampled_addmm
-
-On a GPU with Triton they are the kernels of `triton_sums`. None of them makes [batch, d_sae] or [batch, k, d_out]. Gradients
-that are to be differentiated again (`create_graph`) are those of the dense formula, by autograd (`or_again`).
+Gradients that are to be differentiated again (`create_graph`) are those of the dense formula, by autograd (`or_again`).
 """
 
-import warnings
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from typing_extensions import override
 
 from sae_nfm.kernels import topk
-from sae_nfm.kernels.device import product_dtype, uses_triton
-from sae_nfm.kernels.reference import Routing, SparseActs, bi_interaction, dense_acts, or_again, route, wide
+from sae_nfm.kernels.device import product_dtype, uses_triton, wide
+from sae_nfm.kernels.reference import SparseActs, bi_interaction, dense_acts, or_again
+from sae_nfm.kernels.sums import Grads, Routing, dots, route, sum_by_feature, sum_by_token, sum_values, triton
 
-Grads = tuple[Tensor | None, ...]
 TRANSPOSED_BYTES = 3 * 2**23
 """Size of the pieces in which W_enc and its gradient are transposed, at most; 32 MiB come from the system, page by page."""
 TRANSPOSED_ROWS = 256
@@ -58,13 +48,15 @@ class TopHiddenPre(torch.autograd.Function):
         grad, routing, grad_scale = wide(grad), route(indices, W_enc.shape[1]), None
         if scale is not None:
             chosen = wide(scale)[indices]
-            grad_scale = sum_values(routing, torch.where(chosen == 0, 0.0, grad * wide(values) / chosen), indices)
+            grad_scale = sum_values(
+                routing, torch.where(chosen == 0, 0.0, grad * wide(values) / chosen), indices, len(scale)
+            )
             grad = grad * chosen
         if ctx.product_dtype is None:
             grads = _encoder_grads(x, W_enc, indices, grad, routing, *ctx.needs_input_grad[:2])
         else:
             grads = _encoder_products(x, W_enc, indices, grad.to(ctx.product_dtype), *ctx.needs_input_grad[:2])
-        return *grads, sum_values(routing, grad, indices), grad_scale, None, None
+        return *grads, sum_values(routing, grad, indices, W_enc.shape[1]), grad_scale, None, None
 
 
 def _encoder_grads(
@@ -93,6 +85,26 @@ def _encoder_products(
     return grad_x, grad_W
 
 
+class Transposed(torch.autograd.Function):
+    """A matrix transposed in memory."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        return _transposed(matrix)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Transposed.apply(grad)
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    made = matrix.new_empty(matrix.shape[::-1])
+    _transpose(matrix.detach(), made)
+    return made
+
+
 class OfActive(torch.autograd.Function):
     """A number of each active feature. Indexing would do, but its gradient adds in an order that depends on the threads."""
 
@@ -112,34 +124,7 @@ class OfActive(torch.autograd.Function):
     @or_again(_formula)
     def backward(ctx: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
         _, indices = ctx.saved_tensors
-        return sum_values(ctx.routing or route(indices, ctx.d_sae), grad, indices), None, None
-
-
-class WeightedRows(torch.autograd.Function):
-    """`sum_i f_i weight_i`, with the routing to share or None."""
-
-    @staticmethod
-    @override
-    def forward(ctx: Any, indices: Tensor, values: Tensor, weight: Tensor, routing: Routing | None) -> Tensor:
-        ctx.save_for_backward(indices, values, weight)
-        ctx.routing = routing
-        return sum_by_token(indices, values.to(weight.dtype), weight)
-
-    @staticmethod
-    def _formula(indices: Tensor, values: Tensor, weight: Tensor) -> Any:
-        return (indices, values, weight, None), (_rows(indices, values, weight),)
-
-    @staticmethod
-    @override
-    @or_again(_formula)
-    def backward(ctx: Any, grad: Tensor) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
-        indices, values, weight = ctx.saved_tensors
-        grad, grad_values, grad_weight = wide(grad), None, None
-        if ctx.needs_input_grad[1]:
-            grad_values = dots(indices, grad, weight)
-        if ctx.needs_input_grad[2]:
-            grad_weight = sum_by_feature(ctx.routing or route(indices, len(weight)), wide(values), grad)
-        return None, grad_values, grad_weight, None
+        return sum_values(ctx.routing, grad, indices, ctx.d_sae), None, None
 
 
 class BothDecoders(torch.autograd.Function):
@@ -185,7 +170,7 @@ class BothDecoders(torch.autograd.Function):
             if per_norm is not None:
                 direct *= per_norm[indices]
                 if needs_norms:
-                    grad_norms = -per_norm * sum_values(routing, values * direct, indices)
+                    grad_norms = -per_norm * sum_values(routing, values * direct, indices, len(W_dec))
             if needs_values:
                 grad_values = direct.add_(dots(indices, grad, W_lin))
         if needs_W_dec or needs_W_lin:
@@ -232,56 +217,10 @@ def _rows(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
 def _transpose(source: Tensor, out: Tensor) -> None:
     """`out.copy_(source.T)`, which torch does on one CPU thread; a product it spreads over all."""
     if uses_triton(out):
-        _triton().transpose(source, out)
+        triton().transpose(source, out)
         return
     for columns in (slice(start, start + TRANSPOSED_FEATURES) for start in range(0, len(source), TRANSPOSED_FEATURES)):
         torch.mul(source[columns].T, 1.0, out=out[:, columns])
-
-
-def _triton() -> ModuleType:
-    """The kernels, loaded where they are used first: Triton need not be installed, and takes a second to import."""
-    from sae_nfm.kernels import triton_sums
-
-    return triton_sums
-
-
-def sum_values(routing: Routing, values: Tensor, indices: Tensor) -> Tensor:
-    """`sum_b f_bi`, [d_sae], in an order that does not depend on the threads."""
-    if uses_triton(values):
-        n_tokens = values.numel() // values.shape[-1]
-        return sum_by_feature(routing, values, values.new_ones(n_tokens, 1))[:, 0]
-    zeros = values.new_zeros(len(routing.starts) - 1)
-    return zeros.index_add_(0, indices.flatten(), values.flatten())
-
-
-def sum_by_token(indices: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-    """`sum_j f_bj w_[bj]`, [n_tokens, d_out]; detached, else the bag prepares a backward pass of its own."""
-    if uses_triton(rows):
-        return _triton().sum_by_token(indices, values, rows)
-    return F.embedding_bag(indices, rows.detach().contiguous(), per_sample_weights=values.detach(), mode="sum")
-
-
-def sum_by_feature(routing: Routing, values: Tensor, by_token: Tensor) -> Tensor:
-    """`sum_b f_bi g_b`, [d_sae, d_out], 0 for features that no token uses."""
-    if uses_triton(by_token):
-        return _triton().sum_by_feature(routing, values, by_token)
-    weights, rows = values.detach().flatten()[routing.entries], by_token.detach().contiguous()
-    bags: dict[str, Any] = {"offsets": routing.starts, "include_last_offset": True}
-    return F.embedding_bag(routing.tokens, rows, per_sample_weights=weights, mode="sum", **bags)
-
-
-def dots(indices: Tensor, by_token: Tensor, rows: Tensor) -> Tensor:
-    """`<g_b, w_[bj]>`, [n_tokens, k], in the type of g, which is at least float32."""
-    if uses_triton(rows):
-        return _triton().dots(indices, by_token, rows)
-    n_tokens, k = indices.shape
-    starts, zeros = k * torch.arange(n_tokens + 1, device=indices.device), by_token.new_zeros(n_tokens * k)
-    shape = (n_tokens, len(rows))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-        pattern = torch.sparse_csr_tensor(starts, indices.flatten(), zeros, shape, check_invariants=False)
-        products = torch.sparse.sampled_addmm(pattern, by_token, rows.to(by_token.dtype).T, beta=0.0)
-    return products.values().reshape(n_tokens, k)
 
 
 class PairPool(torch.autograd.Function):
@@ -291,7 +230,7 @@ class PairPool(torch.autograd.Function):
     @override
     def forward(ctx: Any, indices: Tensor, values: Tensor, V: Tensor, routing: Routing | None) -> Tensor:
         top = values.abs().argmax(dim=-1)
-        z, strongest, rest = _triton().pool_pairs(indices, wide(values), V, top)
+        z, strongest, rest = triton().pool_pairs(indices, wide(values), V, top)
         ctx.save_for_backward(indices, values, V, top, strongest, rest)
         ctx.routing = routing
         return z
@@ -308,8 +247,8 @@ class PairPool(torch.autograd.Function):
         pooled = (top, strongest, rest)
         wide_values, grad_values, grad_V = wide(values), None, None
         if ctx.needs_input_grad[1]:
-            grad_values = _triton().pair_grad_values(indices, wide_values, V, *pooled, grad)
+            grad_values = triton().pair_grad_values(indices, wide_values, V, *pooled, grad)
         if ctx.needs_input_grad[2]:
             routing = ctx.routing or route(indices, len(V))
-            grad_V = _triton().pair_grad_V(routing, wide_values, V, *pooled, grad)
+            grad_V = triton().pair_grad_V(routing, wide_values, V, *pooled, grad)
         return None, grad_values, grad_V, None

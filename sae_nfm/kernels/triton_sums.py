@@ -1,5 +1,5 @@
 # pyright: basic, reportCallIssue=false, reportArgumentType=false
-"""The sums of `sparse_sums` and the block maxima of `topk` as Triton kernels: twins of one signature, for GPUs.
+"""The sums of `sums` and the block maxima of `topk` as Triton kernels: twins of one signature, for GPUs.
 
 Each program sums the entries of one token or feature for one chunk of columns, several rows at a time, in float32 at least,
 and in one fixed order: two runs give the same bits. Chunks are the slow dimension of the grid, so that the columns of a
@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.language import constexpr
 
 from sae_nfm.kernels.device import promoted_dtype
-from sae_nfm.kernels.reference import Routing
+from sae_nfm.kernels.sums import Routing
 
 CHUNKS = (512, 256, 128)
 """Columns of a program, for matrices at least as wide as the last; the fewest columns beyond the matrix win."""

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,8 @@ from sae_lens import (
     SAE,
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
+    MatchingPursuitTrainingSAE,
+    MatchingPursuitTrainingSAEConfig,
     SAETrainer,
     TopKSAE,
     TopKSAEConfig,
@@ -32,7 +34,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from sae_nfm.architectures import JointNFMTrainingSAE, JointNFMTrainingSAEConfig, Kernel, SequentialNFMTrainingSAE
+from sae_nfm.architectures import (
+    JointNFMTrainingSAE,
+    JointNFMTrainingSAEConfig,
+    Kernel,
+    SequentialNFMTrainingSAE,
+    StagedTopKTrainingSAE,
+    StagedTopKTrainingSAEConfig,
+)
 from sae_nfm.kernels import dispatch, reference, without_triton
 from sae_nfm.models import synchronize
 from sae_nfm.profiling.results import TOPK, Rates
@@ -40,6 +49,11 @@ from sae_nfm.training import fuse
 
 TOPK_FUSED = "topk fused Adam"
 JOINT_AUTO, JOINT_TORCH, PUBLISHED = "joint_nfm auto", "joint_nfm no Triton", "joint_nfm published"
+STAGED, STAGED_4, STAGED_POOL = "staged_topk", "staged_topk in 4 stages", "staged_topk in 4 stages, candidates"
+JOINT_4, JOINT_POOL = "joint_nfm in 4 stages", "joint_nfm in 4 stages, candidates"
+PURSUIT = "matching_pursuit"
+STAGES, CANDIDATES, REFINEMENTS = 4, 4, 5
+"""Of the arms in 4 stages: candidates for each active feature where not all features are, and refinements at inference."""
 N_BATCHES = 4
 """Different batches that the steps go round."""
 PUBLISHED_TENSORS = 4
@@ -119,6 +133,27 @@ def joint_config(sizes: Sizes, kernel: Kernel = "auto") -> JointNFMTrainingSAECo
     )
 
 
+def _stages(sizes: Sizes, *, candidates: bool) -> dict[str, Any]:
+    return {
+        "selection_stages": min(STAGES, sizes.k),
+        "selection_candidates": min(CANDIDATES * sizes.k, sizes.d_sae) if candidates else None,
+        "inference_refinement_steps": REFINEMENTS,
+    }
+
+
+def _staged(sizes: Sizes, **options: Any) -> TrainingSAE[Any]:
+    return StagedTopKTrainingSAE(StagedTopKTrainingSAEConfig(**_shape(sizes), k=sizes.k, **options))
+
+
+def _joint_staged(sizes: Sizes, *, candidates: bool) -> TrainingSAE[Any]:
+    return JointNFMTrainingSAE(replace(joint_config(sizes), **_stages(sizes, candidates=candidates)))
+
+
+def _pursuit(sizes: Sizes) -> MatchingPursuitTrainingSAE:
+    options: dict[str, Any] = {"decoder_init_norm": 1.0, "max_iterations": sizes.k, "residual_threshold": 0.0}
+    return MatchingPursuitTrainingSAE(MatchingPursuitTrainingSAEConfig(**_shape(sizes), **options))
+
+
 def _sequential(sizes: Sizes) -> SequentialNFMTrainingSAE:
     """The same NFM on a TopK SAE that stays as it is."""
     base = TopKSAE(TopKSAEConfig(**_shape(sizes), k=sizes.k))
@@ -136,12 +171,23 @@ ARMS: dict[str, Callable[[Sizes], TrainingSAE[Any]]] = {
     TOPK_FUSED: _topk,
     # SAELens's COO activations have no backward pass through the decoder norms
     "topk COO": partial(_topk, use_sparse_activations=True, rescale_acts_by_decoder_norm=False),
+    STAGED: _staged,
+    STAGED_4: lambda sizes: _staged(sizes, **_stages(sizes, candidates=False)),
+    STAGED_POOL: lambda sizes: _staged(sizes, **_stages(sizes, candidates=True)),
+    JOINT_4: partial(_joint_staged, candidates=False),
+    JOINT_POOL: partial(_joint_staged, candidates=True),
+    PURSUIT: _pursuit,
     "batchtopk": lambda sizes: BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**_shape(sizes), k=float(sizes.k))),
 }
 """The training SAE of each arm."""
+ON_REQUEST = (PURSUIT,)
+"""Left out unless they are asked for: k products of the encoder a step."""
 JOINT_ARMS = ("joint_nfm dense", "joint_nfm sparse", JOINT_AUTO, JOINT_TORCH, PUBLISHED)
 """Forms of joint_nfm, which the lower bound of a step is for."""
-INFERENCE_ARMS = ("joint_nfm dense", JOINT_AUTO, TOPK)
+INFERENCE_ARMS = (
+    *("joint_nfm dense", JOINT_AUTO, TOPK),
+    *(STAGED, STAGED_4, STAGED_POOL, JOINT_4, JOINT_POOL, PURSUIT),
+)
 """Arms that differ in inference."""
 
 

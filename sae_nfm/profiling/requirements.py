@@ -198,6 +198,10 @@ class _Trainer(SAETrainer[Any, Any]):
         return None
 
 
+def _unread(acts: Tensor) -> None:
+    """In place of following the threshold of a batch, a number too."""
+
+
 def sae_step(cfg: LanguageModelSAERunnerConfig[Any], sae_config: TrainingSAEConfig) -> Cost:
     """A training step of SAELens's trainer in its dense form, with what a step without dead features keeps and makes.
 
@@ -213,6 +217,8 @@ def sae_step(cfg: LanguageModelSAERunnerConfig[Any], sae_config: TrainingSAEConf
     with FakeTensorMode(), live:
         sae_class, _ = SAE_TRAINING_CLASS_REGISTRY[sae_config.architecture()]
         trainer = _Trainer(SAETrainerConfig(**settings), sae_class(replace(sae_config, **dense)), iter(()))
+        if hasattr(trainer.sae, "update_topk_threshold"):
+            trainer.sae.update_topk_threshold = _unread
         if getattr(sae_config, "kernel", "dense") != "dense":
             fuse(trainer.optimizer)
         for group in trainer.optimizer.param_groups:
@@ -371,7 +377,7 @@ def _shapes(cfg: TrainingSAEConfig) -> dict[str, tuple[int, ...]]:
 def _kernel(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
     """The form of the direct path that `NFMDecoder.form_of` would choose on the run's device."""
     sae = cfg.sae
-    if not isinstance(sae, JointNFMTrainingSAEConfig) or cfg.compile_sae:
+    if not isinstance(sae, JointNFMTrainingSAEConfig) or sae.encoder != "topk" or cfg.compile_sae:
         return "dense"
     if sae.kernel != "auto":
         return sae.kernel

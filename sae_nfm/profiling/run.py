@@ -1,6 +1,6 @@
 """The job of `sae-nfm speed`: what a training step of joint_nfm costs, beside SAELens's TopK and beside what it must cost.
 
-All arms (`speed_arms.ARMS`) make their steps in turn, round after round, so that a change in the machine's speed meets all of
+All arms (`arms.ARMS`) make their steps in turn, round after round, so that a change in the machine's speed meets all of
 them; each time is the median over rounds. A step is SAELens's `SAETrainer.step`: forward, backward, clipping, Adam, statistics.
 """
 
@@ -20,6 +20,7 @@ from sae_nfm.profiling.arms import (
     JOINT_ARMS,
     JOINT_AUTO,
     JOINT_TORCH,
+    ON_REQUEST,
     Case,
     Sizes,
     Timings,
@@ -37,7 +38,7 @@ class SpeedConfig(Sizes):
     """What is timed, how often, and where to write it."""
 
     arms: tuple[str, ...] = ()
-    """Which arms; all that the device has unless given, in a scan "joint_nfm auto" and "topk"."""
+    """Which arms; unless given all that the device has but matching_pursuit, in a scan "joint_nfm auto" and "topk"."""
     repeats: int = 7
     """Rounds that count."""
     warm_up: int = 2
@@ -77,7 +78,8 @@ def measure_speed(config: SpeedConfig) -> SpeedResult:
     """Time the arms, or scan one size; writes `config.save` where that is given."""
     check_device(config.device)
     check_writable(config.save)
-    possible = tuple(arm for arm in ARMS if arm != JOINT_TORCH or torch.device(config.device).type == "cuda")
+    left_out = (*ON_REQUEST, *(() if torch.device(config.device).type == "cuda" else (JOINT_TORCH,)))
+    possible = tuple(arm for arm in ARMS if arm not in left_out)
     arms = config.arms or (SCANNED if config.scan else possible)
     with _threads(config.threads):
         cases = [(arm, sizes) for sizes in scan_sizes(config) for arm in arms]

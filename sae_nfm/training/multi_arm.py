@@ -11,7 +11,7 @@ An arm that diverges stands still, the others go on, and nothing of it is writte
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from sae_lens.util import temporary_seed
 from torch import Tensor
 from typing_extensions import override
 
-from sae_nfm.architectures import random_initialisation
+from sae_nfm.architectures import EncoderFields, random_initialisation
 from sae_nfm.common import final_path, read_json, seal, write_json
 from sae_nfm.common.files import begin
 from sae_nfm.data import ActivationCache, read_from_cache
@@ -47,9 +47,11 @@ ORDINARY: dict[str, Any] = {
     "model_kwargs": {},
     "activations": None,
     "selection_stages": 1,
+    "selection_candidates": None,
     "refinement_steps": 0,
     "inference_selection_stages": None,
     "inference_refinement_steps": None,
+    **{field.name: field.default for field in fields(EncoderFields)},
 }
 """Settings that are not written down where they have these values."""
 BEGUN_FILENAME, DIVERGED_FILENAME = "begun.json", "diverged.json"

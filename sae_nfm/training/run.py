@@ -41,11 +41,11 @@ from sae_nfm.architectures import (
     check_primary,
     primary_digest,
 )
-from sae_nfm.architectures.joint_config import ARCHITECTURE
-from sae_nfm.common import check_number, check_output, partial_folder, publishing, remark
+from sae_nfm.architectures.joint_config import ARCHITECTURE, ENCODERS, encoder_defaults
+from sae_nfm.common import check_choice, check_number, check_output, partial_folder, publishing, remark
 from sae_nfm.common.file_errors import python_string
 from sae_nfm.common.options import DEFAULT_HOOKS, FETCHED_MODEL, CacheOptions
-from sae_nfm.convert import topk_by_name, warm_started, write_adapter
+from sae_nfm.convert import plain_by_name, warm_started, write_adapter
 from sae_nfm.data import (
     ActivationCache,
     check_data,
@@ -81,8 +81,8 @@ class OtherSAEs:
     """SAEs that the new one is trained from or on; the base of a sequential_nfm is named by --base."""
 
     warm_start: str | None = None
-    """A TopK SAE (folder, or release:sae_id) whose encoder and decoder a joint_nfm begins with; the features (d_sae, k, ...)
-    and, unless given, the hook point are its own."""
+    """A TopK or JumpReLU SAE (folder, or release:sae_id) whose encoder and decoder a joint_nfm begins with; the features (d_sae,
+    k, ...) and, unless given, the hook point are its own."""
     primary: str | None = None
     """A joint_nfm or sequential_nfm (folder, or release:sae_id) that is spliced in, so that an SAE can be trained on one of its
     hook points: a secondary SAE, on its hidden code unless --hook_name names another, such as
@@ -158,7 +158,7 @@ def load_others(named: OtherSAEs, cfg: LanguageModelSAERunnerConfig[Any]) -> Loa
     primary = None if named.primary is None else load_sae(named.primary, device=str(cfg.device))
     if primary is not None:
         check_primary(primary)
-    start = None if named.warm_start is None else topk_by_name(named.warm_start)
+    start = None if named.warm_start is None else plain_by_name(named.warm_start)
     return LoadedSAEs(warm_start=start, primary=primary)
 
 
@@ -241,8 +241,8 @@ def option_names(sae_class: type[TrainingSAEConfig]) -> dict[type, dict[str, str
     return {LanguageModelSAERunnerConfig: {name: name for name in run}, sae_class: of_sae} | names
 
 
-def defaults(sae_class: type[TrainingSAEConfig], model_name: str) -> dict[str, Any]:
-    """Our defaults by option, where SAELens has others or none."""
+def defaults(sae_class: type[TrainingSAEConfig], model_name: str, encoder: str | None = None) -> dict[str, Any]:
+    """Our defaults by option, where SAELens has others or none, or they depend on the encoder of a joint_nfm."""
     own, own_sae = OURS.get(model_name, ({}, {}))
     ours: dict[str, Any] = {"log_to_wandb": False}
     if own:  # the model as it is loaded: nothing folded, nothing centred
@@ -251,7 +251,16 @@ def defaults(sae_class: type[TrainingSAEConfig], model_name: str) -> dict[str, A
     if "base" not in names:  # one that stands on another SAE takes its sizes from that
         sae = SAELENS_SAE | own_sae
         ours |= {name: value for name, value in sae.items() if name in names}
-    return ours
+    usual = usual_values(sae_class, encoder)
+    return usual | ours | {name: None for name, value in usual.items() if value is None}
+
+
+def usual_values(sae_class: type[TrainingSAEConfig], encoder: str | None) -> dict[str, Any]:
+    """SAELens's defaults of the options whose default depends on the encoder."""
+    if "encoder" not in sae_class.__dataclass_fields__:
+        return {}
+    check_choice("encoder", encoder := encoder or "topk", ENCODERS)
+    return encoder_defaults(encoder)
 
 
 def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainArguments:
@@ -269,7 +278,7 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
     cache = CacheOptions(**{name: given[name] for name in ("activations", "shuffle_rows") if name in given})
     measured = _of_cache(cache, given)
     model_name = given.get("model_name", measured.get("model_name", demo.MODEL_NAME))
-    values = defaults(sae_class, model_name) | measured | dict(given)
+    values = defaults(sae_class, model_name, given.get("encoder")) | measured | dict(given)
     built: dict[type, dict[str, Any]] = {}
     for config, options in names.items():
         hints = get_type_hints(config)
@@ -469,12 +478,26 @@ def fit_to_model(arguments: TrainArguments, others: LoadedSAEs) -> LanguageModel
         if "n_batches_in_buffer" not in arguments.given:
             fill_buffer(cfg)
     check_context(model, cfg.context_size)
+    if words := _threshold_words(cfg):
+        remark(words)
     remark(
         special_tokens_words(
             model, cfg.exclude_special_tokens, "trained on (--exclude_special_tokens true leaves them out)"
         )
     )
     return model
+
+
+def _threshold_words(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
+    """What is to be said of a threshold that a short training leaves near its start; "" where there is nothing."""
+    rate = getattr(cfg.sae, "topk_threshold_lr", None)
+    left = 0.0 if rate is None else (1 - rate) ** cfg.total_training_steps
+    if getattr(cfg.sae, "encoder", "batchtopk") != "batchtopk" or left < 0.05:
+        return ""
+    return (
+        f"topk_threshold_lr is {rate}: in {cfg.total_training_steps} steps the saved threshold, which begins at 0, goes "
+        f"{1 - left:.0%} of the way, so that the saved SAE will have more active features than k; give a higher rate"
+    )
 
 
 def _check_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:

@@ -16,7 +16,7 @@ from builders import (
 from path_inputs import activations, joint, random_tokens
 from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
-from sae_nfm.analysis import gauge
+from sae_nfm.analysis import gauge, path_contributions
 from sae_nfm.analysis.path_contributions import (
     feature_energies,
     pair_contributions,
@@ -144,6 +144,24 @@ def test_a_topk_sae_has_its_direct_path_only():
     torch.testing.assert_close(tokens.paths.total(), sae(x))
     assert set(tokens.paths.present()) == {"direct"}
     assert feature_energies(sae, tokens).nonlinear.nan_to_num().abs().max() == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+@torch.no_grad()
+def test_the_number_of_active_features_may_vary(training, monkeypatch):
+    """Chunks of tokens with other numbers come together, and each path is that of `decode_paths`."""
+    monkeypatch.setattr(path_contributions, "CELLS", 5 * D_SAE)
+    cfg = training_config("joint_nfm", encoder="jumprelu", k=None)
+    sae, x = (random_sae if training else inference_sae)(cfg), random_activations()
+    sae.threshold.abs_()  # as a training step makes it
+    tokens, acts = token_paths(sae, x), sae.encode(x)
+    assert (acts > 0).sum(-1).unique().numel() > 2
+    found = torch.zeros_like(acts).scatter(-1, tokens.acts.indices, tokens.acts.values)
+    torch.testing.assert_close(found, acts)
+    for name, path in sae.decode_paths(acts).present().items():
+        torch.testing.assert_close(getattr(tokens.paths, name), path)
+    energies = feature_energies(sae, tokens)
+    assert energies.nonlinear.isfinite().any()
 
 
 def test_what_cannot_be_looked_at_is_refused():

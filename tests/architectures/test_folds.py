@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders import covering_pairs
-from sae_lens import SAE
+from sae_lens import SAE, BatchTopKTrainingSAE
 
 from sae_nfm import JointNFMSAE, JointNFMSAEConfig, JointNFMTrainingSAE, JointNFMTrainingSAEConfig
 from sae_nfm.architectures.joint_sae import NFMDecoder
@@ -27,7 +27,9 @@ OPTIONS = {
     "use_square_path": (True, False),
     "apply_b_dec_to_input": (True, False),
     "selection_stages": (1, 3),
+    "selection_candidates": (None, K + 2),
     "refinement_steps": (0, 1),
+    "encoder": ("topk", "batchtopk", "jumprelu"),
 }
 
 
@@ -47,8 +49,20 @@ def sae(request) -> NFMDecoder:
         if options.pop("training")
         else (JointNFMSAE, JointNFMSAEConfig)
     )
-    cfg = config_class(d_in=D_IN, d_sae=D_SAE, k=K, nfm_dim=4, square_scale=1.7, dtype="float64", **options)
-    return randomised(sae_class(cfg), 0)
+    training = config_class is JointNFMTrainingSAEConfig
+    if options["encoder"] != "topk":  # stages are TopK's
+        options["selection_stages"], options["selection_candidates"] = 1, None
+        if not training:
+            options["encoder"] = "jumprelu"
+        elif options["rescale_acts_by_decoder_norm"]:  # which SAELens's jumprelu does not do in training
+            options["encoder"] = "batchtopk"
+    if options["encoder"] != "jumprelu":
+        options["k"] = K
+    cfg = config_class(d_in=D_IN, d_sae=D_SAE, nfm_dim=4, square_scale=1.7, dtype="float64", **options)
+    sae = randomised(sae_class(cfg), 0)
+    if hasattr(sae, "threshold"):  # some above all activations, some below
+        sae.threshold.data = sae.threshold.abs() / 2
+    return sae
 
 
 def randomised(sae: NFMDecoder, seed: int) -> NFMDecoder:
@@ -58,6 +72,16 @@ def randomised(sae: NFMDecoder, seed: int) -> NFMDecoder:
     )  # larger ones make each stage's activations many times those of the one before
     for parameter in sae.parameters():
         parameter.data = size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return sae
+
+
+def settled(sae: NFMDecoder, x: torch.Tensor) -> NFMDecoder:
+    """The SAE, with the threshold of a batchtopk between what it chooses of these activations and what not."""
+    if isinstance(sae, BatchTopKTrainingSAE):
+        steps, sae.cfg.refinement_steps = sae.cfg.refinement_steps, 0
+        acts, pre = sae.encode_with_hidden_pre(x)
+        sae.topk_threshold.copy_((acts[acts > 0].min() + pre[acts == 0].max().clamp(min=0)) / 2)
+        sae.cfg.refinement_steps = steps
     return sae
 
 
@@ -137,7 +161,7 @@ def test_folds_compose(sae, factor):
 @torch.no_grad()
 def test_saving_for_inference(sae, tmp_path):
     x = raw_activations()
-    sae.save_inference_model(tmp_path)
+    settled(sae, x).save_inference_model(tmp_path)
     loaded = SAE.load_from_disk(tmp_path)
     assert isinstance(loaded, JointNFMSAE)
     assert_same_paths(paths(loaded, x), paths(sae, x))
@@ -192,7 +216,10 @@ def test_the_canonical_gauge_does_not_depend_on_where_one_started(sae):
 
 def build(**options) -> JointNFMSAE:
     return randomised(
-        JointNFMSAE(JointNFMSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K, nfm_dim=4, dtype="float64", **options)), 0
+        JointNFMSAE(
+            JointNFMSAEConfig(**({"d_in": D_IN, "d_sae": D_SAE, "k": K, "nfm_dim": 4, "dtype": "float64"} | options))
+        ),
+        0,
     )
 
 
@@ -207,6 +234,22 @@ def test_fold_decoder_norm_is_refused_without_rescaling():
     # the class of error that SAELens's TopK raises, whose method this is
     with pytest.raises(NotImplementedError, match=r"rescale_acts_by_decoder_norm\b.*\bFalse\b"):
         build(rescale_acts_by_decoder_norm=False).fold_W_dec_norm()
+    with pytest.raises(NotImplementedError, match=r"nfm_top_k = 3"):
+        build(k=None, encoder="jumprelu", nfm_top_k=3).fold_W_dec_norm()
+
+
+@every_option(training=(False,), nfm_top_k=None, rescale_acts_by_decoder_norm=False, encoder="jumprelu")
+@torch.no_grad()
+def test_fold_decoder_norm_of_features_above_a_threshold(sae):
+    """Without rescaling their activations grow by the norms, and what the NFM makes of them stays."""
+    x, norms = raw_activations(), sae.W_dec.norm(dim=-1)
+    folded = deepcopy(sae)
+    folded.fold_W_dec_norm()
+    torch.testing.assert_close(folded.W_dec.norm(dim=-1), torch.ones(D_SAE, dtype=torch.float64), **CLOSE)
+    torch.testing.assert_close(folded.threshold, sae.threshold * norms)
+    torch.testing.assert_close(folded.encode(x), sae.encode(x) * norms, **CLOSE)
+    assert_same_paths(paths(folded, x), paths(sae, x))
+    torch.testing.assert_close(folded.trained_W_dec_norm(), norms, **CLOSE)
 
 
 def test_permuting_the_features_changes_nothing():
@@ -251,15 +294,16 @@ def test_every_option_of_the_config_is_drawn():
 def test_an_exported_sae_has_one_decoder_and_the_same_output(sae, tmp_path):
     x = raw_activations()
     if isinstance(sae, JointNFMTrainingSAE):
-        sae.save_inference_model(tmp_path, folded=True)
+        settled(sae, x).save_inference_model(tmp_path, folded=True)
     else:
         sae.folded().save_model(tmp_path)
     exported = SAE.load_from_disk(tmp_path)
     assert not exported.cfg.use_linear_path
     assert exported.W_dec.numel() == sae.W_dec.numel()
-    assert (
-        sum(p.numel() for p in sae.parameters()) - sum(p.numel() for p in exported.parameters()) == (D_SAE + 1) * D_IN
+    before, after = (
+        sum(p.numel() for name, p in one.named_parameters() if name != "threshold") for one in (sae, exported)
     )
+    assert before - after == (D_SAE + 1) * D_IN
     torch.testing.assert_close(exported(x), sae(x), **CLOSE)
 
 

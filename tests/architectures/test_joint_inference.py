@@ -67,6 +67,7 @@ OPTIONS = {
     "apply_b_dec_to_input": (True, False),
     "normalize_activations": ("none", "layer_norm", "constant_norm_rescale"),
     "selection_stages": (1, 2, 3, K),
+    "selection_candidates": (None, K + 1, K + 4),
     "refinement_steps": (0, 1, 3),
     "training": (True, False),
 }
@@ -79,11 +80,26 @@ OPTIONS = {
 def test_activations_are_those_of_the_definition(third_order, options):
     stages, steps = options["selection_stages"], options["refinement_steps"]
     if options["architecture"] == "sequential_nfm":
-        del options["selection_stages"]
+        del options["selection_stages"], options["selection_candidates"]
     sae, x = made(**options, dtype="float64"), random_activations(rows=6).double()
     expected, clear = inferred(sae, x, stages, steps)
     assert clear.sum() >= 3
     torch.testing.assert_close(sae.encode(x)[clear], expected[clear], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_hook_that_leaves_fewer_features_than_stages_choose():
+    kept, x, found = torch.tensor([1, 5, 7]), random_activations(rows=6).double(), []
+
+    def ban(value, hook):
+        return torch.full_like(value, -torch.inf).index_copy(-1, kept, value[..., kept])
+
+    for candidates in (None, K + 2):
+        sae = made("staged_topk", dtype="float64", selection_stages=K, selection_candidates=candidates)
+        with sae.hooks(fwd_hooks=[("hook_sae_acts_pre", ban)]):
+            found.append(sae.encode(x))
+    torch.testing.assert_close(*found)
+    assert found[0][:, kept].count_nonzero() == found[0].count_nonzero() > 0
 
 
 def unit_dictionary(d_sae, d_in, seed=0):
@@ -391,6 +407,8 @@ def test_the_saved_sae_infers_as_its_training_config_says(architecture, tmp_path
     [
         ({"selection_stages": 0}, r"selection_stages .*from 1 to k = 4.* 0$"),
         ({"selection_stages": 5}, r"selection_stages .*from 1 to k = 4.* 5$"),
+        ({"selection_candidates": 3}, r"selection_candidates must be from k = 4 to d_sae = 8.* 3$"),
+        ({"selection_candidates": 9}, r"selection_candidates must be from k = 4 to d_sae = 8.* 9$"),
         ({"inference_selection_stages": 5}, r"inference_selection_stages .* 5$"),
         ({"refinement_steps": -1}, r"refinement_steps must be >= 0, got -1"),
         ({"inference_refinement_steps": -1}, r"inference_refinement_steps must be >= 0, got -1"),
@@ -591,11 +609,8 @@ def test_an_sae_of_any_architecture_is_refined_on_the_features_it_chose(architec
     error, fitted_error = ((x - one.decode(acts)).square().sum(-1) for one, acts in ((sae, before), (fitted, after)))
     assert (fitted_error <= error * (1 + 1e-5)).all()  # decoded from a matrix here
     assert fitted_error.sum() < 0.9 * error.sum()
-    if architecture in ("topk", "staged_topk"):  # that of a staged SAE with the same weights
-        same = StagedTopKSAE(
-            StagedTopKSAEConfig(d_in=16, d_sae=32, k=K, refinement_steps=3, rescale_acts_by_decoder_norm=True)
-        )
-        same.load_state_dict({"folded_W_dec_norm": torch.ones(32)} | sae.state_dict())
+    if architecture == "topk":  # as on any base
+        same = SequentialNFMTrainingSAE.wrap(sae, head="none", use_linear_path=False, refinement_steps=3)
         torch.testing.assert_close(after, same.encode(x), atol=1e-4, rtol=1e-4)  # float32, another order of sums
     assert getattr(sae.cfg, "refinement_steps", 0) == 0
 

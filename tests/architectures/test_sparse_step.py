@@ -18,8 +18,13 @@ from sae_nfm.kernels import reference
 
 @for_every_architecture
 @pytest.mark.parametrize(
-    ("paths", "nfm_top_k", "rescale", "kernel"),
+    ("stages", "paths", "nfm_top_k", "rescale", "kernel"),
     covering_pairs(
+        stages=[
+            {},
+            {"selection_stages": 3},
+            {"selection_stages": 4, "selection_candidates": 5},
+        ],
         paths=[
             {},
             {"use_square_path": False},
@@ -33,10 +38,10 @@ from sae_nfm.kernels import reference
         kernel=["sparse", "dense"],
     ),
 )
-def test_losses_and_gradients(architecture, paths, nfm_top_k, rescale, kernel):
+def test_losses_and_gradients(architecture, stages, paths, nfm_top_k, rescale, kernel):
     """Either form of the step against SAELens's, which a dense step with hooks is."""
     options = {"rescale_acts_by_decoder_norm": rescale, "nfm_top_k": nfm_top_k}
-    sae, saelens = both_kernels(architecture, **options, **paths)
+    sae, saelens = both_kernels(architecture, **options, **paths, **stages)
     sae.cfg.kernel = kernel
     x = random_activations().double()
     with saelens.hooks(fwd_hooks=[HOOK]):

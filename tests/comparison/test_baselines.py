@@ -114,6 +114,8 @@ def test_flops_of_inference_by_hand():
     # stages of 1, 1, 2 features: all are ranked twice more, after 1 and after 2 are decoded
     staged = StagedTopKTrainingSAEConfig(d_in=4, d_sae=10, k=4, selection_stages=3)
     assert inference_flops(staged) == 80 + (80 + 8) + (80 + 16) + 32
+    # the second and the third stage rank 6 features
+    assert inference_flops(replace(staged, selection_candidates=6)) == 80 + (48 + 8) + (48 + 16) + 32
     assert training_flops(staged) == (80 + 32 + 96) + (80 + 24 + 8) + (80 + 48 + 16)
     once = replace(staged, selection_stages=1)
     assert training_flops(replace(once, refinement_steps=2)) == (training_flops(once) + 3 * 7 * 32)
@@ -178,6 +180,7 @@ def test_joint_arms_differ_from_joint_nfm_in_what_their_name_says():
         "architecture": "staged_topk",
         "kernel": "auto",
         "selection_stages": 4,
+        "selection_candidates": None,
         "refinement_steps": 0,
         "inference_selection_stages": None,
         "inference_refinement_steps": None,

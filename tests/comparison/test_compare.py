@@ -246,7 +246,8 @@ def test_a_second_run_does_nothing_again_and_an_added_arm_changes_nothing(
 
 
 def test_an_arm_is_trained_as_its_sweep_chose(tmp_path):
-    sizes = TINY | {"seeds": (0,), "learning_rates": (5e-3,), "rescaling": ("on", "off"), "selection_stages": 2}
+    sizes = TINY | {"seeds": (0,), "learning_rates": (5e-3,), "rescaling": ("on", "off")}
+    sizes |= {"selection_stages": 2, "selection_candidates": 40}
     cfg = CompareConfig(**sizes, arms=("topk", "staged_topk", "matching_pursuit"), output=str(tmp_path / "run"))
     result = run_compare(cfg)
     tried = [("topk", True), ("staged_topk", True), ("matching_pursuit", None), ("topk", False), ("staged_topk", False)]
@@ -258,7 +259,9 @@ def test_an_arm_is_trained_as_its_sweep_chose(tmp_path):
     for name, way in ways.items():
         settings = Trained.load(tmp_path / "run" / "k16" / "seed-0" / name).settings
         assert settings.get("rescale_acts_by_decoder_norm") is way
-        assert settings.get("selection_stages", 1) == (2 if name == "staged_topk" else 1)
+        in_stages = (settings.get("selection_stages", 1), settings.get("selection_candidates"))
+        assert in_stages == ((2, 40) if name == "staged_topk" else (1, None))
+    assert "chosen in 2 stages, later ones among 40 candidates of the first, in training too" in result.words()
     assert "rescaled" in result.columns
     assert {
         row.arm: cell[result.columns.index("rescaled")]
@@ -499,6 +502,7 @@ def test_a_changed_configuration_is_an_error_that_names_the_field(changes, messa
         ({"rescaling": ("on", "of")}, r"\brescaling\b.*'on', 'off', got 'of'"),
         ({"rescaling": ()}, r"\brescaling\b.*\[\]"),
         ({"arms": ("staged_topk",), "k": (3, 8)}, r"selection_stages.*k = 3\b.*got 4;.*staged_topk"),
+        ({"arms": ("staged_topk",), "selection_candidates": 31}, r"selection_candidates.*k = 32\b.*2048.*got 31"),
     ],
 )  # fmt: skip
 def test_bad_settings(changes, message):

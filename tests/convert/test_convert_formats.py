@@ -137,14 +137,16 @@ def test_dictionary_learning_topk(tmp_path: Path, d_in: int, d_sae: int, k: int,
 
 
 @pytest.mark.parametrize("dict_class", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
-def test_a_batch_topk_becomes_its_threshold(tmp_path: Path, dict_class: str) -> None:
+@pytest.mark.parametrize("to", ["auto", "joint_nfm"])
+def test_a_batch_topk_becomes_its_threshold(tmp_path: Path, dict_class: str, to: Any) -> None:
     w = {name: tensor.double() for name, tensor in write_dictionary_learning(tmp_path / "a", dict_class).items()}
     W_enc, W_dec = w.get("W_enc", w.get("encoder.weight", torch.empty(0, 0)).T), w.get("W_dec")
     W_dec = w["decoder.weight"].T if W_dec is None else W_dec
-    sae, x = converted(tmp_path / "a"), random_activations(40, 5)
+    sae, x = converted(tmp_path / "a", to=to), random_activations(40, 5)
     acts = ((x.double() - w["b_dec"]) @ W_enc + w.get("b_enc", w.get("encoder.bias"))).relu()
     features = acts * (acts > 0.4)
     assert 0 < (features > 0).sum() < (acts > 0).sum()  # the threshold decides something
+    assert sae.cfg.architecture() == ("jumprelu" if to == "auto" else "joint_nfm")
     assert_computes(sae, x, features, features @ W_dec + w["b_dec"])
 
 

@@ -1,4 +1,4 @@
-"""A joint_nfm that begins as a trained TopK SAE."""
+"""A joint_nfm that begins as a trained TopK or JumpReLU SAE."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +20,12 @@ from builders import (
     training_config,
 )
 from checkpoint_writers import topk_in_training
-from sae_lens import SAE, LanguageModelSAETrainingRunner, TopKSAE
+from sae_lens import SAE, BatchTopKTrainingSAEConfig, LanguageModelSAETrainingRunner, TopKSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
+from sae_nfm import JointNFMSAE
 from sae_nfm.architectures.joint_training import JointNFMTrainingSAE
+from sae_nfm.convert.run import ConvertConfig, convert
 from sae_nfm.convert.warm_start import warm_started, with_silent_nfm
 from sae_nfm.hub.release import FolderSource, register_release, release_entry
 
@@ -76,6 +78,28 @@ def test_without_initial_scales_it_is_the_sae_to_the_bit(taken: dict[str, Any]) 
     assert torch.equal(sae(x), topk(x))
     assert {name: getattr(sae.cfg, name) for name in taken} == taken
     assert warm_started(topk, **taken).cfg.k == topk.cfg.k  # what says the same is welcome
+
+
+def test_a_jumprelu_gives_its_thresholds(tmp_path: Path) -> None:
+    """Also as a folder of SAELens's batchtopk, and through `convert`."""
+    batch = random_sae(BatchTopKTrainingSAEConfig(d_in=5, d_sae=11, k=2.5))
+    batch.topk_threshold.fill_(0.7)
+    batch.save_inference_model(tmp_path / "a")
+    start, x = SAE.load_from_disk(tmp_path / "a"), random_activations(40, 5)
+    sae = warm_started(tmp_path / "a", nfm_weight_init_std=0.0, l0_coefficient=2.0, inference_refinement_steps=1)
+    assert (sae.cfg.encoder, sae.cfg.k, sae.cfg.l0_coefficient) == ("jumprelu", None, 2.0)
+    torch.testing.assert_close(sae.threshold, torch.full((11,), 0.7))
+    assert torch.equal(sae.encode(x), start.encode(x))
+    assert torch.equal(sae(x), start(x))
+    told = convert(ConvertConfig(source=tmp_path / "a", output=tmp_path / "b", nfm_dim=4)).words()
+    assert "to joint_nfm (d_in 5, d_sae 11, nfm_dim 4, nfm_top_k all)" in told
+    silent = SAE.load_from_disk(tmp_path / "b")
+    assert isinstance(silent, JointNFMSAE)
+    assert torch.equal(silent(x), start(x))
+    with pytest.raises(ValueError, match="k is 3"):
+        warm_started(start, k=3)
+    with pytest.raises(ValueError, match="batchtopk SAE: its threshold is in the finished SAE"):
+        warm_started(batch)
 
 
 def test_the_nfm_has_the_configs_scales_and_its_own_seed() -> None:
@@ -146,6 +170,7 @@ def test_saelens_trains_it_further_without_a_scale(tmp_path: Path) -> None:
             r"normalize_activations is 'expected_average_only_in'.*\bscale\b",
         ),
         (topk_in_training, {"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
+        (topk_in_training, {"encoder": "batchtopk"}, "encoder is 'batchtopk', but the SAE to start from has 'topk'"),
         (topk_in_training, {"nfm_dimm": 2}, r"\bkey 'nfm_dimm'"),
         (topk_in_training, {"nfm_top_k": 4}, r"nfm_top_k .*\bk = 3\b.* 4\b"),
         (lambda: "nowhere", {}, "'nowhere'.*folder.*release:sae_id"),

@@ -13,7 +13,7 @@ from kernel_inputs import assert_largest, decoded, relative
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
-from sae_nfm.kernels import dispatch, reference, topk
+from sae_nfm.kernels import dispatch, sums, topk
 from sae_nfm.kernels.device import device_rates
 from sae_nfm.kernels.reference import SparseActs
 
@@ -50,7 +50,7 @@ def test_reading(dtype, width, reader):
     acts, (weight,) = random_acts(dtype), randoms((D_SAE, width), dtype=dtype)
     exact_acts = SparseActs(acts.indices, acts.values.detach().double().requires_grad_())
     exact_weight = weight.detach().double().requires_grad_()
-    routing = reference.route(acts.indices, D_SAE)
+    routing = sums.route(acts.indices, D_SAE)
     ours, exact = reader(acts, weight, routing), reader(exact_acts, exact_weight, kernel="dense")
     assert relative(ours, exact) < ROUNDING[dtype]
     found, expected = (

@@ -9,7 +9,7 @@ from builders import inference_sae, random_activations, training_config
 from kernel_inputs import D_IN, D_SAE, TIGHT, encoder, gradients, random_acts, randoms, relative
 from torch import Tensor
 
-from sae_nfm.kernels import dispatch, reference
+from sae_nfm.kernels import dispatch, reference, sums
 from sae_nfm.kernels.reference import SparseActs
 
 
@@ -19,7 +19,7 @@ def whole_step(inputs: list[Tensor], k: int, kernel: dispatch.Kernel | Literal["
     kernel, product = ("sparse", "dense") if kernel == "products" else (kernel, kernel)
     norms, W_dec = dispatch.row_norms(W_dec, kernel=kernel)
     acts = dispatch.encode(x, W_enc, b_enc, norms, k, kernel=kernel, gradient=product)
-    routing = reference.route(acts.indices, len(b_enc))
+    routing = sums.route(acts.indices, len(b_enc))
     unscaled = SparseActs(acts.indices, acts.values / norms[acts.indices])
     rows = dispatch.weighted_rows(unscaled, W_dec, routing, kernel=product)
     both = dispatch.both_decoders(acts, W_dec, norms, W_enc.mT, routing, kernel=product)

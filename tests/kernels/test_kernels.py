@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from sae_nfm.kernels import dispatch, reference
+from sae_nfm.kernels import dispatch, reference, sums
 from sae_nfm.kernels.reference import SparseActs
 
 # --- encode
@@ -120,7 +120,7 @@ READERS = (dispatch.weighted_rows, dispatch.bi_interaction, decoded)
 )
 def test_reading_equals_its_dense_form(reader, batch, k, routed):
     acts, (weight,) = random_acts(batch, k=k), randoms((11, 3), seed=1)
-    routing = reference.route(acts.indices, 11) if routed else None
+    routing = sums.route(acts.indices, 11) if routed else None
     assert_same(lambda kernel: reader(acts, weight, routing, kernel=kernel), [acts.values, weight], **TIGHT)
     dense = dispatch.to_dense(acts, 11)
     assert_same(lambda kernel: reader(dense, weight, kernel=kernel), [acts.values, weight], **TIGHT)
@@ -181,7 +181,7 @@ def test_a_decoder_row_of_norm_0_that_no_token_uses_has_no_gradient():
 
 
 def test_route_by_hand():
-    routing = reference.route(torch.tensor([[2, 0], [3, 2]]), 5)
+    routing = sums.route(torch.tensor([[2, 0], [3, 2]]), 5)
     assert routing.entries.tolist() == [1, 0, 3, 2]
     assert routing.tokens.tolist() == [0, 0, 1, 1]
     assert routing.starts.tolist() == [0, 1, 1, 3, 4, 4]
@@ -189,7 +189,7 @@ def test_route_by_hand():
 
 def test_route_keeps_the_order_of_tokens():
     indices = torch.randint(3, (1000, 1), generator=torch.Generator().manual_seed(0))
-    routing = reference.route(indices, 3)
+    routing = sums.route(indices, 3)
     for feature in range(3):
         tokens = routing.tokens[routing.starts[feature] : routing.starts[feature + 1]]
         assert torch.equal(tokens, (indices[:, 0] == feature).nonzero()[:, 0])
@@ -283,7 +283,7 @@ def cost(output: Tensor, inputs: list[Tensor]) -> tuple[int, int, int]:
 
 def test_gradients_that_nobody_asked_for_cost_nothing():
     acts, (weight, norms, W_lin) = random_acts(), randoms((11, 3), (11,), (11, 3))
-    routing = reference.route(acts.indices, 11)
+    routing = sums.route(acts.indices, 11)
     frozen = SparseActs(acts.indices, acts.values.detach())
 
     assert cost(dispatch.weighted_rows(acts, weight), [acts.values, weight]) == (1, 1, 1)
@@ -297,14 +297,14 @@ def test_gradients_that_nobody_asked_for_cost_nothing():
     assert cost(both(frozen, weight, norms, W_lin, routing), [weight, norms, W_lin]) == (1, 1, 0)
 
     x, W_enc, b_enc, _ = encoder(scaled=False)
-    for inputs, sums in (([x, W_enc, b_enc], 2), ([x.detach(), W_enc, b_enc], 1), ([x, W_enc.detach(), b_enc], 1)):
+    for inputs, n_sums in (([x, W_enc, b_enc], 2), ([x.detach(), W_enc, b_enc], 1), ([x, W_enc.detach(), b_enc], 1)):
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        assert cost(dispatch.encode(*inputs, None, 3).values, wanted)[1] == sums
+        assert cost(dispatch.encode(*inputs, None, 3).values, wanted)[1] == n_sums
 
 
 def test_both_sums_of_the_bi_interaction_share_the_routing():
     acts, (V,) = random_acts(), randoms((11, 3))
-    for routing, sorts in ((reference.route(acts.indices, 11), 0), (None, 2)):
+    for routing, sorts in ((sums.route(acts.indices, 11), 0), (None, 2)):
         assert cost(dispatch.bi_interaction(acts, V, routing), [acts.values, V])[2] == sorts
 
 

@@ -14,7 +14,7 @@ from kernel_inputs import TIGHT, assert_largest, decoded, encoder, gradients, ra
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
-from sae_nfm.kernels import device, dispatch, reference, sparse_sums, topk
+from sae_nfm.kernels import device, dispatch, sums, topk
 from sae_nfm.kernels.reference import SparseActs
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
@@ -71,23 +71,23 @@ SIZES = [(3, 5, 7, 5), (2, 1, 5, 34), (2, 9, 10, 50), (9, 8, 8, 16), (1, 1, 1, 1
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_sums(monkeypatch, sizes, dtype):
     indices, values, rows, by_token = acts_and_rows(*sizes, dtype)
-    routing = reference.route(indices, len(rows))
-    both(monkeypatch, sparse_sums.sum_by_token, indices, values, rows, dtype=dtype)
-    both(monkeypatch, sparse_sums.sum_by_feature, routing, values, by_token, dtype=dtype)
+    routing = sums.route(indices, len(rows))
+    both(monkeypatch, sums.sum_by_token, indices, values, rows, dtype=dtype)
+    both(monkeypatch, sums.sum_by_feature, routing, values, by_token, dtype=dtype)
     if dtype != torch.bfloat16:  # torch has no such product
-        both(monkeypatch, sparse_sums.dots, indices, by_token, rows, dtype=dtype)
-        both(monkeypatch, sparse_sums.sum_values, routing, values, indices, dtype=dtype)
+        both(monkeypatch, sums.dots, indices, by_token, rows, dtype=dtype)
+        both(monkeypatch, sums.sum_values, routing, values, indices, len(rows), dtype=dtype)
 
 
 def test_sums_by_hand():
     indices, values = torch.tensor([[2, 0], [2, 1]]), torch.tensor([[3.0, 5.0], [7.0, 11.0]])
     rows = torch.tensor([[1.0, 2.0], [10.0, 20.0], [100.0, 200.0], [9.0, 9.0]])
     by_token = torch.tensor([[1.0, 0.0], [1.0, -1.0]])
-    routing = reference.route(indices, 4)
-    assert sparse_sums.sum_by_token(indices, values, rows).tolist() == [[305.0, 610.0], [810.0, 1620.0]]
-    assert sparse_sums.sum_by_feature(routing, values, by_token).tolist() == [[5, 0], [11, -11], [10, -7], [0, 0]]
-    assert sparse_sums.dots(indices, by_token, rows).tolist() == [[100.0, 1.0], [-100.0, -10.0]]
-    assert sparse_sums.sum_values(routing, values, indices).tolist() == [5.0, 11.0, 10.0, 0.0]
+    routing = sums.route(indices, 4)
+    assert sums.sum_by_token(indices, values, rows).tolist() == [[305.0, 610.0], [810.0, 1620.0]]
+    assert sums.sum_by_feature(routing, values, by_token).tolist() == [[5, 0], [11, -11], [10, -7], [0, 0]]
+    assert sums.dots(indices, by_token, rows).tolist() == [[100.0, 1.0], [-100.0, -10.0]]
+    assert sums.sum_values(routing, values, indices, 4).tolist() == [5.0, 11.0, 10.0, 0.0]
 
 
 @pytest.mark.usefixtures("small_programs")
@@ -103,8 +103,8 @@ def test_transpose(shape):
 
 def test_no_tokens():
     indices, values = torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3)
-    routing = reference.route(indices, 5)
-    assert (sparse_sums.sum_by_feature(routing, values, torch.zeros(0, 4)) == 0).all()
+    routing = sums.route(indices, 5)
+    assert (sums.sum_by_feature(routing, values, torch.zeros(0, 4)) == 0).all()
 
 
 @pytest.mark.usefixtures("small_programs")
@@ -152,7 +152,7 @@ def test_selection_among_scores_of_minus_infinity_stays_within_the_columns(k):
 )
 def test_bi_interaction(monkeypatch, k, nfm_dim, n_tokens, dtype):
     acts, (V,) = random_acts((n_tokens,), k=k, dtype=dtype), randoms((11, nfm_dim), seed=1, dtype=dtype)
-    routing = reference.route(acts.indices, 11)
+    routing = sums.route(acts.indices, 11)
 
     def outcome() -> list[Tensor]:
         z = dispatch.bi_interaction(acts, V, routing)

@@ -188,11 +188,14 @@ def test_recipes_are_what_the_experiments_say(name):
     assert hours == f"{found.model_seconds / 3600:.2f} + {found.sae_seconds / 3600:.2f}"
 
 
-@pytest.mark.parametrize("architecture", ["topk", "joint_nfm"])
-def test_a_simulated_step_is_a_real_one(architecture):
+@pytest.mark.parametrize(
+    ("architecture", "encoder"), [("topk", {}), ("batchtopk", {}), ("joint_nfm", {}),
+                                  ("joint_nfm", {"encoder": "batchtopk"}), ("joint_nfm", {"encoder": "jumprelu", "k": None})]
+)  # fmt: skip
+def test_a_simulated_step_is_a_real_one(architecture, encoder):
     config_class = get_sae_training_class(architecture)[1]
     paths = {"nfm_dim": 8, "nfm_top_k": 3, "kernel": "dense"} if architecture == "joint_nfm" else {}
-    config = config_class(d_in=64, d_sae=512, k=8, **paths)
+    config = config_class(**{"d_in": 64, "d_sae": 512, "k": 8} | paths | encoder)
     cfg = runner(config, train_batch_size_tokens=128)
     with torch.random.fork_rng(), LiveBytes() as live:
         sae = get_sae_training_class(architecture)[0](replace(config))
@@ -316,7 +319,10 @@ def test_what_lies_on_other_devices_is_not_counted():
     assert one.needed_gib > split.needed_gib
 
 
-@pytest.mark.parametrize("settings", [{}, {"d_sae": 2048}, {"d_sae": 2048, "k": 1500}, {"kernel": "sparse"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"d_sae": 2048}, {"d_sae": 2048, "k": 1500}, {"kernel": "sparse"}, {"d_sae": 2048, "encoder": "batchtopk"}],
+)
 def test_the_kernel_is_the_one_the_sae_chooses(settings):
     config = JointNFMTrainingSAEConfig(**{"d_in": 8, "d_sae": 64, "k": 4, "nfm_dim": 8} | settings)
     expected = "sparse" if JointNFMTrainingSAE(config).works_sparsely() else "dense"

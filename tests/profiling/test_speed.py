@@ -19,6 +19,7 @@ from sae_nfm.profiling import arms
 from sae_nfm.profiling.arms import (
     ARMS,
     INFERENCE_ARMS,
+    JOINT_ARMS,
     JOINT_AUTO,
     JOINT_TORCH,
     PUBLISHED,
@@ -58,14 +59,15 @@ def scan() -> SpeedResult:
 
 def test_every_arm_is_timed_and_compared_with_topk(result):
     rows = {row.arm: row for row in result.rows}
-    assert list(rows) == [arm for arm in ARMS if arm != "joint_nfm no Triton"]  # a GPU has it
+    left_out = ("joint_nfm no Triton", "matching_pursuit")  # a GPU has the first, the second is slow
+    assert list(rows) == [arm for arm in ARMS if arm not in left_out]
     for name, row in rows.items():
         assert row.reason is None, name
         low, high = row.step_quartiles
         assert 0 < low <= row.step_seconds <= high
         assert row.step_over_topk == row.step_seconds / rows["topk"].step_seconds
         assert (row.inference_seconds is not None) == (name in INFERENCE_ARMS)
-        assert (row.floor_seconds is not None) == name.startswith("joint_nfm")
+        assert (row.floor_seconds is not None) == (name in JOINT_ARMS)
         if row.floor_seconds is not None:
             assert row.floor_seconds == floor_seconds(Sizes(**sizes_of(TINY)), result.rates)
             assert row.step_over_floor == row.step_seconds / row.floor_seconds
@@ -86,6 +88,21 @@ def test_the_table_has_every_figure(result):
         assert f"{row.step_over_topk:.3f}" in line
     assert "d_in 16, d_sae 64, k 4, nfm_dim 8, batch 32, float32" in lines[0]
     assert f"{result.provenance['threads']} threads" in lines[0]
+
+
+def test_matching_pursuit_is_timed_where_it_is_asked_for():
+    found = measure_speed(SpeedConfig(**TINY, arms=("matching_pursuit", "topk")))
+    assert [(row.arm, row.reason) for row in found.rows] == [("matching_pursuit", None), ("topk", None)]
+    assert found.rows[0].inference_over_topk > 0
+
+
+def test_the_arms_in_stages_infer_as_they_say():
+    sizes = Sizes(**sizes_of(TINY))
+    for arm, stages, candidates in (("", 1, None), (" in 4 stages", 4, None), (" in 4 stages, candidates", 4, 16)):
+        for name in ("staged_topk", "joint_nfm") if arm else ("staged_topk",):
+            cfg = ARMS[name + arm](sizes).cfg
+            assert (cfg.selection_stages, cfg.selection_candidates, cfg.refinement_steps) == (stages, candidates, 0)
+            assert cfg.get_inference_sae_cfg_dict()["refinement_steps"] == (5 if arm else 0)
 
 
 def test_arms_take_the_form_they_are_named_for():
@@ -109,6 +126,12 @@ def test_arms_take_the_form_they_are_named_for():
         "topk": False,
         "topk fused Adam": False,
         "topk COO": True,
+        "staged_topk": False,
+        "staged_topk in 4 stages": False,
+        "staged_topk in 4 stages, candidates": False,
+        "joint_nfm in 4 stages": False,
+        "joint_nfm in 4 stages, candidates": False,
+        "matching_pursuit": False,
         "batchtopk": False,
     }
 

@@ -42,12 +42,23 @@ def _of_token(sae: Any, x: Tensor, stages: int, steps: int) -> tuple[Tensor, boo
     else:
         x_n = sae.run_time_activation_norm_fn_in(x[None])[0]
         s = x_n - sae.b_dec if sae.cfg.apply_b_dec_to_input else x_n
-        f, k = torch.zeros(d_sae, dtype=x.dtype), sae.cfg.k
+        f = torch.zeros(d_sae, dtype=x.dtype)
+    if not sequential and getattr(sae.cfg, "encoder", "topk") == "jumprelu":
+        for i in range(d_sae):
+            score = n[i] * float(s @ sae.W_enc[:, i] + sae.b_enc[i])
+            if score > max(0.0, float(sae.threshold[i])):
+                support.append(i)
+                f[i] = score
+    elif not sequential:
+        k = sae.cfg.k
         nothing = D(torch.zeros(d_sae, dtype=x.dtype))
+        candidates = range(d_sae)
         for t in range(1, stages + 1):
             y = D(f) - nothing
             score = [n[i] * float((s - y) @ sae.W_enc[:, i] + sae.b_enc[i]) for i in range(d_sae)]
-            free = sorted((i for i in range(d_sae) if i not in support), key=lambda i: -score[i])
+            if t == 1 and sae.cfg.selection_candidates is not None:
+                candidates = sorted(range(d_sae), key=lambda i: -score[i])[: sae.cfg.selection_candidates]
+            free = sorted((i for i in candidates if i not in support), key=lambda i: -score[i])
             for i in free[: t * k // stages - (t - 1) * k // stages]:
                 support.append(i)
                 f[i] = max(score[i], 0.0)

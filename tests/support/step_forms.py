@@ -15,7 +15,9 @@ for_every_architecture = pytest.mark.parametrize("architecture", WITH_ENCODER)
 
 def step(sae, x, dead=None, logging=False):
     return sae.training_forward_pass(
-        TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=logging)
+        TrainStepInput(
+            sae_in=x, coefficients={"l0": 0.3}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=logging
+        )
     )
 
 

@@ -137,6 +137,22 @@ def test_same_bits_after_sigterm(tmp_path, architecture, settings):
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"encoder": "batchtopk", "k": 3.5},
+        {"encoder": "jumprelu", "k": None, "jumprelu_bandwidth": 1.0, "l0_warm_up_steps": 9},
+    ],
+    ids=lambda settings: settings["encoder"],
+)
+def test_same_thresholds_after_sigterm(tmp_path, settings):
+    """Of batchtopk the number that follows each batch, of jumprelu the parameters and their coefficient on its way up."""
+    sae_cfg = training_config("joint_nfm", normalize_activations="expected_average_only_in", **settings)
+    whole, resumed = interrupted_and_resumed(tmp_path, sae_cfg)
+    assert_same_bits(whole, resumed)
+    assert (weights(whole)["threshold"] > 0).all()
+
+
+@pytest.mark.parametrize(
     ("architecture", "settings"),
     [
         ("joint_nfm", {"prefetch_llm_batches": 2}),

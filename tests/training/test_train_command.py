@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from small_training import SIZES
 
 from sae_nfm import read_training_record
-from sae_nfm.cli.train import parse
+from sae_nfm.cli.train import make_parser, parse
 from sae_nfm.data.datasets import local_dataset
 from sae_nfm.evaluation.saelens_evals import EvaluateConfig, evaluate_saved
 from sae_nfm.explorer.run import ExploreConfig, run_explore
@@ -107,6 +108,38 @@ def test_every_architecture_trains_as_saelens_trains_it(architecture, shared, mo
     sae = SAE.load_from_disk("ours")
     assert sae.cfg.d_in == 16
     assert sae.cfg.to_dict() == SAE.load_from_disk("theirs").cfg.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("more", "trained_as"),
+    [
+        ("--encoder batchtopk --k 3.5", {"encoder": "batchtopk", "k": 3.5, "topk_threshold_lr": 0.01}),
+        (
+            "--encoder=jumprelu --l0_coefficient 0.2 --jumprelu_bandwidth 1",
+            {"l0_coefficient": 0.2, "jumprelu_bandwidth": 1.0},
+        ),
+    ],
+)
+def test_encoders_of_joint_nfm(more, trained_as, shared, capsys):
+    """With SAELens's defaults of each encoder; the same flags through SAELens's parser give the same config."""
+    argv = [*(flag for flag in flags(shared) if flag not in ("--k", "4")), *more.split()]
+    assert main([*argv, "--inference_refinement_steps", "2", "--output_path", "ours"]) == 0
+    sae, ours = SAE.load_from_disk("ours"), parse(argv[1:]).cfg.sae
+    theirs = _parse_cfg_args([*argv[1:], "--d_in", "512"]).sae
+    assert replace(ours, metadata=theirs.metadata, normalize_activations="none") == theirs
+    assert (sae.cfg.encoder, sae.cfg.k, sae.cfg.refinement_steps) == ("jumprelu", None, 2)
+    details = sae.cfg.metadata.training_architecture_details
+    assert details | trained_as == details
+    assert (sae.threshold > 0).all()
+    short = re.search(r"topk_threshold_lr is 0.01: in (\d+) steps .* goes (\d+)% of the way", capsys.readouterr().err)
+    assert (short is not None) == (sae.cfg.rescale_acts_by_decoder_norm is True)
+    if short is not None:
+        steps, way = map(int, short.groups())
+        assert way == round(100 * (1 - 0.99**steps))
+    shown = make_parser(["--encoder", "jumprelu"]).help()
+    assert "--l0_coefficient FLOAT" in shown
+    assert "INT|FLOAT" in shown
+    assert "average. jumprelu has none.\n" in shown  # and no default
 
 
 @pytest.mark.parametrize(
