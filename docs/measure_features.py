@@ -2,8 +2,8 @@
 
     python docs/measure_features.py synthetic OUTPUT --set identified --stages 1 --lr 5e-3
     python docs/measure_features.py summary OUTPUT
-    python docs/measure_features.py effects OUTPUT "RUN/k32/saes/seed0/joint_nfm staged" --held-out TEXT
-    python docs/measure_features.py probing OUTPUT RUN/k32/saes/seed0/topk ...
+    python docs/measure_features.py effects OUTPUT "RUN/k32/seed-0/joint_nfm staged" --held-out TEXT
+    python docs/measure_features.py probing OUTPUT RUN/k32/seed-0/topk ...
 
 `synthetic` trains on activations of known features, and writes one line of `synthetic.jsonl` for each SAE and number of
 refinements; lines that are there are not made again. `summary` makes tables of them, and of the decoders of several seeds.
