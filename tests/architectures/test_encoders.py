@@ -20,6 +20,7 @@ from sae_lens import (
 )
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from step_forms import step
+from torch.func import jacrev, vmap
 
 from sae_nfm import JointNFMSAE, JointNFMSAEConfig, JointNFMTrainingSAE, JointNFMTrainingSAEConfig
 from sae_nfm.architectures import EncoderFields, JumpReLUJointNFMSAE, parameter_count, training_config
@@ -143,8 +144,9 @@ OPTIONS = {
 def test_activations_above_a_threshold_are_those_of_the_definition(options):
     kind, steps = options.pop("kind"), options["refinement_steps"]
     sae = random_sae(config("step", **options))
-    sae.threshold.abs_()
-    if kind != "training":
+    if kind == "training":
+        sae.threshold.abs_()
+    else:  # also below 0, as Adam's last step may leave one
         cfg = JointNFMSAEConfig.from_dict(sae.cfg.get_inference_sae_cfg_dict())
         weights = sae.state_dict()
         sae = JointNFMSAE(replace(cfg, rescale_acts_by_decoder_norm=kind == "rescaled"))
@@ -176,12 +178,73 @@ def test_refinement_keeps_the_choice_and_what_the_encoder_learns_from_it(form):
         return
     for name in ("l0_loss", "pre_act_loss"):
         assert torch.equal(before.losses[name], after.losses[name])
-    # a feature just below its threshold in every token lowers it where it would help, refined or not
-    pre = refined.encode_with_hidden_pre(x)[1]
-    refined.threshold.data = torch.where(torch.arange(D_SAE) < 8, pre.amax(dim=0) + 0.01, refined.threshold)
-    step(refined, x).losses["mse_loss"].backward()
-    assert not refined.encode(x)[:, :8].any()
-    assert (refined.threshold.grad[:8] != 0).sum() > 4
+    # the estimator of the choice's gradient is given that of a feature which was not chosen, as without refinement
+    acts = before.feature_acts.detach().relu().requires_grad_()
+    off = acts.detach() == 0
+    (gradient,) = torch.autograd.grad(refined._refined_acts(x - refined.b_dec, acts)[off].sum(), acts)
+    assert torch.equal(gradient, off.double())
+
+
+def test_the_strongest_features_are_as_many_as_said_not_as_the_mean():
+    """With nfm_top_k = k the two decoders of topk read the same features; of batchtopk a token may have more."""
+    sae, x = random_sae(config("batchtopk", k=4.0, nfm_top_k=4)), random_activations().double()
+    assert (sae.encode(x) > 0).sum(-1).max() > 4
+    torch.testing.assert_close(step(sae, x).losses["mse_loss"], (sae(x) - x).square().sum(-1).mean())
+
+
+@pytest.mark.parametrize("form", ["batchtopk", "tanh", "inference"])
+def test_hooks_fire_once_and_the_code_holds(form):
+    sae, calls = random_sae(config("tanh" if form == "inference" else form, refinement_steps=2)), []
+    if form == "inference":
+        weights = sae.state_dict()
+        sae = JointNFMSAE(JointNFMSAEConfig.from_dict(sae.cfg.get_inference_sae_cfg_dict()))
+        sae.load_state_dict(weights)
+    x = random_activations().double()
+    code, plain = sae.encode(x), sae(x)
+    names = [name for name in sae.hook_dict if "secondary" not in name and name != "hook_sae_error"]
+    hooks = [(name, lambda value, hook: calls.append(hook.name)) for name in names]
+    assert torch.equal(sae.run_with_hooks(x, fwd_hooks=hooks), plain)
+    assert sorted(calls) == sorted(names)
+    seen = []
+    zero = [("hook_sae_acts_post", lambda v, hook: seen.append(v)), ("hook_nfm_linear", lambda v, hook: 0 * v)]
+    assert not torch.allclose(sae.run_with_hooks(x, fwd_hooks=zero), plain)
+    assert torch.equal(seen[0], code)
+    torch.testing.assert_close(sae.decode(code.to_sparse()), plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_an_inferred_output_and_transforms():
+    """Through two refinements, where no choice changes; of x, against finite differences, and under torch.func."""
+    sae = JointNFMSAE(
+        JointNFMSAEConfig(d_in=D_IN, d_sae=D_SAE, encoder="jumprelu", refinement_steps=2, dtype="float64", **OF_NFM)
+    )
+    generator = torch.Generator().manual_seed(3)
+    for weight in sae.parameters():
+        weight.data = 0.3 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    sae.threshold.data.abs_()
+    x = random_activations(rows=4).double()
+    found = torch.autograd.functional.jacobian(sae, x[0])
+    steps = 1e-6 * torch.eye(D_IN, dtype=torch.float64)
+    with torch.no_grad():
+        up, down = x[0] + steps, x[0] - steps
+        assert ((sae.encode(up) > 0) == (sae.encode(x[:1]) > 0)).all()
+        torch.testing.assert_close(found.T, (sae(up) - sae(down)) / 2e-6, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(vmap(sae)(x), sae(x))
+    torch.testing.assert_close(jacrev(sae)(x[0]), found)
+
+
+def test_half_precision_keeps_the_thresholds_steps():
+    """SAELens keeps the thresholds of a training in float32; what is refined is refined in float32."""
+    sae, x = random_sae(config("tanh", dtype="float32", refinement_steps=1)), random_activations()
+    sae.threshold.data.abs_()
+    expected, sae = sae.encode(x), sae.to(torch.bfloat16)
+    assert sae.threshold.dtype == torch.float32
+    found = sae.encode(x)
+    same = ((found > 0) == (expected > 0)).all(dim=-1)  # the encoder's own rounding chooses otherwise now and then
+    assert same.float().mean() > 0.6
+    torch.testing.assert_close(found[same].float(), expected[same], rtol=0.1, atol=0.1)  # bfloat16 of the start
+    trainer(sae, lr=1e-2).fit()
+    assert all(weight.isfinite().all() for weight in sae.parameters())
 
 
 def test_the_penalty_reads_what_both_decoders_write():
