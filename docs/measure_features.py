@@ -61,7 +61,6 @@ def synthetic(arguments: argparse.Namespace) -> None:
     (config, k), file = SETS[arguments.set], arguments.output / "synthetic.jsonl"
     data, steps = SyntheticData.of(config), arguments.samples // BATCH
     x, acts = data.sample(HELD_OUT, HELD_OUT_SEED)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for name, stages, seed in itertools.product(arguments.arms, arguments.stages, arguments.seeds):
         line = {"set": arguments.set, "arm": name, "stages": stages or k, "seed": seed, "lr": arguments.lr}
@@ -244,7 +243,6 @@ def probing(arguments: argparse.Namespace) -> None:
     saes = {folder: _refinable(load_sae(folder).eval()) for folder in arguments.saes}
     metadata = next(iter(saes.values())).cfg.metadata
     model, lines = load_model(metadata.model_name), list[dict[str, Any]]()
-    arguments.output.mkdir(parents=True, exist_ok=True)
     for dataset in DATASETS[arguments.first :: arguments.every]:
         texts, y = data.read_numbered_dataset_df(dataset)["prompt"], data.get_yvals(dataset)
         drawn = np.random.default_rng(42).permutation(len(y))[:PROBE_TEXTS]
@@ -321,6 +319,7 @@ def main() -> None:
     made["probing"].add_argument("--first", type=int, default=0, help="number of the first data set")
     made["probing"].add_argument("--every", type=int, default=3, help="each how many-th of the 113 data sets")
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     arguments.run(arguments)
 
 
