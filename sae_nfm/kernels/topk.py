@@ -95,10 +95,14 @@ def _block_size(d_sae: int, k: int) -> int:
 
 
 def _score(sae_in: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, *, out: Tensor) -> None:
-    if out.dtype != sae_in.dtype:
+    if out.dtype == sae_in.dtype:
+        torch.mm(sae_in, W_enc, out=out)
+    elif out.dtype == b_enc.dtype:
+        out.copy_(sae_in @ W_enc)
+    else:
         out.copy_(hidden_pre(sae_in, W_enc, b_enc, scale))
         return
-    torch.mm(sae_in, W_enc, out=out).add_(b_enc)
+    out.add_(b_enc)
     if scale is not None:
         out.mul_(scale)
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kernel_inputs import D_SAE, TIGHT, encoder, gradients
+from kernel_inputs import D_SAE, TIGHT, encoder, gradients, randoms
 
-from sae_nfm.kernels import dispatch, sparse_sums, topk
+from sae_nfm.kernels import dispatch, inference, sparse_sums, sums, topk
 
 
 @pytest.mark.parametrize("d_sae", [16, 37, 64, 1000])
@@ -53,3 +53,37 @@ def test_a_scale_of_zero_has_no_gradient():
 def test_selection_records_no_gradient():
     _, values = topk.top_hidden_pre(*encoder(), 3)
     assert not values.requires_grad
+
+
+class LinearSum:
+    """What features of a decoder write."""
+
+    def __init__(self, W_dec):
+        self.W_dec, self.written = W_dec, 0
+
+    def add(self, new):
+        self.written = self.written + sums.sum_by_token(new.indices, new.values, self.W_dec)
+
+    def explained(self, acts):
+        return self.written
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@torch.no_grad()
+def test_a_ranking_in_bfloat16_chooses_as_the_exact_one(monkeypatch, scaled):
+    x, W_enc, b_enc, norms, W_dec = randoms((50, 64), (64, 1100), (1100,), (1100,), (1100, 64), dtype=torch.float32)
+    given = (x, W_enc, 0.1 * b_enc, norms.abs() if scaled else None)
+    chosen, types = [], []
+
+    def top_hidden_pre(sae_in, *rest):
+        types.append(sae_in.dtype)
+        return topk.top_hidden_pre(sae_in, *rest)
+
+    monkeypatch.setattr(inference, "top_hidden_pre", top_hidden_pre)
+    for rough in (False, True):
+        monkeypatch.setattr(inference, "ranks_in_bfloat16", lambda weight, rough=rough: rough)
+        acts = inference.select_sparsely(given, [3, 2, 3], LinearSum(0.01 * W_dec), None)
+        chosen.append(dispatch.to_dense(acts, 1100))
+    assert types == [torch.float32] * 4 + [torch.bfloat16] * 2
+    torch.testing.assert_close(*chosen)
+    assert chosen[0].count_nonzero() > 300
