@@ -118,7 +118,7 @@ def select_sparsely(encoder: Encoder, sizes: Sequence[int], paths: Summed, candi
         candidates: as for `select`.
     """
     sae_in, W_enc, b_enc, norms = encoder
-    columns, unexplained = sums.Shared(Transposed.apply(W_enc)), sae_in
+    columns = sums.Shared(Transposed.apply(W_enc))
     if candidates is None:
         pool = Everything(encoder, columns.weight)
     else:
