@@ -92,7 +92,7 @@ class NFMDecoder(NFMPaths):
         norms = wide(self.W_dec).norm(dim=-1) if cfg.rescale_acts_by_decoder_norm else None
         with self._weights_alone() as written, self._holding(norms):
             W_enc, b_dec, sae_in = wide(self.W_enc), wide(self.b_dec), wide(sae_in)
-            nothing = written(W_enc.new_zeros(1, d_sae))[0]
+            nothing = written(W_enc.new_zeros(1, d_sae))[0] if cfg.selection_stages > 1 else 0.0
             acts = inference.select(
                 wide(hidden_pre),
                 lambda acts: written(acts) - nothing,

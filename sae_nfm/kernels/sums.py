@@ -142,18 +142,12 @@ class _Share(torch.autograd.Function):
 
 
 def _sum_of_uses(uses: list[tuple[Tensor, Tensor, Tensor]], d_sae: int) -> Tensor:
-    starts, n_tokens = [], 0
-    for indices, _, _ in uses:
-        starts.append(n_tokens)
-        n_tokens += len(indices)
-    entries = [indices.flatten() for indices, _, _ in uses]
-    tokens = [
-        torch.arange(start, start + len(indices), device=indices.device).repeat_interleave(indices.shape[1])
-        for start, (indices, _, _) in zip(starts, uses, strict=True)
-    ]
-    routing = _ordered(torch.cat(entries), torch.cat(tokens), d_sae)
+    """As if each read had tokens of its own."""
+    entries = torch.cat([indices.flatten() for indices, _, _ in uses])
+    widths = torch.cat([indices.new_full((len(indices),), indices.shape[1]) for indices, _, _ in uses])
+    tokens = torch.arange(len(widths), device=widths.device).repeat_interleave(widths, output_size=len(entries))
     values = torch.cat([values.flatten() for _, values, _ in uses])
-    return sum_by_feature(routing, values, torch.cat([by_token for _, _, by_token in uses]))
+    return sum_by_feature(_ordered(entries, tokens, d_sae), values, torch.cat([by_token for _, _, by_token in uses]))
 
 
 class Shared:
