@@ -34,6 +34,7 @@ from typing_extensions import override
 from sae_nfm.architectures.joint_config import JointNFMConfig, JointNFMSAEConfig, StagedTopKSAEConfig
 from sae_nfm.architectures.nfm_config import check_inference
 from sae_nfm.architectures.nfm_paths import FEW_FEATURES, NFMPaths, Paths, column_squares
+from sae_nfm.architectures.staged_step import parts_of
 from sae_nfm.kernels import (
     dispatch,
     inference,
@@ -100,6 +101,7 @@ class NFMDecoder(NFMPaths):
                 norms,
                 inference.stage_sizes(k, cfg.selection_stages),
                 cfg.selection_candidates,
+                None if cfg.selection_stages == 1 else parts_of(self, norms),
             )
             if not cfg.refinement_steps:
                 return acts

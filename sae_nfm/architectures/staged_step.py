@@ -1,17 +1,21 @@
 """What the paths of a joint_nfm write in a training step, summed up while its features are chosen in stages.
 
-A path that is a sum over features gains from stage to stage what the new ones write, so that each feature is read once, and the
-gradient of each weight is one sum over the entries of all stages (`sums.Shared`). The others are made anew in every stage: the
-interaction path, and the linear one where it reads the n strongest. All in at least float32.
+A path that is a sum over features gains from stage to stage what the new ones write, and the pooled interactions the pairs that
+these make, so that each feature is read once, and the gradient of each weight is one sum over the entries of all stages
+(`sums.Shared`). Made anew in every stage are the paths that read the n strongest features, and the pooling of a registered head.
+All in at least float32.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from sae_nfm.architectures.nfm_paths import Paths
 from sae_nfm.kernels import SparseActs, dispatch, reference, sums, wide
+from sae_nfm.kernels.ranking import Parts
 
 
 class StagedPaths:
@@ -24,15 +28,30 @@ class StagedPaths:
     """
 
     def __init__(self, sae: Any, W_dec: Tensor, norms: Tensor | None, *, reads_all: bool) -> None:
-        self.sae, self.reads_all = sae, reads_all
+        cfg = sae.cfg
+        self.sae, self.norms, self.reads_all = sae, norms, reads_all
         self.per_norm = None if norms is None else reference.divisor(wide(norms)).reciprocal()
         self.W_dec = sums.Shared(wide(W_dec))
         self.W_lin = sums.Shared(wide(sae.W_lin)) if reads_all else None
-        self.U = sums.Shared(wide(sae.U)) if sae.cfg.use_square_path else None
+        self.U = sums.Shared(wide(sae.U)) if cfg.use_square_path else None
+        self.V = sums.Shared(wide(sae.V)) if cfg.head in ("fm", "mlp") and cfg.nfm_top_k in (None, cfg.k) else None
         self.direct: Tensor | None = None
         self.square: Tensor | None = None
+        self.embedded: Tensor | None = None
+        """sum_i f_i v_i."""
+        self.pooled: Tensor | None = None
+        self.code: Tensor | None = None
+        """Hidden units, less what they are without any feature, when `explained` was last asked for."""
         nothing = self.W_dec.weight.new_zeros(1, 1)
-        self.without_features = self._interaction(SparseActs(nothing.long(), nothing))
+        acts = SparseActs(nothing.long(), nothing)
+        self.without_features = (
+            None if cfg.head == "none" else self._hidden(dispatch.pooled(cfg.head, acts, wide(sae.V)))
+        )
+
+    @property
+    def parts(self) -> Parts | None:
+        """What `explained` is made of, asked for after it."""
+        return parts_of(self.sae, self.norms, lambda _: cast(Tensor, self.code))
 
     def add(self, new: SparseActs) -> None:
         """Add what features write that were not chosen before."""
@@ -43,49 +62,95 @@ class StagedPaths:
         if self.U is not None:
             squares = new.values.square() / self.sae.cfg.square_scale
             self.square = _plus(self.square, self.U.rows(new.indices, squares))
+        if self.V is not None:
+            self._pool(new, self.V)
+
+    def _pool(self, new: SparseActs, V: sums.Shared) -> None:
+        """Add the pairs that new features make with those chosen before and with each other."""
+        embedded = V.rows(new.indices, new.values)
+        if self.sae.cfg.head == "mlp":
+            self.pooled = _plus(self.pooled, embedded)
+            return
+        if self.embedded is not None:
+            self.pooled = _plus(self.pooled, self.embedded * embedded)
+        if new.indices.shape[-1] > 1:
+            self.pooled = _plus(self.pooled, dispatch.bi_interaction(new, V.weight))
+        elif self.pooled is None:
+            self.pooled = torch.zeros_like(embedded)
+        self.embedded = _plus(self.embedded, embedded)
 
     def explained(self, acts: SparseActs) -> Tensor:
         """y: what all paths write more than without any feature, given all that were added; pure inference, without dropout."""
         assert self.direct is not None
         found = self.direct if self.square is None else self.direct + self.square
-        linear, interaction = self._linear(acts), self._interaction(acts)
+        linear = self._linear(acts)
         if linear is not None:
             found = found + linear
-        if interaction is not None and self.without_features is not None:
-            found = found + (interaction - self.without_features)
+        if self.without_features is not None:
+            code = self._hidden(self._pooled(acts)).relu() - self.without_features.relu()
+            self.code = code.detach()
+            found = found + code @ wide(self.sae.W_2)
         return found
 
     def written(self, acts: SparseActs, dropout: Callable[[Tensor], Tensor]) -> Paths:
         """All paths with their biases, in the type of the parameters; the linear one in the direct where it reads all."""
         assert self.direct is not None
-        sae, linear = self.sae, self._linear(acts)
+        sae, linear, interaction = self.sae, self._linear(acts), None
         bias = sae.b_dec + sae.b_lin if self.reads_all else sae.b_dec
-        paths = (
-            self.direct + bias,
-            None if linear is None else linear + sae.b_lin,
-            self.square,
-            self._interaction(acts, dropout),
-        )
+        if sae.cfg.head != "none":
+            hidden = self._hidden(dropout(self._pooled(acts)))
+            interaction = reference.interaction_output(hidden, wide(sae.W_2), wide(sae.b_2))
+        paths = (self.direct + bias, None if linear is None else linear + sae.b_lin, self.square, interaction)
         return Paths(*(None if path is None else path.to(sae.dtype) for path in paths))  # pyright: ignore[reportArgumentType]
-
-    def _read(self, acts: SparseActs) -> SparseActs:
-        n = self.sae.cfg.nfm_top_k
-        return acts if n is None or n >= acts.indices.shape[-1] else reference.top_n(acts, n)
 
     def _linear(self, acts: SparseActs) -> Tensor | None:
         if self.reads_all or not self.sae.cfg.use_linear_path:
             return None
-        return dispatch.weighted_rows(self._read(acts), wide(self.sae.W_lin))
+        return dispatch.weighted_rows(_read(self.sae.cfg, acts), wide(self.sae.W_lin))
 
-    def _interaction(
-        self, acts: SparseActs, dropout: Callable[[Tensor], Tensor] = lambda pooled: pooled
-    ) -> Tensor | None:
-        sae = self.sae
-        if sae.cfg.head == "none":
-            return None
-        V, W_1, b_1, W_2, b_2 = (wide(getattr(sae, name)) for name in ("V", "W_1", "b_1", "W_2", "b_2"))
-        pooled = dropout(dispatch.pooled(sae.cfg.head, self._read(acts), V))
-        return reference.interaction_output(reference.hidden_pre(pooled, W_1, b_1), W_2, b_2)
+    def _pooled(self, acts: SparseActs) -> Tensor:
+        if self.pooled is not None:
+            return self.pooled
+        return dispatch.pooled(self.sae.cfg.head, _read(self.sae.cfg, acts), wide(self.sae.V))
+
+    def _hidden(self, pooled: Tensor) -> Tensor:
+        return reference.hidden_pre(pooled, wide(self.sae.W_1), wide(self.sae.b_1))
+
+
+@torch.no_grad()
+def parts_of(sae: Any, norms: Tensor | None, code: Callable[[SparseActs], Tensor] | None = None) -> Parts | None:
+    """What the features of a joint_nfm write together, by its weights alone and without dropout.
+
+    None where its linear path reads the strongest features only: what one writes depends on the others then.
+
+    Args:
+        sae: in training or not.
+        norms: what the rows of its decoder are divided by; None for 1.
+        code: what the hidden units make of activations, where that is known.
+    """
+    cfg, W_dec = sae.cfg, wide(sae.W_dec)
+    if cfg.use_linear_path and cfg.nfm_top_k not in (None, cfg.k):
+        return None
+    rows = W_dec if norms is None else W_dec / reference.divisor(wide(norms))[:, None]
+    rows = rows + wide(sae.W_lin) if cfg.use_linear_path else rows
+    squares = wide(sae.U) / cfg.square_scale if cfg.use_square_path else None
+    if cfg.head == "none":
+        return Parts(rows=rows, squares=squares)
+    return Parts(rows=rows, squares=squares, mixed=wide(sae.W_2), code=code or partial(_code, sae))
+
+
+def _code(sae: Any, acts: SparseActs) -> Tensor:
+    def hidden(acts: SparseActs) -> Tensor:
+        pooled = dispatch.pooled(sae.cfg.head, _read(sae.cfg, acts), wide(sae.V))
+        return reference.hidden_pre(pooled, wide(sae.W_1), wide(sae.b_1)).relu()
+
+    nothing = acts.values.new_zeros(1, 1)
+    return hidden(acts) - hidden(SparseActs(nothing.long(), nothing))
+
+
+def _read(cfg: Any, acts: SparseActs) -> SparseActs:
+    n = cfg.nfm_top_k
+    return acts if n is None or n >= acts.indices.shape[-1] else reference.top_n(acts, n)
 
 
 def _plus(summed: Tensor | None, more: Tensor) -> Tensor:

@@ -18,18 +18,16 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.func import vjp
 
-from sae_nfm.kernels import sums
-from sae_nfm.kernels.device import is_transformed, ranks_in_bfloat16
+from sae_nfm.kernels import sums, topk
+from sae_nfm.kernels.device import is_transformed
+from sae_nfm.kernels.ranking import Encoder, Everything, Gram, Parts, Pool, Ranking
 from sae_nfm.kernels.reference import SparseActs, divisor
 from sae_nfm.kernels.sparse_sums import OfActive, Transposed
 from sae_nfm.kernels.topk import top_hidden_pre
-
-Encoder = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Input [*batch, d_in], W_enc, b_enc, and the decoder norms that scale the pre-activations, if any."""
 
 
 def stage_sizes(k: int, stages: int) -> list[int]:
@@ -44,6 +42,7 @@ def select(
     norms: Float[Tensor, " d_sae"] | None,
     sizes: Sequence[int],
     candidates: int | None = None,
+    parts: Parts | None = None,
 ) -> SparseActs:
     """Features chosen in stages of these sizes, in the order of stages; entries of one token are distinct.
 
@@ -53,11 +52,13 @@ def select(
         explained: y, from activations to [*batch, d_in].
         norms: n, None for 1.
         candidates: of how many features, those that the first stage ranks highest, later stages choose; None for all.
+        parts: what y is made of, where that is known.
     """
     batch, d_sae = hidden_pre.shape[:-1], hidden_pre.shape[-1]
-    if candidates is not None and batch.numel() * candidates >= d_sae and not is_transformed():
-        # W_enc is transposed for it, which only so many tokens are worth
-        acts = _select_among(hidden_pre.reshape(-1, d_sae), explained, W_enc, norms, sizes, candidates)
+    flat = hidden_pre.reshape(-1, d_sae)
+    ranking = _ranking(flat.detach(), W_enc, norms, len(sizes), candidates, parts)
+    if ranking is not None:
+        acts = _select_by(ranking, flat, explained, W_enc, norms, sizes)
         return SparseActs(*(part.reshape(*batch, -1) for part in acts))
     acts: SparseActs | None = None
     ranked = None if candidates is None else hidden_pre.detach().topk(candidates, dim=-1, sorted=False).indices
@@ -72,22 +73,35 @@ def select(
     return acts
 
 
-def _select_among(
+def _ranking(
+    scores: Tensor, W_enc: Tensor, norms: Tensor | None, n_stages: int, candidates: int | None, parts: Parts | None
+) -> Ranking | None:
+    """One that makes no scores of all features anew, where that pays."""
+    if is_transformed():
+        return None
+    n_tokens, d_sae = scores.shape
+    if candidates is not None and n_tokens * candidates >= d_sae:  # W_enc is transposed for it
+        scores, ranked = scores.topk(candidates, dim=-1, sorted=False)
+        return Pool(ranked, scores, Transposed.apply(W_enc.detach()), norms)
+    if candidates is None and parts is not None and Gram.pays(n_tokens, parts, n_stages):
+        return Gram(scores.clone(), parts, W_enc.detach(), norms)
+    return None
+
+
+def _select_by(
+    ranking: Ranking,
     hidden_pre: Float[Tensor, "n_tokens d_sae"],
     explained: Callable[[SparseActs], Tensor],
     W_enc: Tensor,
     norms: Tensor | None,
     sizes: Sequence[int],
-    candidates: int,
 ) -> SparseActs:
-    """`select` among candidates, whose scores alone are made anew."""
+    """`select` in the order of a ranking; the scores of the features chosen alone are made of what is explained."""
     columns = sums.Shared(Transposed.apply(W_enc))
-    scores, ranked = hidden_pre.detach().topk(candidates, dim=-1, sorted=False)
-    pool = Pool(ranked, scores, columns.weight, norms)
     acts: SparseActs | None = None
     for size in sizes:
         seen = None if acts is None else explained(acts)
-        indices = pool.take(size, seen)
+        indices = ranking.take(size, acts, seen)
         values = hidden_pre.gather(-1, indices)
         if seen is not None:
             fed_back = columns.dots(indices, seen)
@@ -99,6 +113,11 @@ def _select_among(
 
 class Summed(Protocol):
     """What features write, summed up as they are chosen."""
+
+    @property
+    def parts(self) -> Parts | None:
+        """What y is made of, as constants; None where it is not known to be that."""
+        ...
 
     def add(self, new: SparseActs) -> None:
         """Add features that were not chosen before."""
@@ -118,16 +137,19 @@ def select_sparsely(encoder: Encoder, sizes: Sequence[int], paths: Summed, candi
         candidates: as for `select`.
     """
     sae_in, W_enc, b_enc, norms = encoder
-    columns = sums.Shared(Transposed.apply(W_enc))
-    if candidates is None:
-        pool = Everything(encoder, columns.weight)
+    columns, parts = sums.Shared(Transposed.apply(W_enc)), paths.parts
+    if candidates is not None:
+        ranking = Pool(*top_hidden_pre(sae_in, W_enc, b_enc, norms, candidates), columns.weight, norms)
+    elif parts is not None and Gram.pays(len(sae_in), parts, len(sizes)):
+        with torch.no_grad():
+            ranking = Gram(topk.hidden_pre(sae_in, W_enc, b_enc, norms), parts, W_enc, norms)
     else:
-        pool = Pool(*top_hidden_pre(sae_in, W_enc, b_enc, norms, candidates), columns.weight, norms)
+        ranking = Everything(encoder, columns.weight)
     acts: SparseActs | None = None
     for size in sizes:
         explained = None if acts is None else paths.explained(acts)
         unexplained = sae_in if explained is None else sae_in - explained
-        indices = pool.take(size, explained)
+        indices = ranking.take(size, acts, explained)
         values = columns.dots(indices, unexplained) + OfActive.apply(b_enc, indices, None)
         if norms is not None:
             values = values * OfActive.apply(norms, indices, None)
@@ -136,79 +158,6 @@ def select_sparsely(encoder: Encoder, sizes: Sequence[int], paths: Summed, candi
         acts = _joined(acts, new)
     assert acts is not None
     return acts
-
-
-class Pool:
-    """Candidates of each token, and what becomes of their scores.
-
-    Args:
-        indices: which features, those that an encoder ranks highest.
-        scores: their pre-activations, times n.
-        columns: W_enc transposed in memory.
-        norms: n, None for 1.
-    """
-
-    def __init__(
-        self,
-        indices: Int[Tensor, "n_tokens candidates"],
-        scores: Float[Tensor, "n_tokens candidates"],
-        columns: Float[Tensor, "d_sae d_in"],
-        norms: Float[Tensor, " d_sae"] | None,
-    ) -> None:
-        self.indices, self.columns = indices, columns
-        # above those taken, even one that a hook has set to -inf
-        self.scores = scores.clamp(min=torch.finfo(scores.dtype).min)
-        self.norms = None if norms is None else norms[indices]
-
-    @torch.no_grad()
-    def take(self, size: int, explained: Float[Tensor, "n_tokens d_in"] | None) -> Int[Tensor, "n_tokens size"]:
-        """The largest, of those not taken yet, once what is explained is subtracted."""
-        scores = self.scores
-        if explained is not None:
-            fed_back = sums.dots(self.indices, explained, self.columns)
-            scores = scores - (fed_back if self.norms is None else fed_back * self.norms)
-        position = scores.topk(size, dim=-1, sorted=False).indices
-        self.scores = self.scores.scatter(-1, position, -torch.inf)
-        return self.indices.gather(-1, position)
-
-
-class Everything:
-    """All features as candidates, ranked anew in every stage.
-
-    Where the device multiplies bfloat16 faster, that ranks, and the exact scores of twice as many features as are wanted decide.
-    Measured on a trained SAE (2,048 features, k 32, 4 stages): the choice of all of 8,160 tokens is that of the exact ranking.
-
-    Args:
-        encoder: as of `select_sparsely`.
-        columns: W_enc transposed in memory.
-    """
-
-    @torch.no_grad()
-    def __init__(self, encoder: Encoder, columns: Float[Tensor, "d_sae d_in"]) -> None:
-        self.encoder, self.columns = encoder, columns
-        self.rough = encoder[1].bfloat16() if ranks_in_bfloat16(encoder[1]) else None
-        self.taken: Tensor | None = None
-
-    @torch.no_grad()
-    def take(self, size: int, explained: Float[Tensor, "n_tokens d_in"] | None) -> Int[Tensor, "n_tokens size"]:
-        """The largest, of those not taken yet, once what is explained is subtracted."""
-        sae_in, W_enc, b_enc, norms = self.encoder
-        if explained is None or self.taken is None:
-            self.taken = top_hidden_pre(sae_in, W_enc, b_enc, norms, size)[0]
-            return self.taken
-        unexplained, wanted = sae_in - explained, self.taken.shape[-1] + size
-        if self.rough is None:
-            indices, scores = top_hidden_pre(unexplained, W_enc, b_enc, norms, wanted)
-        else:
-            more = min(wanted + size, len(b_enc))
-            indices = top_hidden_pre(unexplained.bfloat16(), self.rough, b_enc, norms, more)[0]
-            scores = sums.dots(indices, unexplained, self.columns) + b_enc[indices]
-            scores = scores if norms is None else scores * norms[indices]
-        taken = (indices[..., None] == self.taken[:, None]).any(dim=-1)
-        position = scores.masked_fill(taken, -torch.inf).topk(size, dim=-1, sorted=False).indices
-        found = indices.gather(-1, position)
-        self.taken = torch.cat([self.taken, found], dim=-1)
-        return found
 
 
 def _joined(acts: SparseActs | None, new: SparseActs) -> SparseActs:

@@ -67,6 +67,16 @@ def top_hidden_pre(
     return _joined(found)
 
 
+def largest(scores: Float[Tensor, "n_tokens d_sae"], k: int) -> Int[Tensor, "n_tokens k"]:
+    """Where the k largest scores of each token are, in no order."""
+    if scores.device.type != "cpu":
+        return scores.topk(k, dim=-1, sorted=False).indices
+    blocks = Blocks(scores, k)
+    for columns in blocks.pieces:
+        blocks.note_maxima(scores, columns)
+    return blocks.top(scores)
+
+
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     indices, values = zip(*parts, strict=True)
     return parts[0] if len(parts) == 1 else (torch.cat(indices), torch.cat(values))

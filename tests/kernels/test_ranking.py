@@ -4,7 +4,8 @@ import pytest
 import torch
 from kernel_inputs import D_SAE, TIGHT, encoder, gradients, randoms
 
-from sae_nfm.kernels import dispatch, inference, sparse_sums, sums, topk
+from sae_nfm.kernels import dispatch, inference, ranking, sparse_sums, topk
+from sae_nfm.kernels.ranking import Gram, Parts
 
 
 @pytest.mark.parametrize("d_sae", [16, 37, 64, 1000])
@@ -55,35 +56,88 @@ def test_selection_records_no_gradient():
     assert not values.requires_grad
 
 
-class LinearSum:
-    """What features of a decoder write."""
+class Written:
+    """What features of a decoder write, by themselves, squared and in two hidden units."""
 
-    def __init__(self, W_dec):
-        self.W_dec, self.written = W_dec, 0
+    def __init__(self, W_dec, squares=None, mixed=None):
+        self.parts = Parts(rows=W_dec, squares=squares, mixed=mixed, code=None if mixed is None else self.code)
+
+    def code(self, acts):
+        dense = dispatch.to_dense(acts, D_RANKED)
+        return torch.stack([dense[:, 0::2].sum(-1) * dense[:, 1::2].sum(-1), dense[:, :100].sum(-1)], dim=-1)
 
     def add(self, new):
-        self.written = self.written + sums.sum_by_token(new.indices, new.values, self.W_dec)
+        pass
 
     def explained(self, acts):
-        return self.written
+        dense, parts = dispatch.to_dense(acts, D_RANKED), self.parts
+        written = dense @ parts.rows
+        if parts.squares is not None:
+            written = written + dense.square() @ parts.squares
+        return written if parts.mixed is None else written + self.code(acts) @ parts.mixed
+
+
+D_RANKED = 1100
+
+
+def to_rank(*, scaled, dtype):
+    x, W_enc, b_enc, norms, W_dec, squares, mixed = randoms(
+        *((50, 64), (64, D_RANKED), (D_RANKED,), (D_RANKED,), (D_RANKED, 64), (D_RANKED, 64), (2, 64)), dtype=dtype
+    )
+    given = (x, W_enc, 0.1 * b_enc, norms.abs() if scaled else None)
+    return given, 0.01 * W_dec, 1e-4 * squares, 1e-3 * mixed
 
 
 @pytest.mark.parametrize("scaled", [True, False])
 @torch.no_grad()
 def test_a_ranking_in_bfloat16_chooses_as_the_exact_one(monkeypatch, scaled):
-    x, W_enc, b_enc, norms, W_dec = randoms((50, 64), (64, 1100), (1100,), (1100,), (1100, 64), dtype=torch.float32)
-    given = (x, W_enc, 0.1 * b_enc, norms.abs() if scaled else None)
+    given, W_dec, _, _ = to_rank(scaled=scaled, dtype=torch.float32)
     chosen, types = [], []
 
     def top_hidden_pre(sae_in, *rest):
         types.append(sae_in.dtype)
         return topk.top_hidden_pre(sae_in, *rest)
 
-    monkeypatch.setattr(inference, "top_hidden_pre", top_hidden_pre)
+    monkeypatch.setattr(ranking, "top_hidden_pre", top_hidden_pre)
     for rough in (False, True):
-        monkeypatch.setattr(inference, "ranks_in_bfloat16", lambda weight, rough=rough: rough)
-        acts = inference.select_sparsely(given, [3, 2, 3], LinearSum(0.01 * W_dec), None)
-        chosen.append(dispatch.to_dense(acts, 1100))
+        monkeypatch.setattr(ranking, "ranks_in_bfloat16", lambda weight, rough=rough: rough)
+        acts = inference.select_sparsely(given, [3, 2, 3], Written(W_dec), None)
+        chosen.append(dispatch.to_dense(acts, D_RANKED))
     assert types == [torch.float32] * 4 + [torch.bfloat16] * 2
     torch.testing.assert_close(*chosen)
     assert chosen[0].count_nonzero() > 300
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("sizes", [[3, 2, 3], [1] * 8])
+@pytest.mark.parametrize("also", [(), ("squares",), ("mixed",), ("squares", "mixed")])
+@torch.no_grad()
+def test_scores_that_are_kept_choose_as_those_made_anew(monkeypatch, scaled, sizes, also):
+    given, W_dec, squares, mixed = to_rank(scaled=scaled, dtype=torch.float64)
+    paths = Written(W_dec, squares if "squares" in also else None, mixed if "mixed" in also else None)
+    sparse, dense, first = [], [], topk.hidden_pre(*given)
+    for pays in (True, False):
+        monkeypatch.setattr(Gram, "pays", lambda *given, pays=pays: pays)
+        acts = inference.select_sparsely(given, sizes, paths, None)
+        sparse.append(dispatch.to_dense(acts, D_RANKED))
+        acts = inference.select(first, paths.explained, given[1], given[3], sizes, None, paths.parts)
+        dense.append(dispatch.to_dense(acts, D_RANKED))
+    for found in (*sparse[1:], *dense):
+        torch.testing.assert_close(found, sparse[0], rtol=1e-10, atol=1e-10)
+    one_pass = topk.top_hidden_pre(*given, 8)[0].sort(dim=-1).values
+    assert (one_pass != acts.indices.sort(dim=-1).values).any(dim=-1).float().mean() > 0.3, "stages change nothing here"
+    torch.testing.assert_close(first, topk.hidden_pre(*given), rtol=0, atol=0)  # what is hooked stays as it is
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "n_stages", "squares", "pays"),
+    [
+        *[(1000, 3, False, True), (999, 3, False, False), (1000, 3, True, False), (2000, 3, True, True)],
+        *[(500, 5, False, True), (499, 9, False, False), (1000, 1, False, False)],
+    ],
+)
+def test_where_scores_are_kept(n_tokens, n_stages, squares, pays):
+    """Of 1,000 features: products of the size of so many stages, and no more memory than so many scores."""
+    rows = torch.zeros(1000, 2)
+    assert Gram.pays(n_tokens, Parts(rows=rows, squares=rows if squares else None), n_stages) == pays
+    assert not Gram.pays(n_tokens, None, n_stages)
