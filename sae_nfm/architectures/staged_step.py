@@ -117,6 +117,12 @@ class StagedPaths:
         return reference.hidden_pre(pooled, wide(self.sae.W_1), wide(self.sae.b_1))
 
 
+def sums_by_feature(cfg: Any) -> int:
+    """How many parts of what features write together have a row for each; 0 where what one writes depends on the others."""
+    reads_all = not cfg.use_linear_path or cfg.nfm_top_k in (None, cfg.k)
+    return (1 + cfg.use_square_path) * reads_all
+
+
 @torch.no_grad()
 def parts_of(sae: Any, norms: Tensor | None, code: Callable[[SparseActs], Tensor] | None = None) -> Parts | None:
     """What the features of a joint_nfm write together, by its weights alone and without dropout.
@@ -129,7 +135,7 @@ def parts_of(sae: Any, norms: Tensor | None, code: Callable[[SparseActs], Tensor
         code: what the hidden units make of activations, where that is known.
     """
     cfg, W_dec = sae.cfg, wide(sae.W_dec)
-    if cfg.use_linear_path and cfg.nfm_top_k not in (None, cfg.k):
+    if not sums_by_feature(cfg):
         return None
     rows = W_dec if norms is None else W_dec / reference.divisor(wide(norms))[:, None]
     rows = rows + wide(sae.W_lin) if cfg.use_linear_path else rows

@@ -83,7 +83,7 @@ def _ranking(
     if candidates is not None and n_tokens * candidates >= d_sae:  # W_enc is transposed for it
         scores, ranked = scores.topk(candidates, dim=-1, sorted=False)
         return Pool(ranked, scores, Transposed.apply(W_enc.detach()), norms)
-    if candidates is None and parts is not None and Gram.pays(n_tokens, parts, n_stages):
+    if candidates is None and parts is not None and Gram.pays(n_tokens, d_sae, parts.n_products, n_stages):
         return Gram(scores.clone(), parts, W_enc.detach(), norms)
     return None
 
@@ -140,7 +140,7 @@ def select_sparsely(encoder: Encoder, sizes: Sequence[int], paths: Summed, candi
     columns, parts = sums.Shared(Transposed.apply(W_enc)), paths.parts
     if candidates is not None:
         ranking = Pool(*top_hidden_pre(sae_in, W_enc, b_enc, norms, candidates), columns.weight, norms)
-    elif parts is not None and Gram.pays(len(sae_in), parts, len(sizes)):
+    elif parts is not None and Gram.pays(len(sae_in), len(b_enc), parts.n_products, len(sizes)):
         with torch.no_grad():
             ranking = Gram(topk.hidden_pre(sae_in, W_enc, b_enc, norms), parts, W_enc, norms)
     else:

@@ -36,6 +36,11 @@ class Parts:
     code: Callable[[SparseActs], Float[Tensor, "n_tokens n_codes"]] | None = None
     """There with `mixed`; 0 without any feature."""
 
+    @property
+    def n_products(self) -> int:
+        """How many parts have a row for each feature."""
+        return 1 + (self.squares is not None)
+
 
 class Ranking(ABC):
     """Features in the order in which they are chosen."""
@@ -148,13 +153,14 @@ class Gram(Ranking):
         self.code, self.last_code = parts.code, scores.new_zeros(())
         self.n_taken = 0
 
-    @classmethod
-    def pays(cls, n_tokens: int, parts: Parts | None, n_stages: int) -> bool:
-        """Whether it is cheaper than to rank everything anew, in the memory of three times the scores at most."""
-        if parts is None:
-            return False
-        n_products = 1 + (parts.squares is not None)
-        return n_products * len(parts.rows) <= min(2, (n_stages - 1) / 2) * n_tokens
+    @staticmethod
+    def pays(n_tokens: int, d_sae: int, n_products: int, n_stages: int) -> bool:
+        """Whether it is cheaper than to rank everything anew, in the memory of three times the scores at most.
+
+        Args:
+            n_products: of how many parts of y the rows are multiplied with W_enc (`Parts.n_products`).
+        """
+        return 0 < n_products * d_sae <= min(2, (n_stages - 1) / 2) * n_tokens
 
     @override
     @torch.no_grad()

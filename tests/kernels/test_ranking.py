@@ -130,14 +130,12 @@ def test_scores_that_are_kept_choose_as_those_made_anew(monkeypatch, scaled, siz
 
 
 @pytest.mark.parametrize(
-    ("n_tokens", "n_stages", "squares", "pays"),
+    ("n_tokens", "n_products", "n_stages", "pays"),
     [
-        *[(1000, 3, False, True), (999, 3, False, False), (1000, 3, True, False), (2000, 3, True, True)],
-        *[(500, 5, False, True), (499, 9, False, False), (1000, 1, False, False)],
+        *[(1000, 1, 3, True), (999, 1, 3, False), (1000, 2, 3, False), (2000, 2, 3, True)],
+        *[(500, 1, 5, True), (499, 1, 9, False), (1000, 1, 1, False), (9999, 0, 9, False)],
     ],
 )
-def test_where_scores_are_kept(n_tokens, n_stages, squares, pays):
-    """Of 1,000 features: products of the size of so many stages, and no more memory than so many scores."""
-    rows = torch.zeros(1000, 2)
-    assert Gram.pays(n_tokens, Parts(rows=rows, squares=rows if squares else None), n_stages) == pays
-    assert not Gram.pays(n_tokens, None, n_stages)
+def test_where_scores_are_kept(n_tokens, n_products, n_stages, pays):
+    """Of 1,000 features: products of the size of half the later stages at most, and no more memory than two times the scores."""
+    assert Gram.pays(n_tokens, 1000, n_products, n_stages) == pays

@@ -207,7 +207,7 @@ def test_a_simulated_step_is_a_real_one(architecture, encoder):
         )
         trainer = SAETrainer(settings, sae, iter(()))
         for _ in range(2):
-            trainer.step(random_activations(128, 64))
+            trainer.step(random_activations(batch, 64))
     # fake tensors make some operations of others; the real one also has a mask of dead features
     assert sae_step(cfg, config).peak_bytes == pytest.approx(live.peak, rel=0.05)
 
@@ -340,18 +340,20 @@ def test_a_sparse_step_takes_less_than_a_dense_one():
     assert sparse.needed_gib < dense.needed_gib
 
 
-@pytest.mark.parametrize(("stages", "candidates"), [(1, None), (4, None), (4, 64)])
+@pytest.mark.parametrize(
+    ("stages", "candidates", "batch"), [(1, None, 128), (4, None, 128), (4, 64, 128), (4, None, 1600), (16, None, 1600)]
+)
 @pytest.mark.parametrize("architecture", ["joint_nfm", "staged_topk"])
-def test_memory_of_a_sparse_step_in_stages(architecture, stages, candidates):
+def test_memory_of_a_sparse_step_in_stages(architecture, stages, candidates, batch):
     sae_class, config_class = get_sae_training_class(architecture)
     settings = {"d_in": 64, "d_sae": 2048, "k": 16, "selection_stages": stages, "selection_candidates": candidates}
     config = config_class(**settings)
     with torch.random.fork_rng(), LiveBytes() as live:
-        options = {"total_training_samples": 256, "train_batch_size_samples": 128, "lr": 1e-3, "lr_end": 1e-3}
+        options = {"total_training_samples": 2 * batch, "train_batch_size_samples": batch, "lr": 1e-3, "lr_end": 1e-3}
         trainer = SAETrainer(SAETrainerConfig(**options, device="cpu"), sae_class(replace(config)), iter(()))
         for _ in range(2):
-            trainer.step(random_activations(128, 64))
-    cfg = runner(config, train_batch_size_tokens=128, device="cpu")
+            trainer.step(random_activations(batch, 64))
+    cfg = runner(config, train_batch_size_tokens=batch, device="cpu")
     assert chosen_kernel(cfg) == "sparse"
     estimate = sparse_step(cfg).peak_bytes
     assert 0.95 * live.peak <= estimate <= 1.3 * live.peak  # an upper bound but for small things
