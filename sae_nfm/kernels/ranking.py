@@ -155,12 +155,12 @@ class Gram(Ranking):
 
     @staticmethod
     def pays(n_tokens: int, d_sae: int, n_products: int, n_stages: int) -> bool:
-        """Whether it is cheaper than to rank everything anew, in the memory of three times the scores at most.
+        """Whether it is cheaper than to rank everything anew, in the memory of five times the scores at most.
 
         Args:
             n_products: of how many parts of y the rows are multiplied with W_enc (`Parts.n_products`).
         """
-        return 0 < n_products * d_sae <= min(2, (n_stages - 1) / 2) * n_tokens
+        return 0 < n_products * d_sae <= min(4, (n_stages - 1) / 2) * n_tokens
 
     @override
     @torch.no_grad()

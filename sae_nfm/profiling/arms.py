@@ -50,6 +50,7 @@ from sae_nfm.training import fuse
 TOPK_FUSED = "topk fused Adam"
 JOINT_AUTO, JOINT_TORCH, PUBLISHED = "joint_nfm auto", "joint_nfm no Triton", "joint_nfm published"
 STAGED, STAGED_4, STAGED_POOL = "staged_topk", "staged_topk in 4 stages", "staged_topk in 4 stages, candidates"
+STAGED_K = "staged_topk in k stages"
 JOINT_4, JOINT_POOL = "joint_nfm in 4 stages", "joint_nfm in 4 stages, candidates"
 PURSUIT = "matching_pursuit"
 STAGES, CANDIDATES, REFINEMENTS = 4, 4, 5
@@ -133,9 +134,9 @@ def joint_config(sizes: Sizes, kernel: Kernel = "auto") -> JointNFMTrainingSAECo
     )
 
 
-def _stages(sizes: Sizes, *, candidates: bool) -> dict[str, Any]:
+def _stages(sizes: Sizes, *, candidates: bool = False, stages: int = STAGES) -> dict[str, Any]:
     return {
-        "selection_stages": min(STAGES, sizes.k),
+        "selection_stages": min(stages, sizes.k),
         "selection_candidates": min(CANDIDATES * sizes.k, sizes.d_sae) if candidates else None,
         "inference_refinement_steps": REFINEMENTS,
     }
@@ -172,21 +173,22 @@ ARMS: dict[str, Callable[[Sizes], TrainingSAE[Any]]] = {
     # SAELens's COO activations have no backward pass through the decoder norms
     "topk COO": partial(_topk, use_sparse_activations=True, rescale_acts_by_decoder_norm=False),
     STAGED: _staged,
-    STAGED_4: lambda sizes: _staged(sizes, **_stages(sizes, candidates=False)),
+    STAGED_4: lambda sizes: _staged(sizes, **_stages(sizes)),
     STAGED_POOL: lambda sizes: _staged(sizes, **_stages(sizes, candidates=True)),
+    STAGED_K: lambda sizes: _staged(sizes, **_stages(sizes, stages=sizes.k)),
     JOINT_4: partial(_joint_staged, candidates=False),
     JOINT_POOL: partial(_joint_staged, candidates=True),
     PURSUIT: _pursuit,
     "batchtopk": lambda sizes: BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**_shape(sizes), k=float(sizes.k))),
 }
 """The training SAE of each arm."""
-ON_REQUEST = (PURSUIT,)
-"""Left out unless they are asked for: k products of the encoder a step."""
+ON_REQUEST = (PURSUIT, STAGED_K)
+"""Left out unless they are asked for: all features are ranked k times a step."""
 JOINT_ARMS = ("joint_nfm dense", "joint_nfm sparse", JOINT_AUTO, JOINT_TORCH, PUBLISHED)
 """Forms of joint_nfm, which the lower bound of a step is for."""
 INFERENCE_ARMS = (
     *("joint_nfm dense", JOINT_AUTO, TOPK),
-    *(STAGED, STAGED_4, STAGED_POOL, JOINT_4, JOINT_POOL, PURSUIT),
+    *(STAGED, STAGED_4, STAGED_POOL, STAGED_K, JOINT_4, JOINT_POOL, PURSUIT),
 )
 """Arms that differ in inference."""
 

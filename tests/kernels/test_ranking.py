@@ -133,9 +133,9 @@ def test_scores_that_are_kept_choose_as_those_made_anew(monkeypatch, scaled, siz
     ("n_tokens", "n_products", "n_stages", "pays"),
     [
         *[(1000, 1, 3, True), (999, 1, 3, False), (1000, 2, 3, False), (2000, 2, 3, True)],
-        *[(500, 1, 5, True), (499, 1, 9, False), (1000, 1, 1, False), (9999, 0, 9, False)],
+        *[(250, 1, 9, True), (249, 1, 17, False), (1000, 1, 1, False), (9999, 0, 9, False)],
     ],
 )
 def test_where_scores_are_kept(n_tokens, n_products, n_stages, pays):
-    """Of 1,000 features: products of the size of half the later stages at most, and no more memory than two times the scores."""
+    """Of 1,000 features: products of the size of half the later stages at most, and no more memory than four times the scores."""
     assert Gram.pays(n_tokens, 1000, n_products, n_stages) == pays

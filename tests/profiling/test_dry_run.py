@@ -207,7 +207,7 @@ def test_a_simulated_step_is_a_real_one(architecture, encoder):
         )
         trainer = SAETrainer(settings, sae, iter(()))
         for _ in range(2):
-            trainer.step(random_activations(batch, 64))
+            trainer.step(random_activations(128, 64))
     # fake tensors make some operations of others; the real one also has a mask of dead features
     assert sae_step(cfg, config).peak_bytes == pytest.approx(live.peak, rel=0.05)
 

@@ -22,6 +22,7 @@ from sae_nfm.profiling.arms import (
     JOINT_ARMS,
     JOINT_AUTO,
     JOINT_TORCH,
+    ON_REQUEST,
     PUBLISHED,
     PublishedNFMTrainingSAE,
     Sizes,
@@ -59,7 +60,7 @@ def scan() -> SpeedResult:
 
 def test_every_arm_is_timed_and_compared_with_topk(result):
     rows = {row.arm: row for row in result.rows}
-    left_out = ("joint_nfm no Triton", "matching_pursuit")  # a GPU has the first, the second is slow
+    left_out = ("joint_nfm no Triton", *ON_REQUEST)  # a GPU has the first
     assert list(rows) == [arm for arm in ARMS if arm not in left_out]
     for name, row in rows.items():
         assert row.reason is None, name
@@ -90,10 +91,11 @@ def test_the_table_has_every_figure(result):
     assert f"{result.provenance['threads']} threads" in lines[0]
 
 
-def test_matching_pursuit_is_timed_where_it_is_asked_for():
-    found = measure_speed(SpeedConfig(**TINY, arms=("matching_pursuit", "topk")))
-    assert [(row.arm, row.reason) for row in found.rows] == [("matching_pursuit", None), ("topk", None)]
-    assert found.rows[0].inference_over_topk > 0
+def test_arms_of_k_iterations_are_timed_where_they_are_asked_for():
+    arms = ("matching_pursuit", "staged_topk in k stages", "topk")
+    found = measure_speed(SpeedConfig(**TINY, arms=arms))
+    assert [(row.arm, row.reason) for row in found.rows] == [(arm, None) for arm in arms]
+    assert min(row.inference_over_topk for row in found.rows) > 0
 
 
 def test_the_arms_in_stages_infer_as_they_say():
@@ -103,6 +105,7 @@ def test_the_arms_in_stages_infer_as_they_say():
             cfg = ARMS[name + arm](sizes).cfg
             assert (cfg.selection_stages, cfg.selection_candidates, cfg.refinement_steps) == (stages, candidates, 0)
             assert cfg.get_inference_sae_cfg_dict()["refinement_steps"] == (5 if arm else 0)
+    assert ARMS["staged_topk in k stages"](replace(sizes, k=7)).cfg.selection_stages == 7
 
 
 def test_arms_take_the_form_they_are_named_for():
@@ -129,6 +132,7 @@ def test_arms_take_the_form_they_are_named_for():
         "staged_topk": False,
         "staged_topk in 4 stages": False,
         "staged_topk in 4 stages, candidates": False,
+        "staged_topk in k stages": False,
         "joint_nfm in 4 stages": False,
         "joint_nfm in 4 stages, candidates": False,
         "matching_pursuit": False,
