@@ -13,7 +13,7 @@ ALL_ARMS = tuple(map(str, ArmName))
 DEFAULT_ARMS = tuple(map(str, (A.JOINT, A.SQUARE, A.WITHOUT_LINEAR, A.WITHOUT_NONLINEAR, A.MLP, A.TOPK, A.MATCHED)))
 DEFAULT_ARMS += (str(A.MATCHED_FOLDED), str(A.MATCHED_FLOPS))
 """Those that the claims need."""
-DEMO_ARMS = tuple(map(str, (A.JOINT, A.SQUARE, A.TOPK, A.MATCHED)))
+DEMO_ARMS = tuple(map(str, (A.JOINT, A.JOINT_STAGED, A.STAGED, A.TOPK, A.MATCHED)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,8 @@ class CompareConfig(SizeOptions):
                 f"selection_stages must be at most the smallest k = {min(self.k)}, at least one feature a stage, got "
                 f"{self.selection_stages}; give fewer, or leave out {', '.join(staged)}"
             )
-        if staged and not max(self.k) <= (candidates := self.selection_candidates or self.d_sae) <= self.d_sae:
+        candidates = self.selection_candidates
+        if staged and candidates is not None and not max(self.k) <= candidates <= self.d_sae:
             raise ValueError(
                 f"selection_candidates must be from the largest k = {max(self.k)} to d_sae = {self.d_sae}, or None for all, got "
                 f"{candidates}"
@@ -160,6 +161,11 @@ class DemoConfig(SizeOptions):
     """Active features per token."""
     nfm_top_fraction: float = 0.5
     """Share of the k active features that the linear and the interaction path read; 1 gives the model a canonical gauge."""
+    selection_stages: int = 8
+    """Stages in which the SAEs named staged choose their k features, each among what is left to explain; k at most."""
+    refinement_steps: int = 5
+    """Refinements with which every SAE is evaluated once more: the activations of its features are fitted to the input through
+    its decoder. 0 for none."""
     lr: float = 5e-3
     """Adam's learning rate, the same for every SAE; warmed up over the first twentieth of the steps, decayed over the
     last fifth. The default is where the same-width TopK SAE did best on real text, of 1e-3, 2e-3, 3e-3, 5e-3 (7e-3 was
@@ -172,18 +178,20 @@ class DemoConfig(SizeOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         super().__post_init__()
-        check_positive(self, "k")
+        check_positive(self, "k", "selection_stages")
         check_numbers(self)
         self.comparison()  # refuses the others
 
     def comparison(self) -> CompareConfig:
-        """The comparison that this is: one seed, one learning rate, four SAEs, the data in its own order."""
+        """The comparison that this is: one seed, one learning rate, five SAEs, the data in its own order."""
         return CompareConfig(
             **self.sizes(),
             arms=DEMO_ARMS,
             seeds=(self.seed,),
             k=(self.k,),
             nfm_top_fraction=self.nfm_top_fraction,
+            selection_stages=min(self.selection_stages, self.k),
+            refinement_steps=self.refinement_steps,
             shuffle=False,
             learning_rates=(self.lr,),
             output=self.output,

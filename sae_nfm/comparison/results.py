@@ -387,13 +387,27 @@ class Change:
 
 
 def changes(rows: Sequence[CompareRow]) -> tuple[Change, ...]:
-    """For each joint SAE: all its paths against its direct path alone, then against every SAE trained on its own."""
-    whole_ones = [row for row in rows if row.paths is Paths.ALL]
-    found = list[Change]()
-    for row in (row for row in whole_ones if row.group is ArmGroup.JOINT):
-        direct = [r for r in rows if r.family == row.family and r.paths in (Paths.DIRECT, Paths.CANONICAL)]
-        found += [_change(ClaimKind.ABLATION, row, part) for part in direct]
-        found += [_change(ClaimKind.FAIR, row, other) for other in whole_ones if other.group is not ArmGroup.JOINT]
+    """What one seed shows: each joint SAE against its direct path alone; one in one stage against every TopK SAE; SAEs in stages,
+    refined where that was measured, against every TopK SAE as it is and with the same refinements, and a joint one against
+    the other.
+    """
+    whole_ones, found = [row for row in rows if row.paths is Paths.ALL], list[Change]()
+    most = max((row.refinement_steps for row in rows), default=0)
+    for row in whole_ones:
+        staged, joint = row.family in STAGED, row.group is ArmGroup.JOINT
+        if joint and not row.refinement_steps:
+            direct = [r for r in rows if r.family == row.family and r.paths in (Paths.DIRECT, Paths.CANONICAL)]
+            found += [_change(ClaimKind.ABLATION, row, part) for part in direct]
+        if not (staged or joint) or row.refinement_steps != (most if staged else 0):
+            continue
+        for other in whole_ones:
+            if other.group is ArmGroup.JOINT or other.family == row.family or (other.family in STAGED and not staged):
+                continue
+            if other.family in STAGED:
+                if joint and other.refinement_steps == row.refinement_steps:
+                    found.append(_change(ClaimKind.PATHS, row, other))
+            elif staged or not other.refinement_steps:
+                found.append(_change(ClaimKind.INFERENCE if staged else ClaimKind.FAIR, row, other))
     return tuple(found)
 
 
@@ -501,6 +515,10 @@ class CompareResult(SavedResult):
             told.append(f"Staged: features chosen in {config['selection_stages']} stages{pool}, in training too.")
         if len(self._rescaling) > 1:
             told.append("Rescaling by decoder norms on or off by the same sweep, for each arm that has it.")
+        elif staged and self.changes:
+            told.append(
+                "Rescaling by decoder norms: off for SAEs in stages, on for the others, as sweeps on real text chose."
+            )
         elif staged and self._rescaling == ["on"]:
             told.append(
                 "Rescaling by decoder norms was not swept (--rescaling on off); in trials it suited selection in stages less "
@@ -528,7 +546,7 @@ def _changes_in_words(found: Sequence[Change]) -> list[str]:
         lines.append(name)
         for kind, heading in HEADINGS.items():
             own = [change for change in found if change.arm == name and change.kind is kind]
-            lines += [f"  {heading}:", *(f"    {change.sentence}" for change in own)]
+            lines += [f"  {heading}:", *(f"    {change.sentence}" for change in own)] if own else []
     return lines
 
 

@@ -1,6 +1,7 @@
 """The job of `sae-nfm compare`: arms at matched width, parameters and FLOPs, over several seeds, with a verdict for each claim.
 
-`compare_once` is its small form for `sae-nfm demo`: one seed, one learning rate, every combination of paths, no verdicts.
+`compare_once` is its small form for `sae-nfm demo`: one seed, one learning rate, rescaling as sweeps chose it (off for SAEs in
+stages, else on), every combination of paths, no verdicts.
 
     for every k:     sweep the learning rate of each arm, and rescaling (a seed and held-out tokens of its own)
     for every seed:  train all arms on one stream of activations -> sums over held-out documents
@@ -65,7 +66,7 @@ from sae_nfm.common.results import RESULTS_FILENAME, with_kind, without_kind
 from sae_nfm.comparison.arms import ArmSizes, interpolation_weights, is_rescaled, rescaled, training_arms
 from sae_nfm.comparison.config import CompareConfig, DemoConfig
 from sae_nfm.comparison.plan import ROWS_TIMED, Step, measured_costs, words
-from sae_nfm.comparison.results import CompareResult, SweepRow, answers, changes, renamed
+from sae_nfm.comparison.results import STAGED, CompareResult, SweepRow, answers, changes, renamed
 from sae_nfm.comparison.table import evaluated, evaluated_once, tidy
 from sae_nfm.data import (
     ActivationCache,
@@ -272,7 +273,7 @@ def publishing_demo(prepared: Prepared, command: str | None) -> AbstractContextM
 
 def _compare_once(cfg: DemoConfig, prepared: Prepared, folder: Path, command: str | None) -> CompareResult:
     k, seed, saes = cfg.k, cfg.seed, folder / "saes"
-    arms = prepared.arms(k, cfg.training_tokens)
+    arms = {name: rescaled(arm, name not in STAGED) for name, arm in prepared.arms(k, cfg.training_tokens).items()}
     on = prepared.training(seed, cfg.training_tokens)
     on["stream"] = replace(on["stream"], fewest_steps_counted=COUNTED_STEPS)
     train_arms(arms=arms, learning_rates=dict.fromkeys(arms, cfg.lr), folder=saes, **on)
@@ -283,7 +284,8 @@ def _compare_once(cfg: DemoConfig, prepared: Prepared, folder: Path, command: st
     for name in arms:
         (saes / name / RECORD_FILENAME).unlink(missing_ok=True)
         seal(saes / name)
-    rows = evaluated_once(prepared.model, prepared.held_out, arms, saes, k=k, seed=seed, device=cfg.device)
+    on_what: Any = {"k": k, "seed": seed, "device": cfg.device, "refinement_steps": cfg.refinement_steps}
+    rows = evaluated_once(prepared.model, prepared.held_out, arms, saes, **on_what)
     origin = prepared.provenance(command, folder, saes / next(iter(arms)))
     result = CompareResult(rows=tuple(rows), changes=changes(rows), provenance=origin)
     result.save(folder / RESULTS_FILENAME)

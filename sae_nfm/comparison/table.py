@@ -80,15 +80,24 @@ def evaluated_once(
     k: int,
     seed: int,
     device: str,
+    refinement_steps: int = 0,
 ) -> list[CompareRow]:
-    """Rows of trained SAEs, each with every combination of its paths, averaged over the tokens."""
+    """Rows of trained SAEs, each with every combination of its paths, then refined, averaged over the tokens."""
     saes = {name: parts_of(name, _load(folder / name, device), tuple(Paths)) for name in arms}
-    fidelity = evaluate(model, rows.tokens, [arm for parts in saes.values() for arm in parts.values()])
-    return [
-        _row(k, seed, paths, arms[name], Trained.load(folder / name), fidelity[arm.name], folder / name)
+    fitted = {
+        name: Arm(name=refined_name(name), sae=refined(parts[Paths.ALL].sae, refinement_steps))
         for name, parts in saes.items()
-        for paths, arm in parts.items()
-    ]
+        if refinement_steps
+    }
+    whole = [arm for parts in saes.values() for arm in parts.values()]
+    fidelity, found = evaluate(model, rows.tokens, [*whole, *fitted.values()]), list[CompareRow]()
+    for name, parts in saes.items():
+        trained, place = Trained.load(folder / name), folder / name
+        found += [_row(k, seed, paths, arms[name], trained, fidelity[arm.name], place) for paths, arm in parts.items()]
+        if name in fitted:
+            own = fidelity[fitted[name].name]
+            found.append(_row(k, seed, Paths.ALL, arms[name], trained, own, place, refinement_steps=refinement_steps))
+    return found
 
 
 def evaluated(

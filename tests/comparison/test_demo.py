@@ -27,6 +27,7 @@ TINY = {
     "training_tokens": 1024, "held_out_tokens": 256, "context_size": 32, "d_sae": 96, "k": 8, "nfm_dim": 4,
     "batch_size": 128,
 }  # fmt: skip
+SAES = ("joint_nfm", "joint_nfm staged", "staged_topk", "topk", "topk matched")
 TINY_FLAGS = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -63,12 +64,13 @@ def test_rows_are_the_saes_and_every_combination_of_paths(finished):
         "joint_nfm: direct only",
         "joint_nfm: direct + linear",
         "joint_nfm: direct + nonlinear",
-        "joint_nfm square",
-        "joint_nfm square: direct only",
-        "joint_nfm square: direct + nonlinear",
-        "joint_nfm square: direct + square",
-        "topk",
-        "topk matched",
+        "joint_nfm refined",
+        "joint_nfm staged",
+        "joint_nfm staged: direct only",
+        "joint_nfm staged: direct + linear",
+        "joint_nfm staged: direct + nonlinear",
+        "joint_nfm staged refined",
+        *(name for arm in ("staged_topk", "topk", "topk matched") for name in (arm, f"{arm} refined")),
     ]
     for row in result.rows:
         assert 0 < row.l0 <= 8
@@ -79,20 +81,60 @@ def test_rows_are_the_saes_and_every_combination_of_paths(finished):
 
 def test_parameters_are_counted_and_matched(finished):
     _, output, result = finished
-    for name in ("joint_nfm", "joint_nfm square", "topk", "topk matched"):
+    for name in SAES:
         sae = SAE.load_from_disk(output / "saes" / name)
         assert result.row(name).parameters == sum(p.numel() for p in sae.parameters())
-    largest = max(result.row(name).parameters for name in ("joint_nfm", "joint_nfm square"))
+    largest = result.row("joint_nfm").parameters
+    assert result.row("joint_nfm staged").parameters == largest
+    assert result.row("staged_topk").parameters == result.row("topk").parameters
     # one feature of a TopK SAE has 2 d_in + 1 numbers: matching can miss by half of that
     assert abs(result.row("topk matched").parameters - largest) <= (2 * 256 + 1) / 2
     assert result.row("topk").parameters < largest
+
+
+def test_what_is_compared_with_what(finished):
+    """Those in stages, refined, with every TopK SAE as it is and refined too; one in a single stage with these as they are."""
+    _, _, result = finished
+    topk = ["topk", "topk refined", "topk matched", "topk matched refined"]
+    expected = [("joint_nfm", "ablation", "joint_nfm: direct only")]
+    expected += [("joint_nfm", "fair", other) for other in ("topk", "topk matched")]
+    expected += [("joint_nfm staged", "ablation", "joint_nfm staged: direct only")]
+    expected += [("joint_nfm staged refined", "paths", "staged_topk refined")]
+    expected += [
+        (arm, "inference", other) for arm in ("joint_nfm staged refined", "staged_topk refined") for other in topk
+    ]
+    assert [(change.arm, change.kind, change.against) for change in result.changes] == expected
+    row, other = result.row("staged_topk refined"), result.row("topk refined")
+    change = next(c for c in result.changes if (c.arm, c.against) == (row.arm, other.arm))
+    assert change.kl_change == pytest.approx(row.kl_nats / other.kl_nats - 1)
+    assert change.parameter_ratio == 1
+
+
+def test_in_one_stage_and_as_they_are_where_nothing_is_refined(finished, tmp_path):
+    cfg = replace(finished[0], refinement_steps=0, selection_stages=9, output=str(tmp_path / "other"))
+    assert cfg.comparison().selection_stages == cfg.k  # one feature a stage at least
+    prepared = Prepared.of(replace(cfg, held_out_tokens=cfg.context_size).comparison())
+    found = compare_once(replace(cfg, held_out_tokens=cfg.context_size), prepared=prepared)
+    assert not [row.arm for row in found.rows if row.refinement_steps]
+    assert {(c.arm, c.against) for c in found.changes if c.kind == "inference"} == {
+        (arm, other) for arm in ("joint_nfm staged", "staged_topk") for other in ("topk", "topk matched")
+    }
+
+
+def test_rescaling_is_as_sweeps_chose_it(finished):
+    _, output, result = finished
+    for name in SAES:
+        cfg = SAE.load_from_disk(output / "saes" / name).cfg
+        assert result.row(name).rescaling == ("staged" not in name), name
+        assert getattr(cfg, "selection_stages", 1) == (8 if "staged" in name else 1), name
+    assert "off for SAEs in stages, on for the others" in result.words()
 
 
 def test_all_saes_see_the_same_stream(finished):
     cfg, output, _ = finished
     record = read_training_record(output / "training.jsonl")
     by_sae = {line["sae"] for line in record}
-    assert by_sae == {"joint_nfm", "joint_nfm square", "topk", "topk matched"}
+    assert by_sae == set(SAES)
     last = [line for line in record if line["tokens"] == cfg.training_tokens]
     assert {line["sae"] for line in last} == by_sae
     assert "metrics/fvu_direct" in next(line for line in record if line["sae"] == "joint_nfm")
@@ -116,7 +158,7 @@ def test_another_seed_gives_other_saes(finished, tmp_path):
     cfg, output, _ = finished
     other = replace(cfg, output=str(tmp_path / "other"), seed=1, held_out_tokens=cfg.context_size)
     compare_once(other)
-    for name in ("joint_nfm", "joint_nfm square", "topk", "topk matched"):
+    for name in SAES:
         one, other = (SAE.load_from_disk(folder / "saes" / name) for folder in (output, tmp_path / "other"))
         assert not torch.equal(one.W_enc, other.W_enc), name
 
@@ -155,13 +197,13 @@ def test_the_canonical_gauge_row_exists_where_all_features_are_read():
     prepared = Prepared.of(DemoConfig(**TINY, nfm_top_fraction=1).comparison())
     arms = {name: arm.sae for name, arm in prepared.arms(8, 1024).items()}
     assert arms["joint_nfm"].nfm_top_k is None
-    joint, square, topk = (
-        SAE.from_dict(arms[name].get_inference_sae_cfg_dict()) for name in ("joint_nfm", "joint_nfm square", "topk")
+    joint, staged, topk = (
+        SAE.from_dict(arms[name].get_inference_sae_cfg_dict()) for name in ("joint_nfm", "joint_nfm staged", "topk")
     )
-    canonical = in_canonical_gauge(joint)
-    assert canonical is not None
-    assert canonical is not joint
-    assert in_canonical_gauge(square) is None
+    for sae in (joint, staged):
+        canonical = in_canonical_gauge(sae)
+        assert canonical is not None
+        assert canonical is not sae
     assert in_canonical_gauge(topk) is None
     assert ablations(topk) == {}
 
@@ -178,7 +220,9 @@ def test_command_line_on_a_text_file_prints_the_table_and_both_figures(commanded
     output, _, printed = commanded
     assert "joint_nfm: direct only, canonical gauge" in printed
     assert printed.count("The paper's comparison") == 2
-    assert printed.count("The fair comparison") == 2
+    assert printed.count("The fair comparison") == 1
+    assert printed.count("What inference gains") == 2
+    assert printed.count("What the NFM's paths gain") == 1
     assert "One seed (0)" in printed
     assert "no evidence about real text" not in printed
     files = ["digests.json", "explorer.json.gz", "norms.json", "report.html", "results.json", "saes", "training.jsonl"]
