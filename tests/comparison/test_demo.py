@@ -235,6 +235,10 @@ def test_one_seed_gives_one_page(commanded):
     assert first == again
     assert any(name.startswith("fidelity-") for name in first)
     assert any(name.startswith("training-") for name in first)
+    page = (output / "report.html").read_text()
+    assert "joint_nfm, the fair comparison: against topk" in page
+    assert "staged_topk refined, the gain from inference: against topk" in page
+    assert "joint_nfm staged refined, the gain from NFM paths: against staged_topk refined" in page
     assert base64.b64decode(first["explorer-data"]) == (output / "explorer.json.gz").read_bytes()
     explorer = Explorer.load(output)
     assert explorer.sampled == ""  # a text file was given

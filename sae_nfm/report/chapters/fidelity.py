@@ -40,6 +40,12 @@ HEADINGS = {
     ClaimKind.INFERENCE: "The gain from inference: stages, refinements, both",
     ClaimKind.PATHS: "The gain from NFM paths on the same inference",
 }
+SAID = {
+    ClaimKind.ABLATION: "the paper's comparison",
+    ClaimKind.FAIR: "the fair comparison",
+    ClaimKind.INFERENCE: "the gain from inference",
+    ClaimKind.PATHS: "the gain from NFM paths",
+}
 TOKENS = "total_tokens_eval_reconstruction"
 EVALUATED = {
     "KL, nats": "kl_div_with_sae",
@@ -165,8 +171,7 @@ def _numbers(one: Fidelity) -> tuple[float, ...]:
 
 def _said(change: Change) -> str:
     """A comparison with the words of the terminal."""
-    kind = "the paper's comparison" if change.kind is ClaimKind.ABLATION else "the fair comparison"
-    return f"{change.arm}, {kind}: {change.sentence}."
+    return f"{change.arm}, {SAID[change.kind]}: {change.sentence}."
 
 
 def _blocks(result: CompareResult, number: int) -> Iterator[Block]:
@@ -207,12 +212,13 @@ def changes_figure(changes: Sequence[Change], number: int) -> Figure:
     marks = [Mark(row=row, group=metric, x=value) for row, _, metric, value in data]
     return Figure(
         name=f"claims-{number}",
-        title="The same models, two comparisons",
+        title="The same models, compared with a part of themselves and fairly",
         plot=dot_plot(marks, METRICS, rows, CHANGE, label_width=46, narrow_width=24),
         caption="Relative change of the reconstruction error (FVU) and of the divergence of the model's predictions "
-        "(KL); left of zero the joint SAE is better. Above, the paper's comparison: all paths against the direct "
-        "path alone, a part of the same SAE that was never trained to stand alone. Below, its control: SAEs trained "
-        "on their own on the same tokens. One seed each: no intervals, and differences of a few per cent may be "
+        "(KL); left of zero the SAE named first is better. Above, the paper's comparison: all paths against the direct "
+        "path alone, a part of the same SAE that was never trained to stand alone. Below, its controls: SAEs trained "
+        "on their own on the same tokens. Staged: features chosen in stages; refined: the same SAE, its activations "
+        "fitted to its input. One seed each: no intervals, and differences of a few per cent may be "
         f"chance. {PUBLISHED}",
         data=pd.DataFrame(data, columns=["comparison", "kind", "measure", "relative change"]),
     )
