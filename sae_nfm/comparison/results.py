@@ -134,8 +134,8 @@ PUBLISHED = (
 )
 MEASURED = (
     "Measured on real text, embedded model, 4,000,000 tokens, five seeds, rates swept (docs/results.md): staged_topk in 32 "
-    "stages, refined, against topk of as many parameters FVU -41.7% and KL -57.4%, against topk refined -35.5% and -46.7% (all better). "
-    "No NFM is in that."
+    "stages, refined, against topk of as many parameters FVU -41.7% and KL -57.4%, against topk refined -35.5% and -46.7% "
+    "(all better). No NFM is in that."
 )
 """The verdicts of this package beside which a demo's one seed is to be read."""
 
