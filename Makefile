@@ -12,7 +12,7 @@ help: ## this list; seconds are wall seconds of docs/times.md, measured on the m
 	  match($$0, /^[a-z0-9-]+:.*## /) { name = $$0; sub(/:.*/, "", name); told = substr($$0, RSTART + RLENGTH); \
 	    printf "make %-15s %s%s\n", name, told, name in seconds ? " (" seconds[name] + 0 " s)" : "" }' docs/times.md Makefile
 
-demo: $(READY) ## install, train five SAEs on the embedded language model, print the table, write a page
+demo: $(READY) ## install, train four SAEs on the embedded language model, print the table, write a page
 	$(BIN)/sae-nfm demo
 
 demo-smollm2: $(READY) ## the same on SmolLM2, a real model, which it fetches first: about 10 CPU minutes

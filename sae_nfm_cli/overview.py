@@ -14,7 +14,7 @@ from sae_nfm_cli.commands import COMMANDS, GROUPS, WIDTH
 
 FIRST_STEPS = """\
 first steps:
-  sae-nfm demo                               # five SAEs, one table
+  sae-nfm demo                               # four SAEs, one table
   sae-nfm attribute "The film was not good"  # pairs on a token
   sae-nfm report runs                        # every result, in one offline page
 

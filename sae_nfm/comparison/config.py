@@ -13,7 +13,7 @@ ALL_ARMS = tuple(map(str, ArmName))
 DEFAULT_ARMS = tuple(map(str, (A.JOINT, A.SQUARE, A.WITHOUT_LINEAR, A.WITHOUT_NONLINEAR, A.MLP, A.TOPK, A.MATCHED)))
 DEFAULT_ARMS += (str(A.MATCHED_FOLDED), str(A.MATCHED_FLOPS))
 """Those that the claims need."""
-DEMO_ARMS = tuple(map(str, (A.JOINT, A.JOINT_STAGED, A.STAGED, A.TOPK, A.MATCHED)))
+DEMO_ARMS = tuple(map(str, (A.JOINT, A.STAGED, A.TOPK, A.MATCHED)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ class DemoConfig(SizeOptions):
     nfm_top_fraction: float = 0.5
     """Share of the k active features that the linear and the interaction path read; 1 gives the model a canonical gauge."""
     selection_stages: int = 8
-    """Stages in which the SAEs named staged choose their k features, each among what is left to explain; k at most."""
+    """Stages in which staged_topk chooses its k features, each among what is left to explain; k at most."""
     refinement_steps: int = 5
     """Refinements with which every SAE is evaluated once more: the activations of its features are fitted to the input through
     its decoder. 0 for none."""
@@ -183,7 +183,7 @@ class DemoConfig(SizeOptions):
         self.comparison()  # refuses the others
 
     def comparison(self) -> CompareConfig:
-        """The comparison that this is: one seed, one learning rate, five SAEs, the data in its own order."""
+        """The comparison that this is: one seed, one learning rate, four SAEs, the data in its own order."""
         return CompareConfig(
             **self.sizes(),
             arms=DEMO_ARMS,

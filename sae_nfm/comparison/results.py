@@ -393,28 +393,28 @@ class Change:
 
 
 def changes(rows: Sequence[CompareRow]) -> tuple[Change, ...]:
-    """What one seed shows: each joint SAE against its direct path alone; one in one stage against every TopK SAE; SAEs in stages,
-    refined where that was measured, against every TopK SAE as it is and with the same refinements, and a joint one against
-    the other.
+    """What one seed shows: each joint SAE against its direct path alone, and against TopK SAEs of the same inference; SAEs in
+    stages, refined where that was measured, against every TopK SAE as it is and refined.
     """
     whole_ones, found = [row for row in rows if row.paths is Paths.ALL], list[Change]()
     most = max((row.refinement_steps for row in rows), default=0)
     for row in whole_ones:
-        staged, joint = row.family in STAGED, row.group is ArmGroup.JOINT
-        if joint and not row.refinement_steps:
+        if row.group is ArmGroup.JOINT and not row.refinement_steps:
             direct = [r for r in rows if r.family == row.family and r.paths in (Paths.DIRECT, Paths.CANONICAL)]
             found += [_change(ClaimKind.ABLATION, row, part) for part in direct]
-        if not (staged or joint) or row.refinement_steps != (most if staged else 0):
-            continue
-        for other in whole_ones:
-            if other.group is ArmGroup.JOINT or other.family == row.family or (other.family in STAGED and not staged):
-                continue
-            if other.family in STAGED:
-                if joint and other.refinement_steps == row.refinement_steps:
-                    found.append(_change(ClaimKind.PATHS, row, other))
-            elif staged or not other.refinement_steps:
-                found.append(_change(ClaimKind.INFERENCE if staged else ClaimKind.FAIR, row, other))
+        others = (other for other in whole_ones if other.group is not ArmGroup.JOINT and other.family != row.family)
+        found += [_change(kind, row, other) for other in others if (kind := _kind(row, other, most)) is not None]
     return tuple(found)
+
+
+def _kind(row: CompareRow, other: CompareRow, most: int) -> ClaimKind | None:
+    """What an SAE shows against a TopK SAE, in stages or not; `most` are the refinements with which all were measured."""
+    staged, joint = row.family in STAGED, row.group is ArmGroup.JOINT
+    alike = (other.family in STAGED) == staged and other.refinement_steps == row.refinement_steps
+    if joint and alike and (not staged or row.refinement_steps == most):
+        return ClaimKind.PATHS if staged or row.refinement_steps else ClaimKind.FAIR
+    chosen_in_one_pass = other.family not in STAGED
+    return ClaimKind.INFERENCE if staged and row.refinement_steps == most and chosen_in_one_pass else None
 
 
 def _change(kind: ClaimKind, row: CompareRow, other: CompareRow) -> Change:

@@ -15,7 +15,7 @@ from sae_lens import SAE
 
 from sae_nfm import demo
 from sae_nfm.comparison.config import DemoConfig
-from sae_nfm.comparison.results import CompareResult, RowKind
+from sae_nfm.comparison.results import CompareResult, RowKind, changes
 from sae_nfm.comparison.run import Prepared, compare_once
 from sae_nfm.comparison.table import ablations, in_canonical_gauge
 from sae_nfm.data import datasets
@@ -27,7 +27,7 @@ TINY = {
     "training_tokens": 1024, "held_out_tokens": 256, "context_size": 32, "d_sae": 96, "k": 8, "nfm_dim": 4,
     "batch_size": 128,
 }  # fmt: skip
-SAES = ("joint_nfm", "joint_nfm staged", "staged_topk", "topk", "topk matched")
+SAES = ("joint_nfm", "staged_topk", "topk", "topk matched")
 TINY_FLAGS = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -65,11 +65,6 @@ def test_rows_are_the_saes_and_every_combination_of_paths(finished):
         "joint_nfm: direct + linear",
         "joint_nfm: direct + nonlinear",
         "joint_nfm refined",
-        "joint_nfm staged",
-        "joint_nfm staged: direct only",
-        "joint_nfm staged: direct + linear",
-        "joint_nfm staged: direct + nonlinear",
-        "joint_nfm staged refined",
         *(name for arm in ("staged_topk", "topk", "topk matched") for name in (arm, f"{arm} refined")),
     ]
     for row in result.rows:
@@ -85,7 +80,6 @@ def test_parameters_are_counted_and_matched(finished):
         sae = SAE.load_from_disk(output / "saes" / name)
         assert result.row(name).parameters == sum(p.numel() for p in sae.parameters())
     largest = result.row("joint_nfm").parameters
-    assert result.row("joint_nfm staged").parameters == largest
     assert result.row("staged_topk").parameters == result.row("topk").parameters
     # one feature of a TopK SAE has 2 d_in + 1 numbers: matching can miss by half of that
     assert abs(result.row("topk matched").parameters - largest) <= (2 * 256 + 1) / 2
@@ -93,21 +87,32 @@ def test_parameters_are_counted_and_matched(finished):
 
 
 def test_what_is_compared_with_what(finished):
-    """Those in stages, refined, with every TopK SAE as it is and refined too; one in a single stage with these as they are."""
+    """The one in stages, refined, with every TopK SAE as it is and refined; joint_nfm with those of the same inference."""
     _, _, result = finished
-    topk = ["topk", "topk refined", "topk matched", "topk matched refined"]
     expected = [("joint_nfm", "ablation", "joint_nfm: direct only")]
     expected += [("joint_nfm", "fair", other) for other in ("topk", "topk matched")]
-    expected += [("joint_nfm staged", "ablation", "joint_nfm staged: direct only")]
-    expected += [("joint_nfm staged refined", "paths", "staged_topk refined")]
-    expected += [
-        (arm, "inference", other) for arm in ("joint_nfm staged refined", "staged_topk refined") for other in topk
-    ]
+    expected += [("joint_nfm refined", "paths", other) for other in ("topk refined", "topk matched refined")]
+    topk = ["topk", "topk refined", "topk matched", "topk matched refined"]
+    expected += [("staged_topk refined", "inference", other) for other in topk]
     assert [(change.arm, change.kind, change.against) for change in result.changes] == expected
     row, other = result.row("staged_topk refined"), result.row("topk refined")
     change = next(c for c in result.changes if (c.arm, c.against) == (row.arm, other.arm))
     assert change.kl_change == pytest.approx(row.kl_nats / other.kl_nats - 1)
     assert change.parameter_ratio == 1
+
+
+def test_a_joint_sae_in_stages_is_compared_with_topk_and_with_the_same_inference(finished):
+    rows = finished[2].rows
+    staged = {name: replace(row, arm=row.arm.replace("joint_nfm", "joint_nfm staged"), family="joint_nfm staged")
+              for name, row in {row.arm: row for row in rows if row.family == "joint_nfm"}.items()}  # fmt: skip
+    found = changes([*rows, *staged.values()])
+    assert [(c.kind, c.against) for c in found if c.arm == "joint_nfm staged"] == [
+        ("ablation", "joint_nfm staged: direct only")
+    ]
+    assert [(c.kind, c.against) for c in found if c.arm == "joint_nfm staged refined"] == [
+        ("paths", "staged_topk refined"),
+        *(("inference", name) for name in ("topk", "topk refined", "topk matched", "topk matched refined")),
+    ]
 
 
 def test_in_one_stage_and_as_they_are_where_nothing_is_refined(finished, tmp_path):
@@ -117,7 +122,7 @@ def test_in_one_stage_and_as_they_are_where_nothing_is_refined(finished, tmp_pat
     found = compare_once(replace(cfg, held_out_tokens=cfg.context_size), prepared=prepared)
     assert not [row.arm for row in found.rows if row.refinement_steps]
     assert {(c.arm, c.against) for c in found.changes if c.kind == "inference"} == {
-        (arm, other) for arm in ("joint_nfm staged", "staged_topk") for other in ("topk", "topk matched")
+        ("staged_topk", other) for other in ("topk", "topk matched")
     }
 
 
@@ -198,12 +203,12 @@ def test_the_canonical_gauge_row_exists_where_all_features_are_read():
     arms = {name: arm.sae for name, arm in prepared.arms(8, 1024).items()}
     assert arms["joint_nfm"].nfm_top_k is None
     joint, staged, topk = (
-        SAE.from_dict(arms[name].get_inference_sae_cfg_dict()) for name in ("joint_nfm", "joint_nfm staged", "topk")
+        SAE.from_dict(arms[name].get_inference_sae_cfg_dict()) for name in ("joint_nfm", "staged_topk", "topk")
     )
-    for sae in (joint, staged):
-        canonical = in_canonical_gauge(sae)
-        assert canonical is not None
-        assert canonical is not sae
+    canonical = in_canonical_gauge(joint)
+    assert canonical is not None
+    assert canonical is not joint
+    assert in_canonical_gauge(staged) is None
     assert in_canonical_gauge(topk) is None
     assert ablations(topk) == {}
 
@@ -219,9 +224,9 @@ def test_the_data_are_in_their_own_order_and_the_settings_those_of_compare():
 def test_command_line_on_a_text_file_prints_the_table_and_both_figures(commanded):
     output, _, printed = commanded
     assert "joint_nfm: direct only, canonical gauge" in printed
-    assert printed.count("The paper's comparison") == 2
+    assert printed.count("The paper's comparison") == 1
     assert printed.count("The fair comparison") == 1
-    assert printed.count("What inference gains") == 2
+    assert printed.count("What inference gains") == 1
     assert printed.count("What the NFM's paths gain") == 1
     assert "One seed (0)" in printed
     assert "no evidence about real text" not in printed
@@ -238,7 +243,7 @@ def test_one_seed_gives_one_page(commanded):
     page = (output / "report.html").read_text()
     assert "joint_nfm, the fair comparison: against topk" in page
     assert "staged_topk refined, the gain from inference: against topk" in page
-    assert "joint_nfm staged refined, the gain from NFM paths: against staged_topk refined" in page
+    assert "joint_nfm refined, the gain from NFM paths: against topk refined" in page
     assert base64.b64decode(first["explorer-data"]) == (output / "explorer.json.gz").read_bytes()
     explorer = Explorer.load(output)
     assert explorer.sampled == ""  # a text file was given
