@@ -101,7 +101,7 @@ class NFMDecoder(NFMPaths):
                 norms,
                 inference.stage_sizes(k, cfg.selection_stages),
                 cfg.selection_candidates,
-                None if cfg.selection_stages == 1 else parts_of(self, norms),
+                None if cfg.selection_stages == 1 else parts_of(self, norms, k),
             )
             if not cfg.refinement_steps:
                 return acts

@@ -51,7 +51,7 @@ class StagedPaths:
     @property
     def parts(self) -> Parts | None:
         """What `explained` is made of, asked for after it."""
-        return parts_of(self.sae, self.norms, lambda _: cast(Tensor, self.code))
+        return parts_of(self.sae, self.norms, self.sae.cfg.k, lambda _: cast(Tensor, self.code))
 
     def add(self, new: SparseActs) -> None:
         """Add what features write that were not chosen before."""
@@ -117,15 +117,17 @@ class StagedPaths:
         return reference.hidden_pre(pooled, wide(self.sae.W_1), wide(self.sae.b_1))
 
 
-def sums_by_feature(cfg: Any) -> int:
-    """How many parts of what features write together have a row for each; 0 where what one writes depends on the others."""
-    reads_all = not cfg.use_linear_path or cfg.nfm_top_k in (None, cfg.k)
+def sums_by_feature(cfg: Any, k: int) -> int:
+    """How many parts of what k features write together have a row for each; 0 where what one writes depends on the others."""
+    reads_all = not cfg.use_linear_path or cfg.nfm_top_k is None or cfg.nfm_top_k >= k
     return (1 + cfg.use_square_path) * reads_all
 
 
 @torch.no_grad()
-def parts_of(sae: Any, norms: Tensor | None, code: Callable[[SparseActs], Tensor] | None = None) -> Parts | None:
-    """What the features of a joint_nfm write together, by its weights alone and without dropout.
+def parts_of(
+    sae: Any, norms: Tensor | None, k: int, code: Callable[[SparseActs], Tensor] | None = None
+) -> Parts | None:
+    """What k features of a joint_nfm write together, by its weights alone and without dropout.
 
     None where its linear path reads the strongest features only: what one writes depends on the others then.
 
@@ -135,7 +137,7 @@ def parts_of(sae: Any, norms: Tensor | None, code: Callable[[SparseActs], Tensor
         code: what the hidden units make of activations, where that is known.
     """
     cfg, W_dec = sae.cfg, wide(sae.W_dec)
-    if not sums_by_feature(cfg):
+    if not sums_by_feature(cfg, k):
         return None
     rows = W_dec if norms is None else W_dec / reference.divisor(wide(norms))[:, None]
     rows = rows + wide(sae.W_lin) if cfg.use_linear_path else rows

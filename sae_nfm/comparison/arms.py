@@ -167,6 +167,7 @@ def training_flops(cfg: TrainingSAEConfig, l0: float | None = None) -> float:
 def inference_flops(cfg: TrainingSAEConfig, l0: float | None = None, refinement_steps: int = 0) -> float:
     """FLOPs of encoding and decoding a token with an SAE that was trained so, counted as in `training_flops`.
 
+    Scores that are kept in a batch (`kernels.ranking.Gram`) take fewer than stages that rank all again, which are counted.
     With D(a) what all paths take to decode a active features (2 a d of the direct one, n and m as there):
 
         encoder             2 d S

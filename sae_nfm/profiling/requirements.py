@@ -403,7 +403,7 @@ def _sparse_step(cfg: LanguageModelSAERunnerConfig[Any]) -> Cost:
     sizes = [math.prod(shape) for shape in _shapes(sae).values()]
     scores = min(cfg.train_batch_size_tokens, TOKENS_AT_ONCE.get(device, cfg.train_batch_size_tokens)) * sae.d_sae
     later = sae.selection_stages - 1
-    n_products = sums_by_feature(sae) if sae.selection_candidates is None else 0
+    n_products = sums_by_feature(sae, sae.k) if sae.selection_candidates is None else 0
     if Gram.pays(cfg.train_batch_size_tokens, sae.d_sae, n_products, sae.selection_stages):
         # scores of all, what is subtracted of them, and rows of W_dec W_enc
         scores = sae.d_sae * (2 * cfg.train_batch_size_tokens + n_products * sae.d_sae)

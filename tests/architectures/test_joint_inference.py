@@ -11,6 +11,7 @@ from inference_oracle import inferred
 from sae_lens import SAE, MatchingPursuitSAE, MatchingPursuitSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.topk_sae import TopK
 from scipy.optimize import nnls
 from step_forms import step
 from torch.func import jacfwd, jacrev, vmap
@@ -27,6 +28,7 @@ from sae_nfm import (
 )
 from sae_nfm.architectures import attach_secondary, parameter_count, refined
 from sae_nfm.kernels import heads
+from sae_nfm.kernels.ranking import Gram
 from sae_nfm.kernels.reference import powers, weighted_rows
 
 K = 4
@@ -70,14 +72,22 @@ OPTIONS = {
     "selection_candidates": (None, K + 1, K + 4),
     "refinement_steps": (0, 1, 3),
     "training": (True, False),
+    "keeps_scores": (True, False),
 }
+
+
+def keeps(n_tokens, d_sae, n_products, n_stages):
+    """In place of `Gram.pays`: wherever it can be."""
+    return n_products > 0 and n_stages > 1
 
 
 @pytest.mark.parametrize(
     "options", [dict(zip(OPTIONS, row.values, strict=True)) for row in covering_pairs(**OPTIONS)], ids=str
 )
 @torch.no_grad()
-def test_activations_are_those_of_the_definition(third_order, options):
+def test_activations_are_those_of_the_definition(third_order, monkeypatch, options):
+    if options.pop("keeps_scores"):
+        monkeypatch.setattr(Gram, "pays", keeps)
     stages, steps = options["selection_stages"], options["refinement_steps"]
     if options["architecture"] == "sequential_nfm":
         del options["selection_stages"], options["selection_candidates"]
@@ -87,8 +97,28 @@ def test_activations_are_those_of_the_definition(third_order, options):
     torch.testing.assert_close(sae.encode(x)[clear], expected[clear], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("k", [K, K + 2])
 @torch.no_grad()
-def test_a_hook_that_leaves_fewer_features_than_stages_choose():
+def test_the_strongest_that_are_read_may_become_a_part_of_those_chosen(monkeypatch, k):
+    """With another TopK than the config's the linear path reads K of k features, and what one writes depends on the others."""
+    sae, x, found = (
+        made("joint_nfm", nfm_top_k=K, selection_stages=3, dtype="float64"),
+        random_activations().double(),
+        [],
+    )
+    sae.activation_fn = TopK(k)
+    for pays in (keeps, lambda *given: False):
+        monkeypatch.setattr(Gram, "pays", pays)
+        found.append(sae.encode(x))
+    torch.testing.assert_close(*found)
+    assert (found[0] > 0).sum(dim=-1).max() == k
+
+
+@pytest.mark.parametrize("keeps_scores", [True, False])
+@torch.no_grad()
+def test_a_hook_that_leaves_fewer_features_than_stages_choose(monkeypatch, keeps_scores):
+    if keeps_scores:
+        monkeypatch.setattr(Gram, "pays", keeps)
     kept, x, found = torch.tensor([1, 5, 7]), random_activations(rows=6).double(), []
 
     def ban(value, hook):
