@@ -284,8 +284,10 @@ def _compare_once(cfg: DemoConfig, prepared: Prepared, folder: Path, command: st
     for name in arms:
         (saes / name / RECORD_FILENAME).unlink(missing_ok=True)
         seal(saes / name)
-    on_what: Any = {"k": k, "seed": seed, "device": cfg.device, "refinement_steps": cfg.refinement_steps}
-    rows = evaluated_once(prepared.model, prepared.held_out, arms, saes, **on_what)
+    steps = cfg.refinement_steps
+    rows = evaluated_once(
+        prepared.model, prepared.held_out, arms, saes, k=k, seed=seed, device=cfg.device, refinement_steps=steps
+    )
     origin = prepared.provenance(command, folder, saes / next(iter(arms)))
     result = CompareResult(rows=tuple(rows), changes=changes(rows), provenance=origin)
     result.save(folder / RESULTS_FILENAME)
