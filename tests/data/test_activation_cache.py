@@ -5,6 +5,7 @@ import resource
 import shutil
 from collections import namedtuple
 
+import pyarrow as pa
 import pytest
 import torch
 from builders import CONTEXT, D_MODEL, HOOK, HOOK_Z, runner_config, tiny_model, token_dataset, training_config
@@ -14,7 +15,7 @@ from sae_lens import ActivationsStore, LanguageModelSAETrainingRunner
 from sae_lens.util import temporary_seed
 
 from sae_nfm.common import FileError, locked, partial_folder
-from sae_nfm.data import ActivationCache, CacheConfig, activation_cache, cached_runner, run_cache
+from sae_nfm.data import ActivationCache, CacheConfig, activation_cache, cached_runner, cached_splits, run_cache
 from sae_nfm.data.activation_cache import identity_of, rows_of, write_cache
 
 OTHER_HOOK = "blocks.0.hook_mlp_out"
@@ -181,6 +182,38 @@ def test_a_flipped_bit_is_found(folder, tmp_path):
     with pytest.raises(ValueError, match=r"row 40 in .*damaged"):
         cache.activations(tokens, HOOK)
     assert cache.activations(tokens[:32], HOOK).shape == (32, CONTEXT, D_MODEL)  # the shard before is whole
+
+
+def test_tokens_that_are_not_those_that_were_cached(folder, tmp_path):
+    """Activations are found by their tokens, which no checksum of a row covers."""
+    shard = shutil.copytree(folder, tmp_path / "copy") / HOOK / "data-00001-of-00003.arrow"
+    with pa.ipc.open_stream(shard.read_bytes()) as stream:
+        table = stream.read_all()
+    changed = table.column("token_ids").combine_chunks().flatten().to_numpy().copy()
+    changed[5] += 1
+    ids = pa.FixedSizeListArray.from_arrays(pa.array(changed), CONTEXT)
+    place = table.schema.get_field_index("token_ids")
+    table = table.set_column(place, table.schema.field(place), ids)
+    with pa.ipc.new_stream(shard, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(ValueError, match=r"its tokens are not those"):
+        ActivationCache(tmp_path / "copy")
+
+
+def test_held_out_text_of_the_data_set_that_was_cached_whole(tmp_path):
+    """Documents that are held out of a data set are left out of its cache only where that was asked for."""
+    cache = ActivationCache(write(tmp_path / "cache", held_out="other.parquet"))
+    with pytest.raises(ValueError, match=r"held_out is 'rows', and was 'other.parquet'"):
+        cached_splits(cache, "rows")
+
+
+@pytest.mark.parametrize(("order_seed", "joined"), [(None, True), (0, False)])
+def test_rows_are_joined_in_their_own_order_only(tmp_path, order_seed, joined):
+    """What trained_text takes for passages must not run from one row into one that did not follow it."""
+    folder = write(tmp_path / "cache", joined=True, hooks=(HOOK,))
+    cfg = runner_config(training_config("joint_nfm"), tmp_path / "run", steps=4)
+    runner = cached_runner(cfg, folder, order_seed=order_seed, override_model=tiny_model())
+    assert runner.activations_store.rows_joined is joined
 
 
 def test_damaged_files(folder, tmp_path):
