@@ -121,7 +121,7 @@ RANGES = {
     **dict.fromkeys(
         ("evaluate_every", "n_eval_batches", "before", "after", "control_tokens", "quantile_contexts"), "[0, 1e9]"
     ),
-    **dict.fromkeys(("pairs", "partners", "pair_contexts", "pair_logits", "contexts", "logits"), "[0, 1e9]"),
+    **dict.fromkeys(("pairs", "decoys", "partners", "pair_contexts", "pair_logits", "contexts", "logits"), "[0, 1e9]"),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "nfm_dropout", "pair_share", "children"), "[0, 1)"),
     **dict.fromkeys(("activations_mixing_fraction", "topk_threshold_lr", "pair_rate"), SHARE),
     **dict.fromkeys(("seed", "seeds", "sweep_seed"), SEED),

@@ -123,7 +123,7 @@ class Prepared:
         """
         refuse_several_processes()
         cache = None if cfg.activations is None else ActivationCache(cfg.activations)
-        cfg = cfg if cache is None else of_cache(cfg, cache.identity)
+        cfg = cfg if cache is None else of_cache(cfg, cache.identity.named(cache.folder))
         model = load_model(cfg.model, cfg.device)
         assert cfg.hook is not None  # its config, or the cache, has put one there
         site = find_site(model, cfg.hook)

@@ -23,12 +23,15 @@ from .datasets import vocabulary_size as vocabulary_size
 from .documents import TokenRows as TokenRows
 from .documents import held_out_corpus as held_out_corpus
 from .documents import held_out_rows as held_out_rows
+from .samples import write_array as write_array
+from .samples import write_samples as write_samples
 from .synthetic import EASIER as EASIER
 from .synthetic import IDENTIFIED as IDENTIFIED
 from .synthetic import NOT_IDENTIFIED as NOT_IDENTIFIED
 from .synthetic import Samples as Samples
 from .synthetic import SyntheticConfig as SyntheticConfig
 from .synthetic import SyntheticData as SyntheticData
+from .synthetic import Truth as Truth
 from .trained_text import SketchCollector as SketchCollector
 from .trained_text import TextSketch as TextSketch
 from .trained_text import told_of_text as told_of_text

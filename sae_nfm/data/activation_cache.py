@@ -21,7 +21,7 @@ import hashlib
 import json
 import shlex
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
@@ -77,6 +77,8 @@ TOKENS, CHECKSUM = "token_ids", "crc32"
 DATASET_INFO, DATASET_STATE = "dataset_info.json", "state.json"
 """What `datasets` calls its files beside the shards."""
 ANEW = "cache them anew"
+ITSELF = "."
+"""The model and the data set of a cache whose folder is a model too: one of samples (`models.samples`)."""
 TOLERANCE = 0.02
 """Relative difference of a row's activations from the model's: more than rounding makes on any device."""
 StoredDtype = Literal["float32", "float16"]
@@ -118,6 +120,10 @@ class CacheIdentity(SavedResult):
     """In which the activations are stored."""
     checksums_sha256: dict[str, str] = field(default_factory=dict[str, str])
     """Of the checksums of all rows, by hook point."""
+
+    def named(self, folder: str | Path) -> "CacheIdentity":
+        """The same, where the folder itself is model and data set with its path for their names."""
+        return self if self.model != ITSELF else replace(self, model=str(folder), dataset=str(folder))
 
     @property
     def tokens(self) -> int:
@@ -189,7 +195,7 @@ class WrittenCache:
 
     def words(self) -> str:
         """Where it is, and what to do with it."""
-        own = self.identity
+        own = self.identity.named(self.folder)
         lines = [
             f"{own.tokens:,} tokens of {own.dataset!r} at {', '.join(own.hooks)}: {self.folder} ({own.bytes / 1e9:.2f} GB)"
         ]
@@ -291,10 +297,14 @@ def write_cache(
     *,
     command: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    beside: Callable[[Path], object] | None = None,
 ) -> WrittenCache:
     """Run the model over the rows and write the activations at every hook point of `identity`.
 
     Shards that an earlier, interrupted call has finished are left as they are; so is a finished cache of the same identity.
+
+    Args:
+        beside: writes other files into the folder that it is given, before that is published.
 
     Raises:
         ValueError: for an output that is something else than a cache or run, or is being written by another process, too little
@@ -324,6 +334,8 @@ def write_cache(
         checksums = {hook: _finish_hook(made.folder / hook, features[hook], list(shards)) for hook in features}
         identity = replace(identity, checksums_sha256=checksums)
         identity.save(made.folder / IDENTITY_FILENAME)
+        if beside is not None:
+            beside(made.folder)
     return WrittenCache(folder=output, identity=identity, computed=True, kept=made.kept)
 
 
@@ -460,7 +472,7 @@ def opened_cache(options: CacheOptions, seed: int) -> ActivationCache | None:
             raise ValueError("shuffle_rows is for the rows of a cache; give activations too, or leave it out")
         return None
     cache = ActivationCache(options.activations, order_seed=seed if options.shuffle_rows else None)
-    own, given = cache.identity.dataset, getattr(options, "dataset", None)
+    own, given = cache.identity.named(cache.folder).dataset, getattr(options, "dataset", None)
     if given not in (None, own):
         raise ValueError(
             f"dataset is {given!r}, and {own!r} in the cache {quoted(cache.folder)}, which has its own rows; leave one out"
@@ -473,7 +485,7 @@ def cached_splits(cache: ActivationCache, held_out: str | None) -> tuple[Dataset
 
     Raises as that, and a ValueError where held-out documents are among those cached.
     """
-    own = cache.identity
+    own = cache.identity.named(cache.folder)
     named = None if own.dataset == own.model else own.dataset
     if held_out is not None and held_out == named != own.held_out:
         raise ValueError(
@@ -574,7 +586,7 @@ def read_from_cache(runner: Any, cache: ActivationCache) -> None:
     model = cast(LanguageModel, getattr(runner.model, "_orig_mod", runner.model))  # where it is compiled
     cache.check(model, store._hook_names or [store.hook_name], cfg.context_size)
     store.model, store.rows_joined = CachedModel(model, cache), cache.identity.joined and cache.order_seed is None
-    cfg.dataset_path = cache.identity.dataset
+    cfg.dataset_path = cache.identity.named(cache.folder).dataset
     if hasattr(cfg, "cached_activations_path"):  # SAELens reads it with use_cached_activations only
         cfg.cached_activations_path = str(cache.folder)
     for sae in runner.saes.values() if hasattr(runner, "saes") else [runner.sae]:

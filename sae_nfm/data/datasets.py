@@ -41,7 +41,8 @@ from sae_nfm.common import remark
 from sae_nfm.common.file_errors import reading
 from sae_nfm.common.options import FETCHED_MODEL, SAMPLED
 from sae_nfm.loading import quiet_saelens
-from sae_nfm.models import OFFLINE, LanguageModel, device_of
+from sae_nfm.models import OFFLINE, LanguageModel, device_of, is_samples
+from sae_nfm.models.samples import SAMPLES_FILENAME, SamplesShape, numbered_rows
 
 pc: Any = compute
 """Its functions are made at run time, so that no type is known."""
@@ -330,18 +331,27 @@ def held_out_data(dataset: str | None, validation: str | None, model_name: str) 
 
 
 def own_text(model_name: str | None, split: str, *, seed: int = 0) -> Any:
-    """What comes with a model and was sampled from it: tokens of the embedded one, documents of SmolLM2 (shuffled with `seed`).
+    """What comes with a model: tokens or documents sampled from the embedded one or SmolLM2, the rows of a folder of samples.
 
-    A line says so of SmolLM2's. Raises a ValueError for any other model.
+    A line says so of SmolLM2's, which are shuffled with `seed`. Raises a ValueError for any other model.
     """
     if model_name == demo.MODEL_NAME:
         return demo.load_tokens(split)
+    if model_name is not None and is_samples(model_name):
+        return open_dataset(model_name, split=split)
     if model_name != FETCHED_MODEL:
         wanted = "held-out text with --held-out" if split == "validation" else "--dataset and --held-out"
         raise ValueError(f"the embedded tokens suit the embedded model only; give {wanted} for {model_name!r}")
     if split == "train":
         remark(f"training text: {SAMPLED[FETCHED_MODEL]}")
     return open_dataset(str(SMOLLM2_TEXT), split=split, seed=seed)
+
+
+def _numbered(shape: SamplesShape, split: str) -> Dataset:
+    """The rows of samples to train on, or those held out, as tokens."""
+    held_out = split == "validation"
+    ends = (shape.rows, shape.rows + shape.held_out_rows) if held_out else (0, shape.rows)
+    return Dataset.from_dict({"tokens": numbered_rows(*ends, shape.context_size).tolist()})
 
 
 def training_data(dataset: str, held_out: str | None, *, seed: int = 0, streaming: bool = True) -> Any:
@@ -420,6 +430,9 @@ Splits = Mapping[str | None, Callable[[], Any]]
 
 
 def _splits(source: str, *, seed: int, streaming: bool) -> Splits:
+    if is_samples(source):
+        shape = SamplesShape.load(Path(source) / SAMPLES_FILENAME)
+        return {split: partial(_numbered, shape, split) for split in ("train", "validation")}
     local = _local_splits(source, seed)
     return _hub_splits(source, streaming=streaming) if local is None else local
 

@@ -16,6 +16,10 @@ from .load import site_at as site_at
 from .load import synchronize as synchronize
 from .local_hf import config_fields as config_fields
 from .local_hf import is_folder as is_folder
+from .samples import SAMPLES_HOOK as SAMPLES_HOOK
+from .samples import SamplesShape as SamplesShape
+from .samples import is_samples as is_samples
+from .samples import samples_model as samples_model
 from .smollm2 import cache_folder as cache_folder
 from .smollm2 import fetch as fetch
 from .smollm2 import fetched_folder as fetched_folder

@@ -26,6 +26,7 @@ from sae_nfm.common import check_choice
 from sae_nfm.common.options import FETCHED_MODEL
 from sae_nfm.demo.model import MODEL_DIR
 from sae_nfm.models.local_hf import has_tokenizer, hooked_from_folder, is_folder
+from sae_nfm.models.samples import is_samples, load_samples
 from sae_nfm.models.smollm2 import fetched_folder, take_over_rotation
 
 LanguageModel = HookedSAETransformer | SAETransformerBridge | HookedProxyLM
@@ -64,8 +65,8 @@ def load_model(
     reads token ids only; the other two classes need one.
 
     Args:
-        name: "sae-nfm-demo", "smollm2" (once `sae-nfm models fetch smollm2` has fetched it), a folder with config.json, or a
-            name that TransformerLens or the hub knows.
+        name: "sae-nfm-demo", "smollm2" (once `sae-nfm models fetch smollm2` has fetched it), a folder with config.json or one
+            of samples (`models.samples`), or a name that TransformerLens or the hub knows.
         model_class_name: "HookedTransformer", "TransformerBridge" or "AutoModelForCausalLM".
         from_pretrained_kwargs: as that class's loader takes them, e.g. `dtype="bfloat16"`.
 
@@ -91,6 +92,14 @@ def load_model(
         if name == FETCHED_MODEL and isinstance(model, HookedSAETransformer):
             take_over_rotation(model, fetched_folder())
         return model
+    if is_samples(name):
+        asked = {key: value for key, value in from_pretrained_kwargs.items() if value}
+        if model_class_name != "HookedTransformer" or asked:
+            raise ValueError(
+                f"{str(name)!r} has samples and no model, so that there is nothing to load as {model_class_name} with {asked}; "
+                "leave both out"
+            )
+        return load_samples(name, device)
     if is_folder(name):
         return load(str(name), device, **from_pretrained_kwargs)
     if Path(name).is_absolute() or Path(name).is_dir() or str(name).startswith("."):

@@ -308,7 +308,7 @@ def _of_cache(options: CacheOptions, given: Mapping[str, Any]) -> dict[str, Any]
         options.activations is None or not (Path(options.activations) / IDENTITY_FILENAME).is_file()
     ):  # said when it is opened
         return {}
-    own = read_identity(options.activations)
+    own = read_identity(options.activations).named(options.activations)
     if given.get("dataset_path", own.dataset) != own.dataset:
         raise ValueError(
             f"dataset_path is {given['dataset_path']!r}, and {own.dataset!r} in the cache {options.activations!r}, which has its "

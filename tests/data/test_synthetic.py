@@ -1,11 +1,14 @@
 """Activations of known features: rates, hierarchy and energy as asked for, by hand and by seed."""
 
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from sae_nfm.data import EASIER, IDENTIFIED, NOT_IDENTIFIED, Samples, SyntheticConfig, SyntheticData
+from sae_nfm.data import EASIER, IDENTIFIED, NOT_IDENTIFIED, Samples, SyntheticConfig, SyntheticData, Truth
 
 SMALL = SyntheticConfig(d_in=16, features=48, mean_l0=6, children=0.25, pairs=4, pair_rate=0.03, pair_share=0.2, seed=1)
 ROWS = 20_000
@@ -62,6 +65,63 @@ def test_activations_by_hand(small: tuple[SyntheticData, Samples]):
     assert float(firing.std()) == pytest.approx(SMALL.spread, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("kind", "written"),
+    [
+        ("product", lambda one, other: one * other),
+        ("gate", lambda one, other: one if other > 0 else 0.0),
+        ("saturating", lambda one, other: math.tanh(one * other)),
+        ("square", lambda one, other: one * one),
+    ],
+)
+def test_what_pairs_write(kind, written):
+    data = SyntheticData.of(replace(SMALL, pair_kind=kind, decoys=3))
+    samples = data.sample(2_000, 0)
+    (i, j), direction = data.pairs[1].tolist(), data.pair_directions[1].double()
+    assert (i == j) == (kind == "square")
+    row = samples.acts[:, i].argmax()
+    others = data.parts(samples.acts[row : row + 1])[1][0].double() - direction * written(
+        float(samples.acts[row, i]), float(samples.acts[row, j])
+    )
+    without = samples.acts[row : row + 1].clone()
+    without[0, [i, j]] = 0.0
+    torch.testing.assert_close(others, data.parts(without)[1][0].double(), rtol=1e-5, atol=1e-6)  # float32
+
+
+def test_decoys_fire_together_as_often_and_write_nothing():
+    data = SyntheticData.of(replace(SMALL, decoys=4))
+    samples = data.sample(ROWS, 0)
+    named = [*data.pairs.flatten().tolist(), *data.decoys.flatten().tolist()]
+    assert len(set(named)) == len(named) == 16
+    together = (samples.acts[:, torch.cat([data.pairs, data.decoys])] > 0).all(-1).float().mean(0)
+    assert (together > 0.8 * SMALL.pair_rate).all()
+    only = torch.zeros(1, SMALL.features)
+    only[0, data.decoys.flatten()] = 1.0
+    assert not data.parts(only)[1].any()
+
+
+def test_a_batch_by_its_number(small: tuple[SyntheticData, Samples]):
+    data, _ = small
+    batches = data.batches(50, 3)
+    assert [torch.equal(next(batches).x, data.batch(50, 3, number).x) for number in range(3)] == [True] * 3
+
+
+def test_the_truth_as_a_file(small: tuple[SyntheticData, Samples], tmp_path: Path):
+    data, samples = small
+    truth = Truth.of(data, samples.acts[:500])
+    truth.save(tmp_path)
+    again = Truth.load(tmp_path)
+    assert torch.equal(again.acts(), samples.acts[:500])
+    assert all(torch.equal(getattr(again, field.name), getattr(truth, field.name)) for field in fields(Truth))
+    with pytest.raises(FileNotFoundError, match="truth"):
+        Truth.load(tmp_path / "other")
+    with pytest.raises(ValueError, match="numbered from"):
+        replace(truth, pairs=truth.pairs + 48)
+    save_file({"pairs": truth.pairs}, tmp_path / "truth.safetensors")
+    with pytest.raises(ValueError, match=r"tensors \['pairs'\]; expected .*'decoys'"):
+        Truth.load(tmp_path)
+
+
 def test_seeds_make_everything_and_disturb_nothing(small: tuple[SyntheticData, Samples]):
     data, samples = small
     torch.manual_seed(5)
@@ -97,6 +157,8 @@ def test_the_sets_of_the_docs():
         ("pair_share", 1.0, "pair_share"),
         ("pair_share", 0.0, "pairs is 4"),
         ("pairs", 19, "pairs is 19"),
+        ("decoys", 15, "decoys 15"),
+        ("pair_kind", "sum", "pair_kind"),
         ("mean_l0", 40.0, "mean_l0 40"),
         ("mean_l0", 0.1, "mean_l0 0.1"),
         ("zipf_exponent", 0.0, "zipf_exponent"),
