@@ -44,10 +44,15 @@ from sae_lens import (
 )
 
 from sae_nfm.architectures import JointNFMTrainingSAEConfig, StagedTopKTrainingSAEConfig, parameter_count
+from sae_nfm.architectures.staged_step import sums_by_feature
 from sae_nfm.comparison.config import refuse_unknown_arms
 from sae_nfm.comparison.results import ArmName
 from sae_nfm.kernels import inference
+from sae_nfm.kernels.ranking import Gram
 from sae_nfm.training import TrainingArm
+
+ENCODED_TOGETHER = 2048
+"""Tokens among which what is made once is divided where FLOPs are compared: a usual batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +135,8 @@ def folded_parameter_count(cfg: JointNFMTrainingSAEConfig) -> int:
     return parameter_count(cfg) - (cfg.d_sae * cfg.d_in + cfg.d_in)
 
 
-def training_flops(cfg: TrainingSAEConfig, l0: float | None = None) -> float:
-    """FLOPs of a training step for each token, forward and backward, a multiplication and an addition counting as two.
+def training_flops(cfg: TrainingSAEConfig, l0: float | None = None, n_tokens: int = 1) -> float:
+    """FLOPs of a training step for each of `n_tokens`, forward and backward, a multiplication and an addition counting as two.
 
     With a features active (k, or `l0`), of which the NFM reads n:
 
@@ -139,6 +144,9 @@ def training_flops(cfg: TrainingSAEConfig, l0: float | None = None) -> float:
                                                                  the active ones
         each stage but one  2 d C + 6 b d + 2 c d                all are ranked again, or C candidates; what the b chosen before
                                                                  write, through all paths; its gradient from the c chosen now
+        or, scores kept     2 q c S + 2 m S + 6 b d + 4 c d      where that is cheaper (`Gram.pays`): of q parts that have a row
+                                                                 for each feature (2 with a square path), and m hidden units;
+                                                                 once for all tokens 2 q d S^2 + 2 m d S
         R refinements       3 (3 R + 1) 2 a d                    as at inference, and twice that backward; through all paths
         matching pursuit    2 k d S + 12 k d + 6 a d             in place of these: k times all are ranked and one is taken off
         direct path         6 a d                                output, gradient of f, gradient of W_dec
@@ -160,18 +168,20 @@ def training_flops(cfg: TrainingSAEConfig, l0: float | None = None) -> float:
     decoding = 3 * (_decoding(cfg, active) + _fitting(cfg, active, getattr(cfg, "refinement_steps", 0)))
     if isinstance(cfg, MatchingPursuitTrainingSAEConfig):
         return _iterations(cfg) * (2.0 * d * cfg.d_sae + 12 * d) + decoding
-    flops = 2.0 * d * cfg.d_sae + 2 * active * d + decoding + _choosing(cfg, active, training=True)
+    flops = 2.0 * d * cfg.d_sae + 2 * active * d + decoding + _choosing(cfg, active, n_tokens, training=True)
     return flops + 8 * active * d * isinstance(cfg, GatedTrainingSAEConfig)
 
 
-def inference_flops(cfg: TrainingSAEConfig, l0: float | None = None, refinement_steps: int = 0) -> float:
-    """FLOPs of encoding and decoding a token with an SAE that was trained so, counted as in `training_flops`.
+def inference_flops(
+    cfg: TrainingSAEConfig, l0: float | None = None, refinement_steps: int = 0, n_tokens: int = 1
+) -> float:
+    """FLOPs of encoding and decoding each of `n_tokens` with an SAE that was trained so, counted as in `training_flops`.
 
-    Scores that are kept in a batch (`kernels.ranking.Gram`) take fewer than stages that rank all again, which are counted.
     With D(a) what all paths take to decode a active features (2 a d of the direct one, n and m as there):
 
         encoder             2 d S
         each stage but one  2 d C + D(b)                         all are ranked again, or C candidates; b are chosen before
+        or, scores kept     2 q c S + 2 m S + D(b) + 2 c d       as there, with what is made once for all tokens
         matching pursuit    k (2 d S + 4 d)                      in place of these
         each refinement     3 D(a)                               a vector-Jacobian and a Jacobian-vector product, and a decode
         decoder             D(a)                                 twice with refinements: their first error is that of a decode
@@ -183,7 +193,7 @@ def inference_flops(cfg: TrainingSAEConfig, l0: float | None = None, refinement_
     decoding = _decoding(cfg, active) + _fitting(cfg, active, refinement_steps)
     if isinstance(cfg, MatchingPursuitTrainingSAEConfig):
         return _iterations(cfg) * (2.0 * d * cfg.d_sae + 4 * d) + decoding
-    return 2.0 * d * cfg.d_sae + decoding + _choosing(cfg, active, training=False)
+    return 2.0 * d * cfg.d_sae + decoding + _choosing(cfg, active, n_tokens, training=False)
 
 
 def _active(cfg: TrainingSAEConfig, l0: float | None) -> float:
@@ -213,15 +223,22 @@ def _fitting(cfg: TrainingSAEConfig, active: float, steps: int) -> float:
     return _decoding(cfg, active) * (3 * steps + (steps > 0))
 
 
-def _choosing(cfg: TrainingSAEConfig, active: float, *, training: bool) -> float:
+def _choosing(cfg: TrainingSAEConfig, active: float, n_tokens: int, *, training: bool) -> float:
     """FLOPs of the stages after the first."""
-    stages, flops, chosen = getattr(cfg, "selection_stages", 1), 0.0, 0
-    for size in inference.stage_sizes(int(active), stages)[:-1] if stages > 1 else ():
-        chosen += size
-        flops += 2.0 * cfg.d_in * (getattr(cfg, "selection_candidates", None) or cfg.d_sae)
-        flops += (3 if training else 1) * _decoding(cfg, chosen)
-    first = inference.stage_sizes(int(active), stages)[0] if stages > 1 else active
-    return flops + 2 * (active - first) * cfg.d_in * training
+    stages = getattr(cfg, "selection_stages", 1)
+    if stages == 1:
+        return 0.0
+    d, S, sizes = cfg.d_in, cfg.d_sae, inference.stage_sizes(int(active), stages)
+    candidates, head = getattr(cfg, "selection_candidates", None), getattr(cfg, "head", "none")
+    with_rows = 0 if candidates is not None else sums_by_feature(cfg, int(active)) if hasattr(cfg, "head") else 1
+    m = 0 if head == "none" else cfg.nfm_dim  # pyright: ignore[reportAttributeAccessIssue]
+    kept = Gram.pays(n_tokens, S, with_rows, stages)
+    flops, chosen = (2.0 * with_rows * d * S**2 + 2 * m * d * S) / n_tokens if kept else 0.0, 0
+    for before, size in itertools.pairwise(sizes):
+        chosen += before
+        flops += 2.0 * with_rows * before * S + 2 * m * S + 2 * size * d if kept else 2.0 * d * (candidates or S)
+        flops += (3 if training else 1) * _decoding(cfg, chosen) + 2 * size * d * training
+    return flops
 
 
 def flop_matched_width(cfg: JointNFMTrainingSAEConfig) -> int:
@@ -231,9 +248,8 @@ def flop_matched_width(cfg: JointNFMTrainingSAEConfig) -> int:
 
 def inference_matched_width(cfg: TrainingSAEConfig, refinement_steps: int) -> int:
     """Width of the TopK SAE that takes as many FLOPs at inference as this one with its refinements, likewise."""
-    return round(
-        (inference_flops(cfg, refinement_steps=refinement_steps) - 2 * _active(cfg, None) * cfg.d_in) / (2 * cfg.d_in)
-    )
+    flops = inference_flops(cfg, refinement_steps=refinement_steps, n_tokens=ENCODED_TOGETHER)
+    return round((flops - 2 * _active(cfg, None) * cfg.d_in) / (2 * cfg.d_in))
 
 
 def interpolation_weights(l0s: Sequence[float], target: float) -> list[float] | None:

@@ -14,7 +14,13 @@ from safetensors.torch import load_file
 from sae_nfm.analysis import gauge
 from sae_nfm.architectures import refined
 from sae_nfm.common import checked, read_parquet, write_parquet
-from sae_nfm.comparison.arms import inference_flops, interpolation_weights, is_rescaled, training_flops
+from sae_nfm.comparison.arms import (
+    ENCODED_TOGETHER,
+    inference_flops,
+    interpolation_weights,
+    is_rescaled,
+    training_flops,
+)
 from sae_nfm.comparison.results import (
     ABLATED,
     ARM_GROUPS,
@@ -216,7 +222,7 @@ def _row(
         group=ARM_GROUPS.get(arm.family, ArmGroup.OTHER),
         paths=paths,
         parameters=trained.parameters,
-        training_flops=training_flops(arm.sae, l0) if l0 else None,
+        training_flops=training_flops(arm.sae, l0, ENCODED_TOGETHER) if l0 else None,
         learning_rate=trained.settings["learning_rate"],
         training_tokens_per_second=trained.tokens_per_second if is_whole else None,
         dead_fraction=_dead_fraction(folder) if folder is not None and is_whole else None,
@@ -225,7 +231,7 @@ def _row(
         tokens=0 if found is None else found.tokens,
         rescaling=is_rescaled(arm),
         refinement_steps=refinement_steps,
-        inference_flops=inference_flops(arm.sae, l0, refinement_steps) if l0 else None,
+        inference_flops=inference_flops(arm.sae, l0, refinement_steps, ENCODED_TOGETHER) if l0 else None,
     )
 
 

@@ -413,7 +413,7 @@ def _sparse_step(cfg: LanguageModelSAERunnerConfig[Any]) -> Cost:
     itemsize = str_to_dtype(sae.dtype).itemsize
     numbers = 3 * sum(sizes)
     return Cost(
-        flops_per_token=training_flops(sae),
+        flops_per_token=training_flops(sae, n_tokens=cfg.train_batch_size_tokens),
         resident_bytes=itemsize * numbers,
         peak_bytes=itemsize * (numbers + sum(sizes) + matrices + max(*sizes, scores) + tokens),
     )

@@ -114,6 +114,15 @@ def test_flops_of_inference_by_hand():
     # stages of 1, 1, 2 features: all are ranked twice more, after 1 and after 2 are decoded
     staged = StagedTopKTrainingSAEConfig(d_in=4, d_sae=10, k=4, selection_stages=3)
     assert inference_flops(staged) == 80 + (80 + 8) + (80 + 16) + 32
+    # 40 tokens keep their scores: 2*4*10*10 once for all; 2*1*10 for the one chosen before, a dot of 4 for the one chosen then
+    assert inference_flops(staged, n_tokens=40) == 80 + 800 / 40 + (20 + 8 + 8) + (20 + 16 + 2 * 8) + 32
+    assert training_flops(staged, n_tokens=40) == (80 + 32 + 96) + 800 / 40 + (20 + 24 + 8 + 8) + (20 + 48 + 2 * 8 + 16)
+    assert inference_flops(staged, n_tokens=9) == inference_flops(staged)  # too few: ten rows
+    # squares have rows too, and 3 hidden units a column each of them
+    own = replace(joint, k=2, selection_stages=2, use_linear_path=False, use_square_path=True)
+    once = (2 * 800 + 2 * 3 * 4 * 10) / 1000
+    decoded = lambda active: 2 * active * 4 + 2 * active * 4 + 4 * active * 3 + 18 + 24  # noqa: E731
+    assert inference_flops(own, n_tokens=1000) == 80 + once + (2 * 20 + 2 * 3 * 10 + 8 + decoded(1)) + decoded(2)
     # the second and the third stage rank 6 features
     assert inference_flops(replace(staged, selection_candidates=6)) == 80 + (48 + 8) + (48 + 16) + 32
     assert training_flops(staged) == (80 + 32 + 96) + (80 + 24 + 8) + (80 + 48 + 16)
@@ -146,8 +155,9 @@ def test_matching_holds_for_counted_parameters_and_flops(d_in, nfm_dim):
     assert abs(counted(made["topk matched folded"]) - len(kept)) <= feature / 2
     assert abs(training_flops(made["topk matched flops"]) - training_flops(joint)) <= d_in
     staged = made["staged_topk"]
-    assert abs(inference_flops(made["topk matched inference"]) - inference_flops(staged, refinement_steps=5)) <= d_in
-    assert made["topk matched inference"].d_sae > 3 * 48  # four stages rank all features
+    flops = inference_flops(staged, refinement_steps=5, n_tokens=2048)
+    assert abs(inference_flops(made["topk matched inference"]) - flops) <= d_in
+    assert made["topk matched inference"].d_sae > 2 * 48
     assert made["topk matched flops"].d_sae == flop_matched_width(joint) > joint.d_sae
     assert counted(made["matching_pursuit"]) == d_in * 48 + d_in
     assert abs(counted(made["matching_pursuit matched"]) - counted(made["topk"])) <= d_in / 2
