@@ -324,6 +324,31 @@ PAPER = {
         arguments=("primary",),
         run="sae_nfm.experiments.secondary.run:run_secondary",
     ),
+    "synthetic": Command(
+        summary="activations whose features and interactions are known",
+        description="Draw activations from known features, with planted pairs and pairs that only fire together, and write them "
+        "with the truth beside them. `train` and `compare` read the folder with --activations, `recovery` says what was found.",
+        examples=(
+            ("64 planted pairs in 256 dimensions", "sae-nfm synthetic"),
+            ("then SAEs on them", "sae-nfm compare --activations runs/synthetic --k 16 --arms staged_topk topk"),
+            ("and what they found", "sae-nfm recovery runs/compare"),
+            ("linear data, in which there is nothing to find", "sae-nfm synthetic --pairs 0 --pair-share 0 --decoys 0"),
+        ),
+        config="sae_nfm.experiments.synthetic.run:SyntheticRunConfig",
+        run="sae_nfm.experiments.synthetic.run:run_synthetic",
+    ),
+    "recovery": Command(
+        summary="how many known features and pairs the SAEs of a run have found",
+        description="Measure every SAE below a folder on held-out samples of `sae-nfm synthetic`: error, features matched with "
+        "the true ones, how they fire, and how well planted pairs are told from all others and from decoys.",
+        examples=(
+            ("the SAEs of a comparison", "sae-nfm recovery runs/compare --samples runs/synthetic"),
+            ("one SAE, refined ten times", "sae-nfm recovery runs/mine --refinement-steps 10"),
+        ),
+        config="sae_nfm.experiments.synthetic.run:RecoveryConfig",
+        arguments=("saes",),
+        run="sae_nfm.experiments.synthetic.run:run_recovery",
+    ),
     "dynamics": Command(
         summary="how features move over the checkpoints of a training run",
         description="Measure every checkpoint of one joint_nfm run on the same held-out tokens: do features move from "

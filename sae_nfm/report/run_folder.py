@@ -22,6 +22,7 @@ from sae_nfm.experiments.dynamics.results import DynamicsResult
 from sae_nfm.experiments.factorial.results import FactorialResult
 from sae_nfm.experiments.reproduce.results import ReproduceResult
 from sae_nfm.experiments.secondary.results import SecondaryResult
+from sae_nfm.experiments.synthetic.results import RecoveryResult
 from sae_nfm.explorer.results import FILENAME as EXPLORER_FILENAME
 from sae_nfm.profiling.results import SpeedResult
 from sae_nfm.training.results import RECORD_FILENAME
@@ -32,6 +33,7 @@ RESULTS: tuple[type[SavedResult], ...] = (
     FactorialResult,
     DynamicsResult,
     SecondaryResult,
+    RecoveryResult,
     Attribution,
     SpeedResult,
     MeasuredKL,

@@ -176,6 +176,7 @@ REQUIRED = {
     "convert": {"source": "source", "output": "output"},
     "dynamics": {"checkpoints": "folder"},
     "evaluate": {"sae": "runs/mine"},
+    "recovery": {"saes": "runs/compare"},
 }
 COMMANDS_AND_ARCHITECTURES = [
     *((name, ()) for name in COMMANDS if name not in ("train", "completion")),

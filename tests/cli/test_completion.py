@@ -56,7 +56,7 @@ def test_the_bash_script_is_valid(script):
 
 def test_commands(offered):
     assert offered["fac",] == ["factorial"]
-    assert offered["re",] == ["report", "reproduce"]
+    assert offered["re",] == ["recovery", "report", "reproduce"]
     assert set(offered["",]) == {*COMMANDS, "-h", "--help"}
 
 

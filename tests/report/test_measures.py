@@ -1,14 +1,18 @@
 """The sections on secondary SAEs, learning dynamics and speed draw the numbers of their results."""
 
+from dataclasses import replace
+
 import pytest
 from report_inputs import RUN, estimate, figures_by_name, traces
 from report_runs import run_of
 
 from sae_nfm.experiments.dynamics.results import CheckpointRow, Counted, DynamicsResult, Movement, Transitions
 from sae_nfm.experiments.secondary.results import MEAN, PRIMARY, ZERO, Reconstruction, SecondaryResult, SecondaryRow
+from sae_nfm.experiments.synthetic.results import Floor, PairScore, RecoveryResult, RecoveryRow, Score
 from sae_nfm.profiling.results import Rates, SpeedResult, SpeedRow
 from sae_nfm.report.blocks import Table
 from sae_nfm.report.chapters import dynamics as dynamics_chapter
+from sae_nfm.report.chapters import recovery as recovery_chapter
 from sae_nfm.report.chapters import secondary as secondary_chapter
 from sae_nfm.report.chapters import speed as speed_chapter
 from sae_nfm.report.chapters.secondary import ABLATED, ACROSS, CONTROL, ELSEWHERE, OTHER, PERMUTED, REPLACED, TRUE
@@ -206,8 +210,62 @@ def test_a_scan_stands_beside_a_cost_in_proportion():
 SPEED = speed(speed_row("topk", 0.5, 4))
 
 
+def recovery_row(sae, *scores, fvu=0.25):
+    shares = {"fvu": fvu, "f1": 0.5, "precision": 0.4, "recall": 0.7, "mcc": 0.8, "mean_cosine": 0.75}
+    sizes = {"parameters": 1_000, "l0": 8.0, "dead": 3, "interaction_share": 0.01 if len(scores) > 2 else None}
+    return RecoveryRow(sae=sae, architecture=sae, refinement_steps=0, pairs=scores, **shares, **sizes)
+
+
+LEFT, TOGETHER = (
+    PairScore(score=score, auroc=0.9, auroc_decoys=decoys, precision=0.25, cosine=cosine)
+    for score, decoys, cosine in ((Score.LEFT, 0.8, 0.3), (Score.TOGETHER, 0.4, None))
+)
+RECOVERY = RecoveryResult(
+    features=64,
+    fired=60,
+    pairs=4,
+    decoys=4,
+    samples=1_000,
+    pair_share=0.05,
+    floors=(Floor(k=8, fvu=0.01, fvu_linear=0.06),),
+    oracle=replace(LEFT, auroc=1.0),
+    rows=(
+        recovery_row("joint_nfm", replace(LEFT, score=Score.ENERGY), LEFT, TOGETHER),
+        recovery_row("topk", LEFT, TOGETHER),
+    ),
+    provenance={},
+)
+
+
+def test_what_was_found_of_a_known_truth_beside_the_control():
+    section = recovery_chapter.section(run_of(RUN, RECOVERY))
+    figures = figures_by_name(section)
+    assert [float(x) for x in traces(figures["features-0"])["1 - FVU"].x] == [0.75, 0.75]
+    drawn = traces(figures["pairs-0"])
+    assert [float(x) for x in drawn[str(Score.TOGETHER)].x] == [0.4, 0.4]
+    assert drawn[str(Score.TOGETHER)].marker.symbol.endswith("open")
+    assert len(drawn[str(Score.ENERGY)].x) == 1
+    html = section_html(section)
+    assert "FVU 0.0100; without pairs 0.0600" in html
+    assert (
+        "AUROC of 0.80 (firing together: 0.40), and 25% of the 4 highest pairs are planted (firing together: 25%)"
+        in html
+    )
+    assert "the true features" in html
+    linear = replace(RECOVERY, pairs=0, decoys=0, oracle=None, rows=(recovery_row("topk"),))
+    html = section_html(recovery_chapter.section(run_of(RUN, linear)))
+    assert "nothing is planted" in html
+    assert "decoys with an AUROC" not in html
+
+
 @pytest.mark.parametrize(
-    ("module", "result"), [(secondary_chapter, SECONDARY), (dynamics_chapter, dynamics()), (speed_chapter, SPEED)]
+    ("module", "result"),
+    [
+        (secondary_chapter, SECONDARY),
+        (dynamics_chapter, dynamics()),
+        (speed_chapter, SPEED),
+        (recovery_chapter, RECOVERY),
+    ],
 )
 def test_several_results_keep_their_names_apart_and_repeat(module, result):
     one, other = (module.section(run_of(RUN, result, result)) for _ in range(2))

@@ -21,6 +21,7 @@ ORDER = (
     "factorial",
     "secondary",
     "dynamics",
+    "recovery",
     "speed",
     "explorer",
 )

@@ -1,0 +1,5 @@
+"""Activations whose features and interactions are known, and what SAEs find of them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

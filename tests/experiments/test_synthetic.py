@@ -1,0 +1,229 @@
+"""What is found of known features and pairs: everything by an SAE that is the truth, nothing by the wrong measure."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_from_disk
+
+from sae_nfm import JointNFMTrainingSAEConfig, StagedTopKTrainingSAEConfig
+from sae_nfm.architectures import PathWeights, random_initialisation
+from sae_nfm.attribution import TokenPairs, written
+from sae_nfm.attribution.pairs import token_reads
+from sae_nfm.comparison.config import CompareConfig
+from sae_nfm.comparison.run import run_compare
+from sae_nfm.data import ActivationCache, SyntheticConfig, SyntheticData, Truth
+from sae_nfm.data.synthetic import PAIR_FUNCTIONS
+from sae_nfm.experiments.synthetic import RecoveryResult, recovery
+from sae_nfm.experiments.synthetic.measure import attributed, auroc, floor, left_over, oracle, pair_score
+from sae_nfm.experiments.synthetic.results import Score
+from sae_nfm.experiments.synthetic.run import RecoveryConfig, SyntheticRunConfig, run_recovery, run_synthetic
+from sae_nfm.models.samples import numbered_rows
+
+PLANTED = SyntheticConfig(
+    d_in=48, features=24, mean_l0=3, children=0.25, pairs=4, pair_rate=0.05, pair_share=0.2, decoys=3, seed=3
+)
+
+
+@pytest.fixture(scope="module")
+def known():
+    """Data whose directions, those of pairs too, are orthogonal, so that an encoder can be right; samples, the truth."""
+    data = SyntheticData.of(PLANTED)
+    with torch.no_grad():
+        basis = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(0)))[0]
+        data.dictionary.feature_vectors.copy_(basis[:24])
+        data.pair_directions.copy_(data.pair_directions.norm(dim=-1, keepdim=True) * basis[24:28])
+    samples = data.sample(3_000, 0)
+    return data, samples, Truth.of(data, samples.acts)
+
+
+def the_truth(data, cls=JointNFMTrainingSAEConfig, head="fm"):
+    """A joint_nfm whose features are the true ones, in reversed order, and whose interaction path writes the products."""
+    sizes = {"d_in": 48, "d_sae": 24, "k": 24, "rescale_acts_by_decoder_norm": False}
+    own = {"nfm_dim": 4, "head": head, "use_linear_path": False} if cls is JointNFMTrainingSAEConfig else {}
+    sae = random_initialisation(cls(**sizes, **own), seed=0).eval()
+    with torch.no_grad():
+        for weights in sae.parameters():
+            weights.zero_()
+        sae.W_dec.copy_(data.directions.flip(0))
+        sae.W_enc.copy_(sae.W_dec.T)
+        sae.b_enc.fill_(-1e-5)  # rounding activates nothing
+        if own and head == "fm":
+            for number, pair in enumerate(data.pairs.tolist()):
+                sae.V[[23 - feature for feature in pair], number] = 1.0
+            sae.W_1.copy_(torch.eye(4))
+            sae.W_2.copy_(data.pair_directions)
+    return sae
+
+
+def test_the_truth_finds_everything(known):
+    data, (x, acts), truth = known
+    row = recovery(the_truth(data), x, truth, "truth", acts)
+    assert row.fvu < 1e-8
+    for value in (row.f1, row.precision, row.recall, row.mcc, row.mean_cosine):
+        assert value == pytest.approx(1, abs=1e-5)
+    by = {one.score: one for one in row.pairs}
+    for score in (Score.ENERGY, Score.FIRING, Score.WEIGHTS):
+        assert (by[score].auroc, by[score].auroc_decoys, by[score].precision) == (1.0, 1.0, 1.0)
+    assert by[Score.ENERGY].cosine == pytest.approx(1, abs=1e-6)
+    products = data.parts(acts)[1].double()
+    share = (products - products.mean(0)).square().sum() / (x - x.mean(0)).double().square().sum()
+    assert row.interaction_share == pytest.approx(float(share), rel=1e-4)
+    assert by[Score.TOGETHER].auroc > 0.75  # planted pairs fire together ...
+    assert by[Score.TOGETHER].auroc_decoys < 0.75  # ... and so do decoys
+
+
+def test_the_linear_truth_leaves_the_products_over(known):
+    data, (x, acts), truth = known
+    row = recovery(the_truth(data, StagedTopKTrainingSAEConfig), x, truth, "linear", acts)
+    by = {one.score: one for one in row.pairs}
+    assert set(by) == {Score.LEFT, Score.TOGETHER}
+    assert row.interaction_share is None
+    assert row.fvu == pytest.approx(floor(x, acts, truth, 24, PAIR_FUNCTIONS["product"]).fvu_linear, rel=1e-4)
+    assert (by[Score.LEFT].auroc, by[Score.LEFT].auroc_decoys, by[Score.LEFT].precision) == (1.0, 1.0, 1.0)
+    own = oracle(x, acts, truth)
+    assert (own.auroc, own.auroc_decoys, own.precision) == (1.0, 1.0, 1.0)
+    assert own.cosine == pytest.approx(by[Score.LEFT].cosine, abs=1e-3)  # the encoder's bias
+    assert by[Score.LEFT].cosine == pytest.approx(1, abs=0.02)  # the few samples of a pair have other pairs in them
+
+
+def test_what_is_left_over_is_a_least_squares_fit(known):
+    data, (_, acts), truth = known
+    residual = torch.randn(len(acts), 48, generator=torch.Generator().manual_seed(1))
+    scores, found = left_over(acts, residual, truth)
+    i, j = data.pairs[2].tolist()
+    product, y = (acts[:, i] * acts[:, j]).double(), residual.double()
+    design = torch.stack([product, acts[:, i].double(), acts[:, j].double()], dim=1)
+    fit = torch.linalg.lstsq(design, y).solution[0]
+    rest = product - design[:, 1:] @ torch.linalg.lstsq(design[:, 1:], product[:, None]).solution[:, 0]
+    torch.testing.assert_close(found[2] / rest.square().sum(), fit)
+    noise = (rest.square() * y.square().sum(-1)).sum()
+    torch.testing.assert_close(scores[i, j], (rest[:, None] * y).sum(0).square().sum() / noise)
+    torch.testing.assert_close(scores, scores.T)
+    fires = (acts > 0).double()
+    assert not scores[(fires.T @ fires) < 10].any()
+    assert scores[scores > 0].mean() == pytest.approx(1, abs=0.15)  # independent errors
+
+
+def test_the_energy_of_a_pair_is_the_sum_over_samples(known):
+    data, (x, acts), truth = known
+    sae = the_truth(data)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(2)
+        for weights in (sae.V, sae.W_1, sae.W_2, sae.b_1):
+            weights.copy_(torch.randn(weights.shape, generator=generator))
+    x, found = x[:300], torch.arange(23, -1, -1)
+    reads, weights = token_reads(sae, x), PathWeights.of(sae)
+    scored = attributed(weights, reads, acts[:300], truth, found)
+    pairs = TokenPairs.of(reads.read)
+    vectors, energy, direction = written(pairs, reads.gates, weights).double(), np.zeros((24, 24)), np.zeros((4, 48))
+    planted = {tuple(sorted(pair)): number for number, pair in enumerate(data.pairs.tolist())}
+    for token, column in pairs.fires.nonzero().tolist():
+        i, j = sorted(23 - int(part[token, column]) for part in (pairs.first, pairs.second))
+        energy[[i, j], [j, i]] += float(vectors[token, column].square().sum())
+        if (i, j) in planted:
+            direction[planted[i, j]] += vectors[token, column].numpy()
+    np.testing.assert_allclose(scored[Score.ENERGY][0].numpy(), energy, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(scored[Score.ENERGY][1].numpy(), direction, rtol=1e-4, atol=1e-5)
+
+
+def test_a_score_of_chance_and_ties(known):
+    _, _, truth = known
+    assert auroc(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])) == 0.875
+    flat = pair_score(Score.TOGETHER, torch.ones(24, 24, dtype=torch.float64), None, truth)
+    assert (flat.auroc, flat.auroc_decoys, flat.cosine) == (0.5, 0.5, None)
+
+
+@pytest.mark.parametrize("k", [1, 24])
+def test_what_the_truth_itself_leaves(known, k):
+    _, (x, acts), truth = known
+    left = floor(x, acts, truth, k, PAIR_FUNCTIONS["product"])
+    assert left.fvu_linear >= left.fvu - 1e-9
+    assert left.fvu < 1e-9 if k == 24 else left.fvu > 0.1
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Samples, SAEs trained on them, and what they found, as the three commands write them."""
+    folder = tmp_path_factory.mktemp("synthetic")
+    config = replace(PLANTED, d_in=24)
+    planted = {name: getattr(config, name) for name in SyntheticConfig.__dataclass_fields__}
+    samples = run_synthetic(
+        SyntheticRunConfig(**planted, samples=12_800, held_out_samples=1_024, output=str(folder / "samples"))
+    )
+    compare = CompareConfig(
+        activations=str(samples.folder),
+        arms=("staged_topk", "joint_nfm"),
+        seeds=(0,),
+        k=(4,),
+        d_sae=32,
+        nfm_dim=4,
+        training_tokens=12_288,
+        batch_size=512,
+        learning_rates=(1e-2,),
+        output=str(folder / "compare"),
+    )
+    run_compare(compare)
+    run_recovery(RecoveryConfig(saes=compare.output, samples=str(samples.folder), output=str(folder / "recovery")))
+    return folder, config
+
+
+def test_from_samples_to_what_was_found(run):
+    folder, config = run
+    result = RecoveryResult.load(folder / "recovery" / "results.json")
+    assert (result.features, result.pairs, result.decoys, result.samples) == (24, 4, 3, 1_024)
+    assert result.pair_share == pytest.approx(0.2, rel=0.25)  # of 1,024 samples
+    assert [row.sae for row in result.rows] == ["k4/seed-0/joint_nfm"] * 2 + ["k4/seed-0/staged_topk"] * 2
+    assert [row.refinement_steps for row in result.rows] == [0, 5] * 2
+    for plain, refined in (result.rows[:2], result.rows[2:]):
+        assert refined.fvu < plain.fvu < 0.6
+    assert all(len(row.pairs) == (5 if row.architecture == "joint_nfm" else 2) for row in result.rows)
+    said = result.words()
+    assert "AUROC, decoys" in said
+    assert "24 true features" in said
+    assert "the true features" in said
+    assert result.oracle.auroc > 0.95
+    data = SyntheticData.of(config)
+    truth = Truth.load(folder / "samples")
+    x = torch.from_numpy(np.load(folder / "samples" / "held_out.npy")).flatten(0, 1)
+    torch.testing.assert_close(sum(data.parts(truth.acts())), x, rtol=1e-5, atol=1e-5)  # float32 sums of order 1
+
+
+def test_what_recovery_refuses(run, tmp_path):
+    folder, _ = run
+    good = {"saes": str(folder / "compare"), "samples": str(folder / "samples"), "output": str(tmp_path / "out")}
+    for change, error, named in (
+        ({"samples": str(tmp_path)}, FileNotFoundError, "no samples"),
+        ({"saes": str(tmp_path)}, FileNotFoundError, "no saved SAE"),
+    ):
+        with pytest.raises(error, match=named):
+            run_recovery(RecoveryConfig(**{**good, **change}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_from_a_file(tmp_path):
+    x = np.random.default_rng(0).standard_normal((1_024, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    config = {"samples_file": str(tmp_path / "x.npy"), "held_out_samples": 256, "output": str(tmp_path / "made")}
+    made = run_synthetic(SyntheticRunConfig(**config))
+    assert made.identity.rows == 3
+    assert torch.equal(torch.from_numpy(np.load(made.folder / "held_out.npy"))[0], torch.from_numpy(x[-256:]))
+    with pytest.raises(FileNotFoundError, match="truth"):
+        run_recovery(RecoveryConfig(saes=str(tmp_path), samples=str(made.folder), output=str(tmp_path / "out")))
+    for nowhere in ("nowhere.npy", str(tmp_path / "nowhere")):
+        with pytest.raises(FileNotFoundError, match=r"no .*nowhere"):
+            run_synthetic(SyntheticRunConfig(**{**config, "samples_file": nowhere}))
+
+
+def test_samples_from_activations_that_saelens_cached(run, tmp_path):
+    folder, _ = run
+    cached = folder / "samples" / "blocks.0.hook_resid_pre"  # as CacheActivationsRunner writes them
+    config = {"samples_file": str(cached), "held_out_samples": 512, "output": str(tmp_path / "made")}
+    made = run_synthetic(SyntheticRunConfig(**config))
+    assert made.identity.rows == 48
+    x = torch.tensor(load_from_disk(str(cached))["blocks.0.hook_resid_pre"])
+    assert torch.equal(torch.from_numpy(np.load(made.folder / "held_out.npy")), x[-2:])
+    assert torch.equal(
+        ActivationCache(made.folder).activations(numbered_rows(0, 48, 256), "blocks.0.hook_resid_pre"), x[:-2]
+    )
