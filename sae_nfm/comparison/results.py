@@ -135,7 +135,8 @@ PUBLISHED = (
 MEASURED = (
     "Measured on real text, embedded model, 4,000,000 tokens, five seeds, rates swept (docs/results.md): staged_topk in 32 "
     "stages, refined, against topk of as many parameters FVU -41.7% and KL -57.4%, against topk refined -35.5% and -46.7% "
-    "(all better). No NFM is in that."
+    "(all better). No NFM is in that: joint_nfm against topk of as many parameters FVU +1.7% (worse) and KL +1.2% (no "
+    "difference shown)."
 )
 """The verdicts of this package beside which a demo's one seed is to be read."""
 
