@@ -298,6 +298,7 @@ def write_cache(
     command: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     beside: Callable[[Path], object] | None = None,
+    made_with: Mapping[str, Any] | None = None,
 ) -> WrittenCache:
     """Run the model over the rows and write the activations at every hook point of `identity`.
 
@@ -305,13 +306,17 @@ def write_cache(
 
     Args:
         beside: writes other files into the folder that it is given, before that is published.
+        made_with: settings that the activations depend on, by which a cache that was begun with others is refused.
 
     Raises:
         ValueError: for an output that is something else than a cache or run, or is being written by another process, too little
             free disk, activations that are not finite or beyond float16, or an interrupted cache of another identity.
         FileError: where the output cannot be written.
     """
-    output, settings = Path(output), json.loads(json.dumps(identity.content()))
+    output, made_with = Path(output), made_with or {}
+    settings = json.loads(
+        json.dumps({**made_with, **{k: v for k, v in identity.content().items() if k not in made_with}})
+    )
     with locked(final_place(output), command):
         complete_publication(output)
         was = _whole_cache(output)

@@ -5,8 +5,9 @@ held_out.npy                the rows that are not trained on, float32 [rows, pos
 activations.json, blocks.0.hook_resid_pre/      the others, as `sae-nfm cache` writes them
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ def write_samples(
     dtype: StoredDtype = "float32",
     command: str | None = None,
     beside: Callable[[Path], object] | None = None,
+    made_with: Mapping[str, Any] | None = None,
 ) -> WrittenCache:
     """Write rows of samples; an interrupted call goes on when it is made again.
 
@@ -41,6 +43,7 @@ def write_samples(
         held_out_rows: behind them.
         dtype: how the rows to train on are stored.
         beside: writes more files into the folder that it is given.
+        made_with: settings that the samples depend on, by which a folder that was begun with others is refused.
 
     Raises:
         ValueError: for rows of another shape or that are not finite, and as `write_cache`.
@@ -68,7 +71,7 @@ def write_samples(
         if beside is not None:
             beside(folder)
 
-    return write_cache(model, tokens, identity, output, command=command, beside=others)
+    return write_cache(model, tokens, identity, output, command=command, beside=others, made_with=made_with)
 
 
 def write_array(

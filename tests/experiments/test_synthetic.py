@@ -1,6 +1,7 @@
 """What is found of known features and pairs: everything by an SAE that is the truth, nothing by the wrong measure."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from sae_nfm.attribution import TokenPairs, written
 from sae_nfm.attribution.pairs import token_reads
 from sae_nfm.comparison.config import CompareConfig
 from sae_nfm.comparison.run import run_compare
-from sae_nfm.data import ActivationCache, SyntheticConfig, SyntheticData, Truth
+from sae_nfm.data import ActivationCache, SyntheticConfig, SyntheticData, Truth, samples
+from sae_nfm.data.activation_cache import write_cache
 from sae_nfm.data.synthetic import PAIR_FUNCTIONS
 from sae_nfm.experiments.synthetic import RecoveryResult, recovery
 from sae_nfm.experiments.synthetic.measure import attributed, auroc, floor, left_over, oracle, pair_score
@@ -188,6 +190,39 @@ def test_from_samples_to_what_was_found(run):
     truth = Truth.load(folder / "samples")
     x = torch.from_numpy(np.load(folder / "samples" / "held_out.npy")).flatten(0, 1)
     torch.testing.assert_close(sum(data.parts(truth.acts())), x, rtol=1e-5, atol=1e-5)  # float32 sums of order 1
+
+
+def test_samples_that_were_begun_go_on_and_those_of_another_truth_do_not(run, tmp_path, monkeypatch):
+    folder, config = run
+    planted = {name: getattr(config, name) for name in SyntheticConfig.__dataclass_fields__}
+    asked = {**planted, "samples": 12_800, "held_out_samples": 1_024, "output": str(tmp_path / "made")}
+    monkeypatch.setattr(samples, "write_cache", partial(write_cache, shard_bytes=16 * 256 * 24 * 4))  # a shard a block
+    drawn = SyntheticData.batch
+
+    def broken(self, rows, seed, number):
+        if number == 2:
+            raise KeyboardInterrupt
+        return drawn(self, rows, seed, number)
+
+    with monkeypatch.context() as broken_off:
+        broken_off.setattr(SyntheticData, "batch", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run_synthetic(SyntheticRunConfig(**asked))
+    with pytest.raises(ValueError, match=r"seed is 4, and 3 in the cache that was begun"):
+        run_synthetic(SyntheticRunConfig(**{**asked, "seed": 4}))
+    made = run_synthetic(SyntheticRunConfig(**asked))
+    for name in ("truth.safetensors", "held_out.npy"):
+        assert (made.folder / name).read_bytes() == (folder / "samples" / name).read_bytes()
+    tokens = numbered_rows(0, 50, 256)
+    for cache in (ActivationCache(made.folder), ActivationCache(folder / "samples")):
+        x = cache.activations(tokens, "blocks.0.hook_resid_pre")
+        assert torch.equal(x[40], torch.from_numpy(_row(config, 40)))
+
+
+def _row(config, number):
+    """The samples of a row, drawn by themselves."""
+    x = SyntheticData.of(config).batch(16 * 256, 0, number // 16).x
+    return x[number % 16 * 256 :][:256].detach().numpy()
 
 
 def test_what_recovery_refuses(run, tmp_path):

@@ -98,7 +98,14 @@ def run_synthetic(cfg: SyntheticRunConfig, *, command: str | None = None) -> Wri
         write_json(folder / SETTINGS_FILENAME, {"kind": "synthetic/1", **asdict(cfg.truth())})
 
     return write_samples(
-        draw.x, cfg.output, rows=rows, held_out_rows=held_out_rows, dtype=cfg.dtype, command=command, beside=beside
+        draw.x,
+        cfg.output,
+        rows=rows,
+        held_out_rows=held_out_rows,
+        dtype=cfg.dtype,
+        command=command,
+        beside=beside,
+        made_with=asdict(cfg.truth()) | {name: getattr(cfg, name) for name in ("samples", "held_out_samples")},
     )
 
 
