@@ -229,10 +229,10 @@ def _choosing(cfg: TrainingSAEConfig, active: float, n_tokens: int, *, training:
     if stages == 1:
         return 0.0
     d, S, sizes = cfg.d_in, cfg.d_sae, inference.stage_sizes(int(active), stages)
-    candidates, head = getattr(cfg, "selection_candidates", None), getattr(cfg, "head", "none")
-    with_rows = 0 if candidates is not None else sums_by_feature(cfg, int(active)) if hasattr(cfg, "head") else 1
-    m = 0 if head == "none" else cfg.nfm_dim  # pyright: ignore[reportAttributeAccessIssue]
-    kept = Gram.pays(n_tokens, S, with_rows, stages)
+    candidates, with_rows, m = getattr(cfg, "selection_candidates", None), 1, 0
+    if isinstance(cfg, JointNFMTrainingSAEConfig):
+        with_rows, m = sums_by_feature(cfg, int(active)), cfg.nfm_dim * (cfg.head != "none")
+    kept = candidates is None and Gram.pays(n_tokens, S, with_rows, stages)
     flops, chosen = (2.0 * with_rows * d * S**2 + 2 * m * d * S) / n_tokens if kept else 0.0, 0
     for before, size in itertools.pairwise(sizes):
         chosen += before

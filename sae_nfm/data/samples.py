@@ -5,6 +5,8 @@ held_out.npy                the rows that are not trained on, float32 [rows, pos
 activations.json, blocks.0.hook_resid_pre/      the others, as `sae-nfm cache` writes them
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,10 @@ def write_samples(
     *,
     rows: int,
     held_out_rows: int,
+    made_with: Mapping[str, Any],
     dtype: StoredDtype = "float32",
     command: str | None = None,
     beside: Callable[[Path], object] | None = None,
-    made_with: Mapping[str, Any] | None = None,
 ) -> WrittenCache:
     """Write rows of samples; an interrupted call goes on when it is made again.
 
@@ -41,9 +43,10 @@ def write_samples(
         read: the samples of the row of a number, [pos, d_in], the same whenever it is asked.
         rows: to train on; those from 0.
         held_out_rows: behind them.
+        made_with: what the samples depend on, by name, as JSON has it: a folder that was begun with something else is refused, a
+            finished one is written anew.
         dtype: how the rows to train on are stored.
         beside: writes more files into the folder that it is given.
-        made_with: settings that the samples depend on, by which a folder that was begun with others is refused.
 
     Raises:
         ValueError: for rows of another shape or that are not finite, and as `write_cache`.
@@ -60,6 +63,7 @@ def write_samples(
         held_out_rows=held_out_rows,
         context_size=held_out.shape[1],
         mean_square=float(np.square(held_out, dtype=np.float64).sum(-1).mean()),
+        source_sha256=hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest(),
     )
     model, tokens = samples_model(shape, read), numbered_rows(0, rows, shape.context_size)
     identity = identity_of(model, [SAMPLES_HOOK], tokens, model_name=ITSELF, dataset=ITSELF, dtype=dtype)
@@ -80,6 +84,8 @@ def write_array(
     *,
     held_out_samples: int = 20_000,
     context_size: int = CONTEXT_SIZE,
+    dtype: StoredDtype = "float32",
+    command: str | None = None,
 ) -> WrittenCache:
     """Samples in memory, or memory-mapped by numpy, as such a folder; the last ones are held out.
 
@@ -99,4 +105,15 @@ def write_array(
             "smaller held_out_samples, or a smaller context_size"
         )
     whole_rows = x[: (rows + held_out_rows) * context_size].reshape(-1, context_size, x.shape[1])
-    return write_samples(lambda number: whole_rows[number], output, rows=rows, held_out_rows=held_out_rows)
+    digest = hashlib.sha256()
+    for row in whole_rows:
+        digest.update(np.ascontiguousarray(row).data)
+    return write_samples(
+        lambda number: whole_rows[number],
+        output,
+        rows=rows,
+        held_out_rows=held_out_rows,
+        made_with={"samples_sha256": digest.hexdigest()},
+        dtype=dtype,
+        command=command,
+    )

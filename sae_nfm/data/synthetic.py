@@ -17,7 +17,7 @@ Source: SynthSAEBench (SAELens), whose settings are linear; the planted products
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -253,6 +253,11 @@ class Truth(ShortRepr):
             held_out_features=torch.where(values > 0, features, -1).int(),
             held_out_acts=values,
         )
+
+    def of_two_features(self) -> "Truth":
+        """The same without pairs of a feature and itself."""
+        two = self.pairs[:, 0] != self.pairs[:, 1]
+        return replace(self, pairs=self.pairs[two], pair_directions=self.pair_directions[two])
 
     def acts(self) -> Float[Tensor, "samples features"]:
         """Activations of the held-out samples."""

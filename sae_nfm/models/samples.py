@@ -49,6 +49,8 @@ class SamplesShape(SavedResult):
     """Samples in a row."""
     mean_square: float
     """Mean squared norm of a held-out sample, by which logits are scaled."""
+    source_sha256: str
+    """Of what the samples were made from."""
 
     def __post_init__(self) -> None:
         """Refuse rows that cannot be numbered."""
@@ -147,6 +149,8 @@ class _SampleEmbed(nn.Module):
         self._shape, self._read = shape, read
         self.W_E = nn.Parameter(torch.zeros(VOCABULARY, shape.d_in))
         """Says where tokens go and which type activations have, and is not read."""
+        source = torch.tensor(list(bytes.fromhex(shape.source_sha256)), dtype=torch.uint8)
+        self.source = nn.Buffer(source)  # other samples are another model
 
     @override
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_in"]:

@@ -53,6 +53,18 @@ def test_other_samples_of_the_same_shape_are_written_anew(folder, tmp_path):
     assert torch.equal(found, torch.from_numpy(2 * X[CONTEXT * ROWS : -5]))
 
 
+def test_another_sample_to_train_on_is_another_folder(folder, tmp_path):
+    """The held-out ones, all that logits are scaled by, are the same."""
+    copy, changed = shutil.copytree(folder, tmp_path / "copy"), X.copy()
+    changed[5, 0] += 1
+    made = write_array(changed, copy, held_out_samples=CONTEXT * HELD_OUT, context_size=CONTEXT, dtype="float16")
+    assert made.computed
+    assert made.identity.dtype == "float16"
+    assert made.identity.model_sha256 != ActivationCache(folder).identity.model_sha256
+    again = write_array(changed, copy, held_out_samples=CONTEXT * HELD_OUT, context_size=CONTEXT, dtype="float16")
+    assert not again.computed
+
+
 def test_the_model_takes_nothing_else(folder):
     for other in ({"model_class_name": "TransformerBridge"}, {"dtype": "float16"}):
         with pytest.raises(ValueError, match="samples and no model"):
@@ -76,4 +88,4 @@ def test_samples_that_are_refused(tmp_path, x, named):
 
 def test_rows_without_a_shape_in_common(tmp_path):
     with pytest.raises(ValueError, match="shape"):
-        write_samples(lambda _: X[0], tmp_path / "made", rows=2, held_out_rows=1)
+        write_samples(lambda _: X[0], tmp_path / "made", rows=2, held_out_rows=1, made_with={})

@@ -1,5 +1,6 @@
 """What is found of known features and pairs: everything by an SAE that is the truth, nothing by the wrong measure."""
 
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -174,7 +175,7 @@ def run(tmp_path_factory):
 def test_from_samples_to_what_was_found(run):
     folder, config = run
     result = RecoveryResult.load(folder / "recovery" / "results.json")
-    assert (result.features, result.pairs, result.decoys, result.samples) == (24, 4, 3, 1_024)
+    assert (result.features, result.pairs, result.squares, result.decoys, result.samples) == (24, 4, 0, 3, 1_024)
     assert result.pair_share == pytest.approx(0.2, rel=0.25)  # of 1,024 samples
     assert [row.sae for row in result.rows] == ["k4/seed-0/joint_nfm"] * 2 + ["k4/seed-0/staged_topk"] * 2
     assert [row.refinement_steps for row in result.rows] == [0, 5] * 2
@@ -190,6 +191,31 @@ def test_from_samples_to_what_was_found(run):
     truth = Truth.load(folder / "samples")
     x = torch.from_numpy(np.load(folder / "samples" / "held_out.npy")).flatten(0, 1)
     torch.testing.assert_close(sum(data.parts(truth.acts())), x, rtol=1e-5, atol=1e-5)  # float32 sums of order 1
+
+
+def test_squares_are_counted_and_not_scored(run, tmp_path):
+    folder, config = run
+    planted = {name: getattr(config, name) for name in SyntheticConfig.__dataclass_fields__} | {"pair_kind": "square"}
+    made = run_synthetic(
+        SyntheticRunConfig(**planted, samples=256, held_out_samples=1_024, output=str(tmp_path / "squares"))
+    )
+    saes, output = str(folder / "compare" / "k4" / "seed-0" / "joint_nfm"), str(tmp_path / "out")
+    result = run_recovery(RecoveryConfig(saes=saes, samples=str(made.folder), output=output))
+    assert (result.pairs, result.squares, result.oracle) == (0, 4, None)
+    assert [row.pairs for row in result.rows] == [(), ()]
+    assert "4 squares of single features" in result.words()
+
+
+def test_an_unfinished_sae_is_left_out_and_the_place_of_a_run_is_not(run, tmp_path):
+    folder, _ = run
+    sae = folder / "compare" / "k4" / "seed-0" / "joint_nfm"
+    run_of_two = tmp_path / "begun.partial"  # the whole run may lie in such a folder
+    for name in ("joint_nfm", "topk.partial"):
+        shutil.copytree(sae, run_of_two / name)
+    config = RecoveryConfig(
+        saes=str(run_of_two), samples=str(folder / "samples"), refinement_steps=(0,), output=str(tmp_path / "out")
+    )
+    assert [row.sae for row in run_recovery(config).rows] == ["joint_nfm"]
 
 
 def test_samples_that_were_begun_go_on_and_those_of_another_truth_do_not(run, tmp_path, monkeypatch):

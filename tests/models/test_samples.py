@@ -7,7 +7,7 @@ import torch
 from sae_nfm.models import SAMPLES_HOOK, SamplesShape, find_site, samples_model
 from sae_nfm.models.samples import numbered_rows
 
-SHAPE = SamplesShape(d_in=6, rows=300, held_out_rows=20, context_size=16, mean_square=6.0)
+SHAPE = SamplesShape(d_in=6, rows=300, held_out_rows=20, context_size=16, mean_square=6.0, source_sha256="ab" * 32)
 X = np.random.default_rng(0).standard_normal((320, 16, 6)).astype(np.float32)
 
 

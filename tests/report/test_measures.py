@@ -224,6 +224,7 @@ RECOVERY = RecoveryResult(
     features=64,
     fired=60,
     pairs=4,
+    squares=0,
     decoys=4,
     samples=1_000,
     pair_share=0.05,

@@ -46,16 +46,15 @@ def recovery(
     directions = feature_directions(sae)
     parts = [(part, sae.encode(part)) for part in x.split(SAMPLES_AT_ONCE)]
     code = torch.cat([own.to_dense() if own.is_sparse else own for _, own in parts])
-    error = sum(float((sae.decode(own) - part).double().square().sum()) for part, own in parts)
+    residual = torch.cat([part - sae.decode(own) for part, own in parts])
     matching = matched(directions, truth.directions)
     firing = firing_scores(code, acts, matching)
     found = torch.full((len(truth.directions),), -1)
     found[matching.true] = matching.features
     variance = float((x - x.mean(0)).double().square().sum())
     share, scores = None, dict[Score, Scored]()
-    chosen = code[:, found.clamp(min=0)] * (found >= 0)
+    chosen, truth = code[:, found.clamp(min=0)] * (found >= 0), truth.of_two_features()
     if len(truth.pairs):
-        residual = torch.cat([part - sae.decode(own) for part, own in parts])
         scores = {Score.LEFT: left_over(chosen, residual, truth), Score.TOGETHER: (_together(chosen), None)}
     if _attributes(sae):
         reads = TokenReads.joined([token_reads(sae, part) for part, _ in parts])
@@ -69,7 +68,7 @@ def recovery(
         refinement_steps=getattr(sae.cfg, "refinement_steps", 0),
         parameters=sum(weights.numel() for weights in sae.parameters()),
         l0=float((code > 0).sum() / len(code)),
-        fvu=error / variance,
+        fvu=float(residual.double().square().sum()) / variance,
         f1=float(firing.f1.mean()),
         precision=float(firing.precision.mean()),
         recall=float(firing.recall.mean()),
@@ -156,8 +155,11 @@ def left_over(acts: Float[Tensor, "samples features"], residual: Float[Tensor, "
     return scores, found
 
 
-def oracle(x: Float[Tensor, "samples d_in"], acts: Float[Tensor, "samples features"], truth: Truth) -> PairScore:
-    """Pairs by what the true features leave over."""
+def oracle(x: Float[Tensor, "samples d_in"], acts: Float[Tensor, "samples features"], truth: Truth) -> PairScore | None:
+    """Pairs by what the true features leave over; None where no pair is planted."""
+    truth = truth.of_two_features()
+    if not len(truth.pairs):
+        return None
     return pair_score(Score.LEFT, *left_over(acts, x - acts @ truth.directions, truth), truth)
 
 

@@ -93,11 +93,14 @@ class RecoveryResult(SavedResult):
     """True features; of these fire in held-out samples `fired`."""
     fired: int
     pairs: int
+    """Planted, of two features; decoys likewise."""
+    squares: int
+    """Planted, of a feature and itself: no score of pairs is for them."""
     decoys: int
     samples: int
     """Held-out samples."""
     pair_share: float
-    """What planted pairs write, over the variance of the held-out samples."""
+    """What planted pairs and squares write, over the variance of the held-out samples."""
     floors: tuple[Floor, ...]
     oracle: PairScore | None
     """Pairs by what the true features leave over, with their own directions and activations: what no SAE has to find first. None
@@ -118,10 +121,12 @@ class RecoveryResult(SavedResult):
 
     def head(self) -> str:
         """What there was to find."""
-        planted = f"{self.pairs} planted pairs ({self.pair_share:.1%} of the variance) and {self.decoys} decoys"
+        counts = {"pairs": self.pairs, "squares of single features, which no score is for": self.squares}
+        planted = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+        told = f"planted are {planted} ({self.pair_share:.1%} of the variance), beside {self.decoys} decoys"
         return (
             f"{self.features:,} true features, of which {self.fired:,} fire in {self.samples:,} held-out samples; "
-            + (planted if self.pairs else "nothing is planted: all of it is linear")
+            + (told if planted else "nothing is planted: all of it is linear")
         )
 
     def floor_lines(self) -> list[str]:

@@ -87,7 +87,8 @@ def run_synthetic(cfg: SyntheticRunConfig, *, command: str | None = None) -> Wri
     """
     check_output(cfg.output)
     if cfg.samples_file is not None:
-        return write_array(_array(cfg.samples_file), cfg.output, held_out_samples=cfg.held_out_samples)
+        x, kept = _array(cfg.samples_file), cfg.held_out_samples
+        return write_array(x, cfg.output, held_out_samples=kept, dtype=cfg.dtype, command=command)
     data = SyntheticData.of(cfg.truth())
     draw = _Drawn(data)
     rows, held_out_rows = cfg.samples // CONTEXT_SIZE, cfg.held_out_samples // CONTEXT_SIZE
@@ -183,7 +184,8 @@ def run_recovery(cfg: RecoveryConfig, *, command: str | None = None) -> Recovery
     truth = Truth.load(folder)
     x = torch.from_numpy(np.load(folder / HELD_OUT_FILENAME)).flatten(0, 1)
     acts, kind = truth.acts(), PAIR_FUNCTIONS[_kind_of(folder)]
-    found = sorted(path.parent for path in saes.rglob(SAE_WEIGHTS_FILENAME) if ".partial" not in str(path))
+    weights = saes.rglob(SAE_WEIGHTS_FILENAME)
+    found = sorted(path.parent for path in weights if ".partial" not in str(path.relative_to(saes)))
     if not found:
         raise FileNotFoundError(f"there is no saved SAE in {quoted(saes)}; give the folder of a training")
     rows, budgets = [], set[int]()
@@ -207,11 +209,12 @@ def run_recovery(cfg: RecoveryConfig, *, command: str | None = None) -> Recovery
     result = RecoveryResult(
         features=len(truth.directions),
         fired=int((acts > 0).any(0).sum()),
-        pairs=len(truth.pairs),
+        pairs=(n_pairs := len(truth.of_two_features().pairs)),
+        squares=len(truth.pairs) - n_pairs,
         decoys=len(truth.decoys),
         samples=len(x),
         pair_share=float((products - products.mean(0)).square().sum() / variance),
-        oracle=oracle(x, acts, truth) if len(truth.pairs) else None,
+        oracle=oracle(x, acts, truth),
         floors=tuple(floor(x, acts, truth, k, kind) for k in sorted(budgets)),
         rows=tuple(rows),
         provenance=provenance(
