@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae_nfm.analysis import dead_features, feature_directions, firing_scores, matched, mcc
-from sae_nfm.architectures import PathWeights
+from sae_nfm.architectures import PathWeights, refuse_transcoder
 from sae_nfm.attribution import TokenPairs, norms, written
 from sae_nfm.attribution.pairs import TokenReads, token_reads
 from sae_nfm.data import Truth
@@ -43,6 +43,7 @@ def recovery(
 
     Raises a ValueError as `feature_directions`.
     """
+    refuse_transcoder(sae, "this measurement")
     directions = feature_directions(sae)
     parts = [(part, sae.encode(part)) for part in x.split(SAMPLES_AT_ONCE)]
     code = torch.cat([own.to_dense() if own.is_sparse else own for _, own in parts])
