@@ -64,8 +64,8 @@ def evaluate_transcoder(
     ]
     if half < PER_DIMENSION * (sae.cfg.d_in + 1):
         notes.append(
-            f"the affine map was fitted on {half:,} tokens, fewer than {PER_DIMENSION} for each of the {sae.cfg.d_in + 1} numbers "
-            "of an output, so that its error is too high; give more batches (--n-eval-sparsity-variance-batches)"
+            f"the affine map was fitted on {half:,} tokens, fewer than {PER_DIMENSION} for each of the {sae.cfg.d_in + 1} "
+            "numbers of an output, so that its error is too high; give more batches (--n-eval-sparsity-variance-batches)"
         )
     return metrics, tuple(notes)
 

@@ -54,7 +54,10 @@ def mlp_sites(model: LanguageModel, hook_name: str, hook_name_out: str | None = 
     passed = _passed(model, sorted({site.hook_name for site in (read, written, *right)}))
 
     def holds(one: Site, other: Site) -> bool:
-        made, y = mlp(passed[one.hook_name]), passed[other.hook_name]
+        x, y = passed[one.hook_name], passed[other.hook_name]
+        if x.ndim != 3 or x.shape[-1] != right[0].d_in:
+            return False
+        made = mlp(x)
         if not isinstance(made, Tensor) or made.shape != y.shape:
             return False
         return bool((made - y).norm() <= SAME.get(y.dtype, 0.03) * y.norm())
@@ -64,9 +67,9 @@ def mlp_sites(model: LanguageModel, hook_name: str, hook_name_out: str | None = 
             f"what the MLP makes of {right[0].hook_name!r} is not what passes {right[1].hook_name!r} of this model (a second "
             "normalisation may follow it); load it with model_class_name TransformerBridge, or take another model"
         )
-    if read.d_in == right[0].d_in and holds(read, written):
+    if holds(read, written):
         return read, written
-    wrong_in = read.d_in != right[0].d_in or not holds(read, right[1])
+    wrong_in = not holds(read, right[1])
     name, given, wanted = ("hook_name", hook_name, right[0]) if wrong_in else ("hook_name_out", hook_name_out, right[1])
     what = "reads" if wrong_in else "writes"
     raise ValueError(

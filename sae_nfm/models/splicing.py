@@ -168,8 +168,8 @@ def _check_transcoder(model: LanguageModel, sae: SAE[Any]) -> None:
         )
     if hasattr(sae, "W_skip") and "hook_skip" not in sae.hook_dict:
         raise ValueError(
-            f"SAELens's splice leaves W_skip of the architecture {sae.cfg.architecture()!r} out; train a joint_nfm_skip_transcoder,"
-            " whose skip stays"
+            f"SAELens's splice leaves W_skip of the architecture {sae.cfg.architecture()!r} out; train a "
+            "joint_nfm_skip_transcoder, whose skip stays"
         )
     if _hook_point(model, resolve_hook_name(model, read)).fwd_hooks:
         raise ValueError(

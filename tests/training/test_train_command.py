@@ -54,7 +54,8 @@ def flags(shared: Path, *more: str, architecture: str = "joint_nfm") -> list[str
     sparse = ["--k", "4"] if "k" in SAE_TRAINING_CLASS_REGISTRY[architecture][1].__dataclass_fields__ else []
     if architecture == "sequential_nfm":
         sparse = ["--base", str(saved_base(d_in=16, d_sae=32, k=4))]
-    where = ["--model_name", str(shared / "model"), "--hook_name", HOOK, "--dataset_path", str(shared / "text.jsonl")]
+    hook = "blocks.0.mlp.hook_in" if "transcoder" in architecture else HOOK
+    where = ["--model_name", str(shared / "model"), "--hook_name", hook, "--dataset_path", str(shared / "text.jsonl")]
     return ["train", "--architecture", architecture, *SIZES, *sparse, *where, *more]
 
 
