@@ -120,7 +120,8 @@ def pair_hooks(runner: Any) -> None:
         if given != site.d_in:
             raise ValueError(f"{name} is {given}, but {site.hook_name!r} has width {site.d_in}; give that width")
     cfg.hook_name = read.hook_name
-    sae.cfg.metadata.hook_name_out = sae.cfg.hook_name_out = written.hook_name
+    sae.cfg.metadata.hook_name_out = sae.cfg.hook_name_out = cfg.sae.hook_name_out = written.hook_name
+    sae.cfg.metadata.hook_head_index_out = None
     store.hook_name, store._hook_names = read.hook_name, [read.hook_name, written.hook_name]
     store._hook_d_ins = {read.hook_name: read.d_in, written.hook_name: written.d_in}
     store._hook_head_indices = {}

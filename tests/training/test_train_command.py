@@ -98,9 +98,10 @@ def test_every_architecture_trains_as_saelens_trains_it(architecture, shared, mo
     if architecture == "matryoshka_batchtopk":  # SAELens has no default
         argv += ["--matryoshka_widths", "8", "32"]
     assert main([*argv, "--output_path", "ours"]) == 0
+    d_out = ["--d_out", "16"] if "transcoder" in architecture else []
     with temporary_seed(42):
         theirs = LanguageModelSAETrainingRunner(
-            _parse_cfg_args([*argv[1:], "--d_in", "16", "--output_path", "theirs"]),
+            _parse_cfg_args([*argv[1:], "--d_in", "16", *d_out, "--output_path", "theirs"]),
             override_model=model,
             override_dataset=local_dataset(str(shared / "text.jsonl"), seed=42),
         )
