@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from sae_lens import SAE
 from sae_lens.evals import ExplainedVarianceCalculator
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -123,12 +124,18 @@ def _spliced(
 def _rows(
     model: Any, sae: SAE[Any], store: Any, n_batches: int, names: list[str]
 ) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"], tuple[float, float]]:
-    """Input, output, and how many features are active in all, and their sum."""
-    parts, active, total = list[tuple[Tensor, Tensor]](), 0.0, 0.0
+    """Input, output, and how many features are active in all, and their sum; a row that comes again (short text) once."""
+    parts, active, total, seen = list[tuple[Tensor, Tensor]](), 0.0, 0.0, set[tuple[int, ...]]()
+    layers = [extract_stop_at_layer_from_tlens_hook_name(name) for name in names]
+    stop = None if None in layers else max(layer for layer in layers if layer is not None)
     for _ in range(n_batches):
-        batch = store.get_batch_tokens()
+        rows = [row for row in store.get_batch_tokens() if tuple(row.tolist()) not in seen]
+        seen.update(tuple(row.tolist()) for row in rows)
+        if not rows:
+            continue
+        batch = torch.stack(rows)
         counted = counted_tokens(model, batch)
-        _, cache = model.run_with_cache(batch, names_filter=names, prepend_bos=False)
+        _, cache = model.run_with_cache(batch, names_filter=names, stop_at_layer=stop, prepend_bos=False)
         x, y = (cache[name][counted] for name in names)
         acts = sae.encode(x).to_dense()
         active, total = active + float((acts != 0).sum()), total + float(acts.abs().sum(dtype=torch.float64))
