@@ -47,7 +47,7 @@ from sae_nfm.architectures import JointNFMTrainingSAEConfig, StagedTopKTrainingS
 from sae_nfm.architectures.staged_step import sums_by_feature
 from sae_nfm.comparison.config import refuse_unknown_arms
 from sae_nfm.comparison.results import ArmName
-from sae_nfm.kernels import inference
+from sae_nfm.kernels import BILINEAR, PAIRED, inference
 from sae_nfm.kernels.ranking import Gram
 from sae_nfm.training import TrainingArm
 
@@ -152,8 +152,8 @@ def training_flops(cfg: TrainingSAEConfig, l0: float | None = None, n_tokens: in
         direct path         6 a d                                output, gradient of f, gradient of W_dec
         linear path         6 n d if n < a, else 0               reading the same f it shares W_dec's three products
         square path         6 a d
-        pooling             12 n m ("fm"), 6 n m (other heads)   f V, and for "fm" f^2 V^2
-        head                6 m^2 + 6 m d
+        pooling             12 n m, 6 n m ("mlp")                f V, and for "fm" f^2 V^2; f A and f B for "bilinear"
+        head                6 m^2 + 6 m d, 6 m d ("bilinear")
         gated SAEs          6 a d + 2 a d                        the gate's own reconstruction
 
     Assumptions: decoding and all gradients touch active features alone, which SAELens's dense TopK does not do (it takes
@@ -214,7 +214,7 @@ def _decoding(cfg: TrainingSAEConfig, active: float) -> float:
         n, m = active if cfg.nfm_top_k is None else min(active, cfg.nfm_top_k), cfg.nfm_dim
         flops += 2 * n * d * (cfg.use_linear_path and n < active) + 2 * active * d * cfg.use_square_path
         if cfg.head != "none":
-            flops += (4 if cfg.head == "fm" else 2) * n * m + 2 * m * m + 2 * m * d
+            flops += (4 if cfg.head in PAIRED else 2) * n * m + 2 * m * m * (cfg.head != BILINEAR) + 2 * m * d
     return flops
 
 
