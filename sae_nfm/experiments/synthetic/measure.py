@@ -12,7 +12,7 @@ leaves of g:
     score = |sum q r|^2 / sum q^2 |r|^2        about 1 where errors are independent of the pair
 
 Squares likewise, by what the square path and the squares of a bilinear head write, f_i^2 (u_i / c + (a_i * b_i) W_2), and with
-g = f_i^2, q what a fit of f_i leaves of it.
+g = f_i^2, q and r what a fit of f_i and of whether it fires leaves: else whatever fires together with a square would seem one.
 
 A score that tells planted pairs from all others may only say which features fire together: planted pairs do. So how often they
 fire together is scored too, and planted pairs are compared with decoys, which fire together as often and write nothing. Controls
@@ -236,12 +236,22 @@ def squares_left_over(
     acts: Float[Tensor, "samples features"], residual: Float[Tensor, "samples d_in"]
 ) -> tuple[Float[Tensor, " features"], Float[Tensor, "features d_in"]]:
     """What goes with the square of an activation in the error of an SAE; 0 for features that fire too seldom."""
-    f, r = acts.double(), residual.double()
-    error, a = r.square().sum(-1, keepdim=True), f.pow(3).sum(0) / f.square().sum(0).clamp(min=1e-30)
-    q = f.square() - a * f
-    along, noise = q.T @ r, (q.square() * error).sum(0)
-    often = (f > 0).sum(0) >= FEWEST
-    return torch.where(often, along.square().sum(-1) / noise.clamp(min=1e-30), 0.0), along
+    f, r, fires = acts.double(), residual.double(), (acts > 0).double()
+    n = fires.sum(0).clamp(min=1)
+    mean, square = f.sum(0) / n, f.square().sum(0) / n
+    spread = (square - mean.square()).clamp(min=1e-30)
+    slope = (f.pow(3).sum(0) / n - mean * square) / spread
+    q = (f.square() - square - slope * (f - mean)) * fires
+    # of the error, by the same fit: alpha f + beta where the feature fires
+    errors = fires.T @ r / n[:, None]
+    alpha = (f.T @ r / n[:, None] - mean[:, None] * errors) / spread[:, None]
+    beta, weight = errors - mean[:, None] * alpha, q.square()
+    noise = (weight * r.square().sum(-1, keepdim=True)).sum(0)
+    noise -= 2 * (((weight * f).T @ r * alpha).sum(-1) + (weight.T @ r * beta).sum(-1))
+    noise += (weight * f.square()).sum(0) * alpha.square().sum(-1) + weight.sum(0) * beta.square().sum(-1)
+    noise += 2 * (weight * f).sum(0) * (alpha * beta).sum(-1)
+    along = q.T @ r
+    return torch.where(n >= FEWEST, along.square().sum(-1) / noise.clamp(min=1e-30), 0.0), along
 
 
 def square_scores(
