@@ -40,7 +40,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 (EXAMPLE,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 DEFINITION = EXAMPLE.partition("\nmodel")[0]
 HEAD = "third_order"
-NOT_KNOWN = r"head\b.*'third_order'.*'fm', 'mlp', 'none'.*register_head"
+NOT_KNOWN = r"head\b.*'third_order'.*'fm', 'mlp', 'bilinear', 'none'.*register_head"
 for_every_architecture = pytest.mark.parametrize("architecture", ["joint_nfm", "sequential_nfm"])
 
 
@@ -237,7 +237,8 @@ def test_saelens_command_line_takes_it_and_help_names_the_others(third_order):
     assert _parse_cfg_args(["--architecture", "joint_nfm", *flags]).sae.head == HEAD
     assert description(JointNFMTrainingSAEConfig, "head") == (
         'The nonlinear path. "fm" pools products of feature pairs, "mlp" is the same head on f_n V without the product (a '
-        'capacity control), "none" leaves the path out; or a head of your own (`heads.register_head`).'
+        'capacity control), "bilinear" multiplies two projections, (f_n A) * (f_n B), squares of features included, and writes '
+        'the product without a gate, "none" leaves the path out; or a head of your own (`heads.register_head`).'
     )
 
 
@@ -260,7 +261,7 @@ def only_dense(acts, V):
 @pytest.mark.parametrize(
     ("name", "pool", "told"),
     [
-        ("fm", reference.weighted_rows, "already.*'fm', 'mlp', 'none'"),
+        ("fm", reference.weighted_rows, "already.*'fm', 'mlp', 'bilinear', 'none'"),
         ("none", reference.weighted_rows, "already"),
         ("third-order", reference.weighted_rows, "letters"),
         ("short", lambda acts, V: reference.weighted_rows(acts, V)[..., :2], r"\(2, 3, 2\).*\[2, 3, 12\]"),
