@@ -76,6 +76,7 @@ from sae_nfm.data import (
     check_data,
     datasets,
     held_out_rows,
+    rows_and_others,
     told_of_text,
 )
 from sae_nfm.evaluation import Arm, evaluate
@@ -135,10 +136,11 @@ class Prepared:
         else:
             cache.check(model, [site.hook_name], context_size)
             train, validation = cached_splits(cache, cfg.held_out)
-        held_out = swept = held_out_rows(model, validation, context_size, cfg.held_out_tokens)
+        read = (model, validation, context_size, cfg.held_out_tokens)
         if cfg.sweeps:
-            skipped = held_out.tokens.numel()
-            swept = held_out_rows(model, validation, context_size, cfg.sweep_held_out_tokens, skipped)
+            held_out, swept = rows_and_others(*read, cfg.sweep_held_out_tokens)
+        else:
+            held_out = swept = held_out_rows(*read)
         identity = None if cache is None else cache.identity
         made: dict[str, Any] = {"model": model, "site": site, "train": train, "cache": identity}
         return cls(cfg=replace(cfg, hook=site.hook_name), held_out=held_out, sweep_held_out=swept, **made)
