@@ -179,10 +179,12 @@ class CorpusAttribution:
         scope, most = "every pair that fired is counted", f"{self.slack_share:.1e}"
         if not self.complete:
             scope = f"statistics of the pairs in the table are exact; a pair that was dropped has at most {most} of the energy"
+        squares = any(edge.first == edge.second for edge in self.graph.edges)
+        what = "pairs and squares (i x i)" if squares else "pairs"
         lines = [
-            f"{self.pairs:,} pairs over {self.tokens:,} tokens, {self.firings / self.tokens:.1f} firing a token; {scope}",
+            f"{self.pairs:,} {what} over {self.tokens:,} tokens, {self.firings / self.tokens:.1f} firing a token; {scope}",
             "",
-            f"Strongest pairs by energy{f'; effect: direct, on {self.target}' if self.target else ''}",
+            f"Strongest {what} by energy{f'; effect: direct, on {self.target}' if self.target else ''}",
             self._table(),
             "",
             "Where they write most (||o_ij||; the token in [[ ]])",

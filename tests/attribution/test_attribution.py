@@ -76,14 +76,6 @@ def test_every_pair_is_that_of_a_loop_and_their_sum_is_the_path(architecture, ov
     )
 
 
-def bilinear_by_loop(sae: SAE, read: SparseActs, token: int) -> dict[tuple[int, int], torch.Tensor]:
-    """Of the saved tensors alone, A the left half of V and B the right: each pair and square that fires on a token."""
-    A, B, W_2 = sae.V[:, :8].detach(), sae.V[:, 8:].detach(), sae.W_2.detach()
-    f = {int(i): float(value) for i, value in zip(*(part[token] for part in read), strict=True) if value != 0}
-    found = {(i, i): f[i] ** 2 * (A[i] * B[i]) @ W_2 for i in f}
-    return found | {(i, j): f[i] * f[j] * (A[i] * B[j] + A[j] * B[i]) @ W_2 for i in f for j in f if i < j}
-
-
 @pytest.mark.parametrize("overrides", SETTINGS[:3])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bilinear_pairs_and_squares_are_those_of_a_loop_and_their_sum_is_the_path(architecture, overrides):
@@ -94,7 +86,7 @@ def test_bilinear_pairs_and_squares_are_those_of_a_loop_and_their_sum_is_the_pat
     pairs = TokenPairs.of(reads.read, selves=weights.selves)
     vectors = written(pairs, reads.gates, weights)
     for token in (0, 5):
-        by_loop = bilinear_by_loop(sae, reads.read, token)
+        by_loop = pairs_by_loop(sae, reads, token)
         ends = zip(pairs.first[token].tolist(), pairs.second[token].tolist(), strict=True)
         found = {pair: vector for pair, vector in zip(ends, vectors[token], strict=True) if vector.any()}
         assert_same_pairs(found, by_loop)
@@ -118,9 +110,9 @@ def test_the_scale_that_two_projections_trade_changes_no_pair():
     traded, s = deepcopy(sae), torch.linspace(0.1, 3.0, 8, dtype=torch.float64)
     A, B = sae.V.chunk(2, dim=-1)
     traded.V.copy_(torch.cat([B * s, A / s], dim=-1))
-    expected = bilinear_by_loop(sae, token_reads(sae, x()).read, 3)
+    expected = by_pair(sae)
     for other in (traded, canonical(traded)):
-        assert_same_pairs(bilinear_by_loop(other, token_reads(other, x()).read, 3), expected)
+        assert_same_pairs(by_pair(other), expected)
     balanced = canonical(traded).V
     norms_of = balanced.norm(dim=0)
     torch.testing.assert_close(norms_of[:8], norms_of[8:])
