@@ -3,7 +3,8 @@
 Where both decoders read the same f (nfm_top_k = None), (W_dec + D, W_lin - D) gives the same output for every D. Both then have
 the same gradient, and under Adam with one rate, no rescaling, no dead-feature loss and no dropout on the path, W_dec - W_lin
 stays at its initial value up to rounding: norms, shares and every statistic of the direct path alone are set by initialisation.
-The canonical gauge is W_dec := W_dec + W_lin, W_lin := 0.
+The canonical gauge is W_dec := W_dec + W_lin, W_lin := 0. With head "bilinear" the columns of A and of B trade their scale in
+the same way; there they have equal norms (`NFMPaths.balance_projections`).
 
 Rows are compared in one of three units, all `PathRows`:
 
@@ -41,7 +42,7 @@ class PathRows(ShortRepr):
     linear: Float[Tensor, "d_sae d_in"] | None = None
     """Rows l_i; None without the path."""
     nonlinear: Float[Tensor, "d_sae nfm_dim"] | None = None
-    """Embeddings v_i; None without the interaction path."""
+    """Embeddings v_i, with head "bilinear" (a_i, b_i); None without the interaction path."""
 
     def norms(self) -> "PathNorms":
         """Row norms; zero for a path that is not there."""
@@ -143,9 +144,12 @@ def has_canonical(sae: SAE[Any]) -> bool:
 def canonical(sae: SAE[Any]) -> SAE[Any]:
     """A copy in the canonical gauge, with the same output; a ValueError with `nfm_top_k`, see `NFMDecoder.fold_linear_path`.
 
-    An SAE without a linear path is there already; so is a sequential NFM, whose base's decoder is given and not trained along.
+    An SAE without a linear path is there already, but for the scale of two projections; so is a sequential NFM, whose base's
+    decoder is given and not trained along.
     """
     copied = deepcopy(sae)
+    if isinstance(copied, NFMPaths):
+        copied.balance_projections()
     if isinstance(copied, NFMDecoder) and copied.cfg.use_linear_path:
         copied.fold_linear_path()
     return copied

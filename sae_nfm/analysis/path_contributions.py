@@ -6,10 +6,11 @@ D = diag(h > 0) held at their values on that token:
     direct      f_i w_i                   w_i as read: with rescaling, the row divided by its norm
     linear      f_n,i l_i
     nonlinear   1/2 sum_{j != i} f_n,i f_n,j ((v_i * v_j) W_1 D) W_2       half of each pair; head "mlp": f_n,i (v_i W_1 D) W_2
+                1/2 sum_{j != i} f_n,i f_n,j (a_i * b_j + a_j * b_i) W_2 + f_n,i^2 (a_i * b_i) W_2    with head "bilinear"
     square      (f_i^2 / c) u_i
 
 Over the active features these sum to the paths' outputs, less b_dec, b_lin and (b_1 * D) W_2 + b_2. Removing feature i with the
-gates held takes its pairs away whole: twice its nonlinear contribution.
+gates held takes its pairs away whole: twice its nonlinear contribution (of "bilinear" its square once).
 
 `token_paths` runs the SAE; everything else is arithmetic on what it returns. Inhibition is judged by what paths do, not by the
 sign of weights, and the gains of two paths by how far they overlap:
@@ -43,7 +44,7 @@ from sae_nfm.architectures import NFMDecoder, NFMPaths, Paths, refuse_transcoder
 from sae_nfm.common import ShortRepr
 from sae_nfm.data import ActivationCache
 from sae_nfm.interventions import counted_tokens, splice
-from sae_nfm.kernels import SparseActs, reference, wide
+from sae_nfm.kernels import BILINEAR, PAIRED, SparseActs, open_gates, reference, wide
 from sae_nfm.models import (
     LanguageModel,
     check_counted,
@@ -158,7 +159,7 @@ def _run(sae: SAE[Any], x: Tensor, k: int) -> TokenPaths:
     gates: list[Tensor] = []
 
     def keep(hidden: Tensor, hook: Any) -> None:  # noqa: ARG001
-        gates.append(hidden > 0)
+        gates.append(open_gates(sae.cfg.head, hidden))
 
     acts = sae.encode(x).to_dense()
     normalised = sae.run_time_activation_norm_fn_in(x.to(sae.dtype))
@@ -181,20 +182,28 @@ def _run(sae: SAE[Any], x: Tensor, k: int) -> TokenPaths:
 
 def pair_contributions(
     read: SparseActs,
-    V: Float[Tensor, "d_sae nfm_dim"],
-    W_1: Float[Tensor, "nfm_dim nfm_dim"],
+    V: Float[Tensor, "d_sae n_columns"],
+    W_1: Float[Tensor, "nfm_dim nfm_dim"] | None,
     W_2: Float[Tensor, "nfm_dim d_in"],
     gates: Bool[Tensor, "tokens nfm_dim"],
     head: str = "fm",
 ) -> Float[Tensor, "tokens n d_in"]:
-    """Each read feature's part of the interaction path's output, gates held; half of each pair with head "fm".
+    """Each read feature's part of the interaction path's output, gates held; half of each pair with head "fm" or "bilinear".
+
+    W_1 is None with "bilinear", whose squares belong to their feature whole.
 
     Raises:
-        ValueError: for another head than "fm" and "mlp".
+        ValueError: for another head than "fm", "bilinear" and "mlp".
     """
-    if head not in ("fm", "mlp"):
-        raise ValueError(f"what one feature writes through the head {head!r} is not known; give head 'fm' or 'mlp'")
+    if head not in (*PAIRED, "mlp"):
+        raise ValueError(
+            f"what one feature writes through the head {head!r} is not known; give head 'fm', 'bilinear' or 'mlp'"
+        )
     rows = wide(read.values)[..., None] * wide(V)[read.indices]
+    if head == BILINEAR:
+        (a, b), (all_a, all_b) = rows.chunk(2, dim=-1), rows.sum(1, keepdim=True).chunk(2, dim=-1)
+        return 0.5 * (a * all_b + b * all_a) @ wide(W_2)
+    assert W_1 is not None
     if head == "fm":
         rows = 0.5 * rows * (rows.sum(1, keepdim=True) - rows)
     return ((rows @ wide(W_1)) * gates[:, None]) @ wide(W_2)
@@ -265,7 +274,8 @@ def interaction_energies(sae: SAE[Any], read: SparseActs, gates: Tensor | None) 
     energies: list[Tensor] = []
     for indices, values, gate in zip(*(part.split(size) for part in (*read, gates)), strict=True):
         few = SparseActs(indices, values)
-        parts = pair_contributions(few, sized.V, sized.W_1, sized.W_2, gate, sized.cfg.head)
+        W_1 = getattr(sized, "W_1", None)
+        parts = pair_contributions(few, sized.V, W_1, sized.W_2, gate, sized.cfg.head)
         energies.append(parts.double().square().sum(-1))
     return torch.cat(energies)
 
@@ -456,27 +466,40 @@ def pair_projections(
     V: Float[Tensor, "d_sae nfm_dim"],
     W_1: Float[Tensor, "nfm_dim nfm_dim"],
     W_2: Float[Tensor, "nfm_dim d_in"],
+    B: Float[Tensor, "d_sae nfm_dim"] | None = None,
 ) -> PairProjections:
     """Project o_ij = f_i f_j ((v_i * v_j) W_1 D) W_2 on both features' directions, for all pairs of every token.
 
     Args:
         read: features that the interaction path reads; pairs with a value of 0 are left out.
         directions: decoder rows, as read or in the canonical gauge.
+        B: the second projection of head "bilinear" (`PathWeights`); squares are no pairs.
     """
     n, units = read.indices.shape[-1], wide(directions) / wide(directions).norm(dim=-1, keepdim=True).clamp_min(1e-30)
     size = max(1, CELLS // (n * max(n, *W_2.shape)))
     chunks = zip(*(part.split(size) for part in (read.indices, wide(read.values), gates)), strict=True)
-    weights = (units, *map(wide, (directions, V, W_1, W_2)))
+    weights = (units, wide(directions), wide(V), wide(W_1), wide(W_2), None if B is None else wide(B))
     parts = [_pair_sums(SparseActs(*acts), gate, *weights) for *acts, gate in chunks]
     return PairProjections(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def _pair_sums(
-    read: SparseActs, gates: Tensor, units: Tensor, directions: Tensor, V: Tensor, W_1: Tensor, W_2: Tensor
+    read: SparseActs,
+    gates: Tensor,
+    units: Tensor,
+    directions: Tensor,
+    V: Tensor,
+    W_1: Tensor,
+    W_2: Tensor,
+    B: Tensor | None,
 ) -> dict[str, Tensor]:
     rows = read.values[..., None] * V[read.indices]  # f_i v_i, [tokens n m]
     along = ((units[read.indices] @ W_2.T) * gates[:, None]) @ W_1.T  # z -> projection on w_i, [tokens n m]
-    on_first = (rows * along) @ rows.mT  # [tokens i j]: pair i, j along w_i
+    if B is None:
+        on_first = (rows * along) @ rows.mT  # [tokens i j]: pair i, j along w_i
+    else:
+        other = read.values[..., None] * B[read.indices]
+        on_first = (rows * along) @ other.mT + (other * along) @ rows.mT
     active = read.values > 0
     pairs = active[:, :, None] & active[:, None] & ~torch.eye(active.shape[-1], dtype=torch.bool, device=active.device)
     on_first = torch.where(pairs, on_first, 0)

@@ -51,6 +51,7 @@ from sae_nfm.analysis.weight_norms import (
     weight_figures,
 )
 from sae_nfm.architectures import NFMDecoder, random_initialisation, training_config
+from sae_nfm.kernels import BILINEAR, heads
 from sae_nfm.stats import Estimate, PermutedCorrelation, clustered_mean, ratio_of_means
 
 Documents = NDArray[np.int64]
@@ -115,7 +116,7 @@ class FunctionalFigures:
     gauge_free_inhibition: Inhibition | None
     """Nonlinear along direct + linear, about their means."""
     pairs: PairInhibition | None
-    """Pairs along the decoder rows; head "fm" only."""
+    """Pairs along the decoder rows; heads "fm" and "bilinear" only."""
     gains: Mapping[str, Estimate] | None
     """Gains on squared error of "linear", "nonlinear" and "both", as fractions of the error of the direct path alone, and their
     "overlap", tested against 0. Zero ablation, the published one."""
@@ -198,10 +199,14 @@ def _against_half(found: Estimate, share: Callable[[float], float]) -> Estimate:
 
 
 def _pair_inhibition(sae: SAE[Any], tokens: TokenPaths, documents: Documents) -> PairInhibition | None:
-    if not isinstance(sae, NFMDecoder) or sae.cfg.head != "fm" or tokens.gates is None:
+    if not isinstance(sae, NFMDecoder) or sae.cfg.head not in heads.PAIRED or tokens.gates is None:
         return None
-    weights = (as_read(sae).direct, sae.V.detach(), sae.W_1.detach(), sae.W_2.detach())
-    found = pair_projections(tokens.read, tokens.gates, *weights)
+    V, B, W_2 = sae.V.detach(), None, sae.W_2.detach()
+    if sae.cfg.head == BILINEAR:
+        (V, B), W_1 = V.chunk(2, dim=-1), torch.eye(len(W_2)).to(W_2)
+    else:
+        W_1 = sae.W_1.detach()
+    found = pair_projections(tokens.read, tokens.gates, as_read(sae).direct, V, W_1, W_2, B)
     doubled = ratio_of_means(2 * _array(found.negative), _array(found.projections), documents)
     return PairInhibition(
         fraction_negative=_against_half(doubled, lambda value: value / 2),

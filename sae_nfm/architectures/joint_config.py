@@ -30,6 +30,7 @@ from sae_nfm.architectures.nfm_config import (
     with_requirement,
 )
 from sae_nfm.common import check_choice, check_positive
+from sae_nfm.kernels import BILINEAR, embedding_width
 
 ARCHITECTURE, STAGED = "joint_nfm", "staged_topk"
 Encoder = Literal["topk", "batchtopk", "jumprelu"]
@@ -341,7 +342,7 @@ def parameter_count(cfg: JointNFMConfig) -> int:
     if cfg.use_linear_path:
         count += d_sae * d_out + d_out
     if cfg.head != "none":
-        count += d_sae * m + m * m + m + m * d_out + d_out
+        count += d_sae * embedding_width(cfg.head, m) + (m * m + m) * (cfg.head != BILINEAR) + m * d_out + d_out
     if cfg.use_square_path:
         count += d_sae * d_out
     if cfg.encoder == "jumprelu":

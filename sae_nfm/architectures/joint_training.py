@@ -256,8 +256,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
             square = dispatch.square_output(acts, self.U, cfg.square_scale, routing, kernel=forms.direct)
         if forms.pooled is not None:
             pooled = self._dropout(dispatch.pooled(cfg.head, read, self.V, read_routing, kernel=forms.pooled))
-            hidden = reference.hidden_pre(pooled, self.W_1, self.b_1)
-            interacting = reference.interaction_output(hidden, self.W_2, self.b_2)
+            interacting = self._read_out(self._hidden(pooled))
         if self._reads_all():
             both = dispatch.both_decoders(acts, W_dec, norms, self.W_lin, routing, kernel=forms.direct)
             direct = both + (self.b_dec + self.b_lin)
@@ -384,6 +383,7 @@ STANDS_FOR: dict[str, Any] = {
         *("encode", "encode_with_hidden_pre", "process_sae_in", "get_activation_fn", "decode", "decode_paths"),
         *("calculate_aux_loss", "calculate_topk_aux_loss"),
         *("_direct_and_linear", "_linear", "_square", "_interaction", "_pool", "_written", "_recons"),
+        *("_hidden", "_read_out"),
     )
 }
 """The methods that a sparse step stands for."""

@@ -85,11 +85,13 @@ class NFMFields:
     """What is added to an SAE's output, and how it is computed.
 
     Args:
-        nfm_dim (int): Interaction dimensions m: the width of V and of the hidden code h.
+        nfm_dim (int): Interaction dimensions m: the width of the hidden code h and of V (of "bilinear" twice, A and B).
         nfm_top_k (int | None): How many of a token's active features the linear and the interaction path read, the
             strongest first (the paper's n); None means all.
         head (str): The nonlinear path. "fm" pools products of feature pairs, "mlp" is the same head on f_n V without the
-            product (a capacity control), "none" leaves the path out; or a head of your own (`heads.register_head`).
+            product (a capacity control), "bilinear" multiplies two projections, (f_n A) * (f_n B), squares of features
+            included, and writes the product without a gate, "none" leaves the path out; or a head of your own
+            (`heads.register_head`).
         use_linear_path (bool): Whether the output has the linear integration path f_n W_lin + b_lin.
         use_square_path (bool): Whether the output has the square path (f^2 / square_scale) U, the diagonal that the
             pooling leaves out.

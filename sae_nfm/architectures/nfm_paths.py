@@ -2,7 +2,8 @@
 
     lin   = f_n W_lin + b_lin                 linear integration path
     sq    = (f^2 / c) U                       square path
-    inter = ReLU(z W_1 + b_1) W_2 + b_2       interaction path, z = sum_{i<j} f_i f_j v_i*v_j over f_n, or as another of `heads`
+    inter = ReLU(z W_1 + b_1) W_2 + b_2       interaction path, z = sum_{i<j} f_i f_j v_i*v_j over f_n, or as another of `heads`;
+            z W_2 + b_2                       with head "bilinear"
 
 An architecture derives from `NFMPaths` and an SAE class of SAELens, and says in `decode_paths` what the direct path is and
 which activations the others read. Parameters and hook points are direct attributes of the SAE (SAELens switches hooks off by
@@ -12,7 +13,7 @@ attribute); the maths is in `kernels.reference`.
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from types import MethodType
@@ -32,7 +33,18 @@ from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_nfm.common import ShortRepr, short_repr
-from sae_nfm.kernels import POOLS, SparseActs, dispatch, inference, reference, uncompiled, wide
+from sae_nfm.kernels import (
+    BILINEAR,
+    PAIRED,
+    POOLS,
+    SparseActs,
+    dispatch,
+    embedding_width,
+    inference,
+    reference,
+    uncompiled,
+    wide,
+)
 from sae_nfm.kernels.device import autocast_off
 from sae_nfm.loading import check_state_dict, refuse_not_finite, write_note
 
@@ -115,8 +127,9 @@ class NFMPaths(_Host):
             self.W_lin = self._normal(weight_std, d_sae, d_out)
             self.b_lin = self._normal(0.0, d_out)
         if cfg.head != "none":
-            self.V = self._normal(getattr(cfg, "nfm_embedding_init_std", 0.0), d_sae, m)
-            self.W_1, self.b_1 = self._normal(weight_std, m, m), self._normal(0.0, m)
+            self.V = self._normal(getattr(cfg, "nfm_embedding_init_std", 0.0), d_sae, embedding_width(cfg.head, m))
+            if cfg.head != BILINEAR:
+                self.W_1, self.b_1 = self._normal(weight_std, m, m), self._normal(0.0, m)
             self.W_2, self.b_2 = self._normal(weight_std, m, d_out), self._normal(0.0, d_out)
         if cfg.use_square_path:
             self.U = self._normal(weight_std, d_sae, d_out)
@@ -220,13 +233,30 @@ class NFMPaths(_Host):
         if self.cfg.head == "none":
             return None
         read = _hooked(self.hook_nfm_interaction_in, read, self.cfg.d_sae)
-        hidden = self.hook_nfm_hidden_pre(reference.hidden_pre(self._pool(read), self.W_1, self.b_1))
+        hidden = self.hook_nfm_hidden_pre(self._hidden(self._pool(read)))
         if self.hidden_code is not None:
             hidden = self.hidden_code(self, hidden)
-        return self.hook_nfm_interaction(self._written(reference.interaction_output(hidden, self.W_2, self.b_2)))
+        return self.hook_nfm_interaction(self._written(self._read_out(hidden)))
 
     def _pool(self, read: reference.Acts) -> Tensor:
         return self._dropout(self.hook_nfm_pooled(POOLS[self.cfg.head](read, self.V)))
+
+    def _hidden(self, pooled: Tensor) -> Tensor:
+        """The hidden code h."""
+        return pooled if self.cfg.head == BILINEAR else reference.hidden_pre(pooled, self.W_1, self.b_1)
+
+    def _read_out(self, hidden: Tensor) -> Tensor:
+        return reference.interaction_output(hidden, self.W_2, self.b_2, gated=self.cfg.head != BILINEAR)
+
+    @torch.no_grad()
+    def balance_projections(self) -> None:
+        """Give each column of A and that of B one norm: with head "bilinear" s times the one and 1 / s times the other write the
+        same for every s, so that norms mean nothing before it is fixed. Without that head nothing happens.
+        """
+        if self.cfg.head == BILINEAR:
+            a, b = wide(self.V).norm(dim=0).chunk(2)
+            s = torch.where((a > 0) & (b > 0), (b / a).sqrt(), 1.0)
+            self.V.data = (wide(self.V) * torch.cat([s, 1 / s])).to(self.V.dtype)
 
     def _written(self, path: Tensor) -> Tensor:
         """What a path adds to the output, given what its weights make."""
@@ -355,16 +385,19 @@ def _hooked(hook: nn.Module, read: reference.Acts, d_sae: int) -> reference.Acts
 def attributable(sae: SAE[Any]) -> NFMPaths:
     """The SAE, when its interaction path is a sum over pairs with the gates held.
 
-    Raises a ValueError without an NFM, for another head than "fm", with dropout or with a secondary SAE in the hidden code.
+    Raises a ValueError without an NFM, for another head than "fm" and "bilinear", with dropout or with a secondary SAE in the
+    hidden code.
     """
     if not isinstance(sae, NFMPaths):
         raise ValueError(
             f"an SAE of the architecture {sae.cfg.architecture()!r} has no interaction path to attribute; give a joint_nfm or "
             "sequential_nfm SAE"
         )
-    if sae.cfg.head != "fm":
+    if sae.cfg.head not in PAIRED:
         reason = "has no interaction path" if sae.cfg.head == "none" else "pools features, not products of pairs"
-        raise ValueError(f'an SAE with head {sae.cfg.head!r} {reason}; pairs are attributed with head "fm"')
+        raise ValueError(
+            f'an SAE with head {sae.cfg.head!r} {reason}; pairs are attributed with head "fm" or "bilinear"'
+        )
     if getattr(sae.cfg, "nfm_dropout", 0.0) > 0:
         raise ValueError(
             f"this SAE is in training with nfm_dropout {sae.cfg.nfm_dropout}, under which its pairs are not what it will "
@@ -382,7 +415,11 @@ class PathWeights(ShortRepr):
     """
 
     V: Float[Tensor, "d_sae nfm_dim"]
+    """With head "bilinear" the first projection, A."""
+    B: Float[Tensor, "d_sae nfm_dim"] | None = None
+    """The second one; None with head "fm"."""
     W_1: Float[Tensor, "nfm_dim nfm_dim"]
+    """With head "bilinear", which has none, the identity, and b_1 zero: all gates are open."""
     b_1: Float[Tensor, " nfm_dim"]
     W_2: Float[Tensor, "nfm_dim d_in"]
     b_2: Float[Tensor, " d_in"]
@@ -396,10 +433,33 @@ class PathWeights(ShortRepr):
         sae = attributable(sae)
         written = sae._written  # pyright: ignore[reportPrivateUsage] (linear: what a path's weights make, as it is added)
         linear = sae.cfg.use_linear_path
-        weights: dict[str, Tensor] = {name: wide(getattr(sae, name).detach()) for name in ("V", "W_1", "b_1")}
+        V, B = wide(sae.V.detach()), None
+        if sae.cfg.head == BILINEAR:
+            (V, B), m = V.chunk(2, dim=-1), sae.cfg.nfm_dim
+            weights: dict[str, Tensor] = {"W_1": torch.eye(m).to(V), "b_1": V.new_zeros(m)}
+        else:
+            weights = {name: wide(getattr(sae, name).detach()) for name in ("W_1", "b_1")}
         weights |= {name: written(wide(getattr(sae, name).detach())) for name in ("W_2", "b_2")}
         W_lin, b_lin = (written(wide(getattr(sae, name).detach())) if linear else None for name in ("W_lin", "b_lin"))
-        return cls(**weights, W_lin=W_lin, b_lin=b_lin)
+        return cls(V=V, B=B, **weights, W_lin=W_lin, b_lin=b_lin)
+
+    @property
+    def selves(self) -> bool:
+        """Whether squares f_i^2 are part of the sum, beside pairs."""
+        return self.B is not None
+
+    def products(self, first: Tensor, second: Tensor) -> Float[Tensor, "*batch nfm_dim"]:
+        """What a pair, or with i = j a square, adds to the pooled vector for each unit of f_i f_j: v_i*v_j, or
+        a_i*b_j + a_j*b_i, of a square a_i*b_i.
+        """
+        if self.B is None:
+            return self.V[first] * self.V[second]
+        both = self.V[first] * self.B[second] + self.V[second] * self.B[first]
+        return torch.where((first == second)[..., None], 0.5 * both, both)
+
+    def permuted(self, order: Tensor) -> "PathWeights":
+        """The embeddings of feature `order[i]` given to feature i."""
+        return replace(self, V=self.V[order], B=None if self.B is None else self.B[order])
 
     def reduced(self) -> Float[Tensor, "nfm_dim rank"]:
         """A matrix R of at most nfm_dim columns with ||y R|| = ||y W_2|| for every y: norms cost less with it."""

@@ -154,7 +154,8 @@ def check_primary(sae: SAE[Any]) -> NFMPaths:
     if not isinstance(sae, NFMPaths) or sae.cfg.head == "none":
         what = f"head {sae.cfg.head!r}" if isinstance(sae, NFMPaths) else f"architecture {sae.cfg.architecture()!r}"
         raise ValueError(
-            f"an SAE with {what} has no interaction path, hence no hidden code; give a primary with head 'fm' or 'mlp'"
+            f"an SAE with {what} has no interaction path, hence no hidden code; give a primary with head 'fm', 'bilinear' or "
+            "'mlp'"
         )
     if isinstance(sae, TrainingSAE):
         raise ValueError(

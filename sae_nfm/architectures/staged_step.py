@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_nfm.architectures.nfm_paths import Paths
-from sae_nfm.kernels import SparseActs, dispatch, reference, sums, wide
+from sae_nfm.kernels import BILINEAR, SparseActs, dispatch, reference, sums, wide
 from sae_nfm.kernels.ranking import Parts
 
 
@@ -34,11 +34,12 @@ class StagedPaths:
         self.W_dec = sums.Shared(wide(W_dec))
         self.W_lin = sums.Shared(wide(sae.W_lin)) if reads_all else None
         self.U = sums.Shared(wide(sae.U)) if cfg.use_square_path else None
-        self.V = sums.Shared(wide(sae.V)) if cfg.head in ("fm", "mlp") and cfg.nfm_top_k in (None, cfg.k) else None
+        summed = cfg.head in ("fm", "mlp", BILINEAR) and cfg.nfm_top_k in (None, cfg.k)
+        self.V = sums.Shared(wide(sae.V)) if summed else None
         self.direct: Tensor | None = None
         self.square: Tensor | None = None
         self.embedded: Tensor | None = None
-        """sum_i f_i v_i."""
+        """sum_i f_i v_i, for "bilinear" of both projections."""
         self.pooled: Tensor | None = None
         self.code: Tensor | None = None
         """Hidden units, less what they are without any feature, when `explained` was last asked for."""
@@ -71,6 +72,10 @@ class StagedPaths:
         if self.sae.cfg.head == "mlp":
             self.pooled = _plus(self.pooled, embedded)
             return
+        if self.sae.cfg.head == BILINEAR:
+            self.embedded = _plus(self.embedded, embedded)
+            self.pooled = reference.of_halves(self.embedded)
+            return
         if self.embedded is not None:
             self.pooled = _plus(self.pooled, self.embedded * embedded)
         if new.indices.shape[-1] > 1:
@@ -87,7 +92,7 @@ class StagedPaths:
         if linear is not None:
             found = found + linear
         if self.without_features is not None:
-            code = self._hidden(self._pooled(acts)).relu() - self.without_features.relu()
+            code = _gated(self.sae, self._hidden(self._pooled(acts))) - _gated(self.sae, self.without_features)
             self.code = code.detach()
             found = found + code @ wide(self.sae.W_2)
         return found
@@ -99,7 +104,9 @@ class StagedPaths:
         bias = sae.b_dec + sae.b_lin if self.reads_all else sae.b_dec
         if sae.cfg.head != "none":
             hidden = self._hidden(dropout(self._pooled(acts)))
-            interaction = reference.interaction_output(hidden, wide(sae.W_2), wide(sae.b_2))
+            interaction = reference.interaction_output(
+                hidden, wide(sae.W_2), wide(sae.b_2), gated=sae.cfg.head != BILINEAR
+            )
         paths = (self.direct + bias, None if linear is None else linear + sae.b_lin, self.square, interaction)
         return Paths(*(None if path is None else path.to(sae.dtype) for path in paths))  # pyright: ignore[reportArgumentType]
 
@@ -114,7 +121,7 @@ class StagedPaths:
         return dispatch.pooled(self.sae.cfg.head, _read(self.sae.cfg, acts), wide(self.sae.V))
 
     def _hidden(self, pooled: Tensor) -> Tensor:
-        return reference.hidden_pre(pooled, wide(self.sae.W_1), wide(self.sae.b_1))
+        return _hidden(self.sae, pooled)
 
 
 def sums_by_feature(cfg: Any, k: int) -> int:
@@ -150,10 +157,18 @@ def parts_of(
 def _code(sae: Any, acts: SparseActs) -> Tensor:
     def hidden(acts: SparseActs) -> Tensor:
         pooled = dispatch.pooled(sae.cfg.head, _read(sae.cfg, acts), wide(sae.V))
-        return reference.hidden_pre(pooled, wide(sae.W_1), wide(sae.b_1)).relu()
+        return _gated(sae, _hidden(sae, pooled))
 
     nothing = acts.values.new_zeros(1, 1)
     return hidden(acts) - hidden(SparseActs(nothing.long(), nothing))
+
+
+def _hidden(sae: Any, pooled: Tensor) -> Tensor:
+    return pooled if sae.cfg.head == BILINEAR else reference.hidden_pre(pooled, wide(sae.W_1), wide(sae.b_1))
+
+
+def _gated(sae: Any, hidden: Tensor) -> Tensor:
+    return hidden if sae.cfg.head == BILINEAR else hidden.relu()
 
 
 def _read(cfg: Any, acts: SparseActs) -> SparseActs:

@@ -40,7 +40,7 @@ from sae_nfm.attribution.pairs import (
 )
 from sae_nfm.attribution.results import PairEffect, TokenAttribution, Written
 from sae_nfm.common import ShortRepr
-from sae_nfm.kernels import wide
+from sae_nfm.kernels import open_gates, wide
 from sae_nfm.models import HookFunction, LanguageModel, check_finite, keeping, special_token_ids, splice, token_text
 
 POOLED, RECONS, OUTPUT = "hook_nfm_pooled", "hook_sae_recons", "hook_sae_output"
@@ -98,7 +98,7 @@ def run_prompt(model: LanguageModel, sae: SAE[Any], tokens: Int[Tensor, " pos"])
     scale = seen.get(SCALE)
     return PromptRun(
         tokens=tokens,
-        reads=reads_of(seen),
+        reads=reads_of(sae, seen),
         logits=logits,
         in_place=~torch.isin(tokens, special),
         scale=None if scale is None else scale[0],
@@ -178,7 +178,7 @@ def _removed(
                 f"with the pair {removal.first} x {removal.second} removed the model's logits are not finite at position "
                 f"{removal.position}; load the model in a data type of wider range (bfloat16 or float32)"
             )
-    flipped = ((seen[HIDDEN][at] > 0) != gates).double().mean(-1)
+    flipped = (open_gates(sae.cfg.head, seen[HIDDEN][at]) != gates).double().mean(-1)
     (frozen, inter_frozen), (freed, inter_free) = outcomes
     before = run.reads.interaction[at[1]]
 
@@ -200,12 +200,12 @@ def _removed(
 def _pooled_parts(
     reads: TokenReads, removals: Sequence[Removal], weights: PathWeights
 ) -> Float[Tensor, "removals nfm_dim"]:
-    """f_i f_j v_i*v_j of each removal."""
+    """What each removal takes out."""
     parts: list[Tensor] = []
     for removal in removals:
         indices, values = reads.read.indices[removal.position], reads.read.values[removal.position]
         f_i, f_j = (values[indices == feature].sum() for feature in (removal.first, removal.second))
-        parts.append(f_i * f_j * weights.V[removal.first] * weights.V[removal.second])
+        parts.append(f_i * f_j * weights.products(*torch.tensor([[removal.first], [removal.second]]))[0])
     return torch.stack(parts)
 
 
@@ -256,7 +256,7 @@ def attribute_token(
         )
     effects, weights = _Effects(model, sae, run, position, target), PathWeights.of(sae)
     reads = run.reads.of(torch.tensor([position]))
-    pairs = TokenPairs.of(reads.read)
+    pairs = TokenPairs.of(reads.read, selves=weights.selves)
     if rank_by == "norm":
         ranking = norms(pairs, reads.gates, weights)[0]
     else:
@@ -268,7 +268,7 @@ def attribute_token(
         target=target.name,
         value=float(target.of(run.logits[position].double())),
         gates_open=float(reads.gates.double().mean()),
-        pairs_firing=int(pairs.fires.sum()),
+        pairs_firing=int((pairs.fires & ~pairs.is_self).sum()),
         pairs=effects.of_pairs(chosen, written(chosen, reads.gates, weights)[0]),
         features=_linear(reads, weights, effects, top, rank_by),
         **_terms(pairs, reads, weights, effects),
@@ -278,10 +278,18 @@ def attribute_token(
 def _terms(pairs: TokenPairs, reads: TokenReads, weights: PathWeights, effects: "_Effects") -> dict[str, Any]:
     """The path's output and the terms that make it up."""
     whole, (constant, gated) = reads.interaction[0], bias_terms(reads.gates, weights)
-    terms = [written(pairs, reads.gates, weights)[0].sum(0), constant, gated[0]]
-    everything, *biases = map(effects.of, ("all pairs", "b_2", "(b_1 * D) W_2"), terms)
-    off = (torch.stack(terms).sum(0) - whole).norm() / whole.norm().clamp_min(1e-30)
-    return {"path_norm": float(whole.norm()), "sum_error": float(off), "all_pairs": everything, "biases": tuple(biases)}
+    vectors, squares = written(pairs, reads.gates, weights)[0], pairs.is_self[0]
+    terms = {"all pairs": vectors[~squares].sum(0), "b_2": constant}
+    terms |= {"all squares": vectors[squares].sum(0)} if weights.selves else {"(b_1 * D) W_2": gated[0]}
+    everything, bias, last = (effects.of(name, vector) for name, vector in terms.items())
+    off = (torch.stack(list(terms.values())).sum(0) - whole).norm() / whole.norm().clamp_min(1e-30)
+    return {
+        "path_norm": float(whole.norm()),
+        "sum_error": float(off),
+        "all_pairs": everything,
+        "all_squares": last if weights.selves else None,
+        "biases": (bias,) if weights.selves else (bias, last),
+    }
 
 
 class _Effects:

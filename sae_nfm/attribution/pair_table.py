@@ -17,6 +17,9 @@ The weights alone give each pair a strength:
     averaged    ||((v_i * v_j) W_1 E[D]) W_2||          each gate at the share of tokens on which it is open
     scaled      averaged, times E[f_i | i active] E[f_j | j active]
 
+With head "bilinear", (a_i * b_j + a_j * b_i) W_2 without gates, the first two are the same. Its squares f_i^2 are in the tables
+as pairs of a feature with itself, and left out where pairs are compared with co-occurrence.
+
 `open` and `averaged` depend on the scale of features: f_i -> c f_i, v_i -> v_i / c changes them and nothing else. `scaled` does
 not. None knows which gates are open where the two features fire, or how strong they are together.
 
@@ -147,7 +150,7 @@ class Corpus:
         with observed(self._model, self.sae, seen):
             run_rows(self._model, rows, self._real[first : first + len(rows)])
         row, position = counted.nonzero(as_tuple=True)
-        reads = reads_of(seen).of(counted.flatten())
+        reads = reads_of(self.sae, seen).of(counted.flatten())
         check_finite(reads.interaction, counted, "what the interaction path writes", first)
         directions = self._target[None] if isinstance(self._target, Tensor) else None
         if isinstance(self._target, Target):
@@ -317,7 +320,8 @@ def pair_rows(batch: TokenBatch, weights: PathWeights, only: NDArray[np.int64] |
 
     `only` are sorted keys of the pairs to look at; None for all.
     """
-    read, gates, pairs = batch.reads.read, batch.reads.gates, TokenPairs.of(batch.reads.read)
+    read, gates = batch.reads.read, batch.reads.gates
+    pairs = TokenPairs.of(read, selves=weights.selves)
     keys, chosen = pairs.first * len(weights.V) + pairs.second, pairs.fires
     if only is None:
         norm = norms(pairs, gates, weights)[chosen]
@@ -421,7 +425,7 @@ def pair_controls(
     nulls: list[Mapping[str, Floats]] = []
     for _ in tqdm(range(n_permutations), desc="Null", disable=not show_progress):
         order = torch.randperm(len(weights.V), generator=generator).to(weights.V.device)
-        other = replace(weights, V=weights.V[order])
+        other = weights.permuted(order)
         nulls.append(_measures(replace(reads, gates=gates_of(reads, other)), other, min_tokens)[0])
     return PairControls(
         tokens=len(reads.gates),
@@ -445,6 +449,8 @@ def pair_controls(
 
 def gates_of(reads: TokenReads, weights: PathWeights) -> Bool[Tensor, "tokens nfm_dim"]:
     """The gates that other weights would have on the same features."""
+    if weights.B is not None:
+        return torch.ones_like(reads.gates)
     return hidden_pre(bi_interaction(reads.read, weights.V), weights.W_1, weights.b_1) > 0
 
 
@@ -455,7 +461,8 @@ def _measures(
     n = len(reads.gates)
     tokens = torch.arange(n)
     sums = summed(TokenBatch(reads=reads, row=tokens, position=tokens).split(PAIRS_AT_ONCE), weights)
-    table: Any = sums.table[sums.table["tokens"] >= min_tokens].sort_index()
+    distinct = np.not_equal(*sums.features())  # how often a square fires is no co-occurrence
+    table: Any = sums.table[(sums.table["tokens"] >= min_tokens) & distinct].sort_index()
     if len(table) < 3:
         raise ValueError(
             f"{len(table)} pairs fire on at least {min_tokens} of {n} tokens; give more tokens, or a lower min_tokens"

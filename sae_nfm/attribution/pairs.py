@@ -5,9 +5,14 @@ On one token let D = diag(h > 0), * between vectors element-wise, and f the feat
     inter = b_2 + (b_1 * D) W_2 + sum_{i<j} o_ij,      o_ij = f_i f_j ((v_i * v_j) W_1 D) W_2
     lin   = b_lin + sum_i f_i W_lin_i
 
-up to float error. Removing a pair for real can flip gates: o_ij is exactly what goes with it while D stays as it is
+up to float error. With head "bilinear" there is no D, no W_1 and no b_1, and squares of single features are terms as pairs are:
+
+    inter = b_2 + sum_{i<j} o_ij + sum_i o_ii,         o_ij = f_i f_j (a_i * b_j + a_j * b_i) W_2,   o_ii = f_i^2 (a_i * b_i) W_2
+
+whatever the token. Removing a pair for real can flip gates: o_ij is exactly what goes with it while D stays as it is
 (`pair_effects` measures both). Pairs are [tokens, pairs], those of the features that a token reads; nothing here is
-d_sae^2. They stand in the order of their features, i < j, which also decides between equal ones.
+d_sae^2. They stand in the order of their features, i < j, which also decides between equal ones; a square is the pair of a
+feature with itself, i = j, where `selves` asks for them.
 
 Source: the pooling is He & Chua 2017 (arXiv 1708.05027), eq. 3, in arXiv 2507.00269; the decomposition is this package's own.
 """
@@ -25,7 +30,7 @@ from torch.nn import functional as F
 from sae_nfm.analysis import CELLS
 from sae_nfm.architectures import PathWeights, attributable
 from sae_nfm.common import ShortRepr
-from sae_nfm.kernels import SparseActs, wide
+from sae_nfm.kernels import SparseActs, open_gates, wide
 from sae_nfm.models import HookFunction, keeping, reconstruction
 
 READ, INTERACTION, LINEAR, HIDDEN = (
@@ -40,7 +45,7 @@ class TokenReads(ShortRepr):
     read: SparseActs
     """Features as the interaction path reads them, [tokens, n], in the order of their numbers; value 0: not active."""
     gates: Bool[Tensor, "tokens nfm_dim"]
-    """h > 0."""
+    """h > 0; with head "bilinear" all open."""
     interaction: Float[Tensor, "tokens d_in"]
     """What passed hook_nfm_interaction."""
     linear: Float[Tensor, "tokens d_in"] | None
@@ -77,11 +82,12 @@ def reading(sae: SAE[Any], seen: dict[str, Any]) -> dict[str, HookFunction]:
     return {name: keeping(seen, name) for name in names}
 
 
-def reads_of(seen: dict[str, Any]) -> TokenReads:
-    """What `reading` has seen, all tokens in one dimension."""
+def reads_of(sae: SAE[Any], seen: dict[str, Any]) -> TokenReads:
+    """What `reading` of an SAE has seen, all tokens in one dimension."""
     flat = {name: wide(seen[name].flatten(0, -2)) for name in (HIDDEN, INTERACTION, LINEAR) if name in seen}
     read, linear = _in_order(wide(seen[READ].flatten(0, -2))), flat.get(LINEAR)
-    return TokenReads(read=read, gates=flat[HIDDEN] > 0, interaction=flat[INTERACTION], linear=linear)
+    gates = open_gates(sae.cfg.head, flat[HIDDEN])
+    return TokenReads(read=read, gates=gates, interaction=flat[INTERACTION], linear=linear)
 
 
 @torch.no_grad()
@@ -89,7 +95,7 @@ def token_reads(sae: SAE[Any], x: Float[Tensor, "tokens d_in"]) -> TokenReads:
     """Run an SAE (see `attributable`) by itself on activations, heads flattened."""
     seen = dict[str, Any]()
     reconstruction(sae, x, reading(sae, seen))
-    return reads_of(seen)
+    return reads_of(sae, seen)
 
 
 def _in_order(read: Float[Tensor, "tokens d_sae"]) -> SparseActs:
@@ -111,9 +117,9 @@ class TokenPairs(ShortRepr):
     """f_i f_j; 0 where the pair does not fire."""
 
     @classmethod
-    def of(cls, read: SparseActs) -> "TokenPairs":
-        """All n (n - 1) / 2 of each token."""
-        a, b = _columns(read)
+    def of(cls, read: SparseActs, *, selves: bool = False) -> "TokenPairs":
+        """All n (n - 1) / 2 of each token; with `selves` (`PathWeights.selves`) the n squares too."""
+        a, b = _columns(read, selves=selves)
         first, second = read.indices[:, a], read.indices[:, b]
         return cls(first=first, second=second, product=read.values[:, a] * read.values[:, b])
 
@@ -132,17 +138,26 @@ class TokenPairs(ShortRepr):
         """Whether both features are active."""
         return self.product != 0
 
+    @property
+    def is_self(self) -> Bool[Tensor, "tokens pairs"]:
+        """Whether it is the square of one feature."""
+        return self.first == self.second
 
-def _columns(read: SparseActs) -> Int[Tensor, "2 pairs"]:
+
+def _columns(read: SparseActs, *, selves: bool) -> Int[Tensor, "2 pairs"]:
     """Of both features of each pair."""
-    return torch.triu_indices(read.indices.shape[-1], read.indices.shape[-1], 1, device=read.indices.device)
+    n = read.indices.shape[-1]
+    return torch.triu_indices(n, n, 0 if selves else 1, device=read.indices.device)
 
 
 def written(
     pairs: TokenPairs, gates: Bool[Tensor, "tokens nfm_dim"], weights: PathWeights
 ) -> Float[Tensor, "tokens pairs d_in"]:
     """o_ij of every pair: a vector for each, so for a few tokens or pairs; `norms` and `along` make numbers of many."""
-    pooled = pairs.product[..., None] * weights.V[pairs.first] * weights.V[pairs.second]
+    if weights.B is None:
+        pooled = pairs.product[..., None] * weights.V[pairs.first] * weights.V[pairs.second]
+    else:
+        pooled = pairs.product[..., None] * weights.products(pairs.first, pairs.second)
     return ((pooled @ weights.W_1) * gates[:, None]) @ weights.W_2
 
 
@@ -159,7 +174,7 @@ def norms(
     size = max(1, CELLS // (max(1, n_pairs) * (m + rank) + m * rank))
     parts = (pairs.first, pairs.second, pairs.product, gates.to(reduced.dtype)[:, None])
     for first, second, product, gate in zip(*(part.split(size) for part in parts), strict=True):
-        pooled = weights.V[first] * weights.V[second]
+        pooled = weights.products(first, second)
         if n_pairs > rank:  # one matrix a token, from pooled to output, costs less
             output = pooled @ ((weights.W_1 * gate) @ reduced)
         else:
@@ -175,13 +190,22 @@ def along(
     weights: PathWeights,
     directions: Float[Tensor, "#tokens d_in"],
 ) -> Float[Tensor, "tokens pairs"]:
-    """<o_ij, u_t> for all pairs of `TokenPairs.of(read)`, at the cost of [tokens, n, nfm_dim]; u: for all tokens or for each."""
+    """<o_ij, u_t> for all pairs of `TokenPairs.of(read, selves=weights.selves)`, at the cost of [tokens, n, nfm_dim].
+
+    u: for all tokens or for each.
+    """
     pooled_direction = ((directions @ weights.W_2.T) * gates) @ weights.W_1.T
-    n, found, (a, b) = read.indices.shape[-1], list[Tensor](), _columns(read)
+    n, found, (a, b) = read.indices.shape[-1], list[Tensor](), _columns(read, selves=weights.selves)
     size = max(1, CELLS // max(1, n * max(n, weights.V.shape[1])))
     for indices, values, direction in zip(*(part.split(size) for part in (*read, pooled_direction)), strict=True):
         rows = values[..., None] * weights.V[indices]
-        found.append(((rows * direction[:, None]) @ rows.mT)[:, a, b])
+        if weights.B is None:
+            products = (rows * direction[:, None]) @ rows.mT
+        else:
+            half = (rows * direction[:, None]) @ (values[..., None] * weights.B[indices]).mT
+            products = half + half.mT
+            products.diagonal(dim1=-2, dim2=-1).mul_(0.5)
+        found.append(products[:, a, b])
     return torch.cat(found)
 
 

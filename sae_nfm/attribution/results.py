@@ -179,10 +179,12 @@ class CorpusAttribution:
         scope, most = "every pair that fired is counted", f"{self.slack_share:.1e}"
         if not self.complete:
             scope = f"statistics of the pairs in the table are exact; a pair that was dropped has at most {most} of the energy"
+        squares = any(edge.first == edge.second for edge in self.graph.edges)
+        what = "pairs and squares (i x i)" if squares else "pairs"
         lines = [
-            f"{self.pairs:,} pairs over {self.tokens:,} tokens, {self.firings / self.tokens:.1f} firing a token; {scope}",
+            f"{self.pairs:,} {what} over {self.tokens:,} tokens, {self.firings / self.tokens:.1f} firing a token; {scope}",
             "",
-            f"Strongest pairs by energy{f'; effect: direct, on {self.target}' if self.target else ''}",
+            f"Strongest {what} by energy{f'; effect: direct, on {self.target}' if self.target else ''}",
             self._table(),
             "",
             "Where they write most (||o_ij||; the token in [[ ]])",
@@ -285,27 +287,29 @@ class TokenAttribution:
     path_norm: float
     """Norm of what the interaction path writes, biases included."""
     gates_open: float
-    """Share of gates that are open."""
+    """Share of gates that are open; 1 with head "bilinear", which has none."""
     pairs_firing: int
     """Pairs of which both features are read."""
     sum_error: float
     """Distance of the sum of all terms from what passed hook_nfm_interaction, relative to its norm."""
     all_pairs: Written
+    all_squares: Written | None = None
+    """Of single features, with head "bilinear"; None with head "fm", which has none."""
     biases: tuple[Written, ...]
-    """b_2 and (b_1 * D) W_2."""
+    """b_2, and with head "fm" (b_1 * D) W_2."""
     pairs: tuple[PairEffect, ...]
+    """With head "bilinear" squares too, as pairs of a feature with itself."""
     features: tuple[Written, ...]
     """The strongest single features of the linear path, by the same; empty where that path is off."""
 
     def words(self) -> str:
         """For the terminal."""
-        terms = [self.all_pairs, *self.biases]
         lines = [
             f"token {self.position} {self.token!r}: effects on {self.target} (now {self.value:+.3f}), read at this token",
             f"  interaction path: norm {self.path_norm:.3g}, {self.gates_open:.0%} of gates open, {self.pairs_firing} pairs "
             f"fire; sum of the terms off by {self.sum_error:.0e}",
-            _table([_row(one) for one in terms]),
-            f"  strongest {len(self.pairs)} pairs",
+            _table([_row(one) for one in self.terms()]),
+            f"  strongest {len(self.pairs)} pairs{'' if self.all_squares is None else ' and squares (i x i)'}",
             _table([_pair_row(pair) for pair in self.pairs]),
         ]
         if self.features:
@@ -313,9 +317,13 @@ class TokenAttribution:
             lines += [f"  linear path, strongest {len(rows)} features", _table(rows)]
         return "\n".join(lines)
 
+    def terms(self) -> list[Written]:
+        """What makes up the interaction path's output."""
+        return [self.all_pairs, *([] if self.all_squares is None else [self.all_squares]), *self.biases]
+
     def rows(self) -> list[dict[str, Any]]:
         """Every line of these tables as numbers; of a term that is no pair the measured effects are None."""
-        terms = [("path", one) for one in (self.all_pairs, *self.biases)]
+        terms = [("path", one) for one in self.terms()]
         terms += [("pair", pair.written) for pair in self.pairs] + [("feature", one) for one in self.features]
         measured = {id(pair.written): pair for pair in self.pairs}
         return [

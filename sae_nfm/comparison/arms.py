@@ -6,14 +6,17 @@
     joint_nfm without linear       interaction path alone beside the direct one
     joint_nfm without nonlinear    linear path alone: the linear adapter. x_hat = f W_dec + f W_lin + b is a TopK SAE's function
                                    with a second, full-rank linear map of f, that is a decoder that moves about twice as fast
-    joint_nfm mlp                  the head on f V without the product: is it interaction, or capacity?
+    joint_nfm mlp                  the head on f V without the product: is it interaction, or capacity? As many parameters
+    joint_nfm bilinear             a second projection, and no gate (`kernels.heads`)
+    joint_nfm bilinear matched     the same with fewer interaction dimensions: as many parameters as joint_nfm, which joint_nfm
+                                   without nonlinear matched has with more features
     topk                           TopK SAE of the same width
     topk doubled decoder rate      the same, each step of W_dec doubled: what the second decoder does to the learning rate
     topk matched                   as many parameters as joint_nfm
     topk matched folded            as many as joint_nfm has once its linear decoder is added to W_dec
     topk matched flops             as many FLOPs a training token as joint_nfm, see `training_flops`
     topk matched inference         as many FLOPs at inference as staged_topk with its refinements, see `inference_flops`
-    staged_topk                    topk, its features chosen in stages; joint_nfm staged and joint_nfm square staged likewise
+    staged_topk                    topk, its features chosen in stages; joint_nfm staged, joint_nfm square staged, ... likewise
     staged_topk matched            as many parameters as joint_nfm
     batchtopk, matryoshka          SAELens's, k active features on average
     matching_pursuit               SAELens's, one decoder both ways and k iterations. One that chooses a feature again adds to it,
@@ -47,7 +50,8 @@ from sae_nfm.architectures import JointNFMTrainingSAEConfig, StagedTopKTrainingS
 from sae_nfm.architectures.staged_step import sums_by_feature
 from sae_nfm.comparison.config import refuse_unknown_arms
 from sae_nfm.comparison.results import ArmName
-from sae_nfm.kernels import inference
+from sae_nfm.kernels import BILINEAR, PAIRED, inference
+from sae_nfm.kernels.heads import NONE
 from sae_nfm.kernels.ranking import Gram
 from sae_nfm.training import TrainingArm
 
@@ -152,8 +156,8 @@ def training_flops(cfg: TrainingSAEConfig, l0: float | None = None, n_tokens: in
         direct path         6 a d                                output, gradient of f, gradient of W_dec
         linear path         6 n d if n < a, else 0               reading the same f it shares W_dec's three products
         square path         6 a d
-        pooling             12 n m ("fm"), 6 n m (other heads)   f V, and for "fm" f^2 V^2
-        head                6 m^2 + 6 m d
+        pooling             12 n m, 6 n m ("mlp")                f V, and for "fm" f^2 V^2; f A and f B for "bilinear"
+        head                6 m^2 + 6 m d, 6 m d ("bilinear")
         gated SAEs          6 a d + 2 a d                        the gate's own reconstruction
 
     Assumptions: decoding and all gradients touch active features alone, which SAELens's dense TopK does not do (it takes
@@ -214,7 +218,7 @@ def _decoding(cfg: TrainingSAEConfig, active: float) -> float:
         n, m = active if cfg.nfm_top_k is None else min(active, cfg.nfm_top_k), cfg.nfm_dim
         flops += 2 * n * d * (cfg.use_linear_path and n < active) + 2 * active * d * cfg.use_square_path
         if cfg.head != "none":
-            flops += (4 if cfg.head == "fm" else 2) * n * m + 2 * m * m + 2 * m * d
+            flops += (4 if cfg.head in PAIRED else 2) * n * m + 2 * m * m * (cfg.head != BILINEAR) + 2 * m * d
     return flops
 
 
@@ -281,6 +285,23 @@ def _joint(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
 def _square(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
     scale = (sizes.d_in / sizes.k) ** 0.5
     return _joint(sizes, use_linear_path=False, use_square_path=True, square_scale=scale, **changes)
+
+
+def _bilinear(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
+    return _joint(sizes, head=BILINEAR, **changes)
+
+
+def _bilinear_matched(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
+    """With as many interaction dimensions as joint_nfm's parameters suffice for, rounded: short of d_sae + d_in / 2 at most."""
+    without, one = (parameter_count(_bilinear(sizes, nfm_dim=m)) for m in (1, 2))
+    m = 1 + round((parameter_count(_joint(sizes)) - without) / (one - without))
+    return _bilinear(sizes, nfm_dim=max(1, m), **changes)
+
+
+def _linear_matched(sizes: ArmSizes, **changes: Any) -> JointNFMTrainingSAEConfig:
+    """Without the interaction path, and as many features as joint_nfm's parameters suffice for: 3 d S + S + 2 d."""
+    d_sae = round((parameter_count(_joint(sizes)) - 2 * sizes.d_in) / (3 * sizes.d_in + 1))
+    return _joint(sizes, head=NONE, d_sae=d_sae, **changes)
 
 
 def _topk(sizes: ArmSizes, d_sae: int | None = None) -> TopKTrainingSAEConfig:
@@ -351,10 +372,18 @@ WITH_K: dict[str, Callable[[ArmSizes], TrainingSAEConfig]] = {
     ArmName.HALF: lambda sizes: _joint(sizes, nfm_top_k=max(1, sizes.k // 2)),
     ArmName.SQUARE: _square,
     ArmName.WITHOUT_LINEAR: lambda sizes: _joint(sizes, use_linear_path=False),
-    ArmName.WITHOUT_NONLINEAR: lambda sizes: _joint(sizes, head="none"),
+    ArmName.WITHOUT_NONLINEAR: lambda sizes: _joint(sizes, head=NONE),
+    ArmName.WITHOUT_NONLINEAR_MATCHED: _linear_matched,
     ArmName.MLP: lambda sizes: _joint(sizes, head="mlp"),
+    ArmName.BILINEAR: _bilinear,
+    ArmName.BILINEAR_MATCHED: _bilinear_matched,
     ArmName.JOINT_STAGED: lambda sizes: _joint(sizes, **_stages(sizes)),
     ArmName.SQUARE_STAGED: lambda sizes: _square(sizes, **_stages(sizes)),
+    ArmName.WITHOUT_NONLINEAR_STAGED: lambda sizes: _joint(sizes, head=NONE, **_stages(sizes)),
+    ArmName.WITHOUT_NONLINEAR_STAGED_MATCHED: lambda sizes: _linear_matched(sizes, **_stages(sizes)),
+    ArmName.MLP_STAGED: lambda sizes: _joint(sizes, head="mlp", **_stages(sizes)),
+    ArmName.BILINEAR_STAGED: lambda sizes: _bilinear(sizes, **_stages(sizes)),
+    ArmName.BILINEAR_STAGED_MATCHED: lambda sizes: _bilinear_matched(sizes, **_stages(sizes)),
     ArmName.TOPK: _topk,
     ArmName.DOUBLED: _topk,
     ArmName.MATCHED: lambda sizes: _topk(sizes, _as_joint(sizes)),

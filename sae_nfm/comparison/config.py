@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from sae_nfm.common import check_choice, check_number, check_numbers, check_positive
 from sae_nfm.common.options import DEFAULT_HOOK, DEFAULT_HOOKS, ModelOptions, TextOptions
@@ -41,7 +41,7 @@ class SizeOptions(TextOptions, ModelOptions):
             object.__setattr__(self, "hook", DEFAULT_HOOKS.get(self.model, DEFAULT_HOOK))
         for name in ("d_sae", "nfm_dim", "training_tokens", "held_out_tokens", "batch_size"):
             check_number(name, getattr(self, name))
-        if self.context_size < 2:
+        if getattr(self, "context_size", None) is not None and self.context_size < 2:
             raise ValueError(f"context_size must be at least 2, got {self.context_size}: position 0 is left out")
         require_a_batch(self, "training_tokens")
 
@@ -54,9 +54,14 @@ class SizeOptions(TextOptions, ModelOptions):
 class CompareConfig(SizeOptions):
     """What to compare, on what, and where the results go."""
 
+    model: str = cast(str, None)
+    """TransformerLens model name, local Hugging Face folder or smollm2 (`sae-nfm models fetch smollm2`); by default the embedded
+    model, or that of --activations."""
+    context_size: int = cast(int, None)
+    """Tokens per row, BOS included; at most the model's context. By default 256, or as many as the rows of --activations have."""
     activations: str | None = None
     """Folder of `sae-nfm cache` to train on: its activations in place of the model's, its rows in place of --dataset. Model,
-    hook point, row length and held-out text are those of the cache unless given."""
+    hook point and row length are those of the cache, others are refused; so is held-out text unless given."""
     arms: tuple[str, ...] = DEFAULT_ARMS
     """Which arms, in quotes where a name has spaces; "all" takes every one there is (`sae_nfm.comparison.arms`)."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -98,7 +103,11 @@ class CompareConfig(SizeOptions):
     """Folder for SAEs, tables and results."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work."""
+        """Refuse what cannot work; model and row length are the defaults unless given, or left to the cache."""
+        if self.activations is None:
+            for name in ("model", "context_size"):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, SizeOptions.__dataclass_fields__[name].default)
         super().__post_init__()
         if self.sweeps:
             check_positive(self, "sweep_tokens", "sweep_held_out_tokens")

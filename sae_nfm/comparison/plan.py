@@ -4,6 +4,7 @@ A forward pass of the language model and one training step of every arm are time
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,6 +50,8 @@ class Step:
     tokens: int
     """Activations that each is trained on."""
     held_out_tokens: int
+    done: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Of these, by arm, where an interruption left a checkpoint; arms of one number go on together."""
     refined: bool = False
     """Whether each is evaluated once more, with refinements."""
 
@@ -56,8 +59,9 @@ class Step:
         """Expected."""
         if not self.arms:
             return 0.0
-        steps = max(1, self.tokens // batch_size)
-        training = self.tokens * costs.read_seconds + steps * sum(costs.step_seconds[name] for name in self.arms)
+        left = {name: max(0, self.tokens - self.done.get(name, 0)) for name in self.arms}
+        training = sum(set(left.values())) * costs.read_seconds
+        training += sum(max(1, tokens // batch_size) * costs.step_seconds[name] for name, tokens in left.items())
         passes = len(self.arms) * (1 + self.refined) + BESIDE_THE_ARMS
         refining = sum(costs.refine_seconds[name] for name in self.arms) if self.refined else 0.0
         return training + self.held_out_tokens * (costs.forward_seconds * passes + refining)
@@ -137,7 +141,9 @@ def words(steps: Sequence[Step], costs: Costs, batch_size: int) -> str:
     for step in steps:
         seconds = step.seconds(costs, batch_size)
         expected = duration(seconds) if step.arms else "finished"
-        lines.append(f"{step.what:{width}}  {len(step.arms):13}  {step.tokens:11,}  {expected:>8}")
+        begun = Counter(step.done[name] for name in step.arms if name in step.done)
+        told = "".join(f"; {n} from {tokens:,} on" for tokens, n in sorted(begun.items()))
+        lines.append(f"{step.what:{width}}  {len(step.arms):13}  {step.tokens:11,}  {expected:>8}{told}")
     total = sum(step.seconds(costs, batch_size) for step in steps)
     lines.append(
         f"About {duration(total)} on this machine if it does nothing else. The SAEs of a line train side by side on one "

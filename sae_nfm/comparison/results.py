@@ -31,9 +31,17 @@ class ArmName(StrEnum):
     SQUARE = "joint_nfm square"
     WITHOUT_LINEAR = "joint_nfm without linear"
     WITHOUT_NONLINEAR = "joint_nfm without nonlinear"
+    WITHOUT_NONLINEAR_MATCHED = "joint_nfm without nonlinear matched"
     MLP = "joint_nfm mlp"
+    BILINEAR = "joint_nfm bilinear"
+    BILINEAR_MATCHED = "joint_nfm bilinear matched"
     JOINT_STAGED = "joint_nfm staged"
     SQUARE_STAGED = "joint_nfm square staged"
+    WITHOUT_NONLINEAR_STAGED = "joint_nfm without nonlinear staged"
+    WITHOUT_NONLINEAR_STAGED_MATCHED = "joint_nfm without nonlinear staged matched"
+    MLP_STAGED = "joint_nfm mlp staged"
+    BILINEAR_STAGED = "joint_nfm bilinear staged"
+    BILINEAR_STAGED_MATCHED = "joint_nfm bilinear staged matched"
     TOPK = "topk"
     DOUBLED = "topk doubled decoder rate"
     MATCHED = "topk matched"
@@ -62,8 +70,9 @@ class ArmGroup(StrEnum):
 A = ArmName
 _ARMS_OF = {
     ArmGroup.JOINT: (
-        *(A.JOINT, A.HALF, A.SQUARE, A.WITHOUT_LINEAR, A.WITHOUT_NONLINEAR, A.MLP),
-        *(A.JOINT_STAGED, A.SQUARE_STAGED),
+        *(A.JOINT, A.HALF, A.SQUARE, A.WITHOUT_LINEAR, A.WITHOUT_NONLINEAR, A.WITHOUT_NONLINEAR_MATCHED, A.MLP),
+        *(A.BILINEAR, A.BILINEAR_MATCHED, A.JOINT_STAGED, A.SQUARE_STAGED, A.WITHOUT_NONLINEAR_STAGED),
+        *(A.WITHOUT_NONLINEAR_STAGED_MATCHED, A.MLP_STAGED, A.BILINEAR_STAGED, A.BILINEAR_STAGED_MATCHED),
     ),
     ArmGroup.TOPK: (
         *(A.TOPK, A.DOUBLED, A.MATCHED, A.MATCHED_FOLDED, A.MATCHED_FLOPS, A.MATCHED_INFERENCE),
@@ -74,7 +83,7 @@ _ARMS_OF = {
         *(A.MATCHING_PURSUIT, A.MATCHING_PURSUIT_MATCHED),
     ),
 }
-STAGED = frozenset(map(str, (A.STAGED, A.STAGED_MATCHED, A.JOINT_STAGED, A.SQUARE_STAGED)))
+STAGED = frozenset(str(arm) for arm in ArmName if "staged" in arm)
 """Arms whose features are chosen in stages."""
 ARM_GROUPS = {str(arm): group for group, arms in _ARMS_OF.items() for arm in arms}
 """The group of each arm."""
@@ -277,6 +286,25 @@ def _inference() -> list[Claim]:
     return found
 
 
+def _staged_heads() -> list[Claim]:
+    """Heads of as many parameters, with the same inference."""
+    product, two = "products of features, or the capacity of the head", "two projections multiplied, likewise"
+    pairs = ((A.JOINT_STAGED, A.MLP_STAGED, product), (A.BILINEAR_STAGED_MATCHED, A.MLP_STAGED, two))
+    found = [_fair(arm, against, f"{question}, in stages") for arm, against, question in pairs]
+    return [
+        *found,
+        *(
+            replace(
+                one,
+                arm=refined_name(one.arm),
+                against=refined_name(one.against),
+                question=f"{one.question}, refined",
+            )
+            for one in found
+        ),
+    ]
+
+
 def _on_top() -> list[Claim]:
     """What paths gain where both sides have the same inference."""
     same_width, same_parameters = "at the same width", "at the same number of parameters"
@@ -289,6 +317,16 @@ def _on_top() -> list[Claim]:
         for topk, question in ((A.TOPK, same_width), (A.MATCHED, same_parameters)):
             pair = {"arm": refined_name(joint), "against": refined_name(topk)}
             found.append(Claim(kind=ClaimKind.PATHS, question=f"{question}, refined, in one stage", **pair))
+    for arm, against, question in (
+        (A.BILINEAR_STAGED, A.STAGED, same_width),
+        (A.BILINEAR_STAGED_MATCHED, A.STAGED_MATCHED, same_parameters),
+        (A.WITHOUT_NONLINEAR_STAGED, A.STAGED, same_width),
+        (A.WITHOUT_NONLINEAR_STAGED_MATCHED, A.STAGED_MATCHED, same_parameters),
+        (A.MLP_STAGED, A.STAGED_MATCHED, same_parameters),
+    ):
+        found.append(Claim(kind=ClaimKind.PATHS, question=question, arm=str(arm), against=str(against)))
+        pair = {"arm": refined_name(arm), "against": refined_name(against)}
+        found.append(Claim(kind=ClaimKind.PATHS, question=f"{question}, refined", **pair))
     return found
 
 
@@ -299,16 +337,23 @@ CLAIMS: tuple[Claim, ...] = (
     _fair(A.JOINT, A.MATCHED_FLOPS, "whether they are the better use of training FLOPs"),
     _fair(A.JOINT, A.MLP, "products of features, or the capacity of the head"),
     _fair(A.JOINT, A.WITHOUT_NONLINEAR, "what the interaction path adds"),
+    _fair(A.JOINT, A.WITHOUT_NONLINEAR_MATCHED, "the same, at the same number of parameters"),
     _fair(A.JOINT, A.WITHOUT_LINEAR, "what the linear path adds"),
     _fair(A.JOINT, A.HALF, "reading all features, or the strongest half"),
     _fair(A.WITHOUT_NONLINEAR, A.TOPK, "what a second decoder does"),
     _fair(A.WITHOUT_NONLINEAR, A.DOUBLED, "whether that is more than its learning rate"),
     _fair(A.SQUARE, A.JOINT, "the square path in place of the linear one"),
     *(_fair(A.SQUARE, topk, "the square path, likewise") for topk in (A.TOPK, A.MATCHED)),
+    _fair(A.BILINEAR, A.TOPK, "a bilinear layer at the same width"),
+    _fair(A.BILINEAR_MATCHED, A.MATCHED, "a bilinear layer at the same number of parameters"),
+    _fair(A.BILINEAR_MATCHED, A.MLP, "two projections multiplied, or the capacity of the head"),
+    _fair(A.BILINEAR_MATCHED, A.JOINT, "a second projection in place of gates"),
+    _fair(A.WITHOUT_NONLINEAR_MATCHED, A.MATCHED, "a second decoder at the same number of parameters"),
     *(
         _fair(A.JOINT, other, "against another architecture")
         for other in (A.BATCHTOPK, A.MATRYOSHKA, A.STANDARD, A.GATED, A.JUMPRELU)
     ),
+    *_staged_heads(),
     *_inference(),
     *_on_top(),
     *(_ablation(arm, part) for arm in ABLATED for part in (Paths.DIRECT, Paths.CANONICAL)),

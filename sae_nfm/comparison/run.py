@@ -33,7 +33,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ from sae_nfm.data import (
     check_data,
     datasets,
     held_out_rows,
+    rows_and_others,
     told_of_text,
 )
 from sae_nfm.evaluation import Arm, evaluate
@@ -88,6 +89,7 @@ from sae_nfm.training import (
     record_line,
     refuse_several_processes,
     train_arms,
+    trained_tokens,
 )
 
 ADDED_LATER = ("arms", "k", "seeds", "standard_l1", "gated_l1", "jumprelu_l0", "refinement_steps", "n_checkpoints")
@@ -135,10 +137,11 @@ class Prepared:
         else:
             cache.check(model, [site.hook_name], context_size)
             train, validation = cached_splits(cache, cfg.held_out)
-        held_out = swept = held_out_rows(model, validation, context_size, cfg.held_out_tokens)
+        read = (model, validation, context_size, cfg.held_out_tokens)
         if cfg.sweeps:
-            skipped = held_out.tokens.numel()
-            swept = held_out_rows(model, validation, context_size, cfg.sweep_held_out_tokens, skipped)
+            held_out, swept = rows_and_others(*read, cfg.sweep_held_out_tokens)
+        else:
+            held_out = swept = held_out_rows(*read)
         identity = None if cache is None else cache.identity
         made: dict[str, Any] = {"model": model, "site": site, "train": train, "cache": identity}
         return cls(cfg=replace(cfg, hook=site.hook_name), held_out=held_out, sweep_held_out=swept, **made)
@@ -225,9 +228,8 @@ def of_cache(cfg: CompareConfig, own: CacheIdentity) -> CompareConfig:
     """The configuration with model, hook point, row length and text of a cache; a ValueError, with both values, for others."""
     dataset = None if own.dataset == own.model else own.dataset
     found = {"model": own.model, "dataset": dataset, "context_size": own.context_size}
-    unless_given = {field.name: field.default for field in fields(CompareConfig)}
     for name, value in found.items():
-        if (given := getattr(cfg, name)) not in (value, unless_given[name]):
+        if (given := getattr(cfg, name)) not in (value, None):
             raise ValueError(
                 f"{name} is {given!r}, and {value!r} in the cache {cfg.activations!r}; leave it out, or cache that"
             )
@@ -360,13 +362,17 @@ def _say_plan(prepared: Prepared, all_arms: Mapping[int, Mapping[str, TrainingAr
         folder = output / f"k{k}"
         swept = read_sweep(folder / "sweep.json") if (folder / "sweep.json").is_file() else []
         sizes: dict[str, Any] = {"tokens": cfg.sweep_tokens, "held_out_tokens": cfg.sweep_held_out_tokens}
-        todo = [(f"rate {one.name}", one.left(swept), sizes) for one in _rounds(cfg, arms)]
+        todo = [
+            (f"rate {one.name}", one.left(swept), sizes | {"done": trained_tokens(folder / f"sweep {one.name}")})
+            for one in _rounds(cfg, arms)
+        ]
         sizes = {"tokens": cfg.training_tokens, "held_out_tokens": evaluated_on, "refined": cfg.refinement_steps > 0}
         for seed in cfg.seeds:
             own = {name: arm for name, arm in arms.items() if not (folder / f"seed-{seed}" / name).exists()}
-            todo.append((f"seed {seed}", own, sizes))
+            todo.append((f"seed {seed}", own, sizes | {"done": trained_tokens(folder / f"seed-{seed}")}))
         for what, own, sizes in todo:
             own = {f"{name} {k}": arm for name, arm in own.items()}
+            sizes["done"] = {f"{name} {k}": tokens for name, tokens in sizes["done"].items()}
             steps.append(Step(what=f"k {k}, {what}", arms=tuple(own), **sizes))
             left |= own
     if left:

@@ -23,6 +23,7 @@ from .datasets import vocabulary_size as vocabulary_size
 from .documents import TokenRows as TokenRows
 from .documents import held_out_corpus as held_out_corpus
 from .documents import held_out_rows as held_out_rows
+from .documents import rows_and_others as rows_and_others
 from .samples import write_array as write_array
 from .samples import write_samples as write_samples
 from .synthetic import EASIER as EASIER

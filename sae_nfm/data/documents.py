@@ -14,7 +14,7 @@ from sae_lens import SAE, ActivationsStore
 from torch import Tensor
 from typing_extensions import override
 
-from sae_nfm.common import ShortRepr
+from sae_nfm.common import ShortRepr, remark
 from sae_nfm.data.datasets import check_data, first_rows, open_dataset, own_text
 from sae_nfm.models import LanguageModel, check_context, device_of, special_token_ids
 
@@ -43,6 +43,15 @@ class TokenRows(ShortRepr):
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.tokens)
+
+    def __getitem__(self, rows: slice) -> "TokenRows":
+        """Some of the rows."""
+        mask = self.attention_mask
+        return TokenRows(
+            tokens=self.tokens[rows],
+            documents=self.documents[rows],
+            attention_mask=None if mask is None else mask[rows],
+        )
 
     def check_documents(self, fewest: int = 2) -> None:
         """Raise a ValueError where the tokens are from fewer documents than intervals over documents need."""
@@ -84,6 +93,31 @@ def held_out_rows(
     cut = torch.stack(documents)
     numbers = torch.where(cut >= 0, NO_DOCUMENT, _other(cut))
     return TokenRows(tokens=torch.stack(tokens).to(device_of(model)), documents=numbers)
+
+
+def rows_and_others(
+    model: LanguageModel, dataset: Any, context_size: int, n_tokens: int, n_other: int
+) -> tuple[TokenRows, TokenRows]:
+    """`held_out_rows` to measure on, and the rows after them, of at most n_other tokens, for what is fitted or chosen first.
+
+    A text that is too short for both is divided: its last quarter at most are the others. stderr says so.
+
+    Raises a ValueError as `held_out_rows`, or for text of a single row.
+    """
+    first, others = (max(1, n // context_size) for n in (n_tokens, n_other))
+    both = held_out_rows(model, dataset, context_size, (first + others) * context_size)
+    if len(both) == 1:
+        raise ValueError(
+            f"the held-out text fills one row of {context_size} tokens, and one is needed to measure on and another for what is "
+            "fitted or chosen first; give more"
+        )
+    cut = min(first, len(both) - min(others, max(1, len(both) // 4)))
+    if len(both) < first + others:
+        remark(
+            f"the held-out text fills {len(both)} of {first + others} rows of {context_size} tokens: {cut} to measure on, "
+            f"{len(both) - cut} for what is fitted or chosen first"
+        )
+    return both[:cut], both[cut:]
 
 
 class _DocumentStore(ActivationsStore):

@@ -141,7 +141,8 @@ def shown_pairs(
 def _chosen(first: Ints, second: Ints, pairs: int, partners: int) -> Ints:
     """Places of the first pairs and of the first few of each feature, in their order."""
     place = np.tile(np.arange(len(first)), 2)
-    by_feature: Any = pd.DataFrame({"feature": np.concatenate([first, second]), "place": place})
+    ends: Any = pd.DataFrame({"feature": np.concatenate([first, second]), "place": place})
+    by_feature = ends.drop_duplicates()  # the square of a feature has one
     strongest = by_feature.sort_values("place", kind="stable").groupby("feature").head(partners)
     return np.union1d(np.arange(min(pairs, len(first))), strongest["place"].to_numpy()).astype(np.int64)
 
@@ -151,7 +152,10 @@ def mean_written(sums: PairSums, weights: PathWeights, table: Any) -> Float[Tens
     """mean(f_i f_j) ((v_i * v_j) W_1 mean(D)) W_2: what pairs write on average where they fire, but for the gates' variation."""
     first, second = (torch.from_numpy(features).to(weights.V.device) for features in sums.features(table))
     product = torch.tensor((table["product"] / table["tokens"]).to_numpy()).to(weights.V)
-    pooled = product[:, None] * weights.V[first] * weights.V[second]
+    if weights.B is None:
+        pooled = product[:, None] * weights.V[first] * weights.V[second]
+    else:
+        pooled = product[:, None] * weights.products(first, second)
     return ((pooled @ weights.W_1) * sums.gates.to(weights.V)) @ weights.W_2
 
 

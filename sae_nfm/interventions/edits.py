@@ -51,7 +51,7 @@ from typing_extensions import override
 
 from sae_nfm.architectures import SECONDARY_HOOKS, NFMPaths, secondary_of
 from sae_nfm.common import ShortRepr, check_choice
-from sae_nfm.kernels import POOLS, reference
+from sae_nfm.kernels import BILINEAR, PAIRED, POOLS, reference
 from sae_nfm.loading import digest
 from sae_nfm.models import Attached, HookFunction, LanguageModel, SpecialTokens, TokensRead, places_of, tokens_read
 
@@ -390,6 +390,8 @@ class Edit(SAEEdit):
 class PairEdit(SAEEdit):
     """A change of c = f_i f_j, the coefficient of v_i*v_j in the pooled vector; nothing else about the two features changes.
 
+    With head "bilinear" the coefficient of a_i*b_j + a_j*b_i; and, of a feature with itself, of f_i^2 that of a_i*b_i.
+
         scale    z + (m - 1) c v_i*v_j        clamp    z + (m - c) v_i*v_j        add    z + m v_i*v_j
 
         PairEdit(pair=(3, 17), mode="scale", value=0.0)      # the pair taken out
@@ -403,9 +405,9 @@ class PairEdit(SAEEdit):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "pair", _as_tuple(self.pair))
-        if len(self.pair) != 2 or self.pair[0] == self.pair[1]:
-            raise ValueError(f"pair is {self.pair!r}; give two different features, such as (3, 17)")
-        check_index(self.pair, 0.0)
+        if len(self.pair) != 2:
+            raise ValueError(f"pair is {self.pair!r}; give two features, such as (3, 17)")
+        check_index(self.pair if self.pair[0] != self.pair[1] else self.pair[:1], 0.0)
         if torch.as_tensor(self.value).ndim:
             raise ValueError(f"value is a tensor {tuple(torch.as_tensor(self.value).shape)}; give a number for a pair")
 
@@ -417,15 +419,27 @@ class PairEdit(SAEEdit):
     @override
     def check(self, sae: SAE[Any]) -> None:
         check_hook_point(read_by_paths(sae), self.hook_point)
-        if sae.cfg.head != "fm":
-            raise ValueError(f"the SAE's head is {sae.cfg.head!r}, which pools features, not pairs; give head 'fm'")
+        if sae.cfg.head not in PAIRED:
+            raise ValueError(
+                f"the SAE's head is {sae.cfg.head!r}, which pools features, not pairs; give head 'fm' or 'bilinear'"
+            )
+        if sae.cfg.head != BILINEAR and self.pair[0] == self.pair[1]:
+            raise ValueError(
+                f"pair is {self.pair!r}, and the SAE's head {sae.cfg.head!r} has no squares of single features; give two "
+                "different features, such as (3, 17)"
+            )
         check_width(FEATURES, sae.cfg.d_sae, self.pair, self.value)
 
     @override
     def edited(self, sae: SAE[Any], value: Tensor, reads: PathReads, chosen: Tensor) -> Tensor:
         (i, j), V, read = self.pair, read_by_paths(sae).V, reads["interaction"]
         coefficient = (read[..., i] * read[..., j])[..., None]
-        change = (self._applied(coefficient) - coefficient) * (V[i] * V[j])
+        if sae.cfg.head == BILINEAR:
+            A, B = V.chunk(2, dim=-1)
+            unit = A[i] * B[j] + A[j] * B[i] if i != j else A[i] * B[i]
+        else:
+            unit = V[i] * V[j]
+        change = (self._applied(coefficient) - coefficient) * unit
         return torch.where(chosen[..., None], value + change.to(value.dtype), value)
 
     @property

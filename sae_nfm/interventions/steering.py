@@ -1,6 +1,6 @@
 """Steering with what a pair of features writes, against steering with the two features themselves.
 
-    pair      ((v_i * v_j) W_1 D) W_2     what the interaction path writes for the pair, gates D
+    pair      ((v_i * v_j) W_1 D) W_2     what the interaction path writes for the pair, gates D ("bilinear": all open)
     sum       d_i + d_j
     first     d_i                         d_i: what feature i writes for each unit of its activation, direct and linear path
     second    d_j                         together (W_dec_i + W_lin_i, which the gauge does not change)
@@ -26,6 +26,7 @@ from sae_nfm.architectures import PathWeights
 from sae_nfm.interventions.edits import READ_AT, PairEdit
 from sae_nfm.interventions.intervene import Substitution, TokenContext, counted_tokens, splice
 from sae_nfm.interventions.results import Steered, SteeringComparison
+from sae_nfm.kernels import open_gates
 from sae_nfm.loading import digest
 from sae_nfm.models import LanguageModel, SharedPrefix, check_finite, keeping, real_batches, real_tokens, run_rows
 
@@ -52,7 +53,7 @@ def mean_gates(
             run_rows(model, batch, real)
         read = seen[READ][..., list(pair)]
         both = (read != 0).all(-1) & counted_tokens(model, batch, real).to(read.device)
-        is_open += (seen[HIDDEN][both] > 0).sum(0).cpu()
+        is_open += open_gates(sae.cfg.head, seen[HIDDEN][both]).sum(0).cpu()
         n += int(both.sum())
     if n == 0:
         raise ValueError(
@@ -67,8 +68,8 @@ def pair_direction(sae: SAE[Any], pair: tuple[int, int], gates: Float[Tensor, " 
     """((v_i * v_j) W_1 D) W_2: what a pair writes for each unit of f_i f_j, gates D (of one token, or shares)."""
     PairEdit(pair=pair, mode="scale", value=1.0).check(sae)
     weights = PathWeights.of(sae)
-    i, j = pair
-    return (((weights.V[i] * weights.V[j]) @ weights.W_1) * gates.to(weights.V)) @ weights.W_2
+    pooled = weights.products(*torch.tensor(pair)[:, None])[0]
+    return ((pooled @ weights.W_1) * gates.to(weights.V)) @ weights.W_2
 
 
 @torch.no_grad()

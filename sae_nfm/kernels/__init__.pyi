@@ -5,9 +5,13 @@ from .device import uncompiled as uncompiled
 from .device import wide as wide
 from .device import without_triton as without_triton
 from .dispatch import Kernel as Kernel
+from .heads import BILINEAR as BILINEAR
+from .heads import PAIRED as PAIRED
 from .heads import POOLS as POOLS
 from .heads import check_head as check_head
+from .heads import embedding_width as embedding_width
 from .heads import interaction_head as interaction_head
+from .heads import open_gates as open_gates
 from .reference import Acts as Acts
 from .reference import SparseActs as SparseActs
 from .reference import bi_interaction as bi_interaction

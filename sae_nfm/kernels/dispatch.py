@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sae_nfm.kernels import reference
 from sae_nfm.kernels.device import autocast_off, device_rates, product_dtype, uses_triton, wide
-from sae_nfm.kernels.heads import POOLS
+from sae_nfm.kernels.heads import BILINEAR, POOLS
 from sae_nfm.kernels.reference import Acts, SparseActs
 from sae_nfm.kernels.sparse_sums import BothDecoders, OfActive, PairPool, RowNorms, TopHiddenPre
 from sae_nfm.kernels.sums import Routing, Rows
@@ -148,7 +148,7 @@ def square_output(
 def pooled(
     head: str,
     acts: SparseActs,
-    V: Float[Tensor, "d_sae nfm_dim"],
+    V: Float[Tensor, "d_sae n_columns"],
     routing: Routing | None = None,
     *,
     kernel: Kernel = "sparse",
@@ -158,6 +158,9 @@ def pooled(
         return bi_interaction(acts, V, routing, kernel=kernel)
     if head == "mlp" and kernel == "sparse":
         return weighted_rows(acts, V.to(reference.ranged(V.dtype)), routing)
+    if head == BILINEAR and kernel == "sparse":
+        embedded = weighted_rows(SparseActs(acts.indices, wide(acts.values)), wide(V), routing)
+        return reference.of_halves(embedded).to(reference.ranged(V.dtype))
     return POOLS[head](to_dense(acts, len(V)) if kernel == "dense" else acts, V)
 
 

@@ -2,10 +2,15 @@
 
     z = pool(f_n, V),  h = z W_1 + b_1,  inter = ReLU(h) W_2 + b_2
 
-    head     pool                             z
-    "fm"     `reference.bi_interaction`       sum_{i<j} f_i f_j v_i*v_j
-    "mlp"    `reference.summed`               sum_i f_i v_i, the same head without the product
-    "none"   no interaction path
+    head        pool                             z
+    "fm"        `reference.bi_interaction`       sum_{i<j} f_i f_j v_i*v_j
+    "mlp"       `reference.summed`               sum_i f_i v_i, the same head without the product
+    "bilinear"  `reference.bilinear`             (f A) * (f B) = sum_{i<j} f_i f_j (a_i*b_j + a_j*b_i) + sum_i f_i^2 a_i*b_i
+    "none"      no interaction path
+
+"bilinear" has V = [A | B], a second projection, and writes z as it is, h = z, inter = z W_2 + b_2: no gate, so that what it
+writes is a sum over pairs and squares of features whatever the token (a bilinear layer: Shazeer 2020, arXiv 2002.05202; Pearce
+et al. 2024, arXiv 2410.08417).
 
 `register_head` adds to them for as long as the process runs. A saved SAE has the name of its head, not the code: the module
 that registers it is imported before the SAE is built or loaded.
@@ -14,13 +19,29 @@ that registers it is imported before the SAE is built or loaded.
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
-from sae_nfm.kernels.reference import Pool, at_least_float32, bi_interaction, summed, top_n
+from sae_nfm.kernels.reference import Pool, at_least_float32, bi_interaction, bilinear, summed, top_n
 
 NONE = "none"
 """The head of an SAE without an interaction path."""
-POOLS: dict[str, Pool] = {"fm": bi_interaction, "mlp": summed}
+BILINEAR = "bilinear"
+"""The head with a second projection, V = [A | B], and without W_1, b_1 and ReLU."""
+POOLS: dict[str, Pool] = {"fm": bi_interaction, "mlp": summed, BILINEAR: bilinear}
 """The pooling of each head, by name."""
+PAIRED = ("fm", BILINEAR)
+"""Heads that sum products of two features, so that what they write can be divided among pairs."""
+
+
+def embedding_width(head: str, nfm_dim: int) -> int:
+    """Columns of V."""
+    return 2 * nfm_dim if head == BILINEAR else nfm_dim
+
+
+def open_gates(head: str, hidden: Float[Tensor, "*batch nfm_dim"]) -> Bool[Tensor, "*batch nfm_dim"]:
+    """D, where what the hidden code h holds is written: h > 0, everywhere without a ReLU."""
+    return torch.ones_like(hidden, dtype=torch.bool) if head == BILINEAR else hidden > 0
 
 
 def register_head(name: str, pool: Pool) -> None:

@@ -8,6 +8,8 @@ Per token, with feature activations `f` ([d_sae], k of them non-zero), `f_n` the
     interaction path  ReLU(h) W_2 + b_2
     square path       (f^2 / c) U     the diagonal i = j that the pooling leaves out, at full rank
 
+With the bilinear head z = (f_n A) * (f_n B), h = z and the interaction path h W_2 + b_2 (`heads`).
+
 Every function takes the activations either dense or as `SparseActs` and costs O(active features) in the second form.
 
 Source: arXiv 2507.00269 (joint SAE + NFM); He & Chua 2017, arXiv 1708.05027, eq. 4 (bi-interaction pooling in linear
@@ -217,6 +219,18 @@ def summed(acts: Acts, V: Float[Tensor, "d_sae nfm_dim"]) -> Float[Tensor, "*bat
         return weighted_rows(with_values(acts, lambda f: f.to(ranged(f.dtype))), V.to(ranged(V.dtype)))
 
 
+@at_least_float32
+def bilinear(acts: Acts, V: Float[Tensor, "d_sae n_columns"]) -> Float[Tensor, "*batch nfm_dim"]:
+    """`(f A) * (f B)` with V = [A | B]: all pairs `f_i f_j (a_i*b_j + a_j*b_i)` and squares `f_i^2 a_i*b_i`."""
+    return of_halves(weighted_rows(acts, V))
+
+
+def of_halves(embedded: Float[Tensor, "*batch n_columns"]) -> Float[Tensor, "*batch nfm_dim"]:
+    """The product of the left and the right half."""
+    left, right = embedded.chunk(2, dim=-1)
+    return left * right
+
+
 def per_norm(acts: Tensor, W_dec: Float[Tensor, "d_sae d_in"]) -> Tensor:
     """Activations, dense or COO, over the norms of their decoder rows; 0 for a dead row."""
     return acts * (1 / divisor(W_dec.norm(dim=-1)))
@@ -232,12 +246,16 @@ def hidden_pre(
 
 
 def interaction_output(
-    hidden: Float[Tensor, "*batch nfm_dim"], W_2: Float[Tensor, "nfm_dim d_in"], b_2: Float[Tensor, " d_in"]
+    hidden: Float[Tensor, "*batch nfm_dim"],
+    W_2: Float[Tensor, "nfm_dim d_in"],
+    b_2: Float[Tensor, " d_in"],
+    *,
+    gated: bool = True,
 ) -> Float[Tensor, "*batch d_in"]:
-    """What the nonlinear path writes: `ReLU(h) W_2 + b_2`, in float16 where the weights are."""
+    """What the nonlinear path writes: `ReLU(h) W_2 + b_2`, or without gates `h W_2 + b_2`; in float16 where the weights are."""
     dtype = torch.promote_types(hidden.dtype, W_2.dtype)
     with in_range(W_2):
-        written = hidden.to(dtype).relu() @ W_2.to(dtype) + b_2
+        written = (hidden.to(dtype).relu() if gated else hidden.to(dtype)) @ W_2.to(dtype) + b_2
     return written.half() if W_2.dtype == torch.float16 else written
 
 

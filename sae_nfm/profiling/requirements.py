@@ -58,7 +58,7 @@ from sae_nfm.architectures import FEW_FEATURES, JointNFMTrainingSAEConfig, Stage
 from sae_nfm.architectures.staged_step import sums_by_feature
 from sae_nfm.common import check_numbers, reading
 from sae_nfm.comparison import training_flops
-from sae_nfm.kernels import TOKENS_AT_ONCE, dispatch
+from sae_nfm.kernels import TOKENS_AT_ONCE, dispatch, embedding_width
 from sae_nfm.kernels.ranking import Gram
 from sae_nfm.models import LanguageModel, check_context, check_device, config_fields, is_folder, site_at
 from sae_nfm.profiling.arms import Sizes, time_cases
@@ -401,8 +401,8 @@ def _sparse_step(cfg: LanguageModelSAERunnerConfig[Any]) -> Cost:
 
     Above weights, gradients and moments the worse of: a matrix that a gradient is made from, beside the gradient; the scores
     of the tokens that are ranked at a time, or those that `Gram` keeps. Plus 8 k + 8 d_in numbers a token. Each stage but the
-    first adds 3 d_in + m numbers a token and the squares of V; together they need 12 m a token, and W_enc transposed. The fused
-    Adam has no temporaries.
+    first adds 3 d_in + m numbers a token (m: columns of V) and the squares of V; together they need 12 m a token, and W_enc
+    transposed. The fused Adam has no temporaries.
     """
     sae, device = cfg.sae, torch.device(cfg.device).type
     sizes = [math.prod(shape) for shape in _shapes(sae).values()]
@@ -412,7 +412,7 @@ def _sparse_step(cfg: LanguageModelSAERunnerConfig[Any]) -> Cost:
     if Gram.pays(cfg.train_batch_size_tokens, sae.d_sae, n_products, sae.selection_stages):
         # scores of all, what is subtracted of them, and rows of W_dec W_enc
         scores = sae.d_sae * (2 * cfg.train_batch_size_tokens + n_products * sae.d_sae)
-    m = 0 if sae.head == "none" else sae.nfm_dim
+    m = 0 if sae.head == "none" else embedding_width(sae.head, sae.nfm_dim)
     tokens = cfg.train_batch_size_tokens * (8 * (sae.k + sae.d_in) + later * (3 * sae.d_in + m) + 12 * m * (later > 0))
     matrices = sae.d_sae * (later * m + sae.d_in * (later > 0))
     itemsize = str_to_dtype(sae.dtype).itemsize

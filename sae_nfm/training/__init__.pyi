@@ -5,6 +5,7 @@ from .fused_adam import layer_trainer as layer_trainer
 from .multi_arm import StreamConfig as StreamConfig
 from .multi_arm import TrainingArm as TrainingArm
 from .multi_arm import train_arms as train_arms
+from .multi_arm import trained_tokens as trained_tokens
 from .recorder import HeldOut as HeldOut
 from .recorder import TrainingRecord as TrainingRecord
 from .recorder import record_training as record_training

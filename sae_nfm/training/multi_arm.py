@@ -206,6 +206,16 @@ def _rounds(names: Sequence[str], unfinished: Path) -> list[tuple[list[str], Pat
     return rounds
 
 
+def trained_tokens(folder: Path) -> dict[str, int]:
+    """On how many tokens each arm was trained that goes on from a checkpoint an interrupted `train_arms` into `folder` left."""
+    unfinished, found = _unfinished(folder), dict[str, int]()
+    for begun in sorted(unfinished.iterdir()) if unfinished.is_dir() else []:
+        checkpoint = _checkpoint(begun)
+        if checkpoint is not None and checkpoint.name.isdigit():
+            found |= {path.name: int(checkpoint.name) for path in checkpoint.iterdir() if path.is_dir()} | found
+    return found
+
+
 def _checkpoint(unfinished: Path) -> Path | None:
     try:
         return checkpoint_folder(unfinished / "checkpoints")

@@ -36,6 +36,7 @@ EVERY_KIND = pytest.mark.parametrize(
         {"nfm_top_k": None},
         {"rescale_acts_by_decoder_norm": False},
         {"head": "mlp"},
+        {"head": "bilinear"},
         {"normalize_activations": "layer_norm"},
         {"kernel": "sparse"},
     ],
@@ -44,6 +45,11 @@ EVERY_KIND = pytest.mark.parametrize(
 
 
 # Contributions.
+
+
+def contributions(sae, tokens):
+    W_1 = getattr(sae, "W_1", None)
+    return pair_contributions(tokens.read, sae.V, W_1, sae.W_2, tokens.gates, sae.cfg.head)
 
 
 @EVERY_KIND
@@ -60,8 +66,8 @@ def test_contributions_sum_to_what_the_paths_write(options, inference):
     torch.testing.assert_close(total(acts, rows.direct) + sae.b_dec, paths.direct)
     torch.testing.assert_close(total(read, rows.linear) + sae.b_lin, paths.linear)
     torch.testing.assert_close(total(reference.squared(acts), sae.U) / sae.cfg.square_scale, paths.square)
-    parts = pair_contributions(read, sae.V, sae.W_1, sae.W_2, tokens.gates, sae.cfg.head)
-    gated_bias = (sae.b_1 * tokens.gates) @ sae.W_2 + sae.b_2
+    parts = contributions(sae, tokens)
+    gated_bias = sae.b_2 if sae.cfg.head == "bilinear" else (sae.b_1 * tokens.gates) @ sae.W_2 + sae.b_2
     torch.testing.assert_close(parts.sum(1) + gated_bias, paths.interaction)
     assert parts.abs().max() > 0.01
 
@@ -73,7 +79,7 @@ def test_energies_are_means_of_squared_contributions(options):
     tokens, rows = token_paths(sae, activations()), gauge.as_read(sae)
     found, pairs = (
         feature_energies(sae, tokens),
-        pair_contributions(tokens.read, sae.V, sae.W_1, sae.W_2, tokens.gates, sae.cfg.head),
+        contributions(sae, tokens),
     )
     f = sae.encode(activations())
     for i in range(D_SAE):
@@ -105,6 +111,9 @@ def test_pair_contributions_by_hand():
     assert closed.tolist() == [[[30.0, 0.0], [30.0, 0.0]]]
     alone = pair_contributions(acts, V, torch.eye(2), 10 * torch.eye(2), torch.tensor([[True, True]]), head="mlp")
     assert alone.tolist() == [[[20.0, 20.0], [30.0, -30.0]]]
+    # (2 + 3) (2 - 3) = -5: 4 of the first feature's square, -9 of the second's, and nothing of 6 (1 * -1 + 1 * 1)
+    both = pair_contributions(acts, V, None, torch.eye(1), torch.tensor([[True]]), head="bilinear")
+    assert both.tolist() == [[[4.0], [-9.0]]]
 
 
 @torch.no_grad()

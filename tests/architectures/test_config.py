@@ -19,7 +19,7 @@ CONFIGS = (JointNFMSAEConfig, JointNFMTrainingSAEConfig)
         ({"nfm_dim": 0}, r"nfm_dim .*\b0\b.* 0$"),
         ({"d_in": -1}, r"d_in .*-1\b"),
         ({"k": 9}, r"\bk .*d_sae = 8\b.* 9\b"),
-        ({"head": "gpt"}, "head is 'gpt'.*'fm', 'mlp', 'none'"),
+        ({"head": "gpt"}, "head is 'gpt'.*'fm', 'mlp', 'bilinear', 'none'"),
         ({"square_scale": 0.0}, r"square_scale .* 0\.0$"),
         ({"square_scale": float("nan")}, "square_scale .* nan$"),
         ({"normalize_activations": "batch"}, "normalize_activations"),
@@ -65,7 +65,7 @@ def test_whatever_decode_needs_is_a_field_of_the_inference_config():
 
 @pytest.mark.parametrize("linear", [True, False])
 @pytest.mark.parametrize("square", [True, False])
-@pytest.mark.parametrize("head", ["fm", "mlp", "none"])
+@pytest.mark.parametrize("head", ["fm", "mlp", "bilinear", "none"])
 def test_parameter_count_is_the_number_of_trainable_numbers(linear, square, head):
     cfg = JointNFMSAEConfig(d_in=3, d_sae=8, k=4, nfm_dim=5, use_linear_path=linear, use_square_path=square, head=head)
     assert parameter_count(cfg) == sum(p.numel() for p in JointNFMSAE(cfg).parameters())
@@ -94,7 +94,7 @@ def test_the_command_line_help_describes_every_field(capsys):
     with pytest.raises(SystemExit):
         _parse_cfg_args(["--architecture", "joint_nfm", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Interaction dimensions m: the width of V and of the hidden code h." in text
+    assert "Interaction dimensions m: the width of the hidden code h and of V" in text
     assert "Dropout probability on the pooled vector z" in text
 
 

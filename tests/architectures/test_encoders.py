@@ -126,7 +126,7 @@ def test_without_an_nfm_a_training_is_saelens_s(form):
 
 
 OPTIONS = {
-    "head": ("fm", "mlp", "none"),
+    "head": ("fm", "mlp", "none", "bilinear"),
     "nfm_top_k": (None, 2, D_SAE),
     "use_linear_path": (True, False),
     "use_square_path": (True, False),

@@ -20,7 +20,7 @@ D_IN, D_SAE, K = 6, 13, 5
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 OPTIONS = {
     "nfm_top_k": (None, 1, 3, K),
-    "head": ("fm", "mlp", "none"),
+    "head": ("fm", "mlp", "none", "bilinear"),
     "normalize_activations": ("none", "layer_norm", "constant_norm_rescale"),
     "rescale_acts_by_decoder_norm": (True, False),
     "use_linear_path": (True, False),

@@ -61,7 +61,7 @@ def made(architecture, training=False, seed=0, **fields):
 
 OPTIONS = {
     "architecture": ("joint_nfm", "staged_topk", "sequential_nfm"),
-    "head": ("fm", "mlp", "none", "third_order"),
+    "head": ("fm", "mlp", "none", "third_order", "bilinear"),
     "nfm_top_k": (None, 2, K),
     "rescale_acts_by_decoder_norm": (True, False),
     "use_linear_path": (True, False),

@@ -29,6 +29,7 @@ from sae_nfm.kernels import reference
             {},
             {"use_square_path": False},
             {"head": "mlp"},
+            {"head": "bilinear"},
             {"head": "none", "use_square_path": False},
             {"use_linear_path": False},
             {"apply_b_dec_to_input": False},
@@ -102,6 +103,7 @@ def test_looking_at_the_paths_does_not_change_a_bit(architecture, kernel, use_sp
     [
         {"kernel": "sparse"},
         {"kernel": "sparse", "nfm_top_k": 16, "head": "mlp"},
+        {"kernel": "sparse", "head": "bilinear"},
         {"kernel": "dense"},
         {"kernel": "dense", "use_sparse_activations": True},
     ],

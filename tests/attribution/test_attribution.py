@@ -1,5 +1,6 @@
 """Pairs by hand and by loop; their sum is the path; relabelling, gauges and scales change no pair; what is refused."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from builders import ARCHITECTURES, D_SAE, HOOK_Z, random_sae, training_config
 from pair_inputs import pair_sae, pairs_by_loop, x
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 
+from sae_nfm.analysis.gauge import canonical
 from sae_nfm.architectures.nfm_paths import PathWeights
 from sae_nfm.attribution.pairs import (
     TokenPairs,
@@ -72,6 +74,51 @@ def test_every_pair_is_that_of_a_loop_and_their_sum_is_the_path(architecture, ov
     torch.testing.assert_close(
         along(reads.read, reads.gates, weights, directions), torch.einsum("tpd,td->tp", vectors, directions)
     )
+
+
+@pytest.mark.parametrize("overrides", SETTINGS[:3])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bilinear_pairs_and_squares_are_those_of_a_loop_and_their_sum_is_the_path(architecture, overrides):
+    sae = pair_sae(architecture, head="bilinear", **overrides)
+    reads, weights = token_reads(sae, x()), PathWeights.of(sae)
+    assert not hasattr(sae, "W_1")
+    assert reads.gates.all()
+    pairs = TokenPairs.of(reads.read, selves=weights.selves)
+    vectors = written(pairs, reads.gates, weights)
+    for token in (0, 5):
+        by_loop = pairs_by_loop(sae, reads, token)
+        ends = zip(pairs.first[token].tolist(), pairs.second[token].tolist(), strict=True)
+        found = {pair: vector for pair, vector in zip(ends, vectors[token], strict=True) if vector.any()}
+        assert_same_pairs(found, by_loop)
+        torch.testing.assert_close(sum(by_loop.values()) + sae.b_2.detach(), reads.interaction[token])
+    torch.testing.assert_close(vectors.sum(1) + sum(bias_terms(reads.gates, weights)), reads.interaction)
+    assert not bias_terms(reads.gates, weights)[1].any()
+    directions = torch.randn(12, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(norms(pairs, reads.gates, weights), vectors.norm(dim=-1))
+    torch.testing.assert_close(
+        along(reads.read, reads.gates, weights, directions), torch.einsum("tpd,td->tp", vectors, directions)
+    )
+    order = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(1))
+    other = weights.permuted(order)
+    torch.testing.assert_close(torch.cat([other.V, other.B], dim=-1), sae.V[order].detach())
+
+
+@torch.no_grad()
+def test_the_scale_that_two_projections_trade_changes_no_pair():
+    """A column of A times s and that of B over s, and the two exchanged; balanced they have one norm."""
+    sae = pair_sae(head="bilinear", nfm_top_k=None)
+    traded, s = deepcopy(sae), torch.linspace(0.1, 3.0, 8, dtype=torch.float64)
+    A, B = sae.V.chunk(2, dim=-1)
+    traded.V.copy_(torch.cat([B * s, A / s], dim=-1))
+    expected = by_pair(sae)
+    for other in (traded, canonical(traded)):
+        assert_same_pairs(by_pair(other), expected)
+    balanced = canonical(traded).V
+    norms_of = balanced.norm(dim=0)
+    torch.testing.assert_close(norms_of[:8], norms_of[8:])
+    # whatever was traded before, a feature has one norm
+    torch.testing.assert_close(balanced.norm(dim=-1), canonical(sae).V.norm(dim=-1))
+    assert not torch.allclose(traded.V.norm(dim=-1), sae.V.norm(dim=-1), rtol=0.1)
 
 
 def test_what_passed_the_hooks_is_what_the_paths_write():

@@ -33,5 +33,13 @@ def test_parts_that_are_not_connected_do_not_overlap():
     assert max(places[7][1], places[8][1]) < min(places[feature][1] for feature in (1, 2, 3, 4))
 
 
+def test_the_square_of_a_feature_is_laid_out(recwarn):
+    """A part of one feature, and an edge to itself within another."""
+    places = graph_layout([*EDGES, edge(20, 20), edge(1, 1)])
+    assert set(places) == {1, 2, 3, 4, 7, 8, 20}
+    assert np.isfinite(list(places.values())).all()
+    assert not recwarn.list
+
+
 def test_one_pair_is_laid_out():
     assert set(graph_layout([edge(3, 9)])) == {3, 9}

@@ -46,6 +46,37 @@ def test_the_path_changes_by_what_the_pair_writes_when_gates_are_held(architectu
         torch.testing.assert_close(measured.written_frozen, by_loop[removal.first, removal.second])
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bilinear_the_path_changes_by_what_a_pair_or_a_square_writes(architecture):
+    """No gate, so that held and free are the same, and measured is predicted; by `PairEdit` too."""
+    model, sae = tiny_model(torch.float64), pair_sae(architecture, head="bilinear")
+    tokens = some_tokens()[0]
+    run = run_prompt(model, sae, tokens)
+    weights = PathWeights.of(sae)
+    pairs = TokenPairs.of(run.reads.of(torch.tensor([POSITION])).read, selves=True)
+    vectors = written(pairs, run.reads.gates[[POSITION]], weights)[0]
+    ends = list(zip(pairs.first[0].tolist(), pairs.second[0].tolist(), strict=True))
+    assert len(ends) == 6  # of three features
+    chosen = [Removal(position=POSITION, first=i, second=j, target=TARGET) for i, j in ends]
+    for removal, vector, measured in zip(chosen, vectors, remove_pairs(model, sae, run, chosen), strict=True):
+        torch.testing.assert_close(measured.written_frozen, vector)
+        torch.testing.assert_close(measured.written_free, vector)
+        assert measured.free == pytest.approx(measured.frozen)
+        assert measured.flipped == 0
+        off = PairEdit(pair=(removal.second, removal.first), mode="scale", value=0.0, where=(POSITION,))
+        with Splice(sae=sae, edits=[off]).on(model):
+            logits = model(tokens[None])[0, POSITION]
+        assert float(TARGET.of(run.logits[POSITION] - logits)) == pytest.approx(measured.free)
+    found = attribute_token(model, sae, run, POSITION, TARGET, top=6)
+    assert found.sum_error < 1e-12
+    assert (found.pairs_firing, found.gates_open, [one.name for one in found.biases]) == (3, 1.0, ["b_2"])
+    assert found.all_squares is not None
+    squares = torch.stack([vector for (i, j), vector in zip(ends, vectors, strict=True) if i == j]).sum(0)
+    assert found.all_squares.norm == pytest.approx(float(squares.norm()))
+    assert max(pair.prediction_error for pair in found.pairs) < 1e-10
+    assert "squares (i x i)" in found.words()
+
+
 def test_gates_that_are_free_flip_as_in_a_forward_pass_of_its_own():
     """The oracle: z less the pair's part through W_1, ReLU and W_2."""
     model, sae = tiny_model(torch.float64), pair_sae()

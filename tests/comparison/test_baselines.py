@@ -94,6 +94,7 @@ def test_flops_by_hand():
     assert training_flops(joint) == 144 + 72 + 54 + 72
     assert training_flops(replace(joint, nfm_top_k=1)) == 144 + 6 * 1 * 4 + 36 + 54 + 72
     assert training_flops(replace(joint, head="mlp")) == 144 + 36 + 54 + 72
+    assert training_flops(replace(joint, head="bilinear")) == 144 + 72 + 72  # f A and f B, and W_2
     assert training_flops(replace(joint, head="none")) == 144
     assert training_flops(replace(joint, head="none", use_linear_path=False, use_square_path=True)) == 144 + 48
     assert training_flops(arms("standard")["standard 0.1"].sae, l0=5) == 2 * 16 * 48 + 8 * 5 * 16
@@ -159,6 +160,12 @@ def test_matching_holds_for_counted_parameters_and_flops(d_in, nfm_dim):
     assert abs(inference_flops(made["topk matched inference"]) - flops) <= d_in
     assert made["topk matched inference"].d_sae > 2 * 48
     assert made["topk matched flops"].d_sae == flop_matched_width(joint) > joint.d_sae
+    assert counted(made["joint_nfm mlp"]) == counted(joint)
+    assert abs(counted(made["joint_nfm square"]) - counted(joint)) == d_in
+    assert counted(made["joint_nfm bilinear"]) > counted(joint) > counted(made["joint_nfm without nonlinear"])
+    for form in ("", " staged"):
+        assert abs(counted(made[f"joint_nfm bilinear{form} matched"]) - counted(joint)) <= 48 + d_in / 2
+        assert abs(counted(made[f"joint_nfm without nonlinear{form} matched"]) - counted(joint)) <= (3 * d_in + 1) / 2
     assert counted(made["matching_pursuit"]) == d_in * 48 + d_in
     assert abs(counted(made["matching_pursuit matched"]) - counted(made["topk"])) <= d_in / 2
     assert made["staged_topk matched"].d_sae == made["topk matched"].d_sae
@@ -184,6 +191,18 @@ def test_joint_arms_differ_from_joint_nfm_in_what_their_name_says():
         "joint_nfm staged": {"selection_stages": 4},
         "joint_nfm square staged": {"use_linear_path": False, "use_square_path": True, "square_scale": 2.0}
         | {"selection_stages": 4},
+        "joint_nfm without nonlinear staged": {"head": "none", "selection_stages": 4},
+        "joint_nfm without nonlinear matched": {
+            "head": "none",
+            "d_sae": made["joint_nfm without nonlinear matched"]["d_sae"],
+        },
+        "joint_nfm without nonlinear staged matched": made["joint_nfm without nonlinear matched"]
+        | {"selection_stages": 4},
+        "joint_nfm mlp staged": {"head": "mlp", "selection_stages": 4},
+        "joint_nfm bilinear": {"head": "bilinear"},
+        "joint_nfm bilinear staged": {"head": "bilinear", "selection_stages": 4},
+        "joint_nfm bilinear matched": {"head": "bilinear", "nfm_dim": made["joint_nfm bilinear matched"]["nfm_dim"]},
+        "joint_nfm bilinear staged matched": made["joint_nfm bilinear matched"] | {"selection_stages": 4},
     }.items():
         assert made[name] == joint | changed
     assert made["staged_topk"] == made["topk"] | {

@@ -1,6 +1,7 @@
 """A comparison end to end, small, on the embedded model; its pieces against slower ways to get the same; what it refuses."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from math import inf, nan
 from shutil import copytree
@@ -30,12 +31,12 @@ from sae_nfm.comparison.results import (
     answers,
     cells,
 )
-from sae_nfm.comparison.run import Prepared, _claim_folder, choices, of_cache, rounds_of, run_compare
+from sae_nfm.comparison.run import Prepared, _claim_folder, _say_plan, choices, of_cache, rounds_of, run_compare
 from sae_nfm.comparison.table import _interpolated
 from sae_nfm.data import CacheConfig, datasets, run_cache
 from sae_nfm.data.documents import held_out_rows
 from sae_nfm.evaluation.fidelity import SUMS, Arm, evaluate, fidelity_of, held_out_sums
-from sae_nfm.training.multi_arm import train_arms
+from sae_nfm.training.multi_arm import train_arms, trained_tokens
 from sae_nfm.training.results import Trained, read_training_record
 from sae_nfm_cli.commands import COMMANDS
 
@@ -335,6 +336,13 @@ def test_the_expected_time_by_hand():
     costs = replace(costs, refine_seconds={"a": 0.01, "b": 0.03, "c": 99.0})
     again = 1_000 * (2 * 5e-3 + 0.04)
     assert fitted.seconds(costs, batch_size=2_000) == pytest.approx(training + evaluation + again)
+    begun = replace(step, done={"b": 60_000, "c": 9})  # b goes on by itself, from 60,000 tokens
+    training = (100_000 + 40_000) * 2e-3 + 50 * 0.5 + 20 * 1.0
+    assert begun.seconds(costs, batch_size=2_000) == pytest.approx(training + evaluation)
+    assert (
+        words([begun], costs, 2_000).splitlines()[1]
+        == "k 8, seed 0              2      100,000     6 min; 1 from 60,000 on"
+    )
     finished = replace(step, what="k 8, seed 1", arms=())
     assert finished.seconds(costs, batch_size=2_000) == 0
     _, one, other, total = words([step, finished], costs, 2_000).splitlines()
@@ -514,8 +522,6 @@ def test_bad_input_leaves_nothing(tmp_path):
     output = tmp_path / "run"
     with pytest.raises(ValueError, match=r"\bk\b.*\bd_sae\b.*\b96\b.*\b200\b"):
         run_compare(CompareConfig(**(TINY | {"k": (200,)}), output=str(output)))
-    with pytest.raises(ValueError, match=r"\bone row of 32 tokens\b.*\bskip_tokens\b"):
-        run_compare(CompareConfig(**(TINY | {"held_out_tokens": 10**9}), output=str(output)))
     with pytest.raises(ValueError, match=r"1 document, .*--held-out-tokens"):
         run_compare(CompareConfig(**(TINY | {"held_out_tokens": 1}), output=str(output)))
     assert not output.exists()
@@ -564,11 +570,8 @@ def cached(tmp_path_factory):
 
 
 def test_from_a_cache_everything_is_as_from_the_model(cached, tmp_path):
-    sizes = TINY | {
-        "seeds": (0,),
-        "learning_rates": (5e-3,),
-        "context_size": 256,
-    }  # the usual one: the cache's is taken
+    sizes = {name: value for name, value in TINY.items() if name != "context_size"}  # that of the cache is taken
+    sizes |= {"seeds": (0,), "learning_rates": (5e-3,)}
     one = run_compare(
         CompareConfig(
             **sizes,
@@ -613,6 +616,9 @@ def test_each_seed_has_the_rows_of_a_cache_in_an_order_of_its_own(cached, tmp_pa
     [
         ({"model": "gpt2"}, {}, r"model is 'gpt2', and 'sae-nfm-demo' in the cache"),
         ({"context_size": 64}, {}, r"context_size is 64, and 32 in the cache"),
+        # what is the default without a cache, typed
+        ({"context_size": 256}, {}, r"context_size is 256, and 32 in the cache"),
+        ({"model": "sae-nfm-demo"}, {"model": "gpt2"}, r"model is 'sae-nfm-demo', and 'gpt2' in the cache"),
         ({"dataset": "a.parquet"}, {"dataset": "b.parquet"}, r"dataset is 'a.parquet', and 'b.parquet' in the cache"),
         ({}, {"model_class_name": "TransformerBridge"}, "is of a TransformerBridge"),
     ],
@@ -620,6 +626,31 @@ def test_each_seed_has_the_rows_of_a_cache_in_an_order_of_its_own(cached, tmp_pa
 def test_what_does_not_fit_a_cache(cached, given, own, said):
     with pytest.raises(ValueError, match=said):
         of_cache(CompareConfig(activations="cache", **given), replace(cached.identity, **own))
+
+
+def test_a_cache_decides_what_is_not_given_and_the_defaults_do_without(cached):
+    config = CompareConfig(activations="cache")
+    assert (config.model, config.context_size) == (None, None)
+    own = of_cache(config, cached.identity)
+    assert (own.model, own.context_size) == ("sae-nfm-demo", 32)
+    assert (CompareConfig().model, CompareConfig().context_size) == ("sae-nfm-demo", 256)
+
+
+def test_the_plan_counts_what_a_checkpoint_has_done(finished, tmp_path, capsys):
+    cfg, output, _ = finished
+    folder = copytree(output, tmp_path / "copy")
+    seed, checkpoint = folder / "k16" / "seed-0", folder / "k16" / "seed-0.partial" / "1" / "checkpoints" / "id" / "512"
+    for name in ("topk", "joint_nfm"):
+        shutil.rmtree(seed / name)
+        (checkpoint / name).mkdir(parents=True)
+    assert trained_tokens(seed) == {}
+    (checkpoint / "runner_cfg.json").write_text("{}")
+    assert trained_tokens(seed) == {"topk": 512, "joint_nfm": 512}
+    prepared = Prepared.of(replace(cfg, output=str(folder)))
+    _say_plan(prepared, {16: prepared.arms(16, cfg.training_tokens)}, folder)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("k 16, seed 0"))
+    assert line.split()[4] == "2"
+    assert line.endswith("; 2 from 512 on")
 
 
 def test_of_several_hook_points_the_usual_one_unless_given(cached):

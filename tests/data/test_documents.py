@@ -9,7 +9,7 @@ from datasets import Dataset
 from tiny_models import write_checkpoint
 
 from sae_nfm.data.datasets import held_out_tokens
-from sae_nfm.data.documents import TokenRows, held_out_rows
+from sae_nfm.data.documents import TokenRows, held_out_rows, rows_and_others
 from sae_nfm.models.load import load_model
 
 LOADERS = ("HookedTransformer", "TransformerBridge", "AutoModelForCausalLM")
@@ -70,6 +70,25 @@ def test_skipped_tokens_are_the_rows_before(models, dataset):
     assert torch.equal(both.documents[2:], rest.documents)
     one_less = held_out_rows(model, dataset, 16, n_tokens=10**6, skip_tokens=1)  # n_tokens=1 takes a row as well
     assert torch.equal(one_less.tokens, held_out_tokens(model, dataset, 16, 10**6)[1:])
+
+
+@pytest.mark.parametrize(
+    ("first", "others", "cut", "end"), [(3, 2, 3, 5), (5, 3, 5, 8), (6, 3, 6, 8), (7, 4, 6, 8), (100, 100, 6, 8), (1, 100, 1, 8)]
+)  # fmt: skip
+def test_a_text_too_short_for_both_is_divided(first, others, cut, end, capsys):
+    dataset = token_dataset(8, context=16)
+    all_rows = torch.tensor(dataset["tokens"])
+    rows, rest = rows_and_others(tiny_model(), dataset, 16, first * 16, others * 16)
+    assert torch.equal(rows.tokens, all_rows[:cut])
+    assert torch.equal(rest.tokens, all_rows[cut:end])
+    assert rest.documents[0, 1] == cut
+    said = capsys.readouterr().err
+    assert (f"{cut} to measure on" in said) == (first + others > 8)
+
+
+def test_one_row_cannot_be_divided():
+    with pytest.raises(ValueError, match=r"held-out text fills one row of 16 tokens"):
+        rows_and_others(tiny_model(), token_dataset(1, context=16), 16, 16, 16)
 
 
 @pytest.mark.parametrize("column", ["tokens", "input_ids"])

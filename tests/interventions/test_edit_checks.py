@@ -34,7 +34,6 @@ READ = ReadEdit(path="linear", index=(1,), mode="add", value=2.0)
             lambda: Edit(at=FEATURES, mode="add", value=1.0, where=torch.ones(3)),
             r"where is .*\(3,\).*torch\.float32.*\bbool\b.*\[rows, pos\]",
         ),
-        (lambda: PairEdit(pair=(3, 3), mode="add", value=1.0), r"pair is \(3, 3\)"),
         (lambda: PairEdit(pair=(3, 4), mode="add", value=torch.ones(2)), r"value is .*\(2,\).*\bpair\b"),
         (
             lambda: ReadEdit(path="cubic", mode="add", value=1.0),
@@ -58,6 +57,7 @@ def check(edit, **overrides):
         (check(READ, use_linear_path=False), r"\bhook_nfm_linear\b.*\buse_linear_path\b"),
         (check(PAIR, head="none"), r"\bhook_nfm_pooled\b.*\bhead 'none'"),
         (check(PAIR, head="mlp"), r"\bhead is 'mlp'.*'fm'"),
+        (check(PairEdit(pair=(3, 3), mode="add", value=1.0)), r"pair is \(3, 3\).*'fm'.*two different"),
         (
             check(PairEdit(pair=(1, 32), mode="add", value=1.0)),
             r"\bindex has entry 32\b.*\bhook_sae_acts_post has 32\b",

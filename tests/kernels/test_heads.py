@@ -40,7 +40,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 (EXAMPLE,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 DEFINITION = EXAMPLE.partition("\nmodel")[0]
 HEAD = "third_order"
-NOT_KNOWN = r"head\b.*'third_order'.*'fm', 'mlp', 'none'.*register_head"
+NOT_KNOWN = r"head\b.*'third_order'.*'fm', 'mlp', 'bilinear', 'none'.*register_head"
 for_every_architecture = pytest.mark.parametrize("architecture", ["joint_nfm", "sequential_nfm"])
 
 
@@ -152,26 +152,28 @@ def test_two_threads_give_the_same_bits_every_time(third_order, kernel):
 
 
 @for_every_architecture
-def test_training_with_saelens_trainer_moves_every_weight_of_the_head(third_order, architecture):
-    sae = random_sae(training_config(architecture, head=HEAD))
+@pytest.mark.parametrize("head", [HEAD, "bilinear"])
+def test_training_with_saelens_trainer_moves_every_weight_of_the_head(third_order, architecture, head):
+    sae = random_sae(training_config(architecture, head=head))
     before = {name: parameter.clone() for name, parameter in sae.named_parameters()}
     saelens = trainer(sae)
     losses = [float(saelens.step(random_activations(seed=7)).loss) for _ in range(20)]
     assert losses[-1] < losses[0]
-    for name in ("V", "W_1", "b_1", "W_2", "b_2"):
+    for name in ("V", "W_2", "b_2") if head == "bilinear" else ("V", "W_1", "b_1", "W_2", "b_2"):
         assert not torch.equal(before[name], getattr(sae, name)), name
 
 
 @for_every_architecture
+@pytest.mark.parametrize("head", [HEAD, "bilinear"])
 @torch.no_grad()
-def test_saved_for_inference_and_loaded(third_order, architecture, tmp_path):
-    sae, x = random_sae(training_config(architecture, head=HEAD, dtype="float64")), activations()
+def test_saved_for_inference_and_loaded(third_order, architecture, head, tmp_path):
+    sae, x = random_sae(training_config(architecture, head=head, dtype="float64")), activations()
     if architecture == "sequential_nfm":
         step(sae, x)  # finds the scale that saving folds into V and W_2
         assert sae.nfm_scale > 0
     sae.save_inference_model(tmp_path)
     loaded = SAE.load_from_disk(tmp_path)
-    assert loaded.cfg.head == HEAD
+    assert loaded.cfg.head == head
     for name, path in sae.decode_paths(sae.encode(x)).present().items():
         torch.testing.assert_close(loaded.decode_paths(loaded.encode(x)).present()[name], path, msg=name)
     # of the active features alone
@@ -237,7 +239,8 @@ def test_saelens_command_line_takes_it_and_help_names_the_others(third_order):
     assert _parse_cfg_args(["--architecture", "joint_nfm", *flags]).sae.head == HEAD
     assert description(JointNFMTrainingSAEConfig, "head") == (
         'The nonlinear path. "fm" pools products of feature pairs, "mlp" is the same head on f_n V without the product (a '
-        'capacity control), "none" leaves the path out; or a head of your own (`heads.register_head`).'
+        'capacity control), "bilinear" multiplies two projections, (f_n A) * (f_n B), squares of features included, and writes '
+        'the product without a gate, "none" leaves the path out; or a head of your own (`heads.register_head`).'
     )
 
 
@@ -260,7 +263,7 @@ def only_dense(acts, V):
 @pytest.mark.parametrize(
     ("name", "pool", "told"),
     [
-        ("fm", reference.weighted_rows, "already.*'fm', 'mlp', 'none'"),
+        ("fm", reference.weighted_rows, "already.*'fm', 'mlp', 'bilinear', 'none'"),
         ("none", reference.weighted_rows, "already"),
         ("third-order", reference.weighted_rows, "letters"),
         ("short", lambda acts, V: reference.weighted_rows(acts, V)[..., :2], r"\(2, 3, 2\).*\[2, 3, 12\]"),

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from sae_nfm.kernels import reference
+from sae_nfm.kernels import dispatch, reference
 from sae_nfm.kernels.reference import SparseActs
 
 # A dense float64 sum and its gathered form differ by rounding only: a few ulp of values of order 10.
@@ -48,6 +48,29 @@ def test_sparse_form_equals_dense_form(k, batch):
     torch.testing.assert_close(reference.weighted_rows(sparse, W), dense @ W, **TIGHT)
     torch.testing.assert_close(reference.square_output(sparse, W, 3.0), reference.square_output(dense, W, 3.0), **TIGHT)
     torch.testing.assert_close(reference.bi_interaction(sparse, W), reference.bi_interaction(dense, W), **TIGHT)
+
+
+def test_bilinear_of_two_features_by_hand():
+    f = torch.tensor([[2.0, 3.0, 0.0]])
+    V = torch.tensor([[1.0, 10.0], [5.0, -1.0], [7.0, 7.0]])  # A and B of one dimension
+    # (2 * 1 + 3 * 5) (2 * 10 + 3 * -1)
+    torch.testing.assert_close(reference.bilinear(f, V), torch.tensor([[17.0 * 17.0]]))
+
+
+def test_bilinear_is_the_sum_over_pairs_and_squares():
+    dense, sparse, generator = random_acts()
+    A, B = torch.randn(2, 11, 6, generator=generator, dtype=torch.float64)
+    expected = torch.zeros(3, 4, 6, dtype=torch.float64)
+    for i in range(11):
+        expected += dense[..., i, None] ** 2 * A[i] * B[i]
+        for j in range(i):
+            expected += dense[..., i, None] * dense[..., j, None] * (A[i] * B[j] + A[j] * B[i])
+    V = torch.cat([A, B], dim=-1)
+    torch.testing.assert_close(reference.bilinear(dense, V), expected, **TIGHT)
+    torch.testing.assert_close(reference.bilinear(sparse, V), expected, **TIGHT)
+    torch.testing.assert_close(dispatch.pooled("bilinear", sparse, V), expected, **TIGHT)
+    # what `heads` asks of a head that is registered
+    torch.testing.assert_close(reference.bilinear(3 * dense, V), reference.bilinear(dense, 3 * V), **TIGHT)
 
 
 def test_square_output_by_hand():

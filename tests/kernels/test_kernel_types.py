@@ -162,7 +162,7 @@ def loud(strength: float, dtype: torch.dtype, **settings):
 
 
 @pytest.mark.parametrize("strength", [300, 3_000, 30_000])
-@pytest.mark.parametrize("head", ["fm", "mlp"])
+@pytest.mark.parametrize("head", ["fm", "mlp", "bilinear"])
 @pytest.mark.parametrize("kernel", ["sparse", "dense"])
 @pytest.mark.parametrize(
     ("dtype", "autocast"),

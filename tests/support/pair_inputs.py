@@ -31,9 +31,15 @@ def some_tokens(rows: int = 5) -> Tensor:
 
 
 def pairs_by_loop(sae: SAE, reads: TokenReads, token: int) -> dict[tuple[int, int], Tensor]:
-    """o_ij of every pair that fires on a token, one at a time."""
+    """o_ij of every pair that fires on a token, one at a time; with head "bilinear" squares too, from the saved tensors alone."""
     weights, d = PathWeights.of(sae), reads.gates[token].double()
     active = sorted((int(i), float(f)) for i, f in zip(*(part[token] for part in reads.read), strict=True) if f != 0)
+    if sae.cfg.head == "bilinear":
+        (A, B), W_2 = sae.V.detach().chunk(2, dim=-1), sae.W_2.detach()
+        squares = {(i, i): f * f * (A[i] * B[i]) @ W_2 for i, f in active}
+        return squares | {
+            (i, j): f * g * (A[i] * B[j] + A[j] * B[i]) @ W_2 for (i, f), (j, g) in itertools.combinations(active, 2)
+        }
     return {
         (i, j): (((f * g * weights.V[i] * weights.V[j]) @ weights.W_1) * d) @ weights.W_2
         for (i, f), (j, g) in itertools.combinations(active, 2)

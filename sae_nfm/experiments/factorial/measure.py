@@ -29,7 +29,7 @@ from sae_nfm.common import ShortRepr
 from sae_nfm.experiments.factorial.results import Kind
 from sae_nfm.experiments.factorial.stimuli import StimulusSet
 from sae_nfm.interventions import Intervention, counted_tokens
-from sae_nfm.kernels import top_n
+from sae_nfm.kernels import PAIRED, top_n
 from sae_nfm.models import LanguageModel, SharedPrefix, check_finite, device_of, keeping, splice
 from sae_nfm.stats import SIGNS, Cells, Floats, Half, effect_t
 
@@ -223,7 +223,7 @@ def pair_candidates(
     Of each token the pairs of its `STRONGEST` features are looked at, so nothing is d_sae^2. Of equally frequent pairs those of
     lower feature numbers are kept.
     """
-    if not isinstance(sae, NFMPaths) or sae.cfg.head != "fm":
+    if not isinstance(sae, NFMPaths) or sae.cfg.head not in PAIRED:
         return None
     weights, parts, counts = PathWeights.of(sae), list[np.ndarray](), np.zeros(len(prompts))
     for items, tokens, counted in _batches(model, prompts):
@@ -232,7 +232,7 @@ def pair_candidates(
             model(tokens)
         counts[items] = counted.sum(1).cpu().numpy()
         flat = counted.flatten()
-        reads = reads_of(seen).of(flat)
+        reads = reads_of(sae, seen).of(flat)
         pairs = TokenPairs.of(top_n(reads.read, min(STRONGEST, reads.read.indices.shape[-1])))
         wrote = norms(pairs, reads.gates, weights)
         row, position = counted.nonzero(as_tuple=True)

@@ -22,7 +22,7 @@ from sae_nfm.common import check_extension, check_numbers, check_positive, publi
 from sae_nfm.comparison import CompareConfig, SizeOptions, ablations, in_canonical_gauge, run_compare
 from sae_nfm.comparison.results import ArmName, CompareResult, Paths
 from sae_nfm.comparison.run import Prepared
-from sae_nfm.data import TokenRows, datasets, held_out_rows, told_of_text
+from sae_nfm.data import TokenRows, datasets, rows_and_others, told_of_text
 from sae_nfm.evaluation import measure
 from sae_nfm.experiments.factorial import FEWEST_SENTENCES
 from sae_nfm.experiments.reproduce import rows as statistics
@@ -101,23 +101,27 @@ def run_reproduce(cfg: ReproduceConfig, *, command: str | None = None) -> Reprod
 
 
 def _reproduce(cfg: ReproduceConfig, output: Path, command: str | None) -> ReproduceResult:
+    prepared = comparison = None
     if cfg.compare is None:
         prepared = Prepared.of(cfg.comparison())
-        prepared.held_out.check_documents(statistics.FEWEST_DOCUMENTS)
-        comparison = run_compare(cfg.comparison(), prepared=prepared, folder=output / "compare")
     elif (path := Path(cfg.compare) / "results.json").exists():
         comparison = CompareResult.load(path)
         cfg = _as_compared(cfg, comparison)
     else:
         raise FileNotFoundError(f"{cfg.compare} has no results.json; give the folder of a finished `sae-nfm compare`")
+    model = prepared.model if prepared else load_model(cfg.model, cfg.device)
+    train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, cfg.model)
+    context_size = min(cfg.context_size, model.cfg.n_ctx)
+    rows, fitted = rows_and_others(model, validation, context_size, cfg.held_out_tokens, cfg.fit_tokens)
+    rows.check_documents(statistics.FEWEST_DOCUMENTS)
+    if comparison is None:
+        comparison = run_compare(cfg.comparison(), prepared=prepared, folder=output / "compare")
     folder = Path(cfg.compare or output / "compare") / f"k{cfg.k}" / f"seed-{cfg.seed}"
     saes = _load_arms(cfg, folder)
-    model = load_model(cfg.model, cfg.device)
-    train, validation = datasets.load_splits(cfg.dataset, cfg.held_out, cfg.model)
     train = train.shuffle(seed=cfg.seed)  # as for the comparison's SAEs of this seed
     if statistics.BASE in saes:
         saes |= statistics.train_sequential(folder, model, train, output / "sequential", cfg.device)
-    rows, behaviour = _behaviour(cfg, model, saes, validation, comparison, output / "rows")
+    behaviour = _behaviour(cfg, model, saes, rows, fitted, comparison, output / "rows")
     settings = Trained.load(folder / JOINT).settings
     options = {"sentences": cfg.sentences, "n_permutations": cfg.n_permutations}
     return ReproduceResult(
@@ -139,19 +143,16 @@ def _behaviour(
     cfg: ReproduceConfig,
     model: HookedSAETransformer,
     saes: dict[str, SAE[Any]],
-    validation: Any,
+    rows: TokenRows,
+    fitted: TokenRows,
     comparison: CompareResult,
     folder: Path,
-) -> tuple[TokenRows, statistics.Behaviour]:
-    """The held-out text, and a measurement of every arm on it."""
-    context_size = min(cfg.context_size, model.cfg.n_ctx)
-    rows = held_out_rows(model, validation, context_size, cfg.held_out_tokens)
-    rows.check_documents(statistics.FEWEST_DOCUMENTS)
-    fitted = held_out_rows(model, validation, context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
+) -> statistics.Behaviour:
+    """A measurement of every arm on held-out text."""
     arms = behaviour_arms(model, saes, fitted)
     folder = measure(model, rows, arms, folder, seed=cfg.seed)
     bootstrap = Bootstrap(seed=cfg.seed)
-    return rows, statistics.Behaviour(folder=folder, arms=tuple(arms), answers=comparison.answers, bootstrap=bootstrap)
+    return statistics.Behaviour(folder=folder, arms=tuple(arms), answers=comparison.answers, bootstrap=bootstrap)
 
 
 def _rows_of_paths(

@@ -17,7 +17,7 @@ from sae_nfm.architectures import check_primary, primary_digest
 from sae_nfm.common import check_extension, check_numbers, check_positive, provenance, publishing
 from sae_nfm.common.options import PACKAGED_SAE, CacheOptions, SavedSAEOptions, TextOptions
 from sae_nfm.common.results import HELD_OUT
-from sae_nfm.data import cached_splits, check_data, datasets, held_out_rows, opened_cache, told_of_text
+from sae_nfm.data import cached_splits, check_data, datasets, opened_cache, rows_and_others, told_of_text
 from sae_nfm.experiments.secondary.measure import secondary_rows
 from sae_nfm.experiments.secondary.results import SecondaryResult
 from sae_nfm.experiments.secondary.training import default_k, train_secondaries
@@ -116,9 +116,8 @@ def run_secondary(cfg: SecondaryConfig, *, command: str | None = None) -> Second
         activations=None if cache is None else cache.name,
     )
     check_data(model, train, stream.context_size, cfg.dataset)
-    rows = held_out_rows(model, validation, stream.context_size, cfg.held_out_tokens)
+    rows, fitted = rows_and_others(model, validation, context_size, cfg.held_out_tokens, cfg.fit_tokens)
     rows.check_documents()
-    fitted = held_out_rows(model, validation, stream.context_size, cfg.fit_tokens, skip_tokens=rows.tokens.numel())
     ks = tuple(sorted(set(cfg.k or default_k(checked.cfg.nfm_dim))))
     described = {"architecture": primary.cfg.architecture(), "digest": primary_digest(primary)}
     described |= {"d_sae": primary.cfg.d_sae, "nfm_dim": primary.cfg.nfm_dim}

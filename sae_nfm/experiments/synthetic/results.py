@@ -22,15 +22,19 @@ class Score(StrEnum):
     """How far the part of the error that goes with the product of two activations stands out of the rest; of any SAE."""
     TOGETHER = "control: firing together"
     """Samples on which both fire, over those on which either does: no interaction is in that."""
+    RATE = "control: firing rate"
+    """Of squares: share of samples on which the feature fires."""
+    FEATURE_ENERGY = "control: energy of the feature"
+    """Of squares: its mean squared activation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairScore:
-    """How well a score tells the planted pairs from others."""
+    """How well a score tells the planted pairs from others, or the features whose square is planted."""
 
     score: Score
     auroc: float
-    """Planted pairs against all other pairs of true features; a pair of which one is not found has score 0."""
+    """Planted pairs against all other pairs of true features; one that is not found, or of which one is not, has score 0."""
     auroc_decoys: float | None
     """Planted pairs against decoys, which fire together as often; None without any."""
     precision: float
@@ -68,8 +72,19 @@ class RecoveryRow:
     """Features that no held-out sample activates."""
     interaction_share: float | None
     """Energy of what the interaction path writes, its mean taken off, over the variance of the samples; None without one."""
+    square_share: float | None = None
+    """The same of the square path."""
+    mean_directions: bool = False
+    """Whether directions are of what features write on average, since the linear path reads the strongest of them only."""
     pairs: tuple[PairScore, ...]
-    """Empty where nothing is planted; those of the interaction path where there is one whose pairs can be told apart."""
+    """Empty where no pair is planted; those of the interaction path where there is one whose pairs can be told apart."""
+    squares: tuple[PairScore, ...] = ()
+    """Empty where no square is planted; energies where a square path or a bilinear head writes squares."""
+
+    @property
+    def label(self) -> str:
+        """Its name in tables, marked where directions are means."""
+        return self.sae + ("*" if self.mean_directions else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +99,14 @@ class Floor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """An SAE that could not be measured."""
+
+    sae: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecoveryResult(SavedResult):
     """All SAEs of a run."""
 
@@ -95,7 +118,7 @@ class RecoveryResult(SavedResult):
     pairs: int
     """Planted, of two features; decoys likewise."""
     squares: int
-    """Planted, of a feature and itself: no score of pairs is for them."""
+    """Planted, of a feature and itself."""
     decoys: int
     samples: int
     """Held-out samples."""
@@ -105,23 +128,29 @@ class RecoveryResult(SavedResult):
     oracle: PairScore | None
     """Pairs by what the true features leave over, with their own directions and activations: what no SAE has to find first. None
     where nothing is planted."""
+    oracle_squares: PairScore | None = None
+    """Squares likewise."""
     rows: tuple[RecoveryRow, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    """SAEs of the folder that were not measured."""
     provenance: dict[str, Any]
 
     def words(self) -> str:
         """A table of features, one of pairs, and what they say."""
         pairs = self._pairs() if any(row.pairs for row in self.rows) else []
+        squares = self._squares() if any(row.squares for row in self.rows) else []
         sections = [
             [self.head()],
-            [*self._features(), *self.floor_lines()],
+            [*self._features(), *self.notes(), *self.floor_lines()],
             pairs,
+            squares,
             [f"* {line}" for line in self.findings()],
         ]
         return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
     def head(self) -> str:
         """What there was to find."""
-        counts = {"pairs": self.pairs, "squares of single features, which no score is for": self.squares}
+        counts = {"pairs": self.pairs, "squares of single features": self.squares}
         planted = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
         told = f"planted are {planted} ({self.pair_share:.1%} of the variance), beside {self.decoys} decoys"
         return (
@@ -136,8 +165,16 @@ class RecoveryResult(SavedResult):
             for one in self.floors
         ]
 
+    def notes(self) -> list[str]:
+        """What is to be known about single SAEs of the table, and which are not in it."""
+        marked = (
+            "* The linear path reads the strongest features only: a feature's direction is what it writes on average."
+        )
+        means = [marked] if any(row.mean_directions for row in self.rows) else []
+        return [*means, *(f"Left out: {one.sae}: {one.reason}" for one in self.left_out)]
+
     def findings(self) -> list[str]:
-        """What interaction paths and codes tell of planted pairs, beside the control."""
+        """What interaction paths and codes tell of planted pairs and squares, beside the control."""
         found = list[str]()
         for row in self.rows:
             by = {one.score: one for one in row.pairs}
@@ -151,42 +188,62 @@ class RecoveryResult(SavedResult):
                     f"(firing together: {control.auroc_decoys:.2f}), and {own.precision:.0%} of the {self.pairs} highest pairs "
                     f"are planted (firing together: {control.precision:.0%})."
                 )
+            by = {one.score: one for one in row.squares}
+            for score in (Score.ENERGY, Score.LEFT):
+                if score not in by:
+                    continue
+                own, rate, energy = (by[one] for one in (score, Score.RATE, Score.FEATURE_ENERGY))
+                found.append(
+                    f"{name}: ranked by '{score}' features with a planted square are told from all others with an AUROC of "
+                    f"{own.auroc:.2f} (firing rate: {rate.auroc:.2f}, energy of the feature: {energy.auroc:.2f}), and "
+                    f"{own.precision:.0%} of the {self.squares} highest have one ({rate.precision:.0%}, {energy.precision:.0%})."
+                )
         if found:
             found.append("One SAE and one draw of the truth each: no intervals, no verdict. Chance is an AUROC of 0.5.")
         return found
 
     def _features(self) -> list[str]:
         header = ["SAE", "R", "parameters", "L0", "FVU", "F1", "precision", "recall", "MCC", "mean cosine", "dead"]
-        header += ["interaction"]
+        with_squares = any(row.square_share is not None for row in self.rows)
+        header += ["interaction", *(["square"] if with_squares else [])]
         lines = [header]
         for row in self.rows:
             shares = [row.fvu, row.f1, row.precision, row.recall, row.mcc, row.mean_cosine]
-            share = "" if row.interaction_share is None else f"{row.interaction_share:.2%}"
+            both = (row.interaction_share, row.square_share)[: 1 + with_squares]
             cells = [f"{value:.3f}" for value in shares]
             lines.append(
                 [
-                    row.sae,
+                    row.label,
                     f"{row.refinement_steps}",
                     f"{row.parameters:,}",
                     f"{row.l0:.1f}",
                     *cells,
                     f"{row.dead}",
-                    share,
+                    *("" if share is None else f"{share:.2%}" for share in both),
                 ]
             )
         return aligned(lines)
 
     def _pairs(self) -> list[str]:
-        lines: list[Sequence[str]] = [
-            ["SAE", "R", "pairs ranked by", "AUROC, all pairs", "AUROC, decoys", f"precision at {self.pairs}", "cosine"]
-        ]
-        for row in self.rows:
-            for n, one in enumerate(row.pairs):
-                lines.append([row.sae if n == 0 else "", f"{row.refinement_steps}", str(one.score), *one.cells()])
-        if self.oracle is not None:
-            lines.append(["the true features", "", str(self.oracle.score), *self.oracle.cells()])
         told = [
             "Planted pairs fire together, and a high AUROC against all pairs may say no more than that: see the control, and the",
             "decoys, which fire together as often and write nothing. 0.5 is chance.",
         ]
-        return [*aligned(lines), *told]
+        return [*self._scores("pairs", "AUROC, all pairs", self.pairs, self.oracle), *told]
+
+    def _squares(self) -> list[str]:
+        told = [
+            "Features with a planted square fire more often, and a high AUROC may say no more than that: see the controls, and",
+            "the decoys, features whose rate is raised as much and that write no square. 0.5 is chance.",
+        ]
+        return [*self._scores("squares", "AUROC, all features", self.squares, self.oracle_squares), *told]
+
+    def _scores(self, what: str, everything: str, planted: int, oracle: PairScore | None) -> list[str]:
+        header = ["SAE", "R", f"{what} ranked by", everything, "AUROC, decoys", f"precision at {planted}", "cosine"]
+        lines: list[Sequence[str]] = [header]
+        for row in self.rows:
+            for n, one in enumerate(row.pairs if what == "pairs" else row.squares):
+                lines.append([row.label if n == 0 else "", f"{row.refinement_steps}", str(one.score), *one.cells()])
+        if oracle is not None:
+            lines.append(["the true features", "", str(oracle.score), *oracle.cells()])
+        return aligned(lines)

@@ -25,8 +25,8 @@ from sae_nfm.data import SyntheticConfig, SyntheticData, Truth, write_array, wri
 from sae_nfm.data.activation_cache import CHECKSUM, TOKENS, StoredDtype, WrittenCache
 from sae_nfm.data.samples import CONTEXT_SIZE
 from sae_nfm.data.synthetic import PAIR_FUNCTIONS, TRUTH_FILENAME
-from sae_nfm.experiments.synthetic.measure import floor, oracle, recovery
-from sae_nfm.experiments.synthetic.results import RecoveryResult
+from sae_nfm.experiments.synthetic.measure import floor, oracle, recovery, square_oracle
+from sae_nfm.experiments.synthetic.results import LeftOut, RecoveryResult, RecoveryRow
 from sae_nfm.loading import load_sae
 from sae_nfm.models import is_samples
 from sae_nfm.models.samples import HELD_OUT_FILENAME
@@ -175,7 +175,8 @@ def run_recovery(cfg: RecoveryConfig, *, command: str | None = None) -> Recovery
     """Measure every SAE below a folder on the held-out samples.
 
     Raises:
-        FileNotFoundError, ValueError: for a folder without samples, truth or SAEs, or SAEs of another width.
+        FileNotFoundError, ValueError: for a folder without samples, truth or SAEs, or where no SAE can be measured; one that
+            cannot beside others that can is named with the reason.
     """
     check_output(cfg.output)
     folder, saes = Path(cfg.samples), Path(cfg.saes)
@@ -188,22 +189,27 @@ def run_recovery(cfg: RecoveryConfig, *, command: str | None = None) -> Recovery
     found = sorted(path.parent for path in weights if ".partial" not in str(path.relative_to(saes)))
     if not found:
         raise FileNotFoundError(f"there is no saved SAE in {quoted(saes)}; give the folder of a training")
-    rows, budgets = [], set[int]()
+    rows, left_out, budgets = list[RecoveryRow](), list[LeftOut](), set[int]()
     for path in tqdm(found, desc="Measuring", unit="SAE"):
-        sae = load_sae(str(path)).eval()
-        if sae.cfg.d_in != x.shape[1]:
-            raise ValueError(
-                f"{quoted(path)} has d_in {sae.cfg.d_in}, and the samples in {quoted(folder)} {x.shape[1]} dimensions; give "
-                "SAEs that were trained on them"
-            )
-        name = path.relative_to(saes).as_posix()
-        refined = cfg.refinement_steps if hasattr(sae.cfg, "refinement_steps") else (0,)
-        for steps in refined:
-            if hasattr(sae.cfg, "refinement_steps"):
-                sae.cfg.refinement_steps = steps
-            rows.append(recovery(sae, x, truth, path.name if name == "." else name, acts))
+        sae, name = load_sae(str(path)).eval(), path.relative_to(saes).as_posix()
+        name = path.name if name == "." else name
+        try:
+            if sae.cfg.d_in != x.shape[1]:
+                raise ValueError(
+                    f"it has d_in {sae.cfg.d_in}, and the samples in {quoted(folder)} {x.shape[1]} dimensions; give SAEs that "
+                    "were trained on them"
+                )
+            for steps in cfg.refinement_steps if hasattr(sae.cfg, "refinement_steps") else (0,):
+                if hasattr(sae.cfg, "refinement_steps"):
+                    sae.cfg.refinement_steps = steps
+                rows.append(recovery(sae, x, truth, name, acts))
+        except ValueError as error:
+            left_out.append(LeftOut(sae=name, reason=str(error)))
+            continue
         if (k := getattr(sae.cfg, "k", None)) is not None:
             budgets.add(int(k))
+    if not rows:
+        raise ValueError(f"no SAE in {quoted(saes)} can be measured: {left_out[0].sae}: {left_out[0].reason}")
     products = kind(*acts[:, truth.pairs].unbind(-1)) @ truth.pair_directions
     variance = (x - x.mean(0)).square().sum()
     result = RecoveryResult(
@@ -215,8 +221,10 @@ def run_recovery(cfg: RecoveryConfig, *, command: str | None = None) -> Recovery
         samples=len(x),
         pair_share=float((products - products.mean(0)).square().sum() / variance),
         oracle=oracle(x, acts, truth),
+        oracle_squares=square_oracle(x, acts, truth),
         floors=tuple(floor(x, acts, truth, k, kind) for k in sorted(budgets)),
         rows=tuple(rows),
+        left_out=tuple(left_out),
         provenance=provenance(
             asdict(cfg),
             command=command,

@@ -33,7 +33,7 @@
     enter(pair) {
       const ends = this.ends(pair);
       this.pairNumbers.set(`${Math.min(...ends)},${Math.max(...ends)}`, pair);
-      for (const feature of ends) {
+      for (const feature of new Set(ends)) {
         if (!this.partnersOf.has(feature)) this.partnersOf.set(feature, []);
         this.partnersOf.get(feature).push(pair);
       }

@@ -28,6 +28,10 @@ PAIRS_CAPTION = (
     "nothing. A score at the control's place says how often features fire together, not that they interact. Scores above 0.5 are "
     "not yet detectors: the table has the share of planted pairs among the highest."
 )
+SQUARES_TOLD = (
+    " A feature with a planted square fires more often: see the controls, and the decoys, features whose rate is raised as much "
+    "and that write no square."
+)
 FEATURES_COLUMNS = (
     "SAE",
     "refinements",
@@ -40,6 +44,7 @@ FEATURES_COLUMNS = (
     "MCC",
     "dead",
     "interaction",
+    "square",
 )
 PAIRS_COLUMNS = ("SAE", "refinements", "pairs ranked by", "AUROC, all pairs", "AUROC, decoys", "precision", "cosine")
 
@@ -65,7 +70,9 @@ def _blocks(result: RecoveryResult, number: int) -> Iterator[Block]:
     ]
     yield dots_figure(f"features-{number}", "Features found", dots, FOUND, FEATURES_CAPTION)
     yield Table(
-        columns=FEATURES_COLUMNS, rows=[_features(row) for row in result.rows], caption=" ".join(result.floor_lines())
+        columns=FEATURES_COLUMNS,
+        rows=[_features(row) for row in result.rows],
+        caption=" ".join([*result.notes(), *result.floor_lines()]),
     )
     pairs = [
         Dot(heading=_label(row), label=str(one.score), series=str(one.score), figure=one.auroc_decoys)
@@ -78,23 +85,36 @@ def _blocks(result: RecoveryResult, number: int) -> Iterator[Block]:
         yield dots_figure(
             f"pairs-{number}", "Planted pairs against decoys", pairs, TOLD_APART, PAIRS_CAPTION, hollow=hollow
         )
-    rows = [
-        (row.sae, f"{row.refinement_steps}", str(one.score), *one.cells()) for row in result.rows for one in row.pairs
-    ]
-    if rows:
-        if result.oracle is not None:
-            rows.append(("the true features", "", str(result.oracle.score), *result.oracle.cells()))
+    scores = {
+        "pairs": ("pair", result.pairs, result.oracle, [(row, one) for row in result.rows for one in row.pairs]),
+        "squares": (
+            "square",
+            result.squares,
+            result.oracle_squares,
+            [(row, s) for row in result.rows for s in row.squares],
+        ),
+    }
+    for what, (one, planted, oracle, found) in scores.items():
+        rows = [(row.label, f"{row.refinement_steps}", str(score.score), *score.cells()) for row, score in found]
+        if not rows:
+            continue
+        if oracle is not None:
+            rows.append(("the true features", "", str(oracle.score), *oracle.cells()))
+        columns = tuple(column.replace("pairs", what) for column in PAIRS_COLUMNS)
         yield Table(
-            columns=PAIRS_COLUMNS,
+            columns=tuple("AUROC, all features" if column == "AUROC, all squares" else column for column in columns),
             rows=rows,
-            caption=f"Precision among the {result.pairs} highest scores. Cosine: what is found to be written for a planted "
-            "pair, and what the truth writes.",
+            caption=f"Precision among the {planted} highest scores. Cosine: what is found to be written for a planted {one}, and "
+            "what the truth writes." + (SQUARES_TOLD if what == "squares" else ""),
             text_columns=(0, 2),
         )
 
 
 def _features(row: RecoveryRow) -> tuple[str, ...]:
-    share = "" if row.interaction_share is None else f"{row.interaction_share:.2%}"
+    share, square = ("" if one is None else f"{one:.2%}" for one in (row.interaction_share, row.square_share))
     numbers = (row.fvu, row.f1, row.precision, row.recall, row.mcc)
     told = tuple(f"{value:.3f}" for value in numbers)
-    return (row.sae, f"{row.refinement_steps}", f"{row.parameters:,}", f"{row.l0:.1f}", *told, f"{row.dead}", share)
+    return (
+        *(row.label, f"{row.refinement_steps}", f"{row.parameters:,}", f"{row.l0:.1f}"),
+        *(*told, f"{row.dead}", share, square),
+    )
