@@ -87,9 +87,9 @@ def _box(number: int, rows: int, strips: float) -> tuple[Floats, Floats]:
 
 def _part(adjacency: csr_array, seed: int) -> Floats:
     """A connected part in the unit square; a feature that has an edge to itself alone, its square, in the middle."""
-    if adjacency.shape[0] == 1:
-        return np.full((1, 2), 0.5)
     hops: Any = shortest_path(adjacency, directed=False, unweighted=True)
+    if len(hops) == 1:
+        return np.full((1, 2), 0.5)
     settings: Any = {"n_init": STARTS, "max_iter": 500, "eps": 1e-6, "random_state": seed, "n_jobs": 1}
     # normalized_stress: of metric scaling, the stress as it is
     places: Any = smacof(np.sqrt(hops), n_components=2, normalized_stress="auto", **settings)[0]

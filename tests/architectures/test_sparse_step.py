@@ -64,6 +64,22 @@ def test_losses_and_gradients(architecture, stages, paths, nfm_top_k, rescale, k
 
 
 @for_every_architecture
+@pytest.mark.parametrize("nfm_top_k", [None, 3])
+def test_two_projections_are_summed_from_stage_to_stage(architecture, nfm_top_k):
+    """Features of a later stage make products with those of the stages before, in both projections."""
+    sae, dense = both_kernels(architecture, head="bilinear", selection_stages=4, nfm_top_k=nfm_top_k)
+    for one in (sae, dense):  # larger products make each stage's activations many times those of the one before
+        one.V.data *= 0.1
+    ours, reference = (step(one, random_activations().double()) for one in (sae, dense))
+    assert (of_sparse_step(ours), of_sparse_step(reference)) == (True, False)
+    for output in (ours, reference):
+        output.loss.backward()
+    torch.testing.assert_close(ours.sae_out, reference.sae_out)
+    for name, parameter in dense.named_parameters():
+        torch.testing.assert_close(dict(sae.named_parameters())[name].grad, parameter.grad, msg=name)
+
+
+@for_every_architecture
 @pytest.mark.parametrize("use_sparse_activations", [True, False])
 def test_the_dense_step_multiplies_with_the_sum_of_the_decoders(architecture, use_sparse_activations):
     """Two decoders read the same features: one product in place of two, unless hooks want the paths one by one."""
