@@ -1,4 +1,4 @@
-"""Registers `joint_nfm`, `sequential_nfm`, `staged_topk` with SAELens, and makes SAELens's own doors strict and exact for them.
+"""Registers the architectures with SAELens, and makes SAELens's own doors strict and exact for them.
 
 SAELens filters a config down to the fields it knows before any class of ours sees it (`SAEConfig.from_dict`), and reads the
 weight file before our class exists. Two class methods of `SAE` therefore get a thin layer, for our architectures only:
@@ -7,7 +7,7 @@ weight file before our class exists. Two class methods of `SAE` therefore get a 
 not those of its digests; what saves an SAE writes these. Its two runners get one too, for exact checkpoints where they train an
 architecture of ours (`resume`), its trainer for a fused Adam (`fused_adam`) and for sparse statistics
 (`JointNFMTrainingSAE.counted`), and its directory of releases has ours (`pretrained`). One function of its TopK gets a layer
-for all: a decoder row of norm 0 contributes 0, where SAELens makes NaN of every token.
+for all: a decoder row of norm 0 contributes 0, where SAELens makes NaN of every token. Its evaluation refuses our transcoders.
 Everything else of SAELens is untouched.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import sae_lens
 from packaging.version import Version
-from sae_lens import SAE, SAETrainer, TrainingSAE, registry
+from sae_lens import SAE, SAETrainer, TrainingSAE, evals, registry
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes import abstopk_sae, matryoshka_batchtopk_sae, topk_sae
 from sae_lens.saes.sae import SAEConfig
@@ -30,10 +30,20 @@ from torch import Tensor
 
 from sae_nfm.architectures import (
     INFERENCE_CONFIGS,
+    SKIP_TRANSCODER,
+    TRANSCODER,
     JointNFMSAE,
     JointNFMSAEConfig,
+    JointNFMSkipTranscoder,
+    JointNFMSkipTranscoderConfig,
+    JointNFMSkipTranscoderTraining,
+    JointNFMSkipTranscoderTrainingConfig,
     JointNFMTrainingSAE,
     JointNFMTrainingSAEConfig,
+    JointNFMTranscoder,
+    JointNFMTranscoderConfig,
+    JointNFMTranscoderTraining,
+    JointNFMTranscoderTrainingConfig,
     SequentialNFMSAE,
     SequentialNFMSAEConfig,
     SequentialNFMTrainingSAE,
@@ -74,6 +84,11 @@ def register() -> None:
     _enter(registry.SAE_TRAINING_CLASS_REGISTRY, (SequentialNFMTrainingSAE, SequentialNFMTrainingSAEConfig))
     _enter(registry.SAE_CLASS_REGISTRY, (StagedTopKSAE, StagedTopKSAEConfig))
     _enter(registry.SAE_TRAINING_CLASS_REGISTRY, (StagedTopKTrainingSAE, StagedTopKTrainingSAEConfig))
+    _enter(registry.SAE_CLASS_REGISTRY, (JointNFMTranscoder, JointNFMTranscoderConfig))
+    _enter(registry.SAE_CLASS_REGISTRY, (JointNFMSkipTranscoder, JointNFMSkipTranscoderConfig))
+    transcoders = registry.SAE_TRAINING_CLASS_REGISTRY
+    _enter(transcoders, (JointNFMTranscoderTraining, JointNFMTranscoderTrainingConfig))
+    _enter(transcoders, (JointNFMSkipTranscoderTraining, JointNFMSkipTranscoderTrainingConfig))
     _layer(SAE, "get_sae_config_class_for_architecture", _strict_config_class)
     _layer(SAE, "load_from_disk", _explained_load)
     _layer(SAE, "save_model", _noted_save)
@@ -83,6 +98,8 @@ def register() -> None:
     _layer(SAETrainer, "_train_step", _counted_sparsely)
     for module in (topk_sae, abstopk_sae, matryoshka_batchtopk_sae):  # each has the function under its own name
         _layer(module, "act_times_W_dec", _dead_rows_contribute_nothing)
+    for name in ("get_downstream_reconstruction_metrics", "get_sparsity_and_variance_metrics"):
+        _layer(evals, name, _refused_for_transcoders)
     register_packaged_releases()
 
 
@@ -142,6 +159,20 @@ def _dead_rows_contribute_nothing(original: Any) -> Any:
         return original(feature_acts, W_dec, False)
 
     return act_times_W_dec
+
+
+def _refused_for_transcoders(original: Any) -> Any:
+    """SAELens's evaluation of an SAE would take a transcoder's input for what it is to reconstruct."""
+
+    def measured(sae: Any, *args: Any, **kwargs: Any) -> Any:
+        if sae.cfg.architecture() in (TRANSCODER, SKIP_TRANSCODER):
+            raise ValueError(
+                "SAELens's evaluation puts an SAE in place of what it reads, and a transcoder writes another hook point; use "
+                "`sae-nfm evaluate`, or sae_nfm.evaluation.evaluate"
+            )
+        return original(sae, *args, **kwargs)
+
+    return measured
 
 
 def _explained_load(original: Any) -> Any:

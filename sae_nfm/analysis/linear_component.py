@@ -24,6 +24,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor
 
+from sae_nfm.architectures import refuse_transcoder
 from sae_nfm.common import ShortRepr, short_repr
 from sae_nfm.interventions import HookFunction, Substitution, digest
 from sae_nfm.kernels import SparseActs, reference
@@ -86,6 +87,7 @@ class LinearPart(ShortRepr):
         Raises:
             ValueError: without an interaction path.
         """
+        refuse_transcoder(sae, "the linear part of its interaction path")
         if "hook_nfm_interaction" not in sae.hook_dict:
             raise ValueError(f"an SAE without an interaction path has no {kept} part; give a joint_nfm with head 'fm'")
         return lambda x: reconstruction(sae, x, self.hooks(kept))

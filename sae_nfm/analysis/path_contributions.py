@@ -40,7 +40,7 @@ from torch import Tensor
 
 from sae_nfm.analysis.gauge import as_read, canonical, has_canonical
 from sae_nfm.analysis.weight_norms import PathRows
-from sae_nfm.architectures import NFMDecoder, NFMPaths, Paths
+from sae_nfm.architectures import NFMDecoder, NFMPaths, Paths, refuse_transcoder
 from sae_nfm.common import ShortRepr
 from sae_nfm.data import ActivationCache
 from sae_nfm.interventions import counted_tokens, splice
@@ -131,6 +131,7 @@ def token_paths(
     """
     if documents is not None and len(documents) != len(x):
         raise ValueError(f"{len(documents)} documents for {len(x)} tokens; give one for each token")
+    refuse_transcoder(sae, "what its paths add to a reconstruction")
     k = getattr(sae.cfg, "k", None)
     if not isinstance(sae, NFMDecoder) and not isinstance(k, int):
         raise ValueError(f"an SAE of architecture {sae.cfg.architecture()!r} has no k; give a joint_nfm or a TopK SAE")

@@ -48,3 +48,15 @@ from .sequential_sae import SequentialNFM as SequentialNFM
 from .sequential_sae import SequentialNFMSAE as SequentialNFMSAE
 from .sequential_sae import refined as refined
 from .sequential_training import SequentialNFMTrainingSAE as SequentialNFMTrainingSAE
+from .transcoder_config import SKIP_TRANSCODER as SKIP_TRANSCODER
+from .transcoder_config import TRANSCODER as TRANSCODER
+from .transcoder_config import JointNFMSkipTranscoderConfig as JointNFMSkipTranscoderConfig
+from .transcoder_config import JointNFMSkipTranscoderTrainingConfig as JointNFMSkipTranscoderTrainingConfig
+from .transcoder_config import JointNFMTranscoderConfig as JointNFMTranscoderConfig
+from .transcoder_config import JointNFMTranscoderTrainingConfig as JointNFMTranscoderTrainingConfig
+from .transcoder_config import refuse_transcoder as refuse_transcoder
+from .transcoder_sae import JointNFMSkipTranscoder as JointNFMSkipTranscoder
+from .transcoder_sae import JointNFMSkipTranscoderTraining as JointNFMSkipTranscoderTraining
+from .transcoder_sae import JointNFMTranscoder as JointNFMTranscoder
+from .transcoder_sae import JointNFMTranscoderTraining as JointNFMTranscoderTraining
+from .transcoder_sae import read_and_written as read_and_written

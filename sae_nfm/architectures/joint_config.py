@@ -15,6 +15,7 @@ from sae_lens import (
     TopKTrainingSAEConfig,
     TrainingSAEConfig,
 )
+from sae_lens.registry import get_sae_training_class
 from typing_extensions import override
 
 from sae_nfm.architectures.nfm_config import (
@@ -95,7 +96,7 @@ class JointNFMSAEConfig(InferenceFields, NFMFields, TopKSAEConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "JointNFMSAEConfig":
         # the config of a training checkpoint is welcome: what only training reads is left out
-        refuse_unknown_keys(cls, config_dict, JointNFMTrainingSAEConfig)
+        refuse_unknown_keys(cls, config_dict, get_sae_training_class(cls.architecture())[1])
         return super().from_dict(as_saved(config_dict))
 
 
@@ -335,16 +336,19 @@ JointNFMConfig = JointNFMSAEConfig | JointNFMTrainingSAEConfig | StagedTopKSAECo
 
 def parameter_count(cfg: JointNFMConfig) -> int:
     """Trainable numbers: encoder, decoder and biases, and the paths that are switched on."""
-    d_in, d_sae, m = cfg.d_in, cfg.d_sae, cfg.nfm_dim
-    count = 2 * d_in * d_sae + d_sae + d_in
+    d_sae, m = cfg.d_sae, cfg.nfm_dim
+    d_out = getattr(cfg, "d_out", cfg.d_in)
+    count = (cfg.d_in + d_out) * d_sae + d_sae + d_out
     if cfg.use_linear_path:
-        count += d_sae * d_in + d_in
+        count += d_sae * d_out + d_out
     if cfg.head != "none":
-        count += d_sae * embedding_width(cfg.head, m) + (m * m + m) * (cfg.head != BILINEAR) + m * d_in + d_in
+        count += d_sae * embedding_width(cfg.head, m) + (m * m + m) * (cfg.head != BILINEAR) + m * d_out + d_out
     if cfg.use_square_path:
-        count += d_sae * d_in
+        count += d_sae * d_out
     if cfg.encoder == "jumprelu":
         count += d_sae
+    if getattr(cfg, "SKIP", False):
+        count += d_out * cfg.d_in
     return count
 
 

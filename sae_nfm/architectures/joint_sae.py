@@ -288,7 +288,7 @@ class JointNFMSAE(NFMDecoder, TopKSAE):
         """The same function with one decoder: the linear path folded into W_dec (`fold_linear_path`) and left out."""
         canonical = deepcopy(self)
         canonical.fold_linear_path()
-        sae = JointNFMSAE(replace(canonical.cfg, use_linear_path=False))
+        sae = type(self)(replace(canonical.cfg, use_linear_path=False))
         kept = {name: value for name, value in canonical.state_dict().items() if name not in ("W_lin", "b_lin")}
         sae.load_state_dict(kept)
         return sae

@@ -139,11 +139,16 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         """Whether nothing that the sparse step stands for is another method or function here."""
         own, active = self.__dict__, self.activation_fn
         return (
-            not any(name in own or getattr(type(self), name) is not method for name, method in STANDS_FOR.items())
+            not any(
+                name in own or getattr(type(self), name) is not method for name, method in self._stands_for().items()
+            )
             and (type(active), getattr(active, "k", None)) == (TopK, self.cfg.k)
             and self.hidden_code is None
             and not self.hook_z_reshaping_mode
         )
+
+    def _stands_for(self) -> Mapping[str, Any]:
+        return STANDS_FOR
 
     def _forms(self) -> Forms:
         cfg, read = self.cfg, self.cfg.k if self.cfg.nfm_top_k is None else min(self.cfg.nfm_top_k, self.cfg.k)
@@ -167,7 +172,7 @@ class JointNFMTrainingSAE(TrainedPaths, NFMDecoder, TopKTrainingSAE):
         else:
             acts = dispatch.encode(*encoder, cfg.k, gradient=forms.direct)
             paths = self._sparse_decode(acts, norms, W_dec, forms)
-        sae_out = self.run_time_activation_norm_fn_out(paths.total())
+        sae_out = self.run_time_activation_norm_fn_out(self._recons(paths.total()))
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         dead_loss = self._sparse_dead_loss(step_input, sae_out, encoder, W_dec)
         if self._reads_all() and self._shows_paths(step_input):
@@ -377,7 +382,7 @@ STANDS_FOR: dict[str, Any] = {
     for name in (
         *("encode", "encode_with_hidden_pre", "process_sae_in", "get_activation_fn", "decode", "decode_paths"),
         *("calculate_aux_loss", "calculate_topk_aux_loss"),
-        *("_direct_and_linear", "_linear", "_square", "_interaction", "_pool", "_written"),
+        *("_direct_and_linear", "_linear", "_square", "_interaction", "_pool", "_written", "_recons"),
         *("_hidden", "_read_out"),
     )
 }

@@ -120,18 +120,19 @@ class NFMPaths(_Host):
         self.setup()
 
     def _initialize_nfm_weights(self) -> None:
-        cfg, d_in, d_sae, m = self.cfg, self.cfg.d_in, self.cfg.d_sae, self.cfg.nfm_dim
+        cfg, d_sae, m = self.cfg, self.cfg.d_sae, self.cfg.nfm_dim
+        d_out = getattr(cfg, "d_out", cfg.d_in)
         weight_std = getattr(cfg, "nfm_weight_init_std", 0.0)  # an inference SAE is filled by loading
         if cfg.use_linear_path:
-            self.W_lin = self._normal(weight_std, d_sae, d_in)
-            self.b_lin = self._normal(0.0, d_in)
+            self.W_lin = self._normal(weight_std, d_sae, d_out)
+            self.b_lin = self._normal(0.0, d_out)
         if cfg.head != "none":
             self.V = self._normal(getattr(cfg, "nfm_embedding_init_std", 0.0), d_sae, embedding_width(cfg.head, m))
             if cfg.head != BILINEAR:
                 self.W_1, self.b_1 = self._normal(weight_std, m, m), self._normal(0.0, m)
-            self.W_2, self.b_2 = self._normal(weight_std, m, d_in), self._normal(0.0, d_in)
+            self.W_2, self.b_2 = self._normal(weight_std, m, d_out), self._normal(0.0, d_out)
         if cfg.use_square_path:
-            self.U = self._normal(weight_std, d_sae, d_in)
+            self.U = self._normal(weight_std, d_sae, d_out)
 
     def _normal(self, std: float, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=std))
@@ -170,9 +171,13 @@ class NFMPaths(_Host):
         From [*batch, d_sae] as hooked at `hook_sae_acts_post`, dense or COO, to [*batch, d_in] (or [*batch, n_heads, d_head]
         for hook_z) in the space of the input.
         """
-        sae_out_pre = self.hook_sae_recons(self.decode_paths(feature_acts).total())
+        sae_out_pre = self.hook_sae_recons(self._recons(self.decode_paths(feature_acts).total()))
         sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
         return self.reshape_fn_out(sae_out_pre, self.d_head)
+
+    def _recons(self, written: Tensor) -> Tensor:
+        """The output, before the run-time normalisation is undone, of what all paths write."""
+        return written
 
     @abstractmethod
     def decode_paths(self, feature_acts: Tensor) -> Paths:

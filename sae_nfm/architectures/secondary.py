@@ -27,6 +27,7 @@ from sae_lens.saes.sae import _disable_hooks  # pyright: ignore[reportPrivateUsa
 from torch import Tensor
 
 from sae_nfm.architectures.nfm_paths import HIDDEN_CODE_HOOKS, NFMPaths
+from sae_nfm.architectures.transcoder_config import refuse_transcoder
 from sae_nfm.loading import digest
 
 HIDDEN = "hook_nfm_hidden_pre"
@@ -149,6 +150,7 @@ def check_secondary(sae: SAE[Any], secondary: SAE[Any]) -> NFMPaths:
 
 def check_primary(sae: SAE[Any]) -> NFMPaths:
     """The SAE, when it has a hidden code that can be replaced; a ValueError without an interaction path, or in training."""
+    refuse_transcoder(sae, "a secondary SAE in place of the hidden code")
     if not isinstance(sae, NFMPaths) or sae.cfg.head == "none":
         what = f"head {sae.cfg.head!r}" if isinstance(sae, NFMPaths) else f"architecture {sae.cfg.architecture()!r}"
         raise ValueError(

@@ -24,13 +24,26 @@ from sae_nfm.architectures.nfm_config import (
     refuse_unknown_keys,
     with_requirement,
 )
+from sae_nfm.architectures.transcoder_config import (
+    SKIP_TRANSCODER,
+    TRANSCODER,
+    JointNFMSkipTranscoderConfig,
+    JointNFMTranscoderConfig,
+)
 from sae_nfm.common import present_path
 from sae_nfm.loading import load_sae, sha256_of
 
 ARCHITECTURE = "sequential_nfm"
 BASES = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", "staged_topk")
 """Architectures that can be a base; SAELens saves batchtopk and matryoshka_batchtopk as jumprelu."""
-_TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+_TRANSCODERS = (
+    "transcoder",
+    "skip_transcoder",
+    "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+    TRANSCODER,
+    SKIP_TRANSCODER,
+)
 _TWO_PLACES = "it reads one place and writes another, so there is no residual x - sae at one hook point"
 _HAS_NFM = "it has an NFM already; train it further with SAELens's from_pretrained_path"
 REFUSED = {
@@ -254,6 +267,10 @@ def _validate(cfg: SequentialNFMConfig) -> None:
 
 
 INFERENCE_CONFIGS: dict[str, type[JointNFMSAEConfig] | type[SequentialNFMSAEConfig] | type[StagedTopKSAEConfig]] = {
-    config.architecture(): config for config in (JointNFMSAEConfig, StagedTopKSAEConfig, SequentialNFMSAEConfig)
+    config.architecture(): config
+    for config in (
+        *(JointNFMSAEConfig, StagedTopKSAEConfig, SequentialNFMSAEConfig),
+        *(JointNFMTranscoderConfig, JointNFMSkipTranscoderConfig),
+    )
 }
 """Inference config by the architecture's name."""

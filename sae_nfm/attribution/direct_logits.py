@@ -5,6 +5,7 @@ With the scale held both are linear, so that what vectors add to the logits adds
 Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits (direct paths to the logits).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -58,8 +59,11 @@ class DirectPath:
     """
 
     def __init__(self, model: LanguageModel, sae: SAE[Any]) -> None:
-        at = str(sae.cfg.metadata.hook_name)
-        if not (hasattr(model, "unembed") and at.endswith(ON_RESIDUAL)):
+        at = str(sae.cfg.metadata.hook_name_out or sae.cfg.metadata.hook_name)
+        # a bridge's own name of what an MLP writes is in front of a second normalisation, where there is one
+        block = re.match(r"blocks\.(\d+)\.mlp\.hook_out$", at)
+        normalised = block is not None and hasattr(cast(Any, model).blocks[int(block[1])], "ln2_post")
+        if not (hasattr(model, "unembed") and at.endswith(ON_RESIDUAL)) or normalised:
             needed = "it takes a model with TransformerLens's unembed, and a hook point on its residual stream"
             raise ValueError(f"there is no direct path from {at!r} to the logits: {needed}")
         self._model: Any = model

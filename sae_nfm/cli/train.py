@@ -29,7 +29,7 @@ from sae_nfm.training.run import (
 SAE, WANDB = "SAE", "Weights & Biases"
 SECTIONS = {
     "model and hook point": (
-        *("architecture", "model_name", "model_class_name", "hook_name", "hook_head_index", "primary"),
+        *("architecture", "model_name", "model_class_name", "hook_name", "hook_name_out", "hook_head_index", "primary"),
         *("model_from_pretrained_kwargs", "model_kwargs"),
     ),
     "data": (
@@ -76,6 +76,7 @@ TOLD = {
     "embedded model and smollm2 have.",
     "seed": "Seed of initialisation and data order, on the CPU and the GPU. (SAELens has the flag and reads it nowhere.)",
     "d_in": "Width of the hook point. It is measured; give it only as a check.",
+    "d_out": "Width of what a transcoder writes. It is measured; give it only as a check.",
     "d_sae": "Number of features.",
     "dtype": "Data type of the activations on their way to the SAE; it is not that of the SAE, which --sae.dtype sets.",
     "sae.dtype": "Data type of the SAE's parameters.",
@@ -227,7 +228,7 @@ CONVERTED = {
     "base_config": (_json_object, "JSON"),
 }
 """Options whose type no command line has: what makes their value of the text, and what stands for it in the help."""
-MEASURED = ("d_in", "reshape_activations", "matryoshka_widths")
+MEASURED = ("d_in", "d_out", "reshape_activations", "matryoshka_widths")
 """Options whose default says nothing, as another value is measured or computed."""
 ALIASES = {"model_name": ("model",), "hook_name": ("hook",), "dataset_path": ("dataset",), "output_path": ("output",)}
 """What SAELens's options are called in the other commands."""

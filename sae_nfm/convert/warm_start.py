@@ -26,6 +26,8 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 from sae_nfm.architectures import (
+    SKIP_TRANSCODER,
+    TRANSCODER,
     UNFOLDED,
     InferenceFields,
     JointNFMSAE,
@@ -48,6 +50,7 @@ PLAIN = ("topk", "jumprelu")
 OTHERS = {
     "joint_nfm": "it has an NFM already; train it further with SAELens's from_pretrained_path",
     "sequential_nfm": "it has an NFM already; train it further with SAELens's from_pretrained_path",
+    **dict.fromkeys((TRANSCODER, SKIP_TRANSCODER), "it reads one place and writes another"),
     "abstopk": "its features are chosen by their absolute value, and can be negative",
     **dict.fromkeys(("batchtopk", "matryoshka_batchtopk"), "its threshold is in the finished SAE, a jumprelu"),
 }

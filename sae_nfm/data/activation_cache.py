@@ -70,7 +70,16 @@ from sae_nfm.data.datasets import (
     training_data,
 )
 from sae_nfm.loading import sha256_of
-from sae_nfm.models import LanguageModel, check_context, check_device, device_of, load_model, passing, shape_at
+from sae_nfm.models import (
+    LanguageModel,
+    check_context,
+    check_device,
+    device_of,
+    load_model,
+    pair_hooks,
+    passing,
+    shape_at,
+)
 
 IDENTITY_FILENAME = "activations.json"
 TOKENS, CHECKSUM = "token_ids", "crc32"
@@ -520,8 +529,10 @@ class _Rows:
             found = {"tokens": self.tokens, "checksums": self._checksums}
             wanted = {"tokens": identity.tokens_sha256, "checksums": identity.checksums_sha256.get(hook_name)}
             for what, array in found.items():
-                if hashlib.sha256(array.tobytes()).hexdigest() != wanted[what]:
-                    raise ValueError(f"its {what} are not those of {IDENTITY_FILENAME}")
+                if (own := hashlib.sha256(array.tobytes()).hexdigest()) != wanted[what]:
+                    raise ValueError(
+                        f"its {what} (sha256 {own[:16]}) are not those of {IDENTITY_FILENAME} (sha256 {str(wanted[what])[:16]})"
+                    )
         self._ends = np.cumsum(rows)
 
     def activations(self, row: int) -> NDArray[np.floating]:
@@ -581,6 +592,7 @@ def read_from_cache(runner: Any, cache: ActivationCache) -> None:
 
     Raises a ValueError where the runner's settings, model or hook points are not those of the cache.
     """
+    pair_hooks(runner)
     store, cfg = runner.activations_store, runner.cfg
     for name, value in HOW_ROWS_ARE_MADE.items():
         if (given := getattr(cfg, name, value)) != value:

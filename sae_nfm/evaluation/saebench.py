@@ -30,6 +30,7 @@ import tyro
 from sae_lens import SAE, ActivationsStore, HookedSAETransformer, TrainingSAE
 from sae_lens.util import temporary_seed
 
+from sae_nfm.architectures import refuse_transcoder
 from sae_nfm.common import check_choice, check_positive, check_writable, listed, whole, write_json
 from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import check_data, open_dataset, own_text
@@ -150,6 +151,7 @@ def evaluate(saes: Mapping[str, SAE[Any]], model: HookedSAETransformer, config: 
     require()
     check_writable(config.output, folder=True)
     for name, sae in saes.items():
+        refuse_transcoder(sae, "SAEBench")
         metadata = sae.cfg.metadata
         if metadata.hook_name is not None and (site := site_at(model, metadata.hook_name)).d_in != sae.cfg.d_in:
             raise ValueError(f"{name!r} has d_in {sae.cfg.d_in}, but {site.hook_name!r} has width {site.d_in}")

@@ -8,6 +8,7 @@ The figures are those of `sae_lens.evals.run_evals`, under its names. What one h
 * Position 0 and the metadata's `seqpos_slice` are not looked at: all positions count.
 * Sparsity and variance are measured on the batches that follow those of KL and cross-entropy.
 * A model or an SAE in 16 bits works in them; logits, activations and features are widened to float32 before SAELens's metrics.
+* A transcoder is in place of what it writes, which SAELens's evaluation is not made for: `transcoders`.
 * Logits that are not finite are an error that names the condition. A score that divides by next to nothing, or lies outside
   of 0 to 1, and a metric that is not defined have a note.
 """
@@ -41,6 +42,7 @@ from sae_nfm.data import (
     vocabulary_size,
 )
 from sae_nfm.evaluation.results import Evaluation
+from sae_nfm.evaluation.transcoders import evaluate_transcoder
 from sae_nfm.kernels import wide
 from sae_nfm.loading import load_sae, quiet_saelens
 from sae_nfm.models import (
@@ -49,6 +51,7 @@ from sae_nfm.models import (
     check_context,
     check_device,
     check_finite,
+    is_transcoder,
     masked_padding,
     model_of,
     refuse_heads_of_a_bridge,
@@ -138,25 +141,33 @@ def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Eva
     if context_size is None:
         raise ValueError("the SAE's metadata has no context_size; give --context-size")
     check_context(model, context_size)
+    if is_transcoder(sae):
+        _refuse_of_a_transcoder(config)
     held_out_tokens(model, dataset, context_size, 1)  # says so where the text fills no row
     with quiet_saelens():
         store = store_as_in_training(
             sae, model, dataset, context_size, batch_size_prompts=config.batch_size_prompts, device=config.device
         )
-        metrics, feature_metrics = _run(sae, store, model, config)
+        own = is_transcoder(sae)
+        if own:
+            batches = config.n_eval_reconstruction_batches, config.n_eval_sparsity_variance_batches
+            metrics, told = evaluate_transcoder(model, sae, store, *batches)
+            feature_metrics: dict[str, list[float]] = {}
+        else:
+            (metrics, feature_metrics), told = _run(sae, store, model, config), ()
     named: dict[str, Any] = {"folder": config.sae, "source": config.held_out}
     result = Evaluation(
         sae=config.sae if config.sae_id is None else f"{config.sae}:{config.sae_id}",
         architecture=sae.cfg.architecture(),
         model_name=config.model or metadata.model_name,
-        hook_name=metadata.hook_name,
+        hook_name=metadata.hook_name_out if own else metadata.hook_name,
         data=_label(data, config, told_of_text(model, store.text.sketch(), metadata=metadata, **named)),
-        special_tokens=special_tokens_words(model, excluded_tokens(sae, config), "counted"),
+        special_tokens=special_tokens_words(model, True if own else excluded_tokens(sae, config), "counted"),
         context_size=context_size,
         passes=store.passes,
         metrics=metrics,
         feature_metrics=feature_metrics,
-        notes=notes_on(metrics),
+        notes=(*told, *notes_on(metrics)),
         provenance=provenance(
             config, command=command, sae_config=sae.cfg.to_dict(), tokens_sha256=store.sha256.hexdigest()
         ),
@@ -164,6 +175,17 @@ def evaluate_saved(config: EvaluateConfig, *, command: str | None = None) -> Eva
     if config.save is not None:
         result.save(config.save)
     return result
+
+
+def _refuse_of_a_transcoder(config: EvaluateConfig) -> None:
+    """Raise a ValueError for an option that is SAELens's alone, which a transcoder does not go through."""
+    usual = EvaluateConfig(sae=config.sae)
+    for field in fields(config):
+        name, given = field.name, getattr(config, field.name)
+        if (name.startswith("compute_") or name == "exclude_special_tokens") and given != getattr(usual, name):
+            raise ValueError(
+                f"{name} is {given!r}, and of a transcoder everything is measured, special tokens left out; leave it out"
+            )
 
 
 def _load_model(sae: SAE[Any], config: EvaluateConfig) -> LanguageModel:

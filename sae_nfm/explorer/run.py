@@ -18,6 +18,7 @@ from jaxtyping import Int
 from sae_lens import SAE
 from torch import Tensor
 
+from sae_nfm.architectures import refuse_transcoder
 from sae_nfm.common import check_numbers, check_positive, check_writable, provenance, text_of
 from sae_nfm.common.options import PACKAGED_SAE, HeldOutOptions, SavedSAEOptions
 from sae_nfm.data import held_out_corpus, told_of_text
@@ -138,6 +139,7 @@ def run_explore(config: ExploreConfig, *, command: str | None = None) -> Explore
     check_writable(config.output, folder=True)
     check_writable(Path(config.output) / FILENAME)
     sae = load_sae(config.sae, device=config.device).eval()
+    refuse_transcoder(sae, "the explorer")
     model, _ = model_of(sae, config.device, model_name=config.model)
     rows = held_out_corpus(
         model,
@@ -179,6 +181,7 @@ def explore(
         settings: for the provenance; the sizes unless given.
         text: whether the SAE was trained on the rows, in words (`data.told_of_text`); found by its metadata unless given.
     """
+    refuse_transcoder(sae, "the explorer")
     sizes = sizes or ExplorerSizes()
     firings = firings_of(model, sae, tokens, batch_rows=sizes.batch_rows, show_progress=show_progress)
     pairs, written = NO_PAIRS, torch.zeros(0, sae.cfg.d_in)

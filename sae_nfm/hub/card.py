@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from huggingface_hub import ModelCardData
 
-from sae_nfm.architectures import INFERENCE_CONFIGS
+from sae_nfm.architectures import INFERENCE_CONFIGS, SKIP_TRANSCODER, TRANSCODER
 from sae_nfm.architectures.joint_config import ARCHITECTURE
 from sae_nfm.architectures.sequential_config import ARCHITECTURE as SEQUENTIAL
 from sae_nfm.common import printable, python_string
@@ -77,6 +77,11 @@ def _what(saes: Sequence[CardSAE], architectures: Sequence[str]) -> str:
         text += (
             f" `{ARCHITECTURE}` is a TopK SAE trained jointly with a Neural Factorization Machine, which adds products of "
             f"feature pairs to the reconstruction ({PAPER}); the architecture comes with the package `sae-nfm`."
+        )
+    if {TRANSCODER, SKIP_TRANSCODER} & set(architectures):
+        text += (
+            f" `{TRANSCODER}` and `{SKIP_TRANSCODER}` go from what an MLP reads (the hook point) to what it writes "
+            "(`metadata.hook_name_out`), with such a machine; they come with the package `sae-nfm`."
         )
     if SEQUENTIAL in architectures:
         named = {plain(without_folders(sae.config["base"])) for sae in saes if sae.config.get("base")}

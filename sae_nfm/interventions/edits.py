@@ -247,7 +247,7 @@ def width_of(sae: SAE[Any], at: str) -> int | None:
         return None if (attached := secondary_of(sae)) is None else attached.sae.cfg.d_sae
     if at in ("hook_nfm_pooled", "hook_nfm_hidden_pre", *SECONDARY_HOOKS):
         return sae.cfg.nfm_dim
-    return cfg.d_in if at in SWITCHES else None
+    return getattr(cfg, "d_out", cfg.d_in) if at in SWITCHES or at == "hook_skip" else None
 
 
 def with_entries(

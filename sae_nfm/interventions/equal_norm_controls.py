@@ -40,7 +40,7 @@ from torch import Tensor
 from sae_nfm.common import ShortRepr
 from sae_nfm.interventions.intervene import Intervention, Splice, Substitution, TokenContext, counted_tokens, digest
 from sae_nfm.interventions.results import UNDER_TEST, ArmRole, Role
-from sae_nfm.models import LanguageModel, check_finite, real_batches, run_rows
+from sae_nfm.models import LanguageModel, check_finite, is_transcoder, real_batches, run_rows
 
 FLIPPED = -1.0
 SCALES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
@@ -117,6 +117,11 @@ def control_arms(
         ValueError: when the activations are from another hook point, or of another width.
     """
     cfg, head = under_test.sae.cfg, under_test.sae.cfg.metadata.hook_head_index
+    if is_transcoder(under_test.sae):
+        raise ValueError(
+            f"the arm under test is a transcoder (architecture {cfg.architecture()!r}), and the controls are of an SAE's error "
+            "where it reads; measure it with evaluation.evaluate beside a transcoder without a head"
+        )
     found = (activations.hook_name, len(activations.mean), activations.head)
     if found != (under_test.hook_name, cfg.d_in, head):
         where = [f", head {one}" if one is not None else "" for one in (activations.head, head)]

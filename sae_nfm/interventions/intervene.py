@@ -36,6 +36,7 @@ from sae_nfm.models import (
     claimed,
     counted_tokens,
     hooked,
+    is_transcoder,
     keeping,
     on_head,
     real_batches,
@@ -121,7 +122,10 @@ class Splice(Intervention):
         edits: changes of features, pairs and paths.
         special_tokens: "kept" or "changed".
 
-    A ValueError for a hook point the SAE does not have, a mean that is no vector, or an SAE that reads one and writes another.
+    A transcoder takes the place of what it writes, its skip kept; `trace.x` is what the model computed there.
+
+    A ValueError for a hook point the SAE does not have, a mean that is no vector, or an SAE other than a transcoder that reads
+    one and writes another.
     """
 
     sae: SAE[Any]
@@ -142,11 +146,11 @@ class Splice(Intervention):
         for name, value in self.ablated.items():
             if value is not None and value.ndim != 1:
                 raise ValueError(f"the mean for {name} has shape {tuple(value.shape)}; give a vector, or None for zero")
-        metadata = self.sae.cfg.metadata
-        if metadata.hook_name_out not in (None, metadata.hook_name):
+        if is_transcoder(self.sae) and not hasattr(self.sae.cfg, "d_out"):
+            metadata = self.sae.cfg.metadata
             raise ValueError(
-                f"the SAE reads {metadata.hook_name!r} and writes {metadata.hook_name_out!r}; a splice is for SAEs that "
-                "reconstruct what they read"
+                f"the SAE is no transcoder, and its metadata say that it reads {metadata.hook_name!r} and writes "
+                f"{metadata.hook_name_out!r}; set hook_name_out = None where it reconstructs what it reads"
             )
         for edit in self.edits:
             if edit.hook_point not in SECONDARY_HOOKS:  # those need a secondary SAE when they are put to work
@@ -155,7 +159,8 @@ class Splice(Intervention):
     @property
     @override
     def hook_name(self) -> str:
-        return str(self.sae.cfg.metadata.hook_name)
+        metadata = self.sae.cfg.metadata
+        return str(metadata.hook_name_out if is_transcoder(self.sae) else metadata.hook_name)
 
     @property
     @override
@@ -187,7 +192,7 @@ class Splice(Intervention):
 
         with (
             splice(model, self.sae, self.special_tokens, use_error_term=self.use_error_term) as found,
-            found.hooks({"hook_sae_input": x}),  # before anything is changed
+            found.replaced(x),  # before anything is changed
             found.hooks(self._ablations()),
             at_work(model, self.sae, found, self.edits, self.special_tokens),
             found.hooks({"hook_sae_output": x_hat, "hook_sae_acts_post": acts}),
@@ -195,7 +200,14 @@ class Splice(Intervention):
             yield trace
 
     def reconstruct(self, x: Float[Tensor, "rows pos d"]) -> Float[Tensor, "rows pos d"]:
-        """What the SAE makes of activations by itself, at every position, its paths ablated and edits made, heads flattened."""
+        """What the SAE makes of activations by itself, at every position, its paths ablated and edits made, heads flattened.
+
+        A ValueError for a transcoder with an error term, whose error is of what the model writes.
+        """
+        if self.use_error_term and is_transcoder(self.sae):
+            raise ValueError(
+                "a transcoder's error is of what the model writes, not of its input; splice it into the model"
+            )
         with Attached(owner=self.sae, prefix="").hooks(self._ablations()):
             made = reconstruction(self.sae, x, hook_functions(self.sae, self.edits, TokensInTurn()))
         return made + (x - reconstruction(self.sae, x, {})) if self.use_error_term else made

@@ -138,8 +138,10 @@ def compare_steering(
     gates, n = mean_gates(model, sae, pair, tokens if gate_tokens is None else gate_tokens, batch_rows=batch_rows)
     found = directions(sae, pair, gates)
     generator = torch.Generator().manual_seed(seed)
-    drawn = F.normalize(torch.randn(n_random, sae.cfg.d_in, generator=generator), dim=-1)
-    at, head = str(sae.cfg.metadata.hook_name), sae.cfg.metadata.hook_head_index
+    drawn = F.normalize(torch.randn(n_random, getattr(sae.cfg, "d_out", sae.cfg.d_in), generator=generator), dim=-1)
+    # where a transcoder writes
+    at = str(sae.cfg.metadata.hook_name_out or sae.cfg.metadata.hook_name)
+    head = sae.cfg.metadata.hook_head_index
     arms = {(arm, 0): direction for arm, direction in found.items()}
     arms |= {("random", draw): direction for draw, direction in enumerate(drawn)}
     steered = {

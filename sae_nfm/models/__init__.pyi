@@ -16,6 +16,8 @@ from .load import site_at as site_at
 from .load import synchronize as synchronize
 from .local_hf import config_fields as config_fields
 from .local_hf import is_folder as is_folder
+from .mlp_sites import mlp_sites as mlp_sites
+from .mlp_sites import pair_hooks as pair_hooks
 from .samples import SAMPLES_HOOK as SAMPLES_HOOK
 from .samples import SamplesShape as SamplesShape
 from .samples import is_samples as is_samples
@@ -29,6 +31,7 @@ from .splicing import SharedPrefix as SharedPrefix
 from .splicing import SpecialTokens as SpecialTokens
 from .splicing import claimed as claimed
 from .splicing import hooked as hooked
+from .splicing import is_transcoder as is_transcoder
 from .splicing import keeping as keeping
 from .splicing import on_head as on_head
 from .splicing import passing as passing

@@ -297,6 +297,12 @@ def model_of(
             f"the SAE has d_in {sae.cfg.d_in}, but {site.hook_name!r} of {name} has width {site.d_in}; give the model it "
             "was trained on with --model"
         )
+    written, d_out = metadata.hook_name_out, getattr(sae.cfg, "d_out", None)
+    if written is not None and d_out is not None and (there := find_site(model, written)).d_in != d_out:
+        raise ValueError(
+            f"the transcoder has d_out {d_out}, but {there.hook_name!r} of {name} has width {there.d_in}; give the model it was "
+            "trained on with --model"
+        )
     return model, site
 
 

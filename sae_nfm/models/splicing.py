@@ -50,6 +50,8 @@ class Attached:
     """What stands before their names there, such as "blocks.2.hook_resid_post."."""
     model: LanguageModel | None = None
     """The model, which sees to it that the functions are there when it runs; None where an SAE runs by itself."""
+    writes: nn.Module | None = None
+    """Of a transcoder: what is in the place of the hook point it writes. None of an SAE, which writes what it reads."""
 
     @contextmanager
     def hooks(self, functions: Mapping[str, HookFunction]) -> Generator[None]:
@@ -57,6 +59,19 @@ class Attached:
         named = {self.prefix + name: function for name, function in functions.items()}
         with hooked(self.owner, named, self.model):
             yield
+
+    @contextmanager
+    def replaced(self, function: HookFunction) -> Generator[None]:
+        """Show a function, for a while, what the model computed in the place where the SAE's output goes on."""
+        if self.writes is None:
+            with self.hooks({"hook_sae_input": function}):
+                yield
+            return
+        handle = self.writes.register_forward_pre_hook(lambda _, given: function(given[0], None))
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @contextmanager
@@ -107,14 +122,18 @@ def splice(
 ) -> Generator[Attached]:
     """Put the SAE in place of the hook point its metadata names, by a name of either kind; special tokens bypass it if "kept".
 
-    An SAE of one head (hook_head_index) takes the place of that head; the others keep their bits. With an error term, what the
-    SAE does not reconstruct of its input is added, so that only what hooks change inside the SAE changes anything.
+    An SAE of one head (hook_head_index) takes the place of that head; the others keep their bits. A transcoder takes the place
+    of what it writes (hook_name_out). With an error term, what is not reconstructed is added, so that only what hooks change
+    inside the SAE changes anything.
 
     Raises a ValueError when the model has no such hook point, or something is in its place already or hooked to it.
     """
     hook_name = sae.cfg.metadata.hook_name
     if hook_name is None:
         raise ValueError("the SAE's metadata has no hook_name, so it is not known where to splice it in; set it")
+    if is_transcoder(sae):
+        _check_transcoder(model, sae)
+        hook_name = str(sae.cfg.metadata.hook_name_out)
     with claimed(model, hook_name) as hook_name:
         if isinstance(model, HookedProxyLM):
             attached = _on_proxy(model, sae, hook_name, use_error_term)
@@ -133,6 +152,30 @@ def splice(
             nullcontext() if special_tokens == "changed" else _bypass(model, found),
         ):
             yield found
+
+
+def is_transcoder(sae: SAE[Any]) -> bool:
+    """Whether an SAE writes another hook point than it reads."""
+    metadata = sae.cfg.metadata
+    return metadata.hook_name_out not in (None, metadata.hook_name)
+
+
+def _check_transcoder(model: LanguageModel, sae: SAE[Any]) -> None:
+    read = str(sae.cfg.metadata.hook_name)
+    if isinstance(model, HookedProxyLM):
+        raise ValueError(
+            "a transcoder is spliced into a HookedTransformer or a TransformerBridge; load the model as one of these"
+        )
+    if hasattr(sae, "W_skip") and "hook_skip" not in sae.hook_dict:
+        raise ValueError(
+            f"SAELens's splice leaves W_skip of the architecture {sae.cfg.architecture()!r} out; train a "
+            "joint_nfm_skip_transcoder, whose skip stays"
+        )
+    if _hook_point(model, resolve_hook_name(model, read)).fwd_hooks:
+        raise ValueError(
+            f"there are hook functions at {read!r}, which SAELens would take off together with the transcoder that reads there; "
+            "take them off (model.reset_hooks())"
+        )
 
 
 @contextmanager
@@ -201,16 +244,20 @@ def _code_hooked(sae: SAE[Any]) -> Generator[None]:
 def _on_hooked(model: HookedSAETransformer, sae: SAE[Any], hook_name: str, use_error_term: bool) -> Generator[Attached]:
     """Attached under the name this kind of model looks for; the SAE flattens heads, also where a bridge did it for it."""
     cfg, flattens = sae.cfg, sae.hook_z_reshaping_mode
-    given = cfg.metadata.hook_name, cfg.reshape_activations
-    cfg.metadata.hook_name = hook_name
+    metadata = cfg.metadata
+    given = metadata.hook_name, metadata.hook_name_out, cfg.reshape_activations
+    if is_transcoder(sae):
+        metadata.hook_name, metadata.hook_name_out = resolve_hook_name(model, str(metadata.hook_name)), hook_name
+    else:
+        metadata.hook_name = hook_name
     try:
         if hook_name.endswith("_z") and not flattens and cfg.metadata.hook_head_index is None:
             cfg.reshape_activations = "hook_z"
             sae.turn_on_forward_pass_hook_z_reshaping()
-        with model.saes([sae], use_error_term=use_error_term), _in_place(model, sae, hook_name):
-            yield Attached(owner=model, prefix=f"{hook_name}.", model=model)
+        with model.saes([sae], use_error_term=use_error_term), _in_place(model, sae, hook_name) as writes:
+            yield Attached(owner=model, prefix=f"{hook_name}.", model=model, writes=writes)
     finally:
-        cfg.metadata.hook_name, cfg.reshape_activations = given
+        metadata.hook_name, metadata.hook_name_out, cfg.reshape_activations = given
         if not flattens:
             sae.turn_off_forward_pass_hook_z_reshaping()
 
@@ -219,8 +266,8 @@ def _on_hooked(model: HookedSAETransformer, sae: SAE[Any], hook_name: str, use_e
 def _on_bridge(model: SAETransformerBridge, sae: SAE[Any], hook_name: str, use_error_term: bool) -> Generator[Attached]:
     conversion = model.hook_dict[hook_name].hook_conversion
     try:
-        with model.saes([sae], use_error_term=use_error_term), _in_place(model, sae, hook_name):
-            yield Attached(owner=model, prefix=f"{hook_name}.", model=model)
+        with model.saes([sae], use_error_term=use_error_term), _in_place(model, sae, hook_name) as writes:
+            yield Attached(owner=model, prefix=f"{hook_name}.", model=model, writes=writes)
     finally:
         # SAELens leaves a new hook point behind, under half its name (so that hooks would not be found) and without what
         # tells heads apart.
@@ -229,8 +276,11 @@ def _on_bridge(model: SAETransformerBridge, sae: SAE[Any], hook_name: str, use_e
 
 
 @contextmanager
-def _in_place(model: Any, sae: SAE[Any], hook_name: str) -> Generator[None]:
-    """The SAE that SAELens has attached, on one head where it is of one, and for as long as nobody takes it off."""
+def _in_place(model: Any, sae: SAE[Any], hook_name: str) -> Generator[nn.Module | None]:
+    """The SAE that SAELens has attached, on one head where it is of one, and for as long as nobody takes it off.
+
+    What it has put in place, of a transcoder; there SAELens would encode the output where it has not seen the input.
+    """
     wrapper, head = get_deep_attr(model, hook_name), sae.cfg.metadata.hook_head_index
     if head is not None:
         of_head: Callable[[Tensor], Tensor] = partial(type(wrapper).forward, wrapper)
@@ -244,8 +294,20 @@ def _in_place(model: Any, sae: SAE[Any], hook_name: str) -> Generator[None]:
         there = get_deep_attr(model, hook_name) is wrapper
         return None if there else f"the SAE in place of {hook_name!r} was taken out"
 
-    with _guarded(model, missing):
-        yield
+    def refuse_unread(_: nn.Module, given: Any) -> None:  # noqa: ARG001
+        if wrapper._captured_input is None:
+            raise ValueError(
+                f"the transcoder has not seen what passes {sae.cfg.metadata.hook_name!r}, which the model did not compute in "
+                "this run; give hook points of one block"
+            )
+
+    reading = wrapper.register_forward_pre_hook(refuse_unread) if is_transcoder(sae) else None
+    try:
+        with _guarded(model, missing):
+            yield None if reading is None else wrapper
+    finally:
+        if reading is not None:
+            reading.remove()
 
 
 def on_head(value: Tensor, head: int, d_head: int, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -295,7 +357,7 @@ def _bypass(model: LanguageModel, found: Attached) -> Generator[None]:
             original = seen["original"].reshape(value.shape).to(value.dtype)
             return torch.where(special.reshape(*special.shape, *[1] * (value.ndim - 2)), original, value)
 
-        with found.hooks({"hook_sae_input": keeping(seen, "original"), "hook_sae_output": restore}):
+        with found.replaced(keeping(seen, "original")), found.hooks({"hook_sae_output": restore}):
             yield
 
 

@@ -362,6 +362,11 @@ def _fitted_model(experiment: Experiment, arguments: TrainArguments) -> Language
     kwargs = cfg.model_from_pretrained_kwargs or {}
     dtype = str_to_dtype(kwargs.get("dtype", kwargs.get("torch_dtype", "float32")))
     model = shape_of_model(experiment.model_config(), cfg.model_class_name, dtype)
+    if hasattr(cfg.sae, "d_out"):
+        raise ValueError(
+            f"a dry run knows steps on one hook point, and a {cfg.sae.architecture()} is trained on two; a joint_nfm at hook_name"
+            " needs about as much, but for a row of twice the width"
+        )
     site = site_at(model, cfg.hook_name, cfg.hook_head_index)
     if "d_in" in arguments.given and cfg.sae.d_in != site.d_in:
         raise ValueError(f"d_in is {cfg.sae.d_in}, but {site.hook_name!r} has width {site.d_in}; leave d_in out")

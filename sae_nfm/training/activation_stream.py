@@ -74,7 +74,7 @@ class ActivationStream(Iterator[Batch]):
     """SAELens's mixed activations, with a state.
 
     A batch is what the store would give: [train_batch_size_tokens, d_in], or a dict of these by hook name where the store
-    reads several hooks.
+    reads several hooks; of a transcoder's two (`models.pair_hooks`) one tensor with both side by side.
 
     Args:
         store: the store of a runner, fresh.
@@ -87,6 +87,7 @@ class ActivationStream(Iterator[Batch]):
         self._generator = generator
         self._epoch, self._sequences, self._last_sequence = 0, 0, torch.zeros(0, dtype=torch.long)
         self._hook_names: list[str] | None = self._store._hook_names
+        self._side_by_side: bool = getattr(store, "serves_side_by_side", False)
         self._widths: list[int] = []
         rows_of_their_own = getattr(store, "is_dataset_tokenized", True) or store.disable_concat_sequences
         joined = getattr(store, "rows_joined", not rows_of_their_own)  # cached rows were cut before
@@ -121,7 +122,7 @@ class ActivationStream(Iterator[Batch]):
         batch = self._serving[: self._batch_size]
         self._serving = self._serving[self._batch_size :]
         served = batch
-        if self._hook_names is not None:
+        if self._hook_names is not None and not self._side_by_side:
             served = dict(zip(self._hook_names, batch.split(self._widths, dim=1), strict=True))
         self._recent.append((served, self.state()))
         return served

@@ -3,6 +3,7 @@
 import shutil
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,14 +14,15 @@ from typing import IO, Any
 import torch
 import wandb
 from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner, MultiSAETrainingRunner, SAETrainer
-from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.evals import EvalConfig, ExplainedVarianceCalculator, run_evals
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
-from sae_nfm.architectures import TrainedPaths
+from sae_nfm.architectures import TrainedPaths, read_and_written
 from sae_nfm.common import check_positive
 from sae_nfm.loading import quiet_saelens
+from sae_nfm.models import counted_tokens, is_transcoder, keeping, run_rows, splice
 from sae_nfm.training.activation_stream import ask_again
 from sae_nfm.training.results import DEAD_WINDOW, read_training_record, record_line
 
@@ -193,19 +195,24 @@ class _Recorder:
         with waits, quiet_saelens():
             store = _held_out_store(self._runner, self._held_out.dataset, trainer.sae)
             special = store.exclude_special_tokens
-            grouped, _ = run_evals(
-                sae=trainer.sae,
-                activation_store=store,
-                model=self._runner.model,
-                activation_scaler=trainer.activation_scaler,
-                eval_config=EvalConfig(
-                    batch_size_prompts=self._runner.cfg.eval_batch_size_prompts,
-                    n_eval_reconstruction_batches=self._held_out.n_batches,
-                    n_eval_sparsity_variance_batches=self._held_out.n_batches,
-                    **METRICS,
-                ),
-                exclude_special_tokens=False if special is None else special.tolist(),
-                model_kwargs=self._runner.cfg.model_kwargs,
+            own = is_transcoder(trainer.sae)
+            grouped, _ = (
+                _evaluate_transcoder(trainer.sae, store, self._held_out.n_batches)
+                if own
+                else run_evals(
+                    sae=trainer.sae,
+                    activation_store=store,
+                    model=self._runner.model,
+                    activation_scaler=trainer.activation_scaler,
+                    eval_config=EvalConfig(
+                        batch_size_prompts=self._runner.cfg.eval_batch_size_prompts,
+                        n_eval_reconstruction_batches=self._held_out.n_batches,
+                        n_eval_sparsity_variance_batches=self._held_out.n_batches,
+                        **METRICS,
+                    ),
+                    exclude_special_tokens=False if special is None else special.tolist(),
+                    model_kwargs=self._runner.cfg.model_kwargs,
+                )
             )
         trainer.sae.train()
         named = [(f"{group}/{key}", v) for group, values in grouped.items() for key, v in values.items()]
@@ -219,9 +226,47 @@ class _Recorder:
 @torch.no_grad()
 def _in_own_units(trainer: SAETrainer[Any, Any], output: TrainStepOutput, batch: Tensor) -> dict[str, float]:
     """What SAELens's log lacks: the squared error of the language model's activations, and when a feature counts as dead."""
-    error = trainer.activation_scaler.unscale(output.sae_out).float() - batch.to(output.sae_out.device).float()
+    wanted = read_and_written(trainer.sae, batch)[1].to(output.sae_out.device)
+    error = trainer.activation_scaler.unscale(output.sae_out).float() - wanted.float()
     window = trainer.cfg.dead_feature_window
     return {"metrics/mse": float(error.square().sum(dim=-1).mean()), DEAD_WINDOW: window}
+
+
+def _evaluate_transcoder(
+    sae: SAE[Any], store: ActivationsStore, n_batches: int
+) -> tuple[dict[str, dict[str, float]], None]:
+    """A transcoder in place of what it writes, by SAELens's names; SAELens itself would put it in place of what it reads.
+
+    Counted are tokens that are neither special nor in position 0, as by `evaluation.evaluate`.
+    """
+    model: Any = store.model
+    sums, variance = defaultdict[str, float](float), ExplainedVarianceCalculator()
+    for _ in range(n_batches):
+        batch, seen = store.get_batch_tokens(), dict[str, Any]()
+        counted = counted_tokens(model, batch)
+        clean = run_rows(model, batch)
+        names = {"hook_sae_output": keeping(seen, "made"), "hook_sae_acts_post": keeping(seen, "acts")}
+        with splice(model, sae) as found, found.replaced(keeping(seen, "y")), found.hooks(names):
+            changed = run_rows(model, batch)
+        variance.add_batch(seen["made"][counted].float(), seen["y"][counted].float())
+        sums["active"] += float((seen["acts"].to_dense()[counted] != 0).sum())
+        sums["tokens"] += int(counted.sum())
+        last = counted[:, :-1]
+        sums["next"] += int(last.sum())
+        p, q = (logits.float().log_softmax(-1) for logits in (clean, changed))
+        sums["kl"] += float((p.exp() * (p - q)).sum(-1)[counted].double().sum())
+        for name, one in (("ce", p), ("ce_sae", q)):
+            nll = -one[:, :-1].gather(-1, batch[:, 1:, None])[..., 0]
+            sums[name] += float(nll[last].double().sum())
+    return {
+        "model_behavior_preservation": {"kl_div_with_sae": sums["kl"] / sums["tokens"]},
+        "model_performance_preservation": {
+            "ce_loss_with_sae": sums["ce_sae"] / sums["next"],
+            "ce_loss_without_sae": sums["ce"] / sums["next"],
+        },
+        "reconstruction_quality": {"explained_variance": float(variance.compute())},
+        "sparsity": {"l0": sums["active"] / sums["tokens"]},
+    }, None
 
 
 def _held_out_store(runner: Runner, dataset: Any, sae: SAE[Any]) -> ActivationsStore:

@@ -65,6 +65,8 @@ from sae_nfm.models import (
     check_device,
     context_limit,
     load_model,
+    mlp_sites,
+    pair_hooks,
     refuse_heads_of_a_bridge,
     site_at,
     special_tokens_words,
@@ -100,6 +102,11 @@ class OtherSAEs:
         if self.warm_start is not None and architecture != ARCHITECTURE:
             raise ValueError(f"--warm_start is for --architecture {ARCHITECTURE}, this is {architecture}; leave it out")
         sequential = isinstance(cfg.sae, SequentialNFMTrainingSAEConfig)
+        if self.primary is not None and is_transcoder_config(cfg.sae):
+            raise ValueError(
+                f"--primary is for SAEs trained inside another SAE, and a {architecture} reads and writes an MLP's hook points; "
+                "leave it out"
+            )
         if self.adapter and not (sequential and cfg.sae.base):
             raise ValueError(f"--adapter is for a sequential_nfm with a --base, this is {architecture}; leave it out")
         if sequential and not cfg.sae.base:
@@ -248,6 +255,10 @@ def defaults(sae_class: type[TrainingSAEConfig], model_name: str, encoder: str |
     if own:  # the model as it is loaded: nothing folded, nothing centred
         ours |= {"model_name": model_name, "model_from_pretrained_kwargs": {}} | own
     names = {f.name for f in fields(sae_class)}
+    if is_transcoder_config(sae_class):  # at the MLP of the usual block; input and output are scaled by themselves
+        names -= {"normalize_activations"}
+        if own:
+            ours["hook_name"] = f"{str(own['hook_name']).rpartition('.')[0]}.mlp.hook_in"
     if "base" not in names:  # one that stands on another SAE takes its sizes from that
         sae = SAELENS_SAE | own_sae
         ours |= {name: value for name, value in sae.items() if name in names}
@@ -276,7 +287,7 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
     if unknown:
         raise ValueError(f"`sae-nfm train` has no option {sorted(unknown)[0]}; `sae-nfm train --help` has every option")
     cache = CacheOptions(**{name: given[name] for name in ("activations", "shuffle_rows") if name in given})
-    measured = _of_cache(cache, given)
+    measured = _of_cache(cache, given, is_transcoder_config(sae_class))
     model_name = given.get("model_name", measured.get("model_name", demo.MODEL_NAME))
     values = defaults(sae_class, model_name, given.get("encoder")) | measured | dict(given)
     built: dict[type, dict[str, Any]] = {}
@@ -302,7 +313,12 @@ def train_arguments(given: Mapping[str, Any], *, argv: Sequence[str]) -> TrainAr
     )
 
 
-def _of_cache(options: CacheOptions, given: Mapping[str, Any]) -> dict[str, Any]:
+def is_transcoder_config(config: Any) -> bool:
+    """Whether a config, or a class of them, is of a transcoder that is trained on two hook points."""
+    return "hook_name_out" in {f.name for f in fields(config)}
+
+
+def _of_cache(options: CacheOptions, given: Mapping[str, Any], transcoder: bool) -> dict[str, Any]:
     """What a cache of activations says of a run. A ValueError where a data set was given that is not its own."""
     if (
         options.activations is None or not (Path(options.activations) / IDENTITY_FILENAME).is_file()
@@ -316,7 +332,8 @@ def _of_cache(options: CacheOptions, given: Mapping[str, Any]) -> dict[str, Any]
         )
     found = {"model_name": own.model, "model_class_name": own.model_class_name, "context_size": own.context_size}
     found |= {"dataset_path": own.dataset}
-    return found | ({"hook_name": next(iter(own.hooks))} if len(own.hooks) == 1 else {})
+    read = [hook for hook in own.hooks if hook.endswith("mlp.hook_in")] if transcoder else list(own.hooks)
+    return found | ({"hook_name": read[0]} if len(read) == 1 else {})
 
 
 def _checked(option: str, hint: Any, value: Any, known: bool) -> Any:
@@ -400,6 +417,8 @@ def train(arguments: TrainArguments) -> Trained:
     with temporary_seed(cfg.seed), quiet_saelens():
         sae = others.starting_sae(cfg, arguments.given)
         runner = WholeRunner(cfg, override_dataset=dataset, override_model=cast(Any, model), override_sae=sae)
+        _check_architecture(runner)
+        pair_hooks(runner)
         if cache is not None:
             read_from_cache(runner, cache)
         runner.saves_adapter = arguments.others.adapter
@@ -458,16 +477,31 @@ def fit_to_model(arguments: TrainArguments, others: LoadedSAEs) -> LanguageModel
     _check_sizes(cfg)
     if "hook_name" not in arguments.given:
         cfg.hook_name = others.hook_name(cfg) or cfg.hook_name
+    transcoder = is_transcoder_config(cfg.sae)
     if cfg.model_class_name == "HookedMamba":
+        if transcoder:
+            raise ValueError(f"a HookedMamba has no MLPs for a {cfg.sae.architecture()}; give another model_class_name")
         others.splice_in(None)
         return None
     assert cfg.llm_device is not None  # set by SAELens
     kwargs = cfg.model_from_pretrained_kwargs or {}
     model = load_model(cfg.model_name, cfg.llm_device, model_class_name=cfg.model_class_name, **kwargs)
     others.splice_in(model)
-    site = site_at(model, cfg.hook_name, cfg.hook_head_index)
+    measured: dict[str, Any] = {}
+    if transcoder:
+        if cfg.hook_head_index is not None:
+            raise ValueError(f"hook_head_index is {cfg.hook_head_index}, and an MLP has no heads; leave it out")
+        site, written = mlp_sites(model, cfg.hook_name, getattr(cfg.sae, "hook_name_out", None))
+        measured = {"d_out": written.d_in}
+        if "d_out" in arguments.given and getattr(cfg.sae, "d_out", None) != written.d_in:
+            raise ValueError(
+                f"d_out is {getattr(cfg.sae, 'd_out', None)}, but {written.hook_name!r} has width {written.d_in}; leave d_out out"
+            )
+        cfg.sae = replace(cfg.sae, hook_name_out=written.hook_name)  # pyright: ignore[reportCallIssue]
+    else:
+        site = site_at(model, cfg.hook_name, cfg.hook_head_index)
     cfg.hook_name = site.hook_name
-    measured: dict[str, Any] = {"d_in": site.d_in, "reshape_activations": site.reshape_activations}
+    measured |= {"d_in": site.d_in, "reshape_activations": site.reshape_activations}
     if "d_in" in arguments.given and cfg.sae.d_in != site.d_in:
         raise ValueError(f"d_in is {cfg.sae.d_in}, but {cfg.hook_name!r} has width {site.d_in}; leave d_in out")
     cfg.sae = replace(cfg.sae, **{name: value for name, value in measured.items() if name not in arguments.given})
@@ -521,6 +555,16 @@ def _check_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             "or lower train_batch_size_tokens"
         )
     check_schedule(cfg)
+
+
+def _check_architecture(runner: WholeRunner) -> None:
+    """Refuse a pretrained SAE that is trained on other hook points than asked for: one, or a transcoder's two."""
+    asked, own = runner.cfg.sae, runner.sae.cfg
+    if (is_transcoder_config(asked) or is_transcoder_config(own)) and asked.architecture() != own.architecture():
+        raise ValueError(
+            f"architecture is {asked.architecture()!r}, and {own.architecture()!r} in {runner.cfg.from_pretrained_path!r}; "
+            "give the same"
+        )
 
 
 def _check_runner(runner: WholeRunner, held_out: Any) -> None:

@@ -54,7 +54,8 @@ def flags(shared: Path, *more: str, architecture: str = "joint_nfm") -> list[str
     sparse = ["--k", "4"] if "k" in SAE_TRAINING_CLASS_REGISTRY[architecture][1].__dataclass_fields__ else []
     if architecture == "sequential_nfm":
         sparse = ["--base", str(saved_base(d_in=16, d_sae=32, k=4))]
-    where = ["--model_name", str(shared / "model"), "--hook_name", HOOK, "--dataset_path", str(shared / "text.jsonl")]
+    hook = "blocks.0.mlp.hook_in" if "transcoder" in architecture else HOOK
+    where = ["--model_name", str(shared / "model"), "--hook_name", hook, "--dataset_path", str(shared / "text.jsonl")]
     return ["train", "--architecture", architecture, *SIZES, *sparse, *where, *more]
 
 
@@ -97,9 +98,10 @@ def test_every_architecture_trains_as_saelens_trains_it(architecture, shared, mo
     if architecture == "matryoshka_batchtopk":  # SAELens has no default
         argv += ["--matryoshka_widths", "8", "32"]
     assert main([*argv, "--output_path", "ours"]) == 0
+    d_out = ["--d_out", "16"] if "transcoder" in architecture else []
     with temporary_seed(42):
         theirs = LanguageModelSAETrainingRunner(
-            _parse_cfg_args([*argv[1:], "--d_in", "16", "--output_path", "theirs"]),
+            _parse_cfg_args([*argv[1:], "--d_in", "16", *d_out, "--output_path", "theirs"]),
             override_model=model,
             override_dataset=local_dataset(str(shared / "text.jsonl"), seed=42),
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_nfm.analysis import gauge, read_activations
+from sae_nfm.architectures import refuse_transcoder
 from sae_nfm.common import check_numbers, check_output, check_positive, provenance, publishing, write_parquet
 from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.data import ActivationCache, held_out_rows, open_dataset, own_text, told_of_text
@@ -82,6 +83,7 @@ def _dynamics(cfg: DynamicsConfig, command: str | None) -> tuple[DynamicsResult,
     if cfg.reference is not None:
         runs[measure.REFERENCE] = measure.checkpoints_of_run(cfg.reference)
     first = measure.load_checkpoint(runs[measure.RUN][0], measure.RUN, cfg.device)
+    refuse_transcoder(first, "this measurement")
     x, documents, told = _activations(cfg, first, runs[measure.RUN][-1].folder)
     tokens, every = measure.GroupedTokens.of(x, documents), [(name, one) for name, own in runs.items() for one in own]
     progress = tqdm(every, desc="Measuring checkpoints", unit="checkpoint")

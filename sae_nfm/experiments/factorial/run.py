@@ -20,7 +20,7 @@ import pandas as pd
 from sae_lens import SAE
 from tqdm.auto import tqdm
 
-from sae_nfm.architectures import NFMPaths
+from sae_nfm.architectures import NFMPaths, refuse_transcoder
 from sae_nfm.common import check_numbers, check_output, check_positive, provenance, publishing, remark, write_parquet
 from sae_nfm.common.options import PACKAGED_SAE, SavedSAEOptions
 from sae_nfm.data import told_of_text
@@ -101,6 +101,7 @@ def run_factorial(cfg: FactorialConfig, *, command: str | None = None) -> Factor
     check_device(cfg.device)
     stimuli = load_stimuli(cfg.stimuli)
     sae = load_sae(cfg.sae, device=cfg.device).eval()
+    refuse_transcoder(sae, "this experiment")
     secondary = None if cfg.secondary is None else load_sae(cfg.secondary, device=cfg.device).eval()
     model, _ = model_of(sae, cfg.device, model_name=cfg.model)
     with publishing(cfg.output, "factorial", command=command) as made:
@@ -127,6 +128,7 @@ def factorial(
     Raises:
         ValueError: for stimuli that the tokenizer or the model cannot take, or no candidate to select.
     """
+    refuse_transcoder(sae, "this experiment")
     metadata = sae.cfg.metadata
     tokens = measure.tokenized(model, stimuli, prepend_bos=metadata.prepend_bos is not False)
     cells, word_cells = stimuli.cell_of_sentence, stimuli.cell_of_word

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from sae_nfm.analysis import dead_features, feature_directions, firing_scores, matched, mcc
 from sae_nfm.analysis.gauge import as_read
-from sae_nfm.architectures import NFMDecoder, NFMPaths, PathWeights
+from sae_nfm.architectures import NFMDecoder, NFMPaths, PathWeights, refuse_transcoder
 from sae_nfm.attribution import RECONS, TokenPairs, norms, reading, reads_of, written
 from sae_nfm.attribution.pairs import INTERACTION, TokenReads
 from sae_nfm.common import ShortRepr
@@ -100,6 +100,7 @@ def recovery(
 
     Raises a ValueError for one of another width, or whose directions are not finite.
     """
+    refuse_transcoder(sae, "this measurement")
     passed = Passed.of(sae, x)
     code, directions = passed.code, mean_directions(sae, passed)
     matching = matched(directions, truth.directions)
