@@ -350,7 +350,7 @@ PAPER = {
         run="sae_nfm.experiments.synthetic.run:run_recovery",
     ),
     "pairs": Command(
-        summary="pairs of features that an SAE leaves over, and a joint_nfm with them",
+        summary="pairs that an SAE leaves over, and a joint_nfm that has them",
         description="Take composite features of a TopK SAE apart, search the pairs whose products its error goes with, and save "
         "a joint_nfm whose bilinear head begins with them; train it further with --from_pretrained_path.",
         examples=(
