@@ -71,7 +71,7 @@ def synthetic(arguments: argparse.Namespace) -> None:
         own["rescale_acts_by_decoder_norm"] = arguments.rescaled
         cfg = StagedTopKTrainingSAEConfig(**own) if name == "staged_topk" else JointNFMTrainingSAEConfig(**own)
         start = time.process_time()
-        sae = _trained(cfg, seed, (batch.x for batch in data.batches(BATCH, seed)), steps, arguments.lr)
+        sae = trained(cfg, seed, (batch.x for batch in data.batches(BATCH, seed)), steps, arguments.lr)
         line["seconds"] = round(time.process_time() - start, 1)
         directions = feature_directions(sae)
         torch.save(directions, arguments.output / _decoder(line))
@@ -89,7 +89,7 @@ def synthetic(arguments: argparse.Namespace) -> None:
             print(line | scores, flush=True)
 
 
-def _trained(cfg: TrainingSAEConfig, seed: int, batches: Iterator[Tensor], steps: int, lr: float) -> TrainingSAE[Any]:
+def trained(cfg: TrainingSAEConfig, seed: int, batches: Iterator[Tensor], steps: int, lr: float) -> TrainingSAE[Any]:
     """SAELens's trainer, the rate warmed up over a twentieth of the steps and decayed over the last fifth, as in `compare`."""
     trainer_cfg = SAETrainerConfig(
         n_checkpoints=0,

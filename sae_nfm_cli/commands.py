@@ -349,6 +349,18 @@ PAPER = {
         arguments=("saes",),
         run="sae_nfm.experiments.synthetic.run:run_recovery",
     ),
+    "pairs": Command(
+        summary="pairs that an SAE leaves over, and a joint_nfm that has them",
+        description="Take composite features of a TopK SAE apart, search the pairs whose products its error goes with, and save "
+        "a joint_nfm whose bilinear head begins with them; train it further with --from_pretrained_path.",
+        examples=(
+            ("those of an SAE on the embedded model", "sae-nfm pairs runs/staged"),
+            ("on cached activations", "sae-nfm pairs runs/staged --activations runs/synthetic"),
+        ),
+        config="sae_nfm.experiments.pairs.run:PairsConfig",
+        arguments=("sae",),
+        run="sae_nfm.experiments.pairs.run:run_pairs",
+    ),
     "dynamics": Command(
         summary="how features move over the checkpoints of a training run",
         description="Measure every checkpoint of one joint_nfm run on the same held-out tokens: do features move from "

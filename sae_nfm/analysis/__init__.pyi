@@ -1,3 +1,5 @@
+from .composites import Composites as Composites
+from .composites import composites as composites
 from .feature_matching import FiringScores as FiringScores
 from .feature_matching import Matching as Matching
 from .feature_matching import dead_features as dead_features
@@ -7,6 +9,8 @@ from .feature_matching import matched as matched
 from .feature_matching import mcc as mcc
 from .gauge import has_canonical as has_canonical
 from .linear_component import linear_part as linear_part
+from .pair_search import FoundPairs as FoundPairs
+from .pair_search import found_pairs as found_pairs
 from .path_contributions import CELLS as CELLS
 from .path_contributions import FeatureEnergies as FeatureEnergies
 from .path_contributions import PathSums as PathSums

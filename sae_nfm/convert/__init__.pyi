@@ -7,6 +7,8 @@ from .run import ConvertConfig as ConvertConfig
 from .run import Converted as Converted
 from .run import convert as convert
 from .warm_start import WARM_START_DIGEST as WARM_START_DIGEST
+from .warm_start import check_takes_pairs as check_takes_pairs
 from .warm_start import fold_normalisation as fold_normalisation
 from .warm_start import plain_by_name as plain_by_name
 from .warm_start import warm_started as warm_started
+from .warm_start import with_pairs as with_pairs

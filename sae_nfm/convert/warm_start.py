@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from sae_lens import SAE, JumpReLUSAE, TopKSAE
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting, read_sae_components_from_disk
@@ -38,6 +39,7 @@ from sae_nfm.architectures import (
 from sae_nfm.architectures.joint_config import JointNFMSAEConfig, JointNFMTrainingSAEConfig
 from sae_nfm.common import reading
 from sae_nfm.convert.files import FETCH_ANEW, checked, read_json, whole_number
+from sae_nfm.kernels import BILINEAR
 from sae_nfm.loading import check_folder, digest, load_sae, refuse_not_finite
 
 WARM_START_DIGEST = "warm_start_digest"
@@ -206,3 +208,72 @@ def _refuse_unfolded(start: SAE[Any], fields: dict[str, Any]) -> None:
             f"normalize_activations is {fields['normalize_activations']!r}: the trainer would estimate a scale and rescale the "
             "inputs that the SAE's weights were made for; leave it out"
         )
+
+
+def check_takes_pairs(sae: SAE[Any]) -> None:
+    """Raise a ValueError for an SAE that `with_pairs` cannot add pairs to."""
+    cfg, architecture = sae.cfg, sae.cfg.architecture()
+    added = any(getattr(cfg, name, False) for name in ("use_linear_path", "use_square_path"))
+    if architecture not in ("topk", "staged_topk", "joint_nfm") or getattr(cfg, "encoder", "topk") != "topk" or added:
+        raise ValueError(
+            "pairs are added to an SAE of the architecture topk or staged_topk, or joint_nfm with encoder 'topk' and neither "
+            f"linear nor square path, not to this {architecture}; give one of these"
+        )
+    if cfg.normalize_activations != "none":
+        raise ValueError(
+            "pairs are added to an SAE that reads activations as they are, and this one has normalize_activations "
+            f"{cfg.normalize_activations!r}; give a finished SAE trained without a normalisation of single tokens"
+        )
+
+
+@torch.no_grad()
+def with_pairs(
+    sae: SAE[Any],
+    pairs: Int[Tensor, "pairs 2"],
+    directions: Float[Tensor, "pairs d_in"],
+    *,
+    renewed: Bool[Tensor, " d_sae"],
+    seed: int = 0,
+) -> JointNFMSAE:
+    """A `joint_nfm` with the features of a TopK SAE, whose interaction path writes f_i f_j u for each pair and nothing else.
+
+    Its head is "bilinear": A has a one at each pair's first feature, B at its second, W_2 has the directions.
+
+    Args:
+        sae: topk, staged_topk, or a joint_nfm whose own interaction path is replaced; for inference.
+        pairs: two features of each.
+        directions: u of each, before the normalisation of activations is undone.
+        renewed: features that begin anew, with random weights.
+        seed: of these; no global seed changes.
+
+    Raises a ValueError as `check_takes_pairs`.
+    """
+    check_takes_pairs(sae)
+    cfg, names = sae.cfg, (*OF_THE_SAE, *InferenceFields.__dataclass_fields__)
+    taken: dict[str, Any] = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
+    taken |= {
+        "head": BILINEAR,
+        "nfm_dim": len(pairs),
+        "use_linear_path": False,
+        "device": cfg.device,
+        "dtype": cfg.dtype,
+    }
+    told = {name: value for name, value in cfg.metadata.items() if not name.startswith("training_architecture")}
+    told[WARM_START_DIGEST] = digest(sae.state_dict())
+    joint = JointNFMSAE(JointNFMSAEConfig(**taken, metadata=SAEMetadata(**told)))
+    fresh = random_initialisation(
+        JointNFMTrainingSAEConfig(d_in=cfg.d_in, d_sae=cfg.d_sae, k=cfg.k, use_linear_path=False, head="none"), seed
+    )
+    joint.V.zero_()
+    numbers = torch.arange(len(pairs))
+    joint.V[pairs[:, 0], numbers], joint.V[pairs[:, 1], len(pairs) + numbers] = 1.0, 1.0
+    joint.W_2.copy_(directions)
+    joint.b_2.zero_()
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        getattr(joint, name).copy_(getattr(sae, name))
+    joint.W_enc[:, renewed], joint.W_dec[renewed], joint.b_enc[renewed] = (
+        fresh.W_enc[:, renewed],
+        fresh.W_dec[renewed],
+        0.0,
+    )
+    return joint

@@ -176,6 +176,7 @@ REQUIRED = {
     "convert": {"source": "source", "output": "output"},
     "dynamics": {"checkpoints": "folder"},
     "evaluate": {"sae": "runs/mine"},
+    "pairs": {"sae": "runs/staged"},
     "recovery": {"saes": "runs/compare"},
 }
 COMMANDS_AND_ARCHITECTURES = [

@@ -1,0 +1,4 @@
+from .results import PairRow as PairRow
+from .results import PairsResult as PairsResult
+from .run import PairsConfig as PairsConfig
+from .run import run_pairs as run_pairs
