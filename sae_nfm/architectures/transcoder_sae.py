@@ -99,6 +99,10 @@ class Transcoding(NFMDecoder):
             )
         return written + self.hook_skip(x @ self.W_skip.T)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no input waiting, which torch would not copy where it has a gradient."""
+        return {**self.__dict__, "_input": None}
+
     @override
     def forward(self, x: Tensor) -> Tensor:
         return self.hook_sae_output(self.decode(self.encode(x)))

@@ -203,6 +203,8 @@ def test_the_skip_needs_the_input_of_each_decode():
         sae.decode(acts[:3])  # of other tokens
     sae.encode(x)
     torch.testing.assert_close(sae.decode(acts), first)
+    sae.encode(2 * x.clone().requires_grad_())
+    torch.testing.assert_close(deepcopy(sae)(x), sae(x))
     assert sae.decode_paths(acts).total().shape == (20, D_OUT)
 
 
