@@ -89,7 +89,14 @@ def synthetic(arguments: argparse.Namespace) -> None:
             print(line | scores, flush=True)
 
 
-def trained(cfg: TrainingSAEConfig, seed: int, batches: Iterator[Tensor], steps: int, lr: float) -> TrainingSAE[Any]:
+def trained(
+    cfg: TrainingSAEConfig,
+    seed: int,
+    batches: Iterator[Tensor],
+    steps: int,
+    lr: float,
+    start: TrainingSAE[Any] | None = None,
+) -> TrainingSAE[Any]:
     """SAELens's trainer, the rate warmed up over a twentieth of the steps and decayed over the last fifth, as in `compare`."""
     trainer_cfg = SAETrainerConfig(
         n_checkpoints=0,
@@ -112,7 +119,7 @@ def trained(cfg: TrainingSAEConfig, seed: int, batches: Iterator[Tensor], steps:
         logger=LoggingConfig(log_to_wandb=False),
         n_batches_for_norm_estimate=10,
     )
-    return SAETrainer(trainer_cfg, random_initialisation(cfg, seed), batches).fit().eval()
+    return SAETrainer(trainer_cfg, start or random_initialisation(cfg, seed), batches).fit().eval()
 
 
 def _decoder(line: dict[str, Any]) -> str:

@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
 from sae_lens import SAE
 from scipy import sparse
 from torch import Tensor
 
-from sae_nfm.analysis import composites, feature_directions, found_pairs, read_activations
+from sae_nfm.analysis import Composites, FoundPairs, composites, feature_directions, found_pairs, read_activations
 from sae_nfm.analysis.pair_search import FEWEST_TOGETHER
-from sae_nfm.common import check_numbers, check_output, check_positive, provenance, publishing
+from sae_nfm.architectures import JointNFMSAE
+from sae_nfm.common import ShortRepr, check_numbers, check_output, check_positive, provenance, publishing
 from sae_nfm.common.options import SavedSAEOptions
 from sae_nfm.common.results import RESULTS_FILENAME
 from sae_nfm.convert import check_takes_pairs, with_pairs
@@ -76,45 +80,71 @@ def run_pairs(cfg: PairsConfig, *, command: str | None = None) -> PairsResult:
     sae = load_sae(cfg.sae, device=cfg.device).eval()
     check_takes_pairs(sae)
     x = _activations(cfg, sae)
-    code, error, variance = _code(sae, x, cfg.refinement_steps)
-    directions = feature_directions(sae).detach().float().cpu()
-    found = composites(directions, torch.from_numpy(code.sum(0) > 0))
-    code, apart = found.apart(code, error)
-    pairs = found_pairs(code, apart, cfg.pairs, cfg.rounds)
+    found = search(sae, x, cfg.pairs, rounds=cfg.rounds, refinement_steps=cfg.refinement_steps)
+    pairs, parts = found.pairs, found.composites.parts.tolil().rows
     if not len(pairs.features):
         raise ValueError(
             f"no two features of {cfg.sae!r} fire together on {FEWEST_TOGETHER} of {len(x):,} tokens; raise tokens = {cfg.tokens}"
         )
-    rows = zip(pairs.features.tolist(), pairs.directions, pairs.energy, pairs.together.tolist(), strict=True)
-    parts = found.parts.tolil().rows
     result = PairsResult(
         tokens=len(x),
-        fvu=float((error.astype("float64") ** 2).sum() / variance),
+        fvu=found.error_energy / found.variance,
         pairs=tuple(
             PairRow(
-                first=first,
-                second=second,
-                together=together,
-                share=float(energy / variance),
-                size=float((u**2).sum() ** 0.5),
+                first=int(first),
+                second=int(second),
+                together=int(pairs.together[number]),
+                share=float(pairs.energy[number] / found.variance),
+                size=float(np.linalg.norm(pairs.directions[number])),
             )
-            for (first, second), u, energy, together in rows
+            for number, (first, second) in enumerate(pairs.features)
         ),
-        composites={int(c): tuple(map(int, parts[c])) for c in found.composite.nonzero()[:, 0]},
+        composites={int(c): tuple(map(int, parts[c])) for c in found.composites.composite.nonzero()[:, 0]},
         folder=str(Path(cfg.output) / "sae"),
         provenance=provenance(cfg, command=command, sae=digest(sae.state_dict())),
     )
-    joint = with_pairs(
-        sae,
-        torch.from_numpy(pairs.features),
-        torch.from_numpy(pairs.directions),
-        renewed=found.composite,
-        seed=cfg.seed,
-    )
+    joint = found.started(sae, cfg.seed)
     with publishing(cfg.output, "pairs", command=command) as made:
         joint.save_model(made.folder / "sae")
         result.save(made.folder / RESULTS_FILENAME)
     return result
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Search(ShortRepr):
+    """What a search found in activations."""
+
+    pairs: FoundPairs
+    composites: Composites
+    error_energy: float
+    """Squared error of the features alone, over all tokens."""
+    variance: float
+    """Squared distance of the activations from their mean, over all tokens."""
+
+    def started(self, sae: SAE[Any], seed: int = 0) -> JointNFMSAE:
+        """A joint_nfm with the SAE's features that begins with these pairs; composite features begin anew."""
+        features, directions = torch.from_numpy(self.pairs.features), torch.from_numpy(self.pairs.directions)
+        return with_pairs(sae, features, directions, renewed=self.composites.composite, seed=seed)
+
+
+@torch.no_grad()
+def search(
+    sae: SAE[Any], x: Float[Tensor, "tokens d_in"], n: int, *, rounds: int = 3, refinement_steps: int = 5
+) -> Search:
+    """The n pairs of features whose products explain most of what the features alone leave of activations.
+
+    Raises a ValueError as `check_takes_pairs`.
+    """
+    check_takes_pairs(sae)
+    code, error = _code(sae, x, refinement_steps)
+    directions = feature_directions(sae).detach().float().cpu()
+    apart = composites(directions, torch.from_numpy(code.sum(0) > 0))
+    return Search(
+        pairs=found_pairs(*apart.apart(code, error), n, rounds),
+        composites=apart,
+        error_energy=float((error.astype(np.float64) ** 2).sum()),
+        variance=float((x - x.mean(0)).double().square().sum()),
+    )
 
 
 def _activations(cfg: PairsConfig, sae: SAE[Any]) -> Tensor:
@@ -135,9 +165,8 @@ def _activations(cfg: PairsConfig, sae: SAE[Any]) -> Tensor:
     return read_activations(model, sae, rows.tokens, cache=cache)[0]
 
 
-@torch.no_grad()
-def _code(sae: SAE[Any], x: Tensor, refinement_steps: int) -> tuple[sparse.csr_array, Any, float]:
-    """The code, what its features leave of the activations without an interaction path, and the variance of these."""
+def _code(sae: SAE[Any], x: Tensor, refinement_steps: int) -> tuple[sparse.csr_array, NDArray[np.float32]]:
+    """The code, and what its features leave of the activations without an interaction path."""
     sae = deepcopy(sae)
     if hasattr(sae.cfg, "refinement_steps"):
         sae.cfg.refinement_steps = refinement_steps
@@ -148,5 +177,4 @@ def _code(sae: SAE[Any], x: Tensor, refinement_steps: int) -> tuple[sparse.csr_a
         own = own.to_dense() if own.is_sparse else own
         codes.append(sparse.csr_array(own.float().cpu().numpy()))
         errors.append((part - bias - own @ directions).float().cpu())
-    variance = float((x - x.mean(0)).double().square().sum())
-    return sparse.csr_array(sparse.vstack(codes)), torch.cat(errors).numpy(), variance
+    return sparse.csr_array(sparse.vstack(codes)), torch.cat(errors).numpy()
