@@ -6,7 +6,7 @@ With e the error, g = f_i f_j, and q what a least-squares fit of f_i and f_j lea
     energy = |u|^2 sum q^2          how much squared error that explains
 
     1. what the pairs found so far write is taken from the error, and their u are fitted anew
-    2. of all other pairs those are added that have more energy than any other pair of either of their features
+    2. of the other pairs those are added that have more energy than any other one of either of their features
     3. from 1 again, a few times; the pairs with the most energy are kept
 
 A pair that fires with a strong one (a child of a feature with that feature's partner) has energy only as long as the strong one
@@ -57,8 +57,7 @@ def found_pairs(code: Code, error: Floats, n: int, rounds: int = 3) -> FoundPair
             break
         others = screen.all_but(pairs)
         best = np.zeros(d_sae)
-        for of, features in ((energy, pairs), (others.energy, others.features)):
-            np.maximum.at(best, features, of[:, None])
+        np.maximum.at(best, others.features, others.energy[:, None])
         mutual = (others.energy[:, None] >= best[others.features]).all(1) & (others.energy > 0)
         added = others.features[mutual][np.argsort(-others.energy[mutual], kind="stable")[:n]]
         pairs = np.concatenate([pairs, added])

@@ -56,6 +56,16 @@ def test_planted_pairs_are_found_and_their_companions_are_not(samples):
     assert len(found_pairs(sparse.csr_array(code), error, 10**6).features) <= 45
 
 
+def test_pairs_that_fire_together_are_fitted_to_each_other(samples):
+    code, _, directions = samples
+    products = np.stack([code[:, 0] * code[:, 1], code[:, 0] * code[:, CHILD_OF_1]], axis=1)
+    found = found_pairs(sparse.csr_array(code), (products @ directions).astype(np.float32), 2, rounds=8)
+    assert sorted(map(tuple, found.features.tolist())) == [(0, 1), (0, CHILD_OF_1)]
+    for pair, direction in zip(found.features.tolist(), found.directions, strict=True):
+        expected = directions[0 if pair == [0, 1] else 1]
+        assert np.linalg.norm(direction - expected) < 0.05  # of 1; the first to be found begins with half of the other
+
+
 def test_nothing_fires_together():
     code = np.eye(5, dtype=np.float32)
     assert len(found_pairs(sparse.csr_array(code), np.ones((5, 3), np.float32), 4).features) == 0
