@@ -19,10 +19,10 @@ from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
+from sae_nfm import models  # what it imports itself is loaded with the first evaluation
 from sae_nfm.architectures import TrainedPaths, read_and_written
 from sae_nfm.common import check_positive
 from sae_nfm.loading import quiet_saelens
-from sae_nfm.models import counted_tokens, is_transcoder, keeping, run_rows, splice
 from sae_nfm.training.activation_stream import ask_again
 from sae_nfm.training.results import DEAD_WINDOW, read_training_record, record_line
 
@@ -195,7 +195,7 @@ class _Recorder:
         with waits, quiet_saelens():
             store = _held_out_store(self._runner, self._held_out.dataset, trainer.sae)
             special = store.exclude_special_tokens
-            own = is_transcoder(trainer.sae)
+            own = models.is_transcoder(trainer.sae)
             grouped, _ = (
                 _evaluate_transcoder(trainer.sae, store, self._held_out.n_batches)
                 if own
@@ -243,11 +243,11 @@ def _evaluate_transcoder(
     sums, variance = defaultdict[str, float](float), ExplainedVarianceCalculator()
     for _ in range(n_batches):
         batch, seen = store.get_batch_tokens(), dict[str, Any]()
-        counted = counted_tokens(model, batch)
-        clean = run_rows(model, batch)
-        names = {"hook_sae_output": keeping(seen, "made"), "hook_sae_acts_post": keeping(seen, "acts")}
-        with splice(model, sae) as found, found.replaced(keeping(seen, "y")), found.hooks(names):
-            changed = run_rows(model, batch)
+        counted = models.counted_tokens(model, batch)
+        clean = models.run_rows(model, batch)
+        names = {"hook_sae_output": models.keeping(seen, "made"), "hook_sae_acts_post": models.keeping(seen, "acts")}
+        with models.splice(model, sae) as found, found.replaced(models.keeping(seen, "y")), found.hooks(names):
+            changed = models.run_rows(model, batch)
         variance.add_batch(seen["made"][counted].float(), seen["y"][counted].float())
         sums["active"] += float((seen["acts"].to_dense()[counted] != 0).sum())
         sums["tokens"] += int(counted.sum())

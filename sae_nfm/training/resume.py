@@ -44,10 +44,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_nfm import data
+from sae_nfm import data, models
 from sae_nfm.architectures import read_and_written
 from sae_nfm.common import DamagedFileError, check_digests, locked, seal
-from sae_nfm.models import pair_hooks
 from sae_nfm.training.activation_stream import ActivationStream, DataLostError, NotFiniteError, StreamState
 from sae_nfm.training.settings import ALLOWED, RunnerConfig, check_settings, first_difference, read_settings
 
@@ -205,7 +204,7 @@ class _ExactRun:
     """What one runner needs beyond SAELens: the stream, the number of finished steps, a signal waiting for a step's end."""
 
     def __init__(self, runner: Runner, on_diverged: Callable[[str, DivergedError], None] | None = None) -> None:
-        pair_hooks(runner)
+        models.pair_hooks(runner)
         cfg = runner.cfg
         self.on_diverged = on_diverged
         self.saes: Mapping[str, TrainingSAE[Any]] = (
