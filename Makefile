@@ -43,7 +43,7 @@ speed-cuda: $(READY) ## on a machine with a GPU: the figures of docs/speed.md fo
 test-saebench: $(READY) ## in SAEBench's own environment: the adapter (docs/saebench.md)
 	$(BIN)/python -m pytest -m saebench
 
-tutorials: $(READY) ## execute the seven notebooks in place
+tutorials: $(READY) ## execute the eight notebooks in place
 	$(BIN)/python tutorials/execute.py
 
 times: $(READY) ## measure docs/times.md anew, on a machine that does nothing else

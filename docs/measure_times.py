@@ -39,7 +39,7 @@ COMMANDS = (
     ("make demo-smollm2", "SmolLM2: four SAEs, a prompt, the page; fetching it included"),
     ("make lint", "ruff, import contracts, pyright"),
     ("make test", "the tests"),
-    ("make tutorials", "seven notebooks"),
+    ("make tutorials", "eight notebooks"),
     ("make docs", "the site"),
     ("make test-slow", "the heavier checks"),
 )
