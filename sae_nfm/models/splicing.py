@@ -244,9 +244,9 @@ def _code_hooked(sae: SAE[Any]) -> Generator[None]:
 def _on_hooked(model: HookedSAETransformer, sae: SAE[Any], hook_name: str, use_error_term: bool) -> Generator[Attached]:
     """Attached under the name this kind of model looks for; the SAE flattens heads, also where a bridge did it for it."""
     cfg, flattens = sae.cfg, sae.hook_z_reshaping_mode
-    metadata = cfg.metadata
-    given = metadata.hook_name, metadata.hook_name_out, cfg.reshape_activations
-    if is_transcoder(sae):
+    metadata, transcodes = cfg.metadata, is_transcoder(sae)
+    given, written = (metadata.hook_name, cfg.reshape_activations), metadata.hook_name_out
+    if transcodes:
         metadata.hook_name, metadata.hook_name_out = resolve_hook_name(model, str(metadata.hook_name)), hook_name
     else:
         metadata.hook_name = hook_name
@@ -257,7 +257,9 @@ def _on_hooked(model: HookedSAETransformer, sae: SAE[Any], hook_name: str, use_e
         with model.saes([sae], use_error_term=use_error_term), _in_place(model, sae, hook_name) as writes:
             yield Attached(owner=model, prefix=f"{hook_name}.", model=model, writes=writes)
     finally:
-        metadata.hook_name, metadata.hook_name_out, cfg.reshape_activations = given
+        metadata.hook_name, cfg.reshape_activations = given
+        if transcodes:  # an SAE's metadata have no such entry, not even an empty one
+            metadata.hook_name_out = written
         if not flattens:
             sae.turn_off_forward_pass_hook_z_reshaping()
 
