@@ -1,6 +1,7 @@
 """`sae-nfm pairs`: a dictionary that hides planted pairs in composite features, and the joint_nfm that has them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -97,6 +98,17 @@ def test_training_goes_on_from_it(folder, result):
     scores = {str(one.score): one for one in row.pairs}
     assert scores["exact, energy"].precision == 1.0
     assert json.loads((folder / "joint/cfg.json").read_text())["nfm_dim"] == len(result.pairs)
+
+
+def test_samples_that_were_moved(folder, staged, result, tmp_path):
+    moved = shutil.copytree(folder / "samples", tmp_path / "moved")
+    sae, elsewhere = SAE.load_from_disk(staged), tmp_path / "staged"
+    sae.cfg.metadata.model_name = "samples-that-are-not-here"
+    sae.save_model(elsewhere)
+    cfg = PairsConfig(
+        sae=str(elsewhere), activations=str(moved), pairs=4, tokens=12_800, output=str(tmp_path / "found")
+    )
+    assert run_pairs(cfg).pairs == result.pairs
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from sae_nfm.convert import check_takes_pairs, with_pairs
 from sae_nfm.data import ActivationCache, held_out_rows, open_dataset, own_text
 from sae_nfm.experiments.pairs.results import PairRow, PairsResult
 from sae_nfm.loading import digest, load_sae
-from sae_nfm.models import check_context, check_device, model_of
+from sae_nfm.models import check_context, check_device, is_samples, model_of
 
 TOKENS_AT_ONCE = 4096
 
@@ -149,8 +149,9 @@ def search(
 
 def _activations(cfg: PairsConfig, sae: SAE[Any]) -> Tensor:
     """Activations of the training text, [tokens, d_in]."""
-    model, site = model_of(sae, cfg.device, model_name=cfg.model)
     cache = None if cfg.activations is None else ActivationCache(cfg.activations)
+    samples = cfg.activations if cache is not None and is_samples(cfg.activations) else None
+    model, site = model_of(sae, cfg.device, model_name=cfg.model or samples)  # a folder of samples may have been moved
     context_size = cfg.context_size or (cache.identity.context_size if cache else sae.cfg.metadata.context_size) or 256
     check_context(model, context_size)
     if cache is not None:
