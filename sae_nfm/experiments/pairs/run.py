@@ -150,7 +150,7 @@ def search(
 def _activations(cfg: PairsConfig, sae: SAE[Any]) -> Tensor:
     """Activations of the training text, [tokens, d_in]."""
     cache = None if cfg.activations is None else ActivationCache(cfg.activations)
-    samples = cfg.activations if cache is not None and is_samples(cfg.activations) else None
+    samples = cfg.activations if cfg.activations is not None and is_samples(cfg.activations) else None
     model, site = model_of(sae, cfg.device, model_name=cfg.model or samples)  # a folder of samples may have been moved
     context_size = cfg.context_size or (cache.identity.context_size if cache else sae.cfg.metadata.context_size) or 256
     check_context(model, context_size)
